@@ -1,0 +1,220 @@
+//! Settings: flag > environment (`STRAIT__SECTION__KEY`) > file (TOML) > default.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{EngineConfig, Limits};
+
+/// All settings of a host. Sizes in bytes, times in milliseconds.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Sockets.
+    pub server: Server,
+    /// Defaults and upper bounds for each invocation.
+    pub limits: LimitSettings,
+    /// Memory of the host.
+    pub memory: Memory,
+    /// How kernels run.
+    pub engine: EngineSettings,
+    /// Lives of leases.
+    pub lease: LeaseSettings,
+}
+
+/// Sockets.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Server {
+    /// The runtime directory; none: the first usable of `$RUNTIME_DIRECTORY`,
+    /// `$XDG_RUNTIME_DIR/strait`, `/run/strait` for root, `/tmp/strait-UID`.
+    pub directory: Option<PathBuf>,
+    /// Plugins to load beside the standard ones.
+    pub plugins: Vec<PathBuf>,
+    /// Time that running invocations get at the end.
+    pub drain_ms: Option<u64>,
+    /// Longest gRPC message; a tensor row above it cannot be read inline.
+    pub message_bytes_max: Option<usize>,
+}
+
+/// Defaults and upper bounds for each invocation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LimitSettings {
+    /// Deadline of an invocation that names none.
+    pub deadline_ms_default: u64,
+    /// Longest deadline that can be asked for.
+    pub deadline_ms_max: u64,
+    /// A guest's own memory.
+    pub guest_bytes: u64,
+    /// Inputs and outputs together.
+    pub window_bytes: u64,
+    /// Outputs together.
+    pub result_bytes: u64,
+    /// Log lines together.
+    pub log_bytes: u64,
+}
+
+impl Default for LimitSettings {
+    fn default() -> Self {
+        Self {
+            deadline_ms_default: 30_000,
+            deadline_ms_max: 600_000,
+            guest_bytes: 256 << 20,
+            window_bytes: 4 << 30,
+            result_bytes: 2 << 30,
+            log_bytes: 64 << 10,
+        }
+    }
+}
+
+impl LimitSettings {
+    /// As the engine takes them.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        Limits {
+            guest_bytes: self.guest_bytes,
+            window_bytes: self.window_bytes,
+            result_bytes: self.result_bytes,
+            log_bytes: self.log_bytes,
+        }
+    }
+}
+
+/// Memory of the host.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Memory {
+    /// All segments together; none: half of what is available at the start.
+    pub budget_bytes: Option<u64>,
+    /// Idle results kept warm; none: a quarter of the budget.
+    pub pool_idle_bytes: Option<u64>,
+    /// Idle parked mappings; none: an eighth of `vm.max_map_count`.
+    pub parked_mappings: Option<u64>,
+}
+
+/// How kernels run.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct EngineSettings {
+    /// Tensors from this size on are moved into the guest, smaller ones copied.
+    pub move_min_bytes: u64,
+    /// Check for deadlines and cancels inside kernels.
+    pub epoch_interruption: bool,
+    /// Where compiled plugins are kept; empty: nowhere; none: `strait` in `$XDG_CACHE_HOME` or `~/.cache`.
+    pub cache: Option<PathBuf>,
+    /// Threads that run kernels; none: one for each CPU.
+    pub workers: Option<usize>,
+    /// Invocations that may wait for a worker.
+    pub queue_len: usize,
+}
+
+impl Default for EngineSettings {
+    fn default() -> Self {
+        Self {
+            move_min_bytes: 512 << 10,
+            epoch_interruption: true,
+            cache: None,
+            workers: None,
+            queue_len: 1024,
+        }
+    }
+}
+
+/// Lives of leases.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct LeaseSettings {
+    /// A lease that names no life.
+    pub lease_ms_default: u64,
+    /// Longest life.
+    pub lease_ms_max: u64,
+    /// Results that nobody has fetched over Flight yet.
+    pub undelivered_ms: u64,
+}
+
+impl Default for LeaseSettings {
+    fn default() -> Self {
+        Self { lease_ms_default: 600_000, lease_ms_max: 86_400_000, undelivered_ms: 60_000 }
+    }
+}
+
+impl Config {
+    /// The settings of `file` (if one is named), overlaid by the environment.
+    ///
+    /// # Errors
+    /// If the file cannot be read, or a setting does not exist or has a wrong value; names it.
+    pub fn load(file: Option<&Path>) -> anyhow::Result<Self> {
+        let mut builder = config::Config::builder();
+        if let Some(file) = file {
+            builder = builder.add_source(
+                config::File::from(file).format(config::FileFormat::Toml).required(true),
+            );
+        }
+        let environment = config::Environment::with_prefix("STRAIT")
+            .prefix_separator("__")
+            .separator("__")
+            .try_parsing(true)
+            .list_separator(":")
+            .with_list_parse_key("server.plugins");
+        Ok(builder.add_source(environment).build()?.try_deserialize()?)
+    }
+
+    /// Time that running invocations get at the end.
+    #[must_use]
+    pub fn drain(&self) -> Duration {
+        Duration::from_millis(self.server.drain_ms.unwrap_or(10_000))
+    }
+
+    /// Longest gRPC message.
+    #[must_use]
+    pub fn message_bytes_max(&self) -> usize {
+        self.server.message_bytes_max.unwrap_or(256 << 20)
+    }
+
+    /// Bytes that all segments together may have.
+    #[must_use]
+    pub fn budget_bytes(&self) -> u64 {
+        // Where Linux does not say how much there is, a modest amount.
+        let half = || strait_memory::process::memory_available().map_or(1 << 30, |bytes| bytes / 2);
+        self.memory.budget_bytes.unwrap_or_else(half)
+    }
+
+    /// The engine's part.
+    #[must_use]
+    pub fn engine(&self) -> EngineConfig {
+        let budget = self.budget_bytes();
+        EngineConfig {
+            move_min_bytes: self.engine.move_min_bytes,
+            epoch_interruption: self.engine.epoch_interruption,
+            cache: self.cache(),
+            pool_idle_bytes_max: self.memory.pool_idle_bytes.unwrap_or(budget / 4),
+            parked_mappings_max: self
+                .memory
+                .parked_mappings
+                .unwrap_or_else(|| strait_memory::process::mappings_max() / 8),
+            parked_bytes_max: budget,
+            idle_guests_max: 16,
+        }
+    }
+
+    fn cache(&self) -> Option<PathBuf> {
+        match &self.engine.cache {
+            Some(path) if path.as_os_str().is_empty() => None,
+            Some(path) => Some(path.clone()),
+            None => std::env::var_os("XDG_CACHE_HOME")
+                .map(PathBuf::from)
+                .or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache")))
+                .filter(|base| base.is_absolute())
+                .map(|base| base.join("strait")),
+        }
+    }
+
+    /// Threads that run kernels.
+    #[must_use]
+    pub fn workers(&self) -> usize {
+        let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        self.engine.workers.unwrap_or_else(cpus)
+    }
+}

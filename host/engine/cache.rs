@@ -1,0 +1,94 @@
+//! Compiled components on disk, so that a plugin is compiled once.
+//!
+//! wasmtime believes a compiled artifact: whoever can write one runs code in the host. So the
+//! directory must be the host's own, mode 0700, and so must every file read from it; anything
+//! else is compiled anew.
+
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::{Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use wasmtime::Engine;
+use wasmtime::component::Component;
+
+/// A directory of compiled components, or none.
+#[derive(Debug)]
+pub(super) struct Cache {
+    directory: Option<PathBuf>,
+}
+
+impl Cache {
+    /// Uses `directory` if it is, or can be made, the host's own.
+    pub(super) fn open(directory: Option<&Path>) -> Self {
+        let usable = directory.filter(|path| {
+            let mut builder = fs::DirBuilder::new();
+            let made = builder.recursive(true).mode(0o700).create(path);
+            let own = made.is_ok() && fs::symlink_metadata(path).is_ok_and(|m| m.is_dir() && private(&m));
+            if !own {
+                tracing::warn!(directory = %path.display(), "the cache of compiled plugins is not a directory of this user with mode 0700; plugins are compiled at each start");
+            }
+            own
+        });
+        Self { directory: usable.map(Path::to_owned) }
+    }
+
+    /// The component of `wasm`, whose sha-256 is `hash`, compiled now or before.
+    ///
+    /// # Errors
+    /// wasmtime's, if `wasm` is not a component that it can compile.
+    pub(super) fn component(&self, engine: &Engine, hash: &[u8; 32], wasm: &[u8]) -> wasmtime::Result<Component> {
+        let Some(directory) = &self.directory else { return Component::from_binary(engine, wasm) };
+        let mut settings = DefaultHasher::new();
+        engine.precompile_compatibility_hash().hash(&mut settings);
+        let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
+        let path = directory.join(format!("{name}-{:016x}.cwasm", settings.finish()));
+        if let Some(bytes) = read_private(&path) {
+            // SAFETY: the file is a regular file of this user that nobody else can write, in a
+            // directory that nobody else can write (`open`, `read_private`), so it holds what this
+            // function wrote. wasmtime itself checks version and settings.
+            match unsafe { Component::deserialize(engine, &bytes) } {
+                Ok(component) => return Ok(component),
+                Err(error) => tracing::debug!(path = %path.display(), %error, "a compiled plugin does not fit and is compiled anew"),
+            }
+        }
+        let component = Component::from_binary(engine, wasm)?;
+        let stored = component.serialize().and_then(|bytes| Ok(write_private(&path, &bytes)?));
+        if let Err(error) = stored {
+            tracing::debug!(path = %path.display(), %error, "a compiled plugin could not be kept");
+        }
+        Ok(component)
+    }
+}
+
+fn private(metadata: &fs::Metadata) -> bool {
+    metadata.uid() == rustix::process::geteuid().as_raw() && metadata.mode() & 0o022 == 0
+}
+
+fn read_private(path: &Path) -> Option<Vec<u8>> {
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    if !metadata.is_file() || !private(&metadata) {
+        return None;
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes).ok()?;
+    Some(bytes)
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let written = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&temporary)
+        .and_then(|mut file| file.write_all(bytes))
+        .and_then(|()| fs::rename(&temporary, path));
+    if written.is_err() {
+        // It may not be there; what matters is that it does not stay.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}

@@ -1,0 +1,113 @@
+//! What every operation's error has in common: a gRPC code, a stable reason, a message.
+//!
+//! Each room has its own error enum; the edges turn it into a [`Status`] once.
+
+use std::fmt;
+
+/// The gRPC codes that strait uses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Code {
+    /// The caller asked for something that can never work.
+    InvalidArgument,
+    /// No such tensor, kernel or segment for this principal.
+    NotFound,
+    /// The name is taken.
+    AlreadyExists,
+    /// It would work in another state.
+    FailedPrecondition,
+    /// A limit, quota or budget is used up.
+    ResourceExhausted,
+    /// Too large for this way; another way exists.
+    OutOfRange,
+    /// Took longer than allowed.
+    DeadlineExceeded,
+    /// The caller asked for it to end.
+    Cancelled,
+    /// The guest broke, or the host has a bug; the reason says which.
+    Internal,
+    /// Not for this principal.
+    PermissionDenied,
+    /// The host is ending.
+    Unavailable,
+    /// Not in this version.
+    Unimplemented,
+}
+
+impl Code {
+    /// gRPC's name for it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::InvalidArgument => "INVALID_ARGUMENT",
+            Self::NotFound => "NOT_FOUND",
+            Self::AlreadyExists => "ALREADY_EXISTS",
+            Self::FailedPrecondition => "FAILED_PRECONDITION",
+            Self::ResourceExhausted => "RESOURCE_EXHAUSTED",
+            Self::OutOfRange => "OUT_OF_RANGE",
+            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
+            Self::Cancelled => "CANCELLED",
+            Self::Internal => "INTERNAL",
+            Self::PermissionDenied => "PERMISSION_DENIED",
+            Self::Unavailable => "UNAVAILABLE",
+            Self::Unimplemented => "UNIMPLEMENTED",
+        }
+    }
+}
+
+/// An error as it leaves the host: on the data socket as ERROR, over Flight as a gRPC status.
+#[derive(Clone, Debug)]
+pub struct Status {
+    /// For programs: the class.
+    pub code: Code,
+    /// For programs: the case. The list is in `docs/protocol.md`.
+    pub reason: &'static str,
+    /// For people.
+    pub message: String,
+    /// The guest's stack, for a trap.
+    pub backtrace: Option<String>,
+    /// Names and figures.
+    pub details: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Status {
+    /// A status without backtrace and details.
+    pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            reason,
+            message: message.into(),
+            backtrace: None,
+            details: serde_json::Map::new(),
+        }
+    }
+
+    /// The same with one more detail.
+    #[must_use]
+    pub fn with(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
+        self.details.insert(key.to_owned(), value.into());
+        self
+    }
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({}/{})", self.message, self.code.name(), self.reason)
+    }
+}
+
+impl std::error::Error for Status {}
+
+impl From<strait_memory::MemoryError> for Status {
+    fn from(error: strait_memory::MemoryError) -> Self {
+        let message = error.to_string();
+        match error {
+            strait_memory::MemoryError::Budget(_) => {
+                Self::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", message)
+            }
+            strait_memory::MemoryError::StillWritable { .. } => {
+                Self::new(Code::FailedPrecondition, "STILL_WRITABLE", message)
+            }
+            _ => Self::new(Code::Internal, "HOST", message),
+        }
+    }
+}

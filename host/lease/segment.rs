@@ -1,0 +1,324 @@
+//! One live segment: whose it is, what lies in it, who can still write.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use strait_memory::{
+    Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment, Sealed,
+    Segment,
+};
+use strait_tensor::{FileLayout, TensorPlace};
+
+/// Who is served: the uid behind a unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Principal {
+    /// The Linux user id.
+    pub uid: u32,
+}
+
+impl Principal {
+    /// Whose results the pool keeps apart.
+    #[must_use]
+    pub fn owner(self) -> u64 {
+        u64::from(self.uid)
+    }
+}
+
+impl fmt::Display for Principal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "uid:{}", self.uid)
+    }
+}
+
+/// A segment's random name: 32 hex digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SegmentId(u128);
+
+impl SegmentId {
+    /// A new one.
+    ///
+    /// # Errors
+    /// If Linux gives no random bytes.
+    pub fn random() -> std::io::Result<Self> {
+        let mut bytes = [0; 16];
+        let got = rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+        if got != bytes.len() {
+            return Err(std::io::Error::other("getrandom gave fewer than 16 bytes"));
+        }
+        Ok(Self(u128::from_le_bytes(bytes)))
+    }
+}
+
+impl fmt::Display for SegmentId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl FromStr for SegmentId {
+    type Err = String;
+    fn from_str(text: &str) -> Result<Self, String> {
+        let hex = text.len() == 32 && text.bytes().all(|b| b.is_ascii_hexdigit());
+        hex.then(|| u128::from_str_radix(text, 16).ok().map(Self))
+            .flatten()
+            .ok_or_else(|| format!("{text:?} is not a segment id: 32 hex digits"))
+    }
+}
+
+/// The host's bytes around the tensors of a segment that a client fills: header and footer.
+#[derive(Clone, Debug)]
+pub struct Framing {
+    /// At offset 0.
+    pub header: Vec<u8>,
+    /// At `footer_offset`.
+    pub footer: Vec<u8>,
+    /// Start of the footer in bytes.
+    pub footer_offset: u64,
+}
+
+impl From<&FileLayout> for Framing {
+    fn from(layout: &FileLayout) -> Self {
+        Self {
+            header: layout.header.clone(),
+            footer: layout.footer.clone(),
+            footer_offset: layout.footer_offset,
+        }
+    }
+}
+
+/// A segment in one of its states.
+#[derive(Debug)]
+pub enum Body {
+    /// A client fills it.
+    Open(Segment<Open>),
+    /// The client that made it can still write.
+    Client(Segment<Lent<Client>>),
+    /// Nobody can write.
+    Sealed(Segment<Sealed>),
+    /// A result of the pool: only the host can write, and does not.
+    Result(PoolSegment),
+    /// A failed change of state lost it.
+    Lost,
+}
+
+/// Why a segment could not be sealed.
+#[derive(Debug, thiserror::Error)]
+pub enum SealError {
+    /// The client still maps it writable, or Linux refused.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Header or footer are not what the host wrote.
+    #[error("the client changed the host's own bytes of segment {0} (header or footer); write the tensors only")]
+    Tampered(SegmentId),
+    /// An earlier failure lost it.
+    #[error("segment {0} was lost in an earlier failure; create a new one")]
+    Lost(SegmentId),
+}
+
+/// A segment that somebody holds.
+#[derive(Debug)]
+pub struct LiveSegment {
+    id: SegmentId,
+    owner: Principal,
+    inode: Inode,
+    bytes: u64,
+    capacity: u64,
+    tensors: Vec<TensorPlace>,
+    framing: Option<Framing>,
+    lot: Arc<ParkingLot>,
+    // Locked for seal, park and chunk copies; never while a kernel runs.
+    body: Mutex<Body>,
+}
+
+impl LiveSegment {
+    /// A segment of `owner` with `tensors` in its first `bytes` bytes. `framing` is what the host
+    /// wrote around them, where a client could have overwritten it.
+    ///
+    /// # Errors
+    /// If Linux gives no random bytes for the id.
+    pub fn new(
+        owner: Principal,
+        body: Body,
+        bytes: u64,
+        tensors: Vec<TensorPlace>,
+        framing: Option<Framing>,
+        lot: &Arc<ParkingLot>,
+    ) -> std::io::Result<Arc<Self>> {
+        let (inode, capacity) = match &body {
+            Body::Open(s) => (s.inode(), s.bytes()),
+            Body::Client(s) => (s.inode(), s.bytes()),
+            Body::Sealed(s) => (s.inode(), s.bytes()),
+            Body::Result(s) => (s.inode(), s.bytes()),
+            Body::Lost => return Err(std::io::Error::other("a lost segment has no life")),
+        };
+        Ok(Arc::new(Self {
+            id: SegmentId::random()?,
+            owner,
+            inode,
+            bytes,
+            capacity,
+            tensors,
+            framing,
+            lot: Arc::clone(lot),
+            body: Mutex::new(body),
+        }))
+    }
+
+    /// Its random id.
+    pub fn id(&self) -> SegmentId {
+        self.id
+    }
+
+    /// Whose it is.
+    pub fn owner(&self) -> Principal {
+        self.owner
+    }
+
+    /// Device and inode of its memfd.
+    pub fn inode(&self) -> Inode {
+        self.inode
+    }
+
+    /// Length of the Arrow IPC file in it, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Size of its memfd in bytes.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// What lies in it.
+    pub fn tensors(&self) -> &[TensorPlace] {
+        &self.tensors
+    }
+
+    /// Access to the state.
+    pub fn body(&self) -> MutexGuard<'_, Body> {
+        self.body.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// A read-only descriptor to send out.
+    ///
+    /// # Errors
+    /// [`MemoryError`] of the reopening.
+    pub fn readonly_fd(&self) -> Result<OwnedFd, MemoryError> {
+        match &*self.body() {
+            Body::Open(s) => s.readonly_fd(),
+            Body::Client(s) => s.readonly_fd(),
+            Body::Sealed(s) => s.readonly_fd(),
+            Body::Result(s) => s.readonly_fd(),
+            Body::Lost => Err(lost(self.id)),
+        }
+    }
+
+    /// Ends all writing, for a segment that a client filled. Sealed ones and results stay as they are.
+    ///
+    /// # Errors
+    /// [`SealError::Memory`] with `StillWritable` if the client still maps it writable: nothing
+    /// changed. [`SealError::Tampered`]: it is sealed and of no use.
+    pub fn seal(&self) -> Result<(), SealError> {
+        let mut body = self.body();
+        let sealed = match std::mem::replace(&mut *body, Body::Lost) {
+            Body::Open(open) => open.seal().map_err(|r| (Body::Open(r.segment), r.error)),
+            Body::Client(lent) => lent.seal().map_err(|r| (Body::Client(r.segment), r.error)),
+            Body::Lost => return Err(SealError::Lost(self.id)),
+            other => {
+                *body = other;
+                return Ok(());
+            }
+        };
+        let sealed = match sealed {
+            Ok(sealed) => sealed,
+            Err((before, error)) => {
+                *body = before;
+                return Err(error.into());
+            }
+        };
+        if let Some(framing) = &self.framing {
+            let uncounted = Copied::new();
+            let same = |offset: u64, expected: &[u8]| -> Result<bool, MemoryError> {
+                let mut found = vec![0; expected.len()];
+                sealed.read_at(offset, &mut found, &uncounted)?;
+                Ok(found == expected)
+            };
+            if !same(0, &framing.header)? || !same(framing.footer_offset, &framing.footer)? {
+                return Err(SealError::Tampered(self.id));
+            }
+        }
+        *body = Body::Sealed(sealed);
+        Ok(())
+    }
+
+    /// Before first use as an input: from now on only the client that made it can write.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if Linux refuses the seals.
+    pub fn lend(&self) -> Result<(), MemoryError> {
+        let mut body = self.body();
+        match std::mem::replace(&mut *body, Body::Lost) {
+            Body::Open(open) => match open.lend_to_client() {
+                Ok(lent) => *body = Body::Client(lent),
+                Err(refused) => {
+                    *body = Body::Open(refused.segment);
+                    return Err(refused.error);
+                }
+            },
+            other => *body = other,
+        }
+        Ok(())
+    }
+
+    /// A warm read-only mapping of `range`, to be moved into a guest.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if there is no room for a mapping, or the segment is still open.
+    pub fn park(&self, range: Range<u64>) -> Result<Parked, MemoryError> {
+        self.lend()?;
+        match &*self.body() {
+            Body::Client(s) => Ok(self.lot.take_input(s, range)?),
+            Body::Sealed(s) => Ok(self.lot.take_input(s, range)?),
+            Body::Result(s) => s.park_as_input(&self.lot, range),
+            Body::Open(_) | Body::Lost => Err(lost(self.id)),
+        }
+    }
+
+    /// Copies bytes out, counted.
+    ///
+    /// # Errors
+    /// [`MemoryError`] if the range is outside the segment.
+    pub fn read_at(&self, offset: u64, into: &mut [u8], copied: &Copied) -> Result<(), MemoryError> {
+        match &*self.body() {
+            Body::Open(s) => s.read_at(offset, into, copied),
+            Body::Client(s) => s.read_at(offset, into, copied),
+            Body::Sealed(s) => s.read_at(offset, into, copied),
+            Body::Result(s) => s.read_at(offset, into, copied),
+            Body::Lost => Err(lost(self.id)),
+        }
+    }
+
+    /// Somebody may still have its pages mapped: if it is a result, the pool must not use it again.
+    pub fn never_recycle(&self) {
+        if let Body::Result(segment) = &*self.body() {
+            segment.never_recycle();
+        }
+    }
+}
+
+fn lost(id: SegmentId) -> MemoryError {
+    MemoryError::System {
+        operation: "use of a lost segment",
+        bytes: 0,
+        source: std::io::Error::other(format!("segment {id} was lost in an earlier failure; create a new one")),
+    }
+}
+
+impl Drop for LiveSegment {
+    fn drop(&mut self) {
+        self.lot.forget(self.inode);
+    }
+}

@@ -1,0 +1,416 @@
+//! Frames with descriptors beside them: `SOCK_SEQPACKET` unix sockets and `SCM_RIGHTS`.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::event::{PollFd, PollFlags, Timespec};
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
+    SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use rustix::process::{Pid, PidfdFlags};
+
+use crate::Inode;
+
+/// The most descriptors that travel beside one frame.
+pub const FDS_MAX: usize = 16;
+
+const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(FDS_MAX));
+const BACKLOG: i32 = 128;
+
+/// A socket that accepts connections at a path. Dropping it removes the path.
+#[derive(Debug)]
+pub struct FrameListener {
+    fd: OwnedFd,
+    path: PathBuf,
+    inode: Inode,
+}
+
+impl FrameListener {
+    /// Listens at `path`, for whoever `mode` lets write (0o600, 0o660). A path that a dead
+    /// host left behind is replaced.
+    ///
+    /// # Errors
+    /// `AddrInUse` if somebody listens there, or if something else than a socket is there;
+    /// any other error of the operating system, with the path.
+    pub fn bind(path: &Path, mode: u32) -> io::Result<Self> {
+        Self::bind_at(path, mode).map_err(|error| {
+            let text = format!("listening at {}: {error}", path.display());
+            io::Error::new(error.kind(), text)
+        })
+    }
+
+    fn bind_at(path: &Path, mode: u32) -> io::Result<Self> {
+        let address = SocketAddrUnix::new(path)?;
+        // Two hosts that start at once must not take each other's new socket for a stale one.
+        let _lock = lock_directory(path)?;
+        let fd = new_socket()?;
+        match rustix::net::bind(&fd, &address) {
+            Err(Errno::ADDRINUSE) => {
+                remove_if_stale(path, &address)?;
+                rustix::net::bind(&fd, &address)?;
+            }
+            result => result?,
+        }
+        // Before `listen`, so that nobody whom the mode forbids has connected meanwhile.
+        rustix::fs::chmod(path, Mode::from_raw_mode(mode))?;
+        rustix::net::listen(&fd, BACKLOG)?;
+        let inode = inode_of_path(path)?;
+        Ok(Self {
+            fd,
+            path: path.to_owned(),
+            inode,
+        })
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is none and the listener does not block; any error of `accept`.
+    pub fn accept(&self) -> io::Result<FrameSocket> {
+        let fd = retry(|| rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC))?;
+        Ok(FrameSocket { fd })
+    }
+
+    /// Whether `accept` waits.
+    ///
+    /// # Errors
+    /// Any error of `fcntl`.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        set_nonblocking(self.fd.as_fd(), nonblocking)
+    }
+
+    /// Where it listens.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl AsFd for FrameListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl AsRawFd for FrameListener {
+    fn as_raw_fd(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+}
+
+impl Drop for FrameListener {
+    fn drop(&mut self) {
+        // Another host may have taken the path over since.
+        if inode_of_path(&self.path).is_ok_and(|inode| inode == self.inode) {
+            // Nobody can be told; the next `bind` finds a stale socket and removes it.
+            let _ = rustix::fs::unlink(&self.path);
+        }
+    }
+}
+
+/// One frame, as it came.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes of the frame that are in the buffer. 0: the other side closed the connection.
+    pub bytes: usize,
+    /// The descriptors beside it, each closed on `exec`.
+    pub fds: Vec<OwnedFd>,
+    /// The frame was longer than the buffer, or had too many descriptors (or this process
+    /// has no room for them). All descriptors were closed.
+    pub truncated: bool,
+}
+
+/// Who connected.
+#[derive(Debug)]
+pub struct Peer {
+    /// Its process id when it connected.
+    pub pid: i32,
+    /// Its effective user id when it connected.
+    pub uid: u32,
+    /// Its effective group id when it connected.
+    pub gid: u32,
+    /// Readable as soon as that process has exited, even while a child of it keeps the
+    /// connection open. None if it had exited already, or cannot be watched.
+    pub pidfd: Option<OwnedFd>,
+}
+
+/// One connection, which carries frames.
+#[derive(Debug)]
+pub struct FrameSocket {
+    fd: OwnedFd,
+}
+
+impl FrameSocket {
+    /// Connects to the listener at `path`.
+    ///
+    /// # Errors
+    /// `NotFound` or `ConnectionRefused` if nobody listens there; any other error of
+    /// `connect`; each with the path.
+    pub fn connect(path: &Path) -> io::Result<Self> {
+        let connect = || {
+            let fd = new_socket()?;
+            let address = SocketAddrUnix::new(path)?;
+            retry(|| rustix::net::connect(&fd, &address))?;
+            Ok(Self { fd })
+        };
+        connect().map_err(|error: io::Error| {
+            let text = format!("connecting to {}: {error}", path.display());
+            io::Error::new(error.kind(), text)
+        })
+    }
+
+    /// Two ends of one connection within this process.
+    ///
+    /// # Errors
+    /// Any error of `socketpair`.
+    pub fn pair() -> io::Result<(Self, Self)> {
+        let (one, other) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok((Self { fd: one }, Self { fd: other }))
+    }
+
+    /// Sends one frame, the concatenation of the parts of `frame`, with `fds` beside it.
+    ///
+    /// # Errors
+    /// `InvalidInput` for an empty frame (it would look like the end of the connection) or
+    /// more than [`FDS_MAX`] descriptors; `WouldBlock` if the other side is slow and the
+    /// socket does not block; `BrokenPipe` if the other side is gone; any other error of `sendmsg`.
+    pub fn send(&self, frame: &[&[u8]], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        let bytes: usize = frame.iter().map(|part| part.len()).sum();
+        if bytes == 0 || fds.len() > FDS_MAX {
+            let text = format!(
+                "a frame has at least 1 byte and at most {FDS_MAX} descriptors, not {bytes} and {}",
+                fds.len()
+            );
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let parts: Vec<_> = frame.iter().map(|part| IoSlice::new(part)).collect();
+        let mut space = [MaybeUninit::uninit(); CONTROL_BYTES];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            let fits = control.push(SendAncillaryMessage::ScmRights(fds));
+            assert!(fits, "{} descriptors in {CONTROL_BYTES} bytes", fds.len());
+        }
+        let flags = SendFlags::NOSIGNAL | SendFlags::EOR;
+        let sent = retry(|| rustix::net::sendmsg(&self.fd, &parts, &mut control, flags))?;
+        // A sequenced packet is sent as a whole or not at all.
+        assert_eq!(sent, bytes, "the operating system sent a part of a frame");
+        Ok(())
+    }
+
+    /// Receives one frame into `buffer`.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is none and the socket does not block; any error of `recvmsg`.
+    pub fn recv(&self, buffer: &mut [u8]) -> io::Result<Received> {
+        let mut space = [MaybeUninit::uninit(); CONTROL_BYTES];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let mut parts = [IoSliceMut::new(buffer)];
+        let message = retry(|| {
+            rustix::net::recvmsg(&self.fd, &mut parts, &mut control, RecvFlags::CMSG_CLOEXEC)
+        })?;
+        let mut fds = Vec::new();
+        for ancillary in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(received) = ancillary {
+                fds.extend(received);
+            }
+        }
+        // The control buffer has room to be aligned, into which one or two more may fit.
+        let truncated = message
+            .flags
+            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
+            || fds.len() > FDS_MAX;
+        if truncated {
+            fds.clear();
+        }
+        Ok(Received {
+            bytes: message.bytes,
+            fds,
+            truncated,
+        })
+    }
+
+    /// Who is at the other end.
+    ///
+    /// # Errors
+    /// Any error of `SO_PEERCRED`.
+    pub fn peer(&self) -> io::Result<Peer> {
+        let credentials = peer_credentials(self.fd.as_fd())?;
+        let pidfd = match peer_pidfd(self.fd.as_fd()) {
+            // Linux before 6.5.
+            Err(Errno::NOPROTOOPT) => open_living(credentials.pid),
+            result => result.ok(),
+        };
+        Ok(Peer {
+            pid: credentials.pid,
+            uid: credentials.uid,
+            gid: credentials.gid,
+            pidfd,
+        })
+    }
+
+    /// Whether `send` and `recv` wait.
+    ///
+    /// # Errors
+    /// Any error of `fcntl`.
+    pub fn set_nonblocking(&self, nonblocking: bool) -> io::Result<()> {
+        set_nonblocking(self.fd.as_fd(), nonblocking)
+    }
+
+    /// Ends the connection for every descriptor of it, in both directions: a thread that
+    /// waits in [`Self::recv`] on it sees the end.
+    ///
+    /// # Errors
+    /// Any error of `shutdown`.
+    pub fn shutdown(&self) -> io::Result<()> {
+        rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both)?;
+        Ok(())
+    }
+}
+
+impl AsFd for FrameSocket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+// tokio's `AsyncFd` asks for the number.
+impl AsRawFd for FrameSocket {
+    fn as_raw_fd(&self) -> i32 {
+        self.fd.as_raw_fd()
+    }
+}
+
+fn new_socket() -> rustix::io::Result<OwnedFd> {
+    rustix::net::socket_with(
+        AddressFamily::UNIX,
+        SocketType::SEQPACKET,
+        SocketFlags::CLOEXEC,
+        None,
+    )
+}
+
+fn set_nonblocking(fd: BorrowedFd<'_>, nonblocking: bool) -> io::Result<()> {
+    let mut flags = rustix::fs::fcntl_getfl(fd)?;
+    flags.set(OFlags::NONBLOCK, nonblocking);
+    rustix::fs::fcntl_setfl(fd, flags)?;
+    Ok(())
+}
+
+fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            result => return result,
+        }
+    }
+}
+
+/// Held until the descriptor is dropped.
+fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let directory = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
+        Some(parent) => parent,
+        None => Path::new("/"),
+    };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = rustix::fs::open(directory, flags, Mode::empty())?;
+    retry(|| rustix::fs::flock(&fd, FlockOperation::LockExclusive))?;
+    Ok(fd)
+}
+
+/// Removes the socket at `path` if nobody listens on it.
+fn remove_if_stale(path: &Path, address: &SocketAddrUnix) -> rustix::io::Result<()> {
+    let probe = new_socket()?;
+    // A listener whose queue is full must not make us wait: it is alive.
+    rustix::fs::fcntl_setfl(&probe, OFlags::NONBLOCK)?;
+    let file_type = rustix::fs::FileType::from_raw_mode(rustix::fs::lstat(path)?.st_mode);
+    match rustix::net::connect(&probe, address) {
+        Err(Errno::CONNREFUSED) if file_type == rustix::fs::FileType::Socket => {
+            rustix::fs::unlink(path)
+        }
+        _ => Err(Errno::ADDRINUSE),
+    }
+}
+
+fn inode_of_path(path: &Path) -> rustix::io::Result<Inode> {
+    let stat = rustix::fs::lstat(path)?;
+    Ok(Inode {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    })
+}
+
+/// `SO_PEERCRED`. Not by rustix, whose `Pid` cannot be the 0 that Linux answers for a
+/// process of another pid namespace.
+fn peer_credentials(socket: BorrowedFd<'_>) -> rustix::io::Result<libc::ucred> {
+    let nobody = libc::ucred {
+        pid: 0,
+        uid: u32::MAX,
+        gid: u32::MAX,
+    };
+    // SAFETY: `ucred` is three integers, for which every answer is a value.
+    unsafe { socket_option(socket, libc::SO_PEERCRED, nobody) }
+}
+
+/// `SO_PEERPIDFD`: of the very process that connected, with no race over its number.
+fn peer_pidfd(socket: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    const SO_PEERPIDFD: libc::c_int = 77;
+    // SAFETY: the value is an integer, for which every answer is a value.
+    let number: libc::c_int = unsafe { socket_option(socket, SO_PEERPIDFD, -1) }?;
+    // SAFETY: on success the operating system made a new descriptor for us alone.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// An option of the socket level, read over `value`.
+///
+/// # Safety
+/// Every pattern of bits is a `T`.
+unsafe fn socket_option<T: Copy>(
+    socket: BorrowedFd<'_>,
+    option: libc::c_int,
+    mut value: T,
+) -> rustix::io::Result<T> {
+    let mut bytes = libc::socklen_t::try_from(size_of::<T>()).map_err(|_| Errno::INVAL)?;
+    // SAFETY: the value and its length live over the call, and the length is that of the
+    // value, so nothing is written beyond it.
+    let result = unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw mut value).cast(),
+            &raw mut bytes,
+        )
+    };
+    if result == 0 {
+        return Ok(value);
+    }
+    let error = io::Error::last_os_error();
+    Err(Errno::from_io_error(&error).unwrap_or(Errno::INVAL))
+}
+
+/// A pidfd by number. The process that connected may have exited and its number may be
+/// another's, but while it is alive the number is its own.
+fn open_living(pid: i32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(pid)?;
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    (!is_readable(pidfd.as_fd())).then_some(pidfd)
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::new(&fd, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    retry(|| rustix::event::poll(&mut polled, Some(&now))).is_ok_and(|ready| ready > 0)
+}

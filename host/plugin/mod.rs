@@ -1,0 +1,312 @@
+//! What a plugin says it offers, held against what a caller asks for.
+//!
+//! A [`Plugin`] is a wasm artifact with its [`Description`]; [`Plugins`] are the loaded ones.
+//! This room knows nothing of wasmtime: `engine` compiles the bytes and calls `describe`.
+
+mod check;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, RwLock};
+
+use sha2::{Digest, Sha256};
+pub use strait_tensor::{Dtype, TensorSpec};
+
+pub use check::{CheckError, Invocable};
+
+/// Sha-256 of a plugin's bytes: names the compiled component.
+pub type PluginHash = [u8; 32];
+
+/// Whether a port takes numbers or a mask.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Numbers.
+    Data,
+    /// One `bool8` for each element: false hides it.
+    Mask,
+}
+
+/// An input or output of a kernel.
+#[derive(Clone, Debug)]
+pub struct Port {
+    /// Unique among the kernel's inputs (outputs).
+    pub name: String,
+    /// What it takes (input) or can give (output).
+    pub dtypes: Vec<Dtype>,
+    /// Least rank.
+    pub rank_min: u32,
+    /// Greatest rank.
+    pub rank_max: u32,
+    /// Numbers or a mask.
+    pub role: Role,
+    /// For people.
+    pub doc: String,
+}
+
+/// The types that a parameter can have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ParameterKind {
+    /// true or false.
+    Boolean,
+    /// A signed 64-bit integer.
+    Integer,
+    /// A 64-bit float.
+    Real,
+    /// 0-based axis of the first input, row-major.
+    Axis,
+    /// Text.
+    Text,
+    /// A list of 64-bit floats.
+    Reals,
+}
+
+impl ParameterKind {
+    /// As the protocol spells it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Boolean => "boolean",
+            Self::Integer => "integer",
+            Self::Real => "real",
+            Self::Axis => "axis",
+            Self::Text => "text",
+            Self::Reals => "reals",
+        }
+    }
+}
+
+/// A parameter's value.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Value {
+    /// See [`ParameterKind::Boolean`].
+    Boolean(bool),
+    /// See [`ParameterKind::Integer`].
+    Integer(i64),
+    /// See [`ParameterKind::Real`].
+    Real(f64),
+    /// See [`ParameterKind::Axis`].
+    Axis(u32),
+    /// See [`ParameterKind::Text`].
+    Text(String),
+    /// See [`ParameterKind::Reals`].
+    Reals(Vec<f64>),
+}
+
+impl Value {
+    /// As JSON; numbers that JSON does not have become `"nan"`, `"inf"`, `"-inf"`.
+    #[must_use]
+    pub fn to_json(&self) -> serde_json::Value {
+        let real = |v: f64| {
+            serde_json::Number::from_f64(v).map_or_else(
+                || if v.is_nan() { "nan" } else if v > 0.0 { "inf" } else { "-inf" }.into(),
+                serde_json::Value::Number,
+            )
+        };
+        match self {
+            Self::Boolean(v) => (*v).into(),
+            Self::Integer(v) => (*v).into(),
+            Self::Real(v) => real(*v),
+            Self::Axis(v) => (*v).into(),
+            Self::Text(v) => v.as_str().into(),
+            Self::Reals(v) => v.iter().map(|v| real(*v)).collect(),
+        }
+    }
+}
+
+/// A parameter as the plugin declares it.
+#[derive(Clone, Debug)]
+pub struct ParameterDeclaration {
+    /// Unique in the kernel.
+    pub name: String,
+    /// Its type.
+    pub kind: ParameterKind,
+    /// None: the caller must give it.
+    pub default: Option<Value>,
+    /// Least number.
+    pub minimum: Option<f64>,
+    /// Greatest number.
+    pub maximum: Option<f64>,
+    /// Allowed texts; empty allows any.
+    pub choices: Vec<String>,
+    /// For people.
+    pub doc: String,
+}
+
+/// A kernel as the plugin declares it.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Unique in the plugin.
+    pub name: String,
+    /// For people; the first line is for a listing.
+    pub doc: String,
+    /// In the order that the guest expects.
+    pub inputs: Vec<Port>,
+    /// In the order that the guest answers.
+    pub outputs: Vec<Port>,
+    /// In any order.
+    pub parameters: Vec<ParameterDeclaration>,
+    /// The axis along which it may be cut into slices.
+    pub split_axis: Option<u32>,
+    /// May be run chunk by chunk.
+    pub streaming: bool,
+    /// An output may share its first input's pages.
+    pub in_place: bool,
+}
+
+/// A plugin's answer to `describe`.
+#[derive(Clone, Debug)]
+pub struct Description {
+    /// Revision of the contract: 1.
+    pub abi: u32,
+    /// The plugin's name.
+    pub name: String,
+    /// The plugin's version.
+    pub version: String,
+    /// What it offers.
+    pub kernels: Vec<Kernel>,
+}
+
+/// A loaded wasm artifact.
+#[derive(Debug)]
+pub struct Plugin {
+    /// Of `bytes`.
+    pub hash: PluginHash,
+    /// The component.
+    pub bytes: Arc<[u8]>,
+    /// What it offers, checked.
+    pub description: Description,
+}
+
+impl Plugin {
+    /// Sha-256 of a plugin's bytes.
+    #[must_use]
+    pub fn hash(bytes: &[u8]) -> PluginHash {
+        Sha256::digest(bytes).into()
+    }
+
+    /// A plugin whose description makes sense.
+    ///
+    /// # Errors
+    /// [`PluginError::Description`] that names the kernel and what is wrong with it.
+    pub fn new(bytes: Arc<[u8]>, description: Description) -> Result<Self, PluginError> {
+        check::description(&description).map_err(|reason| PluginError::Description {
+            plugin: description.name.clone(),
+            reason,
+        })?;
+        Ok(Self { hash: Self::hash(&bytes), bytes, description })
+    }
+}
+
+/// Why a plugin could not be loaded or a kernel not be found.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum PluginError {
+    /// The description contradicts itself.
+    #[error("plugin `{plugin}` describes itself wrongly: {reason}; its author must mend `describe`")]
+    Description {
+        /// The plugin's name.
+        plugin: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Another plugin has the name.
+    #[error("a plugin named `{0}` is loaded already; give the new one another name")]
+    NameTaken(String),
+    /// No loaded plugin has the kernel.
+    #[error("no loaded plugin has a kernel `{kernel}`; there are {known}")]
+    KernelNotFound {
+        /// What was asked for.
+        kernel: String,
+        /// What there is.
+        known: String,
+    },
+    /// More than one loaded plugin has the kernel.
+    #[error("kernel `{kernel}` is in several plugins; say which: {choices}")]
+    Ambiguous {
+        /// What was asked for.
+        kernel: String,
+        /// `plugin/kernel` of each.
+        choices: String,
+    },
+}
+
+/// A kernel and the plugin that has it.
+#[derive(Clone, Debug)]
+pub struct KernelRef {
+    /// The plugin.
+    pub plugin: Arc<Plugin>,
+    index: usize,
+}
+
+impl KernelRef {
+    /// The kernel's declaration.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        &self.plugin.description.kernels[self.index]
+    }
+}
+
+/// The loaded plugins, by name.
+#[derive(Debug, Default)]
+pub struct Plugins {
+    by_name: RwLock<BTreeMap<String, Arc<Plugin>>>,
+}
+
+impl Plugins {
+    /// Adds a plugin. The same bytes twice are one plugin.
+    ///
+    /// # Errors
+    /// [`PluginError::NameTaken`] if other bytes have its name.
+    pub fn add(&self, plugin: Plugin) -> Result<Arc<Plugin>, PluginError> {
+        let mut by_name = self.by_name.write().unwrap_or_else(|e| e.into_inner());
+        if let Some(loaded) = by_name.get(&plugin.description.name) {
+            if loaded.hash == plugin.hash {
+                return Ok(Arc::clone(loaded));
+            }
+            return Err(PluginError::NameTaken(plugin.description.name));
+        }
+        let plugin = Arc::new(plugin);
+        by_name.insert(plugin.description.name.clone(), Arc::clone(&plugin));
+        Ok(plugin)
+    }
+
+    /// All kernels, sorted by plugin and name.
+    #[must_use]
+    pub fn kernels(&self) -> Vec<KernelRef> {
+        let by_name = self.by_name.read().unwrap_or_else(|e| e.into_inner());
+        let mut all: Vec<KernelRef> = by_name
+            .values()
+            .flat_map(|plugin| {
+                (0..plugin.description.kernels.len())
+                    .map(|index| KernelRef { plugin: Arc::clone(plugin), index })
+            })
+            .collect();
+        all.sort_by(|a, b| {
+            (&a.plugin.description.name, &a.kernel().name)
+                .cmp(&(&b.plugin.description.name, &b.kernel().name))
+        });
+        all
+    }
+
+    /// The kernel that `kernel` or `plugin/kernel` means.
+    ///
+    /// # Errors
+    /// [`PluginError::KernelNotFound`], [`PluginError::Ambiguous`].
+    pub fn find(&self, name: &str) -> Result<KernelRef, PluginError> {
+        let kernels = self.kernels();
+        let qualified = |k: &KernelRef| format!("{}/{}", k.plugin.description.name, k.kernel().name);
+        let mut matches: Vec<&KernelRef> = kernels
+            .iter()
+            .filter(|k| k.kernel().name == name || qualified(k) == name)
+            .collect();
+        match matches.len() {
+            1 => Ok(matches.remove(0).clone()),
+            0 => Err(PluginError::KernelNotFound {
+                kernel: name.to_owned(),
+                known: kernels.iter().map(|k| format!("`{}`", k.kernel().name)).collect::<Vec<_>>().join(", "),
+            }),
+            _ => Err(PluginError::Ambiguous {
+                kernel: name.to_owned(),
+                choices: matches.into_iter().map(qualified).collect::<Vec<_>>().join(", "),
+            }),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! Kernels and outcomes in the words of the wire, for both edges.
+
+use strait_client::wire;
+
+use super::Invoked;
+use crate::plugin::{KernelRef, Port, Role, Value};
+
+impl From<&KernelRef> for wire::Kernel {
+    fn from(found: &KernelRef) -> Self {
+        let port = |p: &Port| wire::Port {
+            name: p.name.clone(),
+            dtypes: p.dtypes.clone(),
+            rank_min: p.rank_min,
+            rank_max: p.rank_max,
+            role: match p.role {
+                Role::Data => "data".to_owned(),
+                Role::Mask => "mask".to_owned(),
+            },
+            doc: p.doc.clone(),
+        };
+        let kernel = found.kernel();
+        Self {
+            name: kernel.name.clone(),
+            plugin: found.plugin.description.name.clone(),
+            version: found.plugin.description.version.clone(),
+            doc: kernel.doc.clone(),
+            inputs: kernel.inputs.iter().map(port).collect(),
+            outputs: kernel.outputs.iter().map(port).collect(),
+            parameters: kernel
+                .parameters
+                .iter()
+                .map(|p| wire::Parameter {
+                    name: p.name.clone(),
+                    kind: p.kind.name().to_owned(),
+                    default: p.default.as_ref().map(Value::to_json),
+                    minimum: p.minimum,
+                    maximum: p.maximum,
+                    choices: p.choices.clone(),
+                    doc: p.doc.clone(),
+                })
+                .collect(),
+            split_axis: kernel.split_axis,
+            streaming: kernel.streaming,
+            in_place: kernel.in_place,
+        }
+    }
+}
+
+impl Invoked {
+    /// The outcome on the wire; what a client may do with `results` is the edge's to say.
+    #[must_use]
+    pub fn to_wire(&self, results: Vec<wire::ResultEntry>, request_id: &str) -> wire::Invoked {
+        let note = |(key, text): &(String, String)| wire::Note { key: key.clone(), text: text.clone() };
+        let seconds = &self.seconds;
+        wire::Invoked {
+            results,
+            notes: self.notes.iter().map(note).collect(),
+            copied_bytes: self.copied_bytes,
+            input_written: false,
+            pages: self
+                .pages
+                .iter()
+                .map(|pages| wire::Pages {
+                    port: pages.port.clone(),
+                    device: pages.inode.map_or(0, |inode| inode.device),
+                    inode: pages.inode.map_or(0, |inode| inode.inode),
+                })
+                .collect(),
+            minor_faults: self.minor_faults,
+            seconds: wire::Seconds {
+                queue: self.queue_seconds,
+                instantiate: seconds.instantiate,
+                open: seconds.open,
+                reserve: seconds.reserve,
+                move_in: seconds.move_in,
+                run: seconds.run,
+                move_out: seconds.move_out,
+                total: seconds.total + self.queue_seconds,
+            },
+            request_id: request_id.to_owned(),
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! A bounded number of threads on which kernels run, and one queue before them.
+
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
+
+type Job = Box<dyn FnOnce() + Send>;
+
+#[derive(Default)]
+struct Queue {
+    jobs: VecDeque<Job>,
+    /// Places that [`Workers::reserve`] gave out and that hold no job yet.
+    reserved: usize,
+    ending: bool,
+}
+
+#[derive(Default)]
+struct Shared {
+    queue: Mutex<Queue>,
+    more: Condvar,
+}
+
+/// The queue is full.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{queue_len} invocations are waiting already, as many as the host's queue takes; try again later")]
+pub(super) struct QueueFull {
+    /// Its length.
+    pub queue_len: usize,
+}
+
+/// The threads. Dropping it lets what is queued finish, then joins them.
+pub(super) struct Workers {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    queue_len_max: usize,
+}
+
+impl std::fmt::Debug for Workers {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Workers").field("threads", &self.threads.len()).finish_non_exhaustive()
+    }
+}
+
+fn work(shared: &Shared) {
+    let mut queue = shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+    loop {
+        if let Some(job) = queue.jobs.pop_front() {
+            drop(queue);
+            // A bug of ours in one invocation must not end the thread for the others; the
+            // invocation's caller learns of it because its reply channel is dropped.
+            if catch_unwind(AssertUnwindSafe(job)).is_err() {
+                tracing::error!("an invocation panicked; this is a bug of strait");
+            }
+            queue = shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+        } else if queue.ending {
+            return;
+        } else {
+            queue = shared.more.wait(queue).unwrap_or_else(|e| e.into_inner());
+        }
+    }
+}
+
+impl Workers {
+    /// # Errors
+    /// If Linux gives no threads.
+    pub(super) fn new(threads: usize, queue_len_max: usize) -> std::io::Result<Self> {
+        let shared = Arc::new(Shared::default());
+        let mut workers = Self { shared, threads: Vec::new(), queue_len_max };
+        for index in 0..threads.max(1) {
+            let shared = Arc::clone(&workers.shared);
+            let thread = std::thread::Builder::new()
+                .name(format!("strait-worker-{index}"))
+                .spawn(move || work(&shared))?;
+            workers.threads.push(thread);
+        }
+        Ok(workers)
+    }
+
+    /// A place in the queue.
+    ///
+    /// # Errors
+    /// [`QueueFull`].
+    pub(super) fn reserve(&self) -> Result<Place, QueueFull> {
+        let mut queue = self.shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+        let queue_len = queue.jobs.len() + queue.reserved;
+        if queue_len >= self.queue_len_max {
+            return Err(QueueFull { queue_len });
+        }
+        queue.reserved += 1;
+        Ok(Place(Arc::clone(&self.shared)))
+    }
+}
+
+/// A place in the queue, to be filled or given back by dropping it.
+pub(super) struct Place(Arc<Shared>);
+
+impl Place {
+    /// Runs `job` when a thread is free.
+    pub(super) fn submit(self, job: impl FnOnce() + Send + 'static) {
+        self.0.queue.lock().unwrap_or_else(|e| e.into_inner()).jobs.push_back(Box::new(job));
+        self.0.more.notify_one();
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.queue.lock().unwrap_or_else(|e| e.into_inner()).reserved -= 1;
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.shared.queue.lock().unwrap_or_else(|e| e.into_inner()).ending = true;
+        self.shared.more.notify_all();
+        let own = std::thread::current().id();
+        for thread in self.threads.drain(..) {
+            // The last holder of the host may be a job of ours, which cannot wait for itself.
+            if thread.thread().id() == own {
+                continue;
+            }
+            // A worker catches what its jobs panic with, so joining cannot fail for that.
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! Tensors without a machine below them: no memory is mapped here and no file descriptor is passed.
+//!
+//! ```text
+//! Dtype ─▶ TensorSpec ─▶ Column ─▶ FileLayout::plan ─▶ header, tensor offsets, footer of a segment
+//!              │                                            │ the same bytes
+//!              └──────── TensorPlace ◀──── read_layout ◀────┘
+//! TensorFile / write: .npy and .arrow files to and from a caller's buffer
+//! ```
+//!
+//! A segment is an Arrow IPC file whose tensors start on multiples of [`layout::TENSOR_ALIGN_BYTES`],
+//! so that each can be a window of a guest, with the file's own header and footer outside every
+//! window. Whatever is read here may come from a hostile writer: sizes are checked before they are
+//! believed or allocated, and nothing panics.
+
+mod dtype;
+mod files;
+mod ipc;
+pub mod layout;
+mod spec;
+
+pub use dtype::{Dtype, UnknownDtype};
+pub use files::{FileError, NpyError, TensorFile, write};
+pub use ipc::{IpcError, read_layout};
+pub use layout::{Column, FileLayout, LayoutError};
+pub use spec::{RANK_MAX, TensorPlace, TensorSpec};

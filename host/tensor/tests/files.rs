@@ -1,0 +1,441 @@
+//! Tensor files against what numpy, ml_dtypes and pyarrow wrote (`data/make.py`).
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use strait_tensor::{Dtype, FileError, TensorFile, TensorSpec, write};
+
+#[derive(serde::Deserialize)]
+struct Expected {
+    name: String,
+    #[serde(flatten)]
+    spec: TensorSpec,
+    hex: String,
+}
+
+fn data(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/data")
+        .join(name)
+}
+
+fn expected() -> BTreeMap<String, Vec<Expected>> {
+    let json = fs::read(data("expected.json")).expect("made by data/make.py");
+    serde_json::from_slice(&json).expect("made by data/make.py")
+}
+
+fn bytes_of(hex: &str) -> Vec<u8> {
+    (0..hex.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hex digits"))
+        .collect()
+}
+
+fn open(path: &Path) -> TensorFile {
+    TensorFile::open(path).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// What is in the tensor. The buffer is dirty before: every byte must be written.
+fn read(file: &mut TensorFile, index: usize) -> Vec<u8> {
+    let length = file.tensors()[index].1.bytes().expect("an opened tensor");
+    let mut bytes = vec![0xa5; usize::try_from(length).expect("a small file")];
+    file.read_into(index, &mut bytes)
+        .unwrap_or_else(|error| panic!("{error}"));
+    bytes
+}
+
+#[test]
+fn files_of_others_are_read_as_they_mean_them() {
+    let expected = expected();
+    assert!(expected.len() > 40);
+    for (name, tensors) in expected {
+        let mut file = open(&data(&name));
+        for tensor in tensors {
+            let index = file
+                .find(&tensor.name)
+                .unwrap_or_else(|error| panic!("{error}"));
+            assert_eq!(
+                file.tensors()[index].1,
+                tensor.spec,
+                "{name} {}",
+                tensor.name
+            );
+            assert_eq!(
+                read(&mut file, index),
+                bytes_of(&tensor.hex),
+                "{name} {}",
+                tensor.name
+            );
+        }
+    }
+}
+
+#[test]
+fn an_npy_is_written_as_numpy_writes_it() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let mut compared = 0;
+    for (name, tensors) in expected() {
+        let is_plain = !name.starts_with("big") && !name.starts_with("version");
+        let is_c_order = !name.starts_with("fortran") || name == "fortran_row.npy";
+        if !name.ends_with(".npy") || !is_plain || !is_c_order {
+            continue;
+        }
+        let [tensor] = tensors.as_slice() else {
+            panic!("{name} has one tensor")
+        };
+        let path = directory.path().join(&name);
+        write(&path, "ignored", &tensor.spec, &bytes_of(&tensor.hex))
+            .unwrap_or_else(|error| panic!("{error}"));
+        assert!(fs::read(&path).ok() == fs::read(data(&name)).ok(), "{name}");
+        compared += 1;
+    }
+    assert!(compared >= 16);
+    let e4m3 = TensorSpec {
+        dtype: Dtype::Float8E4m3fn,
+        shape: vec![24],
+    };
+    let path = directory.path().join("refused_e4m3fn.npy");
+    let bytes = fs::read(data("refused_e4m3fn.npy")).expect("made by data/make.py");
+    write(&path, "x", &e4m3, &bytes[128..]).unwrap_or_else(|error| panic!("{error}"));
+    assert!(fs::read(&path).ok() == Some(bytes));
+}
+
+#[test]
+fn every_dtype_comes_back_from_both_formats() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for dtype in Dtype::ALL {
+        for shape in [&[][..], &[3], &[2, 3], &[0], &[2, 0], &[300_000]] {
+            let spec = TensorSpec {
+                dtype,
+                shape: shape.to_vec(),
+            };
+            let length = spec.bytes().expect("a small shape");
+            let mask = if dtype == Dtype::Bool8 { 1 } else { 0xff };
+            let bytes: Vec<u8> = (0..length)
+                .map(|i| u8::try_from(i % 251).expect("below 251") & mask)
+                .collect();
+            for extension in ["npy", "arrow", "feather"] {
+                if extension == "npy" && dtype == Dtype::Float8E4m3fn {
+                    continue; // the file does not say what it is
+                }
+                let path = directory.path().join("x").with_extension(extension);
+                write(&path, "x", &spec, &bytes).unwrap_or_else(|error| panic!("{error}"));
+                let mut file = open(&path);
+                assert_eq!(file.tensors(), [("x".to_owned(), spec.clone())]);
+                assert!(read(&mut file, 0) == bytes, "{spec} {extension}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bool8_is_0_or_1() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("mask.npy");
+    let spec = TensorSpec {
+        dtype: Dtype::Bool8,
+        shape: vec![4],
+    };
+    write(&path, "mask", &spec, &[0, 1, 2, 255]).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(read(&mut open(&path), 0), [0, 1, 1, 1]);
+}
+
+fn refusal(path: &Path) -> String {
+    TensorFile::open(path).expect_err("a refusal").to_string()
+}
+
+#[test]
+fn an_npy_that_is_refused_says_why() {
+    for (name, says) in [
+        ("refused_e4m3fn", "save it as .arrow"),
+        ("refused_object", "Python objects"),
+        ("refused_bytes", "byte strings"),
+        ("refused_text", "strings"),
+        ("refused_structured", "structured"),
+        ("refused_date", "dates"),
+        ("refused_delta", "time differences"),
+        ("refused_longdouble", "long double"),
+        ("refused_opaque", "opaque"),
+        (
+            "refused_two_arrays",
+            "float32[24] has 96 bytes, the file 320 after its header",
+        ),
+        (
+            "refused_cut_off",
+            "float32[24] has 96 bytes, the file 95 after its header",
+        ),
+    ] {
+        let text = refusal(&data(&format!("{name}.npy")));
+        assert!(text.contains(says), "{text}");
+        assert!(text.contains(&format!("{name}.npy: ")), "{text}");
+    }
+}
+
+#[test]
+fn a_damaged_npy_header_says_where() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("x.npy");
+    let check = |bytes: Vec<u8>, says: &str| {
+        fs::write(&path, bytes).expect("writes into the temporary directory");
+        let text = refusal(&path);
+        assert!(text.contains(says), "{text:?} instead of {says:?}");
+    };
+    let with = |text: &str| {
+        let length = u16::try_from(text.len())
+            .expect("a short header")
+            .to_le_bytes();
+        [b"\x93NUMPY\x01\x00", &length[..], text.as_bytes(), &[0; 8]].concat()
+    };
+    check(Vec::new(), "0 bytes in all");
+    check(b"\x93NUM".to_vec(), "4 bytes in all");
+    check(b"PK\x03\x04 a zip file".to_vec(), "does not begin with");
+    check(
+        b"\x93NUMPY\x01".to_vec(),
+        "needs 8 bytes and the file has 7",
+    );
+    check(b"\x93NUMPY\x09\x00\x01\x00".to_vec(), "version 9.0");
+    check(
+        b"\x93NUMPY\x01\x00\xff\xff{".to_vec(),
+        "needs 65545 bytes and the file has 11",
+    );
+    check(
+        b"\x93NUMPY\x02\x00\xff\xff\xff\xff{".to_vec(),
+        "a header of 4294967295 bytes",
+    );
+    for (header, says) in [
+        ("", "its end instead of '{' at its byte 0"),
+        ("{", "its end instead of a string"),
+        ("{}", "without all of"),
+        ("{'descr': '<f8', 'shape': (1,), }", "without all of"),
+        ("{'descr': '<f8' 'shape'", "'\\'' instead of '}'"),
+        (
+            "{'descr': '<f8', 'descr': '<f8'}",
+            "\"descr\", unknown or for the second time",
+        ),
+        ("{'descr': '<f8', 'x': 1}", "\"x\", unknown"),
+        (
+            "{'descr': '<f8', 'fortran_order': Yes",
+            "instead of True or False",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (1)}",
+            "the ',' of a tuple",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}",
+            "instead of a size",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (99999999999999999999,)}",
+            "20 digits",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (1,)} x",
+            "instead of the end",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (2,)}",
+            "has 16 bytes, the file 8",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (9223372036854775807, 4)}",
+            "more than 9223372036854775807 bytes",
+        ),
+        (
+            "{'descr': '<f8', 'fortran_order': False, 'shape': (1,1,1,1,1,1,1,1,1)}",
+            "9 axes",
+        ),
+        (
+            "{'descr': 'f8', 'fortran_order': False, 'shape': (1,)}",
+            "without a byte order",
+        ),
+        (
+            "{'descr': '>V2', 'fortran_order': False, 'shape': (4,)}",
+            "big-endian",
+        ),
+        (
+            "{'descr': '<q8', 'fortran_order': False, 'shape': (1,)}",
+            "not known",
+        ),
+        (
+            "{'descr': '\u{e4}', 'fortran_order': False, 'shape': (1,)}",
+            "not known",
+        ),
+    ] {
+        check(with(header), says);
+    }
+    let odd = "{\"shape\" :(1L ,) ,\n'fortran_order':True,'descr': '|V2'}";
+    fs::write(&path, &with(odd)[..10 + odd.len() + 2]).expect("writes there");
+    assert_eq!(open(&path).tensors()[0].1.to_string(), "bfloat16[1]");
+}
+
+#[test]
+fn a_column_that_is_no_tensor_hurts_only_when_asked_for() {
+    let reasons = [
+        ("null", "Null"),
+        ("bits", "packed into bits; cast them to int8"),
+        ("text", "Utf8"),
+        ("large_text", "LargeUtf8"),
+        ("bytes", "Binary"),
+        ("text_view", "Utf8View"),
+        ("fixed_bytes", "FixedSizeBinary"),
+        ("list", "List"),
+        ("large_list", "LargeList"),
+        ("list_view", "ListView"),
+        ("struct", "Struct"),
+        ("map", "Map"),
+        ("dictionary", "dictionary-encoded"),
+        ("date", "cast it to the integers"),
+        ("timestamp", "cast it to the integers"),
+        ("duration", "cast it to the integers"),
+        ("decimal", "Decimal"),
+        ("dense_union", "Union"),
+        ("sparse_union", "Union"),
+        ("run_end", "RunEndEncoded"),
+        ("text_lists", "Utf8"),
+        ("permuted", "permuted"),
+        ("nulls", "1 nulls"),
+        ("list_nulls", "1 nulls"),
+    ];
+    for name in ["every_kind.arrow", "every_kind_stream.arrow"] {
+        let file = open(&data(name));
+        assert_eq!(file.unsupported().len(), reasons.len());
+        for (column, reason) in reasons {
+            let text = file.find(column).expect_err("no tensor").to_string();
+            assert!(text.contains(reason), "{text}");
+            assert!(
+                text.contains(&format!("{name}: column {column:?}")),
+                "{text}"
+            );
+        }
+    }
+}
+
+#[test]
+fn zstd_is_refused_by_column() {
+    let file = open(&data("zstd.arrow"));
+    assert!(file.tensors().is_empty());
+    let error = file.find("x").expect_err("ZSTD").to_string();
+    assert!(
+        error.contains("column \"x\" is compressed with ZSTD"),
+        "{error}"
+    );
+}
+
+#[test]
+fn mistakes_of_the_caller() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = |name: &str| directory.path().join(name);
+    let text = refusal(&path("absent.npy"));
+    assert!(
+        text.contains("absent.npy: cannot open it: No such file"),
+        "{text}"
+    );
+    let text = refusal(&path("x.csv"));
+    assert!(
+        text.contains("known are .npy, .arrow and .feather"),
+        "{text}"
+    );
+    fs::create_dir(path("directory.npy")).expect("creates a directory");
+    assert!(refusal(&path("directory.npy")).contains("not a regular file"));
+    fs::write(path("text.arrow"), "a,b\n1,2\n").expect("writes there");
+    assert!(
+        refusal(&path("text.arrow")).contains("not Arrow IPC"),
+        "{}",
+        refusal(&path("text.arrow"))
+    );
+
+    let mut file = open(&data("one_batch.arrow"));
+    let text = file.find("y").expect_err("no such column").to_string();
+    assert!(
+        text.contains(r#"no tensor "y"; it has "x", "i", "image""#),
+        "{text}"
+    );
+    let error = file.read_into(0, &mut [0; 3]).expect_err("a wrong size");
+    assert!(
+        matches!(
+            error,
+            FileError::BufferSize {
+                needed: 320,
+                given: 3,
+                ..
+            }
+        ),
+        "{error}"
+    );
+    let error = file.read_into(99, &mut []).expect_err("a wrong index");
+    assert!(
+        matches!(
+            error,
+            FileError::Index {
+                index: 99,
+                count: 5,
+                ..
+            }
+        ),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_write_that_fails_leaves_nothing_behind() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let spec = TensorSpec {
+        dtype: Dtype::Float32,
+        shape: vec![2],
+    };
+    let error = write(&directory.path().join("x.npy"), "x", &spec, &[0; 7]).expect_err("7 of 8");
+    assert!(
+        error
+            .to_string()
+            .contains("has 8 bytes, the buffer for it 7"),
+        "{error}"
+    );
+    // The rename is what fails: a directory of that name is there.
+    let taken = directory.path().join("taken.npy");
+    fs::create_dir(&taken).expect("creates a directory");
+    let error = write(&taken, "x", &spec, &[0; 8]).expect_err("the name is taken");
+    assert!(
+        error.to_string().contains("taken.npy: cannot move"),
+        "{error}"
+    );
+    let absent = directory.path().join("absent/x.arrow");
+    let error = write(&absent, "x", &spec, &[0; 8]).expect_err("no such directory");
+    assert!(
+        error.to_string().contains("absent/x.arrow: cannot create"),
+        "{error}"
+    );
+    let long_row = TensorSpec {
+        dtype: Dtype::Int8,
+        shape: vec![0, 1 << 31],
+    };
+    let error = write(&directory.path().join("x.arrow"), "x", &long_row, &[]).expect_err("a row");
+    assert!(error.to_string().contains("reshape"), "{error}");
+    let left: Vec<_> = fs::read_dir(directory.path())
+        .expect("the directory")
+        .map(|entry| entry.expect("an entry").file_name())
+        .collect();
+    assert_eq!(left, ["taken.npy"]);
+}
+
+#[test]
+fn a_finished_file_replaces_the_old_one() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("x.arrow");
+    for value in [1_u8, 2] {
+        let spec = TensorSpec {
+            dtype: Dtype::Uint8,
+            shape: vec![u64::from(value)],
+        };
+        write(&path, "x", &spec, &vec![value; value.into()])
+            .unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(read(&mut open(&path), 0), vec![value; value.into()]);
+    }
+    assert_eq!(
+        fs::read_dir(directory.path())
+            .expect("the directory")
+            .count(),
+        1
+    );
+}

@@ -1,0 +1,266 @@
+//! `zscore`: standard scores along an axis.
+
+use crate::moments::{Moments, NARROW, View, WIDTH_MAX, fold, merge};
+use strait_plugin::prelude::*;
+use strait_plugin::{AxisSplit, sqrt};
+
+parameters! {
+    /// Parameters of `zscore`.
+    pub struct Parameters {
+        /// The axis along which mean and deviation are taken; 0 is the first and slowest.
+        pub axis: Axis = Axis(0),
+    }
+}
+
+/// (x - mean) / standard deviation along one axis, with the population's deviation (divisor n).
+///
+/// Computed in f64 for every dtype; floats give their own dtype, rounded once, integers and `bool8` give
+/// float64. Where all values along the axis are equal the result is 0/0, NaN, as in numpy.
+#[derive(Debug)]
+pub struct ZScore {
+    split: AxisSplit,
+    scratch: Scratch,
+}
+
+impl Kernel for ZScore {
+    const NAME: &str = "zscore";
+    const DOC: &str = "(x - mean) / population standard deviation along `axis`; integers give float64.";
+    const INPUTS: &[Port] = &[Port::new("x", dtypes::REALS, "At least one axis.").rank(1, Port::RANK_MAX)];
+    const OUTPUTS: &[Port] = &[Port::new("y", dtypes::FLOATS, "Shape of x; its dtype if that is a float, else float64.")
+        .rank(1, Port::RANK_MAX)];
+    const COST_HINT: f64 = 3.0;
+    type Parameters = Parameters;
+
+    fn open(parameters: Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
+        let x = &inputs[0];
+        let split = parameters.axis.split("x", x)?;
+        let dtype = if dtypes::FLOATS.contains(&x.dtype) { x.dtype } else { Dtype::Float64 };
+        Ok((Self { split, scratch: Scratch::new(split) }, vec![x.with_dtype(dtype)]))
+    }
+
+    fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        let (from, to) = (call.input_spec(0).dtype, call.output_spec(0).dtype);
+        if from == to {
+            dispatch!(from, T in floats => { self.standardise::<T, T>(call) })
+        } else {
+            dispatch!(from, T in [Bool8, i8, i16, i32, i64, u8, u16, u32, u64] => {
+                self.standardise::<T, f64>(call)
+            })
+        }
+    }
+}
+
+impl ZScore {
+    fn standardise<T: Real, O: Real>(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        let x = call.input::<T>(0)?;
+        let mut y = call.output::<O>(0)?;
+        let AxisSplit { length, inner, .. } = self.split;
+        if x.is_empty() {
+            return Ok(());
+        }
+        for (x, y) in x.chunks(length * inner).zip(y.chunks_mut(length * inner)) {
+            if inner < NARROW {
+                self.scratch.narrow(x, y, length, inner);
+            } else {
+                self.scratch.wide(x, y, length, inner);
+            }
+        }
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Scratch {
+    moments: Moments,
+    mean: Vec<f64>,
+    /// Sums of squared deviations, then standard deviations.
+    deviation: Vec<f64>,
+}
+
+impl Scratch {
+    fn new(split: AxisSplit) -> Self {
+        let (rows, width) = if split.inner < NARROW {
+            (split.length.div_ceil(rows_in_one(split.inner)), NARROW)
+        } else {
+            (split.length, split.inner.min(WIDTH_MAX))
+        };
+        Self { moments: Moments::new(rows, width), mean: vec![0.0; width], deviation: vec![0.0; width] }
+    }
+
+    /// A matrix with many columns: tile by tile of columns.
+    fn wide<T: Real, O: Real>(&mut self, x: &[T], y: &mut [O], length: usize, inner: usize) {
+        for start in (0..inner).step_by(WIDTH_MAX) {
+            let width = WIDTH_MAX.min(inner - start);
+            let view = View { elements: &x[start..], rows: length, stride: inner, width };
+            let (mean, squares) = self.moments.of(view);
+            let deviation = &mut self.deviation[..width];
+            deviation.copy_from_slice(squares);
+            to_deviations(deviation, length);
+            for (x, y) in x.chunks(inner).zip(y.chunks_mut(inner)) {
+                scores(&x[start..start + width], &mut y[start..start + width], mean, deviation);
+            }
+        }
+    }
+
+    /// A matrix with few columns: several rows are taken as one, and their columns' moments merged.
+    fn narrow<T: Real, O: Real>(&mut self, x: &[T], y: &mut [O], length: usize, inner: usize) {
+        let taken = rows_in_one(inner).min(length);
+        let width = taken * inner;
+        let (mean, deviation) = (&mut self.mean[..width], &mut self.deviation[..width]);
+        let rows = length / taken;
+        let (m, s) = self.moments.of(View { elements: x, rows, stride: width, width });
+        mean.copy_from_slice(m);
+        deviation.copy_from_slice(s);
+        fold(rows, mean, deviation, inner);
+        let rest = length % taken;
+        if rest > 0 {
+            let view = View { elements: &x[rows * width..], rows: rest, stride: inner, width: inner };
+            let (m, s) = self.moments.of(view);
+            merge((rows * taken, &mut mean[..inner], &mut deviation[..inner]), (rest, m, s));
+        }
+        to_deviations(&mut deviation[..inner], length);
+        for column in inner..width {
+            mean[column] = mean[column - inner];
+            deviation[column] = deviation[column - inner];
+        }
+        for (x, y) in x.chunks(width).zip(y.chunks_mut(width)) {
+            scores(x, y, mean, deviation);
+        }
+    }
+}
+
+fn rows_in_one(inner: usize) -> usize {
+    NARROW / inner.max(1)
+}
+
+fn to_deviations(squares: &mut [f64], count: usize) {
+    for value in squares {
+        *value = sqrt(*value / count as f64);
+    }
+}
+
+/// One row of scores; `y` may be shorter than the columns.
+fn scores<T: Real, O: Real>(x: &[T], y: &mut [O], mean: &[f64], deviation: &[f64]) {
+    for ((y, x), (mean, deviation)) in y.iter_mut().zip(x).zip(mean.iter().zip(deviation)) {
+        *y = O::from_f64((x.to_f64() - mean) / deviation);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Along axis `axis`, in the plainest way, with compensated sums.
+    fn reference(x: &[f64], shape: &[u64], axis: usize) -> Vec<f64> {
+        let length = shape[axis] as usize;
+        let inner: usize = shape[axis + 1..].iter().product::<u64>() as usize;
+        let mut y = vec![0.0; x.len()];
+        let sum = |values: &[f64]| {
+            let (mut sum, mut lost) = (0.0f64, 0.0f64);
+            for value in values {
+                let next = sum + value;
+                lost += if sum.abs() >= value.abs() { (sum - next) + value } else { (value - next) + sum };
+                sum = next;
+            }
+            sum + lost
+        };
+        for start in (0..x.len()).filter(|i| i / inner % length == 0) {
+            let at = |k: usize| start + k * inner;
+            let values: Vec<f64> = (0..length).map(|k| x[at(k)]).collect();
+            let mean = sum(&values) / length as f64;
+            let squares: Vec<f64> = values.iter().map(|x| (x - mean) * (x - mean)).collect();
+            let deviation = (sum(&squares) / length as f64).sqrt();
+            for (k, value) in values.iter().enumerate() {
+                y[at(k)] = (value - mean) / deviation;
+            }
+        }
+        y
+    }
+
+    fn zscore<T: Element>(x: &[T], shape: &[u64], axis: u32) -> Tensor {
+        let outcome = testing::invoke::<ZScore>(&[("axis", Value::Axis(axis))], &[Tensor::shaped(x, shape)]);
+        outcome.expect("valid").outputs.remove(0)
+    }
+
+    fn numbers(count: usize) -> Vec<f64> {
+        let mut state = 1u64;
+        (0..count)
+            .map(|_| {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                (state >> 11) as f64 / (1u64 << 53) as f64 * 3.0 + 10.0
+            })
+            .collect()
+    }
+
+    #[test]
+    fn every_way_through_the_tiles() {
+        let shapes: &[&[u64]] = &[
+            &[1], &[2], &[63], &[64], &[65], &[4096], &[10_000], &[7, 1], &[1, 7], &[500, 3], &[3, 500], &[9, 513],
+            &[17, 1025], &[100, 63], &[100, 64], &[300, 33], &[2, 70, 3], &[2, 3, 70], &[70, 2, 3], &[3, 65, 2, 40],
+            &[2, 129, 64],
+        ];
+        for shape in shapes {
+            let x = numbers(shape.iter().product::<u64>() as usize);
+            for axis in 0..shape.len() {
+                let (y, expected) = (zscore(&x, shape, axis as u32).values::<f64>(), reference(&x, shape, axis));
+                for (i, (y, expected)) in y.iter().zip(&expected).enumerate() {
+                    let close = (y - expected).abs() <= 1e-12 * expected.abs().max(1.0);
+                    assert!(close || (y.is_nan() && expected.is_nan()), "{shape:?} axis {axis}: y[{i}] = {y}, {expected}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn far_from_zero() {
+        // Next to 2^40 numbers are 2^-12 apart: the mean cannot be had better than that, in no way.
+        let x: Vec<f64> = numbers(100_000).iter().map(|x| x + 2.0f64.powi(40)).collect();
+        let (y, expected) = (zscore(&x, &[100_000], 0).values::<f64>(), reference(&x, &[100_000], 0));
+        let deviation = 3.0 / 12.0f64.sqrt();
+        for (y, expected) in y.iter().zip(&expected) {
+            assert!((y - expected).abs() <= 2.0 * 2.0f64.powi(-12) / deviation, "{y} {expected}");
+        }
+    }
+
+    #[test]
+    fn equal_values_are_nan_whatever_the_value() {
+        for value in [0.1, 1e-300, -3.3e17, 1.0 / 3.0] {
+            for shape in [&[3][..], &[1000], &[100_000], &[700, 70], &[70, 700], &[333, 5]] {
+                let count = shape.iter().product::<u64>() as usize;
+                let y = zscore(&vec![value; count], shape, 0).values::<f64>();
+                assert!(y.iter().all(|y| y.is_nan()), "{value} {shape:?}: {:?}", &y[..3]);
+            }
+        }
+    }
+
+    #[test]
+    fn dtypes_of_the_result() {
+        let expected = [-1.224_744_871_391_589, 0.0, 1.224_744_871_391_589];
+        let f64s = |y: Tensor| y.values::<f64>();
+        let close = |y: Vec<f64>| y.iter().zip(expected).all(|(y, e)| (y - e).abs() < 1e-15);
+        assert!(close(f64s(zscore(&[1i8, 2, 3], &[3], 0))));
+        assert!(close(f64s(zscore(&[10u64, 20, 30], &[3], 0))));
+        assert_eq!(f64s(zscore(&[Bool8(0), Bool8(9)], &[2], 0)), [-1.0, 1.0]);
+        assert_eq!(zscore(&[1.0f32, 2.0, 3.0], &[3], 0).values::<f32>(), expected.map(|y| y as f32));
+        let narrow = |values: [f64; 3]| values.map(Bf16::from_f64);
+        assert_eq!(zscore(&narrow([1.0, 2.0, 3.0]), &[3], 0).values::<Bf16>(), narrow(expected));
+        assert_eq!(zscore::<f64>(&[], &[0, 4], 0).values::<f64>(), []);
+        assert_eq!(zscore::<f64>(&[], &[4, 0], 0).values::<f64>(), []);
+    }
+
+    #[test]
+    fn nan_and_infinity_spoil_their_own_column() {
+        let x = [1.0, 1.0, 1.0, 2.0, f64::NAN, f64::INFINITY, 3.0, 3.0, 3.0];
+        let y = zscore(&x, &[3, 3], 0).values::<f64>();
+        for (i, y) in y.iter().enumerate() {
+            assert_eq!(y.is_nan(), i % 3 != 0, "{i}");
+        }
+    }
+
+    #[test]
+    fn an_axis_that_is_not_there_is_refused() {
+        let refused = testing::invoke::<ZScore>(&[("axis", Value::Axis(2))], &[Tensor::shaped(&[0.0; 4], &[2, 2])]);
+        let Err(Error::BadArgument(bad)) = refused else { panic!("{refused:?}") };
+        assert_eq!((bad.name.as_str(), bad.reason.as_str()), ("axis", "axis 2 of x, which has 2 axes: give one below 2"));
+    }
+}

@@ -1,0 +1,341 @@
+//! Parameters: from what a caller gave to a typed struct. See [`parameters!`](crate::parameters).
+
+use crate::bindings::strait::kernel::types::{Parameter, ParameterDeclaration};
+use crate::{Error, ParameterKind, Spec, Value};
+use alloc::{
+    format,
+    string::{String, ToString},
+    vec::Vec,
+};
+
+/// A kernel's parameters; written by [`parameters!`](crate::parameters). `()` is none.
+pub trait Parameters: Sized {
+    /// What the kernel's description says about them.
+    fn declare() -> Vec<ParameterDeclaration>;
+
+    /// Checks what was given and fills in the defaults.
+    ///
+    /// # Errors
+    /// [`Error::BadArgument`] that names the parameter: unknown, given twice, missing, of another kind,
+    /// out of range, or not one of the choices.
+    fn read(given: Vec<Parameter>) -> Result<Self, Error>;
+}
+
+impl Parameters for () {
+    fn declare() -> Vec<ParameterDeclaration> {
+        Vec::new()
+    }
+
+    fn read(given: Vec<Parameter>) -> Result<Self, Error> {
+        resolve(&[], given).map(|_| ())
+    }
+}
+
+/// An axis as it is counted on the wire: 0 is the first and slowest.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct Axis(pub u32);
+
+/// A row-major tensor seen along one axis: `outer` blocks of `length` rows of `inner` elements.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub struct AxisSplit {
+    /// Product of the dimensions before the axis.
+    pub outer: usize,
+    /// The axis' own dimension.
+    pub length: usize,
+    /// Product of the dimensions after the axis.
+    pub inner: usize,
+}
+
+impl Axis {
+    /// How the axis divides the tensor at port `port`.
+    ///
+    /// # Errors
+    /// [`Error::BadArgument`] for `axis` if the tensor has no such axis.
+    pub fn split(self, port: &str, spec: &Spec) -> Result<AxisSplit, Error> {
+        let rank = spec.shape.len();
+        let axis = self.0 as usize;
+        let Some(&length) = spec.shape.get(axis) else {
+            return Err(Error::bad_argument(
+                "axis",
+                format!("axis {axis} of {port}, which has {rank} axes: give one below {rank}"),
+            ));
+        };
+        let too_large = || Error::bad_argument(port, format!("the shape {:?} is too large", spec.shape));
+        let product = |shape: &[u64]| -> Result<usize, Error> {
+            let product = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size));
+            product.and_then(|product| usize::try_from(product).ok()).ok_or_else(too_large)
+        };
+        Ok(AxisSplit {
+            outer: product(&spec.shape[..axis])?,
+            length: usize::try_from(length).map_err(|_| too_large())?,
+            inner: product(&spec.shape[axis + 1..])?,
+        })
+    }
+}
+
+/// A type that a parameter can have.
+pub trait ParameterType: Sized {
+    /// The kind that a description shows.
+    const KIND: ParameterKind;
+
+    /// As a default value.
+    fn into_value(self) -> Value;
+
+    /// From a value of that kind.
+    ///
+    /// # Errors
+    /// [`Error::BadArgument`] for `name` if it is of another kind or absent.
+    fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error>;
+}
+
+macro_rules! parameter_types {
+    ($($type:ty => $variant:ident, $wrap:expr, $unwrap:expr;)+) => {
+        $(
+            impl ParameterType for $type {
+                const KIND: ParameterKind = ParameterKind::$variant;
+
+                fn into_value(self) -> Value {
+                    Value::$variant($wrap(self))
+                }
+
+                fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+                    match value {
+                        Some(Value::$variant(value)) => Ok($unwrap(value)),
+                        Some(other) => Err(wrong_kind(name, Self::KIND, &other)),
+                        None => Err(missing(name, Self::KIND)),
+                    }
+                }
+            }
+        )+
+    };
+}
+
+parameter_types! {
+    bool => Boolean, core::convert::identity, core::convert::identity;
+    i64 => Integer, core::convert::identity, core::convert::identity;
+    f64 => Real, core::convert::identity, core::convert::identity;
+    Axis => Axis, |axis: Axis| axis.0, Axis;
+    String => Text, core::convert::identity, core::convert::identity;
+    Vec<f64> => Reals, core::convert::identity, core::convert::identity;
+}
+
+fn kind_name(kind: ParameterKind) -> &'static str {
+    match kind {
+        ParameterKind::Boolean => "boolean",
+        ParameterKind::Integer => "integer",
+        ParameterKind::Real => "real number",
+        ParameterKind::Axis => "axis",
+        ParameterKind::Text => "text",
+        ParameterKind::Reals => "list of real numbers",
+    }
+}
+
+fn kind_of(value: &Value) -> ParameterKind {
+    match value {
+        Value::Boolean(_) => ParameterKind::Boolean,
+        Value::Integer(_) => ParameterKind::Integer,
+        Value::Real(_) => ParameterKind::Real,
+        Value::Axis(_) => ParameterKind::Axis,
+        Value::Text(_) => ParameterKind::Text,
+        Value::Reals(_) => ParameterKind::Reals,
+    }
+}
+
+fn wrong_kind(name: &str, kind: ParameterKind, value: &Value) -> Error {
+    Error::bad_argument(name, format!("it takes: {}; given: {}", kind_name(kind), kind_name(kind_of(value))))
+}
+
+fn missing(name: &str, kind: ParameterKind) -> Error {
+    Error::bad_argument(name, format!("it has no default: give it ({})", kind_name(kind)))
+}
+
+#[doc(hidden)]
+#[must_use]
+pub fn declare<T: ParameterType>(name: &str, doc: &[&str]) -> ParameterDeclaration {
+    ParameterDeclaration {
+        name: name.to_string(),
+        kind: T::KIND,
+        default: None,
+        minimum: None,
+        maximum: None,
+        choices: Vec::new(),
+        doc: doc_text(doc),
+    }
+}
+
+/// The lines of a doc comment as one text: each without its leading blank.
+#[doc(hidden)]
+#[must_use]
+pub fn doc_text(lines: &[&str]) -> String {
+    let mut text = String::new();
+    for line in lines {
+        if !text.is_empty() {
+            text.push(' ');
+        }
+        text.push_str(line.trim());
+    }
+    text
+}
+
+/// Values in the order of the declarations, each given or defaulted and checked against its declaration.
+#[doc(hidden)]
+#[expect(clippy::missing_errors_doc, reason = "hidden; see `Parameters::read`")]
+pub fn resolve(declared: &[ParameterDeclaration], given: Vec<Parameter>) -> Result<Vec<Value>, Error> {
+    let mut values: Vec<Option<Value>> = declared.iter().map(|_| None).collect();
+    for Parameter { name, value } in given {
+        let Some(index) = declared.iter().position(|declaration| declaration.name == name) else {
+            return Err(Error::bad_argument(name, unknown(declared)));
+        };
+        check(&declared[index], &value)?;
+        if values[index].replace(value).is_some() {
+            return Err(Error::bad_argument(name, "it is given twice: give it once"));
+        }
+    }
+    declared
+        .iter()
+        .zip(values)
+        .map(|(declaration, value)| {
+            value
+                .or_else(|| declaration.default.clone())
+                .ok_or_else(|| missing(&declaration.name, declaration.kind))
+        })
+        .collect()
+}
+
+fn unknown(declared: &[ParameterDeclaration]) -> String {
+    if declared.is_empty() {
+        return "unknown: this kernel has no parameters".to_string();
+    }
+    let names: Vec<&str> = declared.iter().map(|declaration| declaration.name.as_str()).collect();
+    format!("unknown: this kernel's parameters are {}", names.join(", "))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "limits are f64; near 2^53 the comparison is off by less than 1")]
+fn check(declaration: &ParameterDeclaration, value: &Value) -> Result<(), Error> {
+    let name = &declaration.name;
+    if kind_of(value) != declaration.kind {
+        return Err(wrong_kind(name, declaration.kind, value));
+    }
+    let in_range = |number: f64| {
+        let (minimum, maximum) = (declaration.minimum, declaration.maximum);
+        let limited = minimum.is_some() || maximum.is_some();
+        let (lowest, highest) = (minimum.unwrap_or(f64::NEG_INFINITY), maximum.unwrap_or(f64::INFINITY));
+        // Written so that a NaN fails wherever there is a limit.
+        if !limited || (lowest <= number && number <= highest) {
+            return Ok(());
+        }
+        Err(Error::bad_argument(name, format!("{number} is out of range: give one from {lowest} to {highest}")))
+    };
+    match value {
+        Value::Boolean(_) => Ok(()),
+        Value::Integer(number) => in_range(*number as f64),
+        Value::Real(number) => in_range(*number),
+        Value::Axis(axis) => in_range(f64::from(*axis)),
+        Value::Reals(numbers) => numbers.iter().try_for_each(|&number| in_range(number)),
+        Value::Text(text) if declaration.choices.is_empty() || declaration.choices.contains(text) => Ok(()),
+        Value::Text(text) => Err(Error::bad_argument(
+            name,
+            format!("{text:?} is none of its values: {}", declaration.choices.join(", ")),
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parameters;
+    use alloc::vec;
+
+    parameters! {
+        struct Sample {
+            /// How
+            /// many.
+            #[minimum(1)]
+            #[maximum(9)]
+            count: i64 = 5,
+            factor: f64,
+            /// Which.
+            #[choices("left", "right")]
+            side: String = "left",
+            along: Axis = Axis(1),
+            weights: Vec<f64> = vec![0.5],
+            strict: bool = false,
+        }
+    }
+
+    fn given(name: &str, value: Value) -> Parameter {
+        Parameter { name: name.to_string(), value }
+    }
+
+    fn refusal(parameters: Vec<Parameter>) -> (String, String) {
+        match Sample::read(parameters) {
+            Err(Error::BadArgument(bad)) => (bad.name, bad.reason),
+            other => panic!("expected a bad argument, got {other:?}"),
+        }
+    }
+
+    #[test]
+    fn declarations_carry_everything() {
+        let declared = Sample::declare();
+        let names: Vec<&str> = declared.iter().map(|declaration| declaration.name.as_str()).collect();
+        assert_eq!(names, ["count", "factor", "side", "along", "weights", "strict"]);
+        assert_eq!(declared[0].doc, "How many.");
+        assert_eq!((declared[0].minimum, declared[0].maximum), (Some(1.0), Some(9.0)));
+        assert!(matches!(declared[0].default, Some(Value::Integer(5))));
+        assert!(declared[1].default.is_none());
+        assert_eq!(declared[2].choices, ["left", "right"]);
+        assert!(matches!(declared[3].default, Some(Value::Axis(1))));
+    }
+
+    #[test]
+    fn given_values_and_defaults() {
+        let read = Sample::read(vec![
+            given("factor", Value::Real(2.0)),
+            given("side", Value::Text("right".into())),
+            given("count", Value::Integer(9)),
+        ]);
+        let expected = Sample {
+            count: 9,
+            factor: 2.0,
+            side: "right".into(),
+            along: Axis(1),
+            weights: vec![0.5],
+            strict: false,
+        };
+        assert_eq!(read.expect("all are valid"), expected);
+    }
+
+    #[test]
+    fn each_mistake_is_named() {
+        let factor = || given("factor", Value::Real(2.0));
+        let refused = |parameter| refusal(vec![factor(), parameter]);
+        assert_eq!(refusal(vec![]), ("factor".into(), "it has no default: give it (real number)".into()));
+        assert_eq!(refused(factor()), ("factor".into(), "it is given twice: give it once".into()));
+        assert_eq!(
+            refused(given("cuont", Value::Integer(1))),
+            ("cuont".into(), "unknown: this kernel's parameters are count, factor, side, along, weights, strict".into())
+        );
+        assert_eq!(
+            refused(given("count", Value::Integer(10))),
+            ("count".into(), "10 is out of range: give one from 1 to 9".into())
+        );
+        assert_eq!(
+            refused(given("count", Value::Real(2.0))),
+            ("count".into(), "it takes: integer; given: real number".into())
+        );
+        assert_eq!(
+            refused(given("side", Value::Text("up".into()))),
+            ("side".into(), "\"up\" is none of its values: left, right".into())
+        );
+    }
+
+    #[test]
+    fn axes_divide_a_shape() {
+        let spec = Spec::new(crate::Dtype::Int8, [2, 3, 4]);
+        let split = |axis| Axis(axis).split("x", &spec).map_err(|error| format!("{error:?}"));
+        assert_eq!(split(0), Ok(AxisSplit { outer: 1, length: 2, inner: 12 }));
+        assert_eq!(split(1), Ok(AxisSplit { outer: 2, length: 3, inner: 4 }));
+        assert_eq!(split(2), Ok(AxisSplit { outer: 6, length: 4, inner: 1 }));
+        assert!(split(3).is_err_and(|error| error.contains("axis 3 of x, which has 3 axes")));
+    }
+}

@@ -1,0 +1,11 @@
+;; Announces an output of 400 000 000 elements of 8 bytes.
+(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
+  (i64.store (i32.const 640) (i64.const 400000000))
+  (i32.store8 (i32.const 656) (i32.const 14))
+  (i32.store8 (i32.const 657) (i32.const 0))
+  (i32.store (i32.const 660) (i32.const 640))
+  (i32.store (i32.const 664) (i32.const 1))
+  (i32.store8 (i32.const 512) (i32.const 0))
+  (i32.store (i32.const 516) (i32.const 656))
+  (i32.store (i32.const 520) (i32.const 1))
+  i32.const 512)

@@ -1,0 +1,1 @@
+;; Well-behaved: every function is the default one. `y` is a copy of `x`.

@@ -1,0 +1,2 @@
+;; Traps while its windows are in.
+(func $run (param i32) (result i32) unreachable)

@@ -1,0 +1,155 @@
+//! Plugins by hand: a core module in WAT around which `wit-component` puts the component.
+//!
+//! A guest file under `tests/guests` defines some of the functions; the rest are those of a
+//! well-behaved plugin with one kernel `k`: `x` (float64, rank 0 to 8) to `y`, of the same spec.
+//! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (control records).
+
+#![allow(unreachable_pub, reason = "a module of test binaries")]
+
+use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
+
+/// Function name, what it is unless the guest file defines it.
+const DEFAULTS: [(&str, &str); 9] = [
+    ("$describe", "(func $describe (result i32) i32.const 1024)"),
+    ("$open", r#"(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
+        (global.set $shape (i32.load offset=4 (local.get 4)))
+        (global.set $rank (i32.load offset=8 (local.get 4)))
+        (i32.store8 (i32.const 512) (i32.const 0))
+        (i32.store (i32.const 516) (local.get 4))
+        (i32.store (i32.const 520) (local.get 5))
+        i32.const 512)"#),
+    ("$reserve", r#"(func $reserve (param i64) (result i64)
+        (i64.mul (i64.extend_i32_u (memory.grow (i32.wrap_i64 (i64.div_u (i64.add (local.get 0) (i64.const 65535)) (i64.const 65536))))) (i64.const 65536)))"#),
+    ("$bind", r#"(func $bind (param i32 i32 i32 i32) (result i32)
+        (global.set $x (i64.load (local.get 0)))
+        (global.set $bytes (i64.load offset=8 (local.get 0)))
+        (global.set $in (i64.load offset=16 (local.get 0)))
+        (global.set $y (i64.load (local.get 2)))
+        (global.set $out (i64.load offset=16 (local.get 2)))
+        (i32.store8 (i32.const 528) (i32.const 0))
+        i32.const 528)"#),
+    ("$run", r#"(func $run (param i32) (result i32)
+        (memory.copy (i32.wrap_i64 (global.get $y)) (i32.wrap_i64 (global.get $x)) (i32.wrap_i64 (global.get $bytes)))
+        i32.const 0)"#),
+    ("$extents", r#"(func $extents (result i32)
+        (i32.store (i32.const 560) (global.get $shape))
+        (i32.store (i32.const 564) (global.get $rank))
+        (i32.store (i32.const 552) (i32.const 560))
+        (i32.store (i32.const 556) (i32.const 1))
+        i32.const 552)"#),
+    ("$notes", "(func $notes (result i32) (i64.store (i32.const 568) (i64.const 0)) i32.const 568)"),
+    ("$last_error", r#"(func $last_error (result i32)
+        (i32.store8 (i32.const 576) (i32.const 2))
+        (i32.store (i32.const 580) (i32.const 700))
+        (i32.store (i32.const 584) (i32.const 9))
+        i32.const 576)"#),
+    ("$realloc", r#"(func $realloc (param i32 i32 i32 i32) (result i32)
+        (local $at i32)
+        (local.set $at (i32.and (i32.add (global.get $heap) (i32.sub (local.get 2) (i32.const 1))) (i32.sub (i32.const 0) (local.get 2))))
+        (global.set $heap (i32.add (local.get $at) (local.get 3)))
+        local.get $at)"#),
+];
+
+/// Records of the canonical ABI in one data segment.
+struct Data {
+    base: u32,
+    bytes: Vec<u8>,
+}
+
+impl Data {
+    fn add(&mut self, bytes: &[u8]) -> u32 {
+        self.bytes.resize(self.bytes.len().next_multiple_of(8), 0);
+        let at = self.base + u32::try_from(self.bytes.len()).unwrap();
+        self.bytes.extend_from_slice(bytes);
+        at
+    }
+
+    fn list(&mut self, bytes: &[u8], count: usize) -> [u8; 8] {
+        let at = self.add(bytes);
+        let mut pair = [0; 8];
+        pair[..4].copy_from_slice(&at.to_le_bytes());
+        pair[4..].copy_from_slice(&u32::try_from(count).unwrap().to_le_bytes());
+        pair
+    }
+
+    fn text(&mut self, text: &str) -> [u8; 8] {
+        self.list(text.as_bytes(), text.len())
+    }
+
+    fn port(&mut self, name: &str) -> Vec<u8> {
+        const FLOAT64: u8 = 14;
+        let mut port = Vec::new();
+        port.extend(self.text(name));
+        port.extend(self.list(&[FLOAT64], 1));
+        port.extend(0_u32.to_le_bytes());
+        port.extend(8_u32.to_le_bytes());
+        port.extend([0; 4]);
+        port.extend(self.text(""));
+        port
+    }
+}
+
+/// A description with the kernel `k`; its record is the first thing in the segment.
+fn description(plugin: &str) -> Vec<u8> {
+    const DESCRIPTION_BYTES: usize = 28;
+    let mut data = Data { base: 1024, bytes: vec![0; 32] };
+    let (x, y) = (data.port("x"), data.port("y"));
+    let mut kernel = Vec::new();
+    kernel.extend(data.text("k"));
+    kernel.extend(data.text("a kernel of the tests"));
+    kernel.extend(data.list(&x, 1));
+    kernel.extend(data.list(&y, 1));
+    kernel.extend([0; 8]);
+    kernel.extend([0; 8]);
+    kernel.extend([0; 8]);
+    kernel.extend(0_f64.to_le_bytes());
+    assert_eq!(kernel.len(), 64, "the canonical ABI's size of a kernel");
+    let mut record = Vec::new();
+    record.extend(1_u32.to_le_bytes());
+    record.extend(data.text(plugin));
+    record.extend(data.text("0.0.1"));
+    record.extend(data.list(&kernel, 1));
+    assert_eq!(record.len(), DESCRIPTION_BYTES, "the canonical ABI's size of a description");
+    data.bytes[..DESCRIPTION_BYTES].copy_from_slice(&record);
+    data.bytes
+}
+
+/// The component of a guest file's text. `plugin` is the name that it gives itself.
+pub fn component(plugin: &str, text: &str) -> Vec<u8> {
+    let escaped: String = description(plugin).iter().map(|b| format!("\\{b:02x}")).collect();
+    let defaults: String = DEFAULTS
+        .iter()
+        .filter(|(name, _)| !text.contains(&format!("(func {name} ")))
+        .map(|(_, body)| *body)
+        .collect();
+    let imports: String = text.lines().filter(|line| line.starts_with("(import")).collect();
+    let rest: String = text.lines().filter(|line| !line.starts_with("(import")).map(|l| format!("{l}\n")).collect();
+    let wat = format!(
+        r#"(module
+        {imports}
+        (memory (export "memory") 2)
+        (global $x (mut i64) (i64.const 0)) (global $y (mut i64) (i64.const 0)) (global $bytes (mut i64) (i64.const 0))
+        (global $in (mut i64) (i64.const 0)) (global $out (mut i64) (i64.const 0))
+        (global $shape (mut i32) (i32.const 0)) (global $rank (mut i32) (i32.const 0))
+        (global $heap (mut i32) (i32.const 65536))
+        (data (i32.const 700) "own words")
+        (data (i32.const 1024) "{escaped}")
+        {defaults}
+        {rest}
+        (export "strait:kernel/kernels@0.1.0#describe" (func $describe))
+        (export "strait:kernel/kernels@0.1.0#open" (func $open))
+        (export "strait:kernel/kernels@0.1.0#reserve" (func $reserve))
+        (export "strait:kernel/kernels@0.1.0#bind" (func $bind))
+        (export "strait:kernel/kernels@0.1.0#run" (func $run))
+        (export "strait:kernel/kernels@0.1.0#extents" (func $extents))
+        (export "strait:kernel/kernels@0.1.0#notes" (func $notes))
+        (export "strait:kernel/kernels@0.1.0#last-error" (func $last_error))
+        (export "cabi_realloc" (func $realloc)))"#
+    );
+    let mut module = wat::parse_str(&wat).unwrap_or_else(|e| panic!("{plugin}: {e}"));
+    let mut resolve = wit_parser::Resolve::default();
+    let (package, _) = resolve.push_path("wit").unwrap();
+    let world = resolve.select_world(&[package], Some("plugin")).unwrap();
+    embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
+    ComponentEncoder::default().module(&module).unwrap().validate(true).encode().unwrap()
+}

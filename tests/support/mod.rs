@@ -1,0 +1,116 @@
+//! What the tests of the host share: a host without sockets, and hostile plugins from WAT.
+#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+
+pub mod guest;
+
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
+
+use serde_json::{Value, json};
+use strait::config::Config;
+use strait::error::Status;
+use strait::lease::{LiveSegment, Principal};
+use strait::session::{Answer, Host, Invoked};
+use strait_client::wire;
+use strait_memory::Copied;
+use strait_tensor::{Column, Dtype, TensorSpec};
+
+/// The principal of the tests.
+pub const ME: Principal = Principal { uid: 4242 };
+
+/// Descriptors and threads are counted for the whole process, so one rig at a time.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// A host without sockets.
+pub struct Rig {
+    pub host: Arc<Host>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Rig {
+    pub fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    pub fn with(change: impl FnOnce(&mut Config)) -> Self {
+        let turn = TURN.lock().unwrap_or_else(|failed_test| failed_test.into_inner());
+        let mut config = Config::default();
+        config.memory.budget_bytes = Some(4 << 30);
+        config.engine.cache = Some("".into());
+        config.engine.workers = Some(2);
+        change(&mut config);
+        let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
+        Self { host, _turn: turn }
+    }
+
+    pub fn put(&self, name: &str, dtype: Dtype, shape: &[u64], bytes: &[u8]) -> Arc<LiveSegment> {
+        let column = Column::new("x", TensorSpec { dtype, shape: shape.to_vec() }).unwrap();
+        assert_eq!(column.reserve_bytes, bytes.len() as u64, "the test's own arithmetic");
+        let upload = self.host.begin_upload(ME, name, true).unwrap();
+        let (segment, layout) = self.host.allocate(&[column]).unwrap();
+        segment.write_at(layout.tensors[0].offset, bytes, &Copied::new()).unwrap();
+        upload.finish(segment, layout).unwrap()
+    }
+
+    pub fn put_f64(&self, name: &str, values: &[f64]) -> Arc<LiveSegment> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        self.put(name, Dtype::Float64, &[values.len() as u64], &bytes)
+    }
+
+    pub fn start(&self, invoke: Value) -> (strait::engine::CancelToken, mpsc::Receiver<Result<Arc<Invoked>, Status>>) {
+        let invoke: wire::Invoke = serde_json::from_value(invoke).unwrap();
+        let (send, receive) = mpsc::channel();
+        let id = self.host.request_id(None).unwrap();
+        let answer = Answer::new(move |result| drop(send.send(result)));
+        (self.host.invoke(ME, None, invoke, id, answer), receive)
+    }
+
+    pub fn invoke(&self, invoke: Value) -> Result<Arc<Invoked>, Status> {
+        self.start(invoke).1.recv().unwrap()
+    }
+
+    /// scale-shift of the flight `x`.
+    pub fn scale_shift(&self, x: &str, a: f64, b: f64) -> Arc<Invoked> {
+        self.invoke(json!({"kernel": "scale-shift", "inputs": {"x": x}, "parameters": {"a": a, "b": b}, "verify": true})).unwrap()
+    }
+}
+
+/// The bytes of a segment's only tensor.
+pub fn bytes_of(segment: &LiveSegment) -> Vec<u8> {
+    let [place] = segment.tensors() else { panic!("{} tensors", segment.tensors().len()) };
+    let mut bytes = vec![0; usize::try_from(place.length).unwrap()];
+    segment.read_at(place.offset, &mut bytes, &Copied::new()).unwrap();
+    bytes
+}
+
+pub fn f64s(bytes: &[u8]) -> Vec<f64> {
+    bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+}
+
+/// What must be the same before and after: nothing is left behind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holdings {
+    pub fds: u64,
+    pub threads: u64,
+    pub segments: u64,
+    pub flights: u64,
+    pub leases: u64,
+    pub running: u64,
+    pub budget_used: u64,
+}
+
+impl Rig {
+    pub fn holdings(&self) -> Holdings {
+        let stats = self.host.stats(None);
+        let n = |path: &str| stats.pointer(path).and_then(Value::as_u64).unwrap();
+        Holdings {
+            fds: n("/process/fds"),
+            threads: n("/process/threads"),
+            segments: n("/segments"),
+            flights: n("/flights"),
+            leases: n("/leases"),
+            running: n("/running"),
+            budget_used: n("/budget_used_bytes") - n("/pool/idle_bytes"),
+        }
+    }
+}

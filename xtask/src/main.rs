@@ -1,0 +1,36 @@
+//! Everything a developer would otherwise type.
+
+mod bindings;
+mod plugins;
+mod toolchain;
+mod tools;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+cargo xtask COMMAND
+
+  setup                     make sure that a wasm toolchain exists: rustup's target, or a private one under target/
+  build-plugins [--check]   build the plugins into target/plugins and plugins/prebuilt
+                            (--check: into target/plugins only, and fail if plugins/prebuilt does not fit)
+  check-prebuilt            fail if plugins/prebuilt does not fit the sources; needs no toolchain
+  bindings [--check]        generate the SDK's bindings from wit/ (--check: fail if they differ)
+";
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["setup"] => toolchain::setup().map(|toolchain| println!("{toolchain}")),
+        ["build-plugins"] => plugins::build(plugins::Mode::Install),
+        ["build-plugins", "--check"] => plugins::build(plugins::Mode::Check),
+        ["check-prebuilt"] => plugins::check_prebuilt(),
+        ["bindings"] => bindings::write(),
+        ["bindings", "--check"] => bindings::check(),
+        [] | ["help" | "--help" | "-h"] => {
+            print!("{USAGE}");
+            Ok(())
+        }
+        _ => bail!("unknown command: {}\n\n{USAGE}", arguments.join(" ")),
+    }
+}
