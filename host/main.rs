@@ -1,4 +1,7 @@
-//! The `strait` binary.
-fn main() {
-    println!("strait {}", env!("CARGO_PKG_VERSION"));
+//! The `strait` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    strait::cli::main()
 }

@@ -1,1 +1,116 @@
-//! Arrow Flight.
+//! Arrow Flight: the same flights, kernels and invocations as the data socket, for stock clients.
+//!
+//! ```text
+//! serve ── accept ──▶ Repaired (authority) ──▶ tonic ──▶ Service (one call: a Call)
+//!                                                          ├─▶ info    descriptors, FlightInfo, schemas
+//!                                                          ├─▶ read    DoGet: a segment as messages
+//!                                                          ├─▶ upload  DoPut: messages into a segment
+//!                                                          └─▶ action  DoAction
+//! ```
+//! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
+//! chunks, counted. A connection's principal is the uid of the process that connected.
+
+mod action;
+mod authority;
+mod call;
+mod info;
+mod read;
+mod service;
+mod upload;
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow_flight::flight_service_server::FlightServiceServer;
+use futures::stream;
+use tokio::net::{UnixListener, UnixStream};
+use tonic::transport::Server;
+use tonic::transport::server::Connected;
+
+use crate::session::Host;
+use authority::Repaired;
+use service::Service;
+
+/// HTTP/2 windows: with the default of 64 KiB a stream runs at less than half the speed.
+const WINDOW_BYTES: u32 = 16 << 20;
+/// Calls at a time on one connection.
+const CALLS_MAX: u32 = 1024;
+/// Room for a message's metadata beside its longest body.
+const METADATA_BYTES: usize = 1 << 20;
+/// Pause after a connection that could not be accepted (out of descriptors, for instance).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Why Flight is not (or no longer) served.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// `/proc` does not say which uid stands for users that it cannot name.
+    #[error("cannot read {OVERFLOW_UID}: {0}; is /proc mounted?")]
+    OverflowUid(std::io::Error),
+    /// The gRPC server ended.
+    #[error("the Flight server ended: {0}")]
+    Transport(#[from] tonic::transport::Error),
+}
+
+/// The uid that stands for every user outside our user namespace.
+const OVERFLOW_UID: &str = "/proc/sys/kernel/overflowuid";
+
+fn overflow_uid() -> std::io::Result<u32> {
+    let text = std::fs::read_to_string(OVERFLOW_UID)?;
+    text.trim().parse().map_err(std::io::Error::other)
+}
+
+/// Who is at the other end of a connection.
+#[derive(Clone, Copy, Debug)]
+struct Peer {
+    /// None: Linux did not say.
+    uid: Option<u32>,
+}
+
+impl Connected for Repaired<UnixStream> {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        Peer { uid: self.stream.peer_cred().ok().map(|credentials| credentials.uid()) }
+    }
+}
+
+/// Serves Flight on `listener` until `shutdown`; then accepts nothing more and answers when the
+/// calls at hand are done. Streams end at their clients' pace: bound the wait, and drop the future.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn serve(
+    host: Arc<Host>,
+    listener: UnixListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let overflow_uid = overflow_uid().map_err(ServeError::OverflowUid)?;
+    let message_bytes_max = host.config().message_bytes_max();
+    let service = FlightServiceServer::new(Service::new(host, overflow_uid))
+        .max_decoding_message_size(message_bytes_max.saturating_add(METADATA_BYTES))
+        // `read` bounds what goes out, with an error that says what else the client can do.
+        .max_encoding_message_size(usize::MAX);
+    let accepted = stream::unfold(listener, |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => {
+                    let connection: std::io::Result<_> = Ok(Repaired::new(connection));
+                    return Some((connection, listener));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a Flight connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    });
+    Server::builder()
+        .initial_stream_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .max_concurrent_streams(CALLS_MAX)
+        .add_service(service)
+        .serve_with_incoming_shutdown(accepted, shutdown)
+        .await?;
+    Ok(())
+}

@@ -316,6 +316,14 @@ impl Host {
         })
     }
 
+    /// The state of a flight, and how many read it inline.
+    ///
+    /// # Errors
+    /// `TENSOR_NOT_FOUND`.
+    pub fn flight_state(&self, principal: Principal, name: &str) -> Result<(FlightState, u32), Status> {
+        Ok(self.entry(principal, name)?.state())
+    }
+
     /// Begins an inline read of a name.
     ///
     /// # Errors

@@ -36,7 +36,7 @@ impl Rig {
         let turn = TURN.lock().unwrap_or_else(|failed_test| failed_test.into_inner());
         let mut config = Config::default();
         config.memory.budget_bytes = Some(4 << 30);
-        config.engine.cache = Some("".into());
+        config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
         config.engine.workers = Some(2);
         change(&mut config);
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();

@@ -14,7 +14,12 @@ fn generate() -> Result<Vec<u8>> {
     let mut resolve = Resolve::default();
     let (package, _) = resolve.push_path(tools::root().join("wit"))?;
     let world = resolve.select_world(&[package], Some("plugin"))?;
-    let options = wit_bindgen_rust::Opts { format: true, pub_export_macro: true, ..Default::default() };
+    let options = wit_bindgen_rust::Opts {
+        format: true,
+        pub_export_macro: true,
+        additional_derive_attributes: vec!["PartialEq".to_string()],
+        ..Default::default()
+    };
     let mut files = Files::default();
     options.build().generate(&mut resolve, world, &mut files)?;
     let (_, source) = files.iter().next().context("the generator gave no file")?;

@@ -242,7 +242,7 @@ impl Connection {
         let reading = Arc::clone(&shared);
         let reader = std::thread::Builder::new()
             .name("strait-client".into())
-            .spawn(move || reading.finish(reading.read()))
+            .spawn(move || reading.read())
             .map_err(refused("start the reader thread"))?;
         Ok(Arc::new(Self {
             shared,
@@ -368,7 +368,6 @@ impl Connection {
         // It fails only if the host was faster.
         let _ = self.shared.socket.shutdown();
         self.shared.finish(End::Disconnected);
-        self.shared.wake_reader();
         let reader = self
             .reader
             .lock()
@@ -387,7 +386,6 @@ impl Drop for Connection {
     fn drop(&mut self) {
         if self.shared.check_owner().is_ok() {
             self.shared.finish(End::Disconnected);
-            self.shared.wake_reader();
         }
     }
 }
@@ -476,24 +474,29 @@ impl Shared {
         self.tell(state, Op::Renew, &body, Waiting::Renewal(renewal));
     }
 
-    /// Takes one frame from the socket if there is one.
-    pub(crate) fn receive(&self, buffer: &mut [u8]) -> Result<(), End> {
+    /// Takes one frame from the socket if there is one. The caller has the right to receive, and
+    /// keeps it until whoever the frame is for was woken: a thread that gets the right looks then
+    /// whether it was woken, and not again before the next frame.
+    pub(crate) fn receive(&self, buffer: &mut [u8]) {
         let received = match self.socket.recv(buffer) {
             Ok(received) => received,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-            Err(_) => return Err(End::Disconnected),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => return self.finish(End::Disconnected),
         };
-        if received.truncated {
-            return Err(End::Protocol(format!(
+        let dispatched = if received.truncated {
+            Err(End::Protocol(format!(
                 "a frame of more than {} bytes, or with more than {FDS_MAX} descriptors or more \
                  than this process may open",
                 buffer.len()
-            )));
+            )))
+        } else if received.bytes == 0 {
+            Err(End::Disconnected)
+        } else {
+            self.dispatch(&buffer[..received.bytes], received.fds)
+        };
+        if let Err(end) = dispatched {
+            self.finish(end);
         }
-        if received.bytes == 0 {
-            return Err(End::Disconnected);
-        }
-        self.dispatch(&buffer[..received.bytes], received.fds)
     }
 
     fn dispatch(&self, packet: &[u8], fds: Vec<OwnedFd>) -> Result<(), End> {
@@ -578,7 +581,7 @@ impl Shared {
         }
     }
 
-    /// Ends everything that waits. The first end stands.
+    /// Ends everything that waits, and the reader thread. The first end stands.
     pub(crate) fn finish(&self, end: End) {
         let mut state = self.lock();
         state.end.get_or_insert(end);
@@ -595,6 +598,7 @@ impl Shared {
             .collect();
         drop(state);
         wakers.into_iter().for_each(Waker::wake);
+        self.wake_reader();
     }
 }
 

@@ -125,16 +125,9 @@ impl Shared {
     fn lead(&self, mut buffer: MutexGuard<'_, Vec<u8>>, woken: &Woken) {
         while !woken.take() {
             let mut ready = [PollFd::new(&self.socket, PollFlags::IN)];
-            let received = match rustix::event::poll(&mut ready, None) {
-                Ok(_) => self.receive(&mut buffer),
-                Err(Errno::INTR) => Ok(()),
-                Err(_) => Err(End::Disconnected),
-            };
-            if let Err(end) = received {
-                // Wakes all who wait, this thread too.
-                self.finish(end);
-                self.wake_reader();
-            }
+            // An error is what receiving then reports.
+            let _ = rustix::event::poll(&mut ready, None);
+            self.receive(&mut buffer);
         }
         drop(buffer);
         let mut state = self.lock();
@@ -150,19 +143,15 @@ impl Shared {
     }
 
     /// The reader thread.
-    pub(crate) fn read(&self) -> End {
-        loop {
-            let (interest, timeout) = match self.plan() {
-                Ok(plan) => plan,
-                Err(end) => return end,
-            };
+    pub(crate) fn read(&self) {
+        while let Some((interest, timeout)) = self.plan() {
             let mut ready = [
                 PollFd::new(&self.socket, interest),
                 PollFd::new(&self.wake, PollFlags::IN),
             ];
             match rustix::event::poll(&mut ready, timeout.as_ref()) {
                 Ok(_) | Err(Errno::INTR) => {}
-                Err(_) => return End::Disconnected,
+                Err(_) => self.finish(End::Disconnected),
             }
             let [socket, wake] = ready.map(|ready| ready.revents());
             if !wake.is_empty() {
@@ -171,18 +160,17 @@ impl Shared {
             // Linux reports an end whether it is asked for or not.
             if socket.intersects(PollFlags::IN | PollFlags::HUP | PollFlags::ERR)
                 && let Some(mut buffer) = self.reading.take()
-                && let Err(end) = self.receive(&mut buffer)
             {
-                return end;
+                self.receive(&mut buffer);
             }
         }
     }
 
-    /// Sends what waits, renews what is due; says what to wait for.
-    fn plan(&self) -> Result<(PollFlags, Option<Timespec>), End> {
+    /// Sends what waits, renews what is due; says what to wait for. `None` at the end.
+    fn plan(&self) -> Option<(PollFlags, Option<Timespec>)> {
         let mut state = self.lock();
-        if let Some(end) = &state.end {
-            return Err(end.clone());
+        if state.end.is_some() {
+            return None;
         }
         let now = Instant::now();
         for renewal in state.leases.due(now) {
@@ -215,7 +203,7 @@ impl Shared {
         let series = series.filter(|_| !taken);
         let timeout = renewal.into_iter().chain(series).min();
         let timeout = timeout.and_then(|timeout| Timespec::try_from(timeout).ok());
-        Ok((receiving | sending, timeout))
+        Some((receiving | sending, timeout))
     }
 
     fn flush(&self, state: &mut State) {

@@ -71,10 +71,12 @@ pub struct PoolStats {
 /// The host's parking area.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
 pub struct ParkedStats {
-    /// Warm mappings.
+    /// Warm mappings, in guests or idle.
     pub mappings: u64,
-    /// Their bytes.
-    pub bytes: u64,
+    /// Those that wait for their next use.
+    pub idle_mappings: u64,
+    /// Bytes of the idle ones.
+    pub idle_bytes: u64,
 }
 
 /// What one session holds.

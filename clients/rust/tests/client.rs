@@ -786,7 +786,7 @@ fn counts_are_read_as_the_protocol_lists_them() {
             "segments": 6, "segment_bytes": 7, "flights": 8, "leases": 9, "sessions": 10,
             "invocations": 11, "running": 12, "copied_bytes": 13, "copied": {"adopt": 13},
             "pool": {"segments": 14, "bytes": 15, "idle_segments": 16, "idle_bytes": 17},
-            "parked": {"mappings": 18, "bytes": 19}, "own": {"leases": 20, "segments": 21},
+            "parked": {"mappings": 18, "idle_mappings": 18, "idle_bytes": 19}, "own": {"leases": 20, "segments": 21},
         }));
     })
     .expect("they are whole");

@@ -82,11 +82,8 @@ fn an_input_is_the_same_pages_in_the_guest() {
         None
     );
     // SAFETY: the guest's memory is covered read-write.
-    assert!(
-        unsafe { peek_all(space.base() + (5 << 20), 2 << 20) }
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    let seen = unsafe { peek_all(space.base() + (5 << 20), 2 << 20) };
+    assert!(seen.iter().all(|byte| *byte == 0));
     // SAFETY: the same, and nobody has references into it.
     unsafe { poke(space.base() + (6 << 20), 1) };
     lot.give_back(parked);
@@ -262,11 +259,8 @@ fn a_reservation_is_reused_without_a_trace() {
     assert_eq!(again.base(), base);
     assert!(again.make_accessible(0, 2 << 20).is_ok());
     // SAFETY: just made accessible.
-    assert!(
-        unsafe { peek_all(base, 2 << 20) }
-            .iter()
-            .all(|byte| *byte == 0)
-    );
+    let seen = unsafe { peek_all(base, 2 << 20) };
+    assert!(seen.iter().all(|byte| *byte == 0));
     let second = spaces.take(GUEST_BYTES).expect("address space");
     again.poison();
     drop(again);
@@ -408,10 +402,8 @@ fn a_result_is_written_in_the_guest_and_by_nobody_else() {
     unsafe { poke(window.address() + 3, 42) };
     let range = window.fault_range();
     // SAFETY: the window is in its guest.
-    assert!(
-        !unsafe { range.make_writable_in_signal() },
-        "a result never faults like this"
-    );
+    let handled = unsafe { range.make_writable_in_signal() };
+    assert!(!handled, "a result never faults like this");
     result.put_parked(window.move_home().expect("covered"));
 
     let mut read = [0; 6];
@@ -632,8 +624,10 @@ fn warm_calls_take_no_page_faults() {
             128 * MIB,
         );
         for offset in (0..to_usize(bytes)).step_by(4096) {
-            // SAFETY: both windows are in the guest, the output writable.
-            unsafe { poke(output.address() + offset, peek(input.address() + offset)) };
+            // SAFETY: the window is in its guest.
+            let byte = unsafe { peek(input.address() + offset) };
+            // SAFETY: the window is in its guest, writable.
+            unsafe { poke(output.address() + offset, byte) };
         }
         lot.give_back(input.move_home().expect("covered"));
         result.put_parked(output.move_home().expect("covered"));

@@ -103,8 +103,10 @@ fn no_mapping_lands_in_a_reservation() {
             let reading = input.move_into(0..bytes, &space, from).expect("room");
             let writing = output.move_into(0..bytes, &space, to).expect("room");
             let place = (round * 4097) % BLOCK;
-            // SAFETY: both windows are in the guest, the second writable.
-            unsafe { common::poke(to + place, common::peek(from + place)) };
+            // SAFETY: the window is in its guest.
+            let byte = unsafe { common::peek(from + place) };
+            // SAFETY: the window is in its guest, writable.
+            unsafe { common::poke(to + place, byte) };
             input = reading.move_home().expect("covered");
             output = writing.move_home().expect("covered");
         }

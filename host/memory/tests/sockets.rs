@@ -117,8 +117,6 @@ fn send_raw(socket: &FrameSocket, fds: &[std::os::fd::BorrowedFd<'_>]) {
 
 #[test]
 fn no_descriptor_is_left_behind() {
-    // All of the process's segments: so each test of this file that makes one must not run
-    // at the same time, and `common::memfd` has another name.
     let (one, other) = FrameSocket::pair().expect("descriptors are left");
     let fd = common::memfd(1);
     let inode = rustix::fs::fstat(&fd).expect("open").st_ino;

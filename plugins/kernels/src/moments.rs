@@ -12,7 +12,7 @@ pub(crate) const WIDTH_MAX: usize = 512;
 /// Fewer columns than this are no work for SIMD code: then several rows are taken as one (see [`fold`]).
 pub(crate) const NARROW: usize = 64;
 /// Elements of one tile: 32 KiB of `f64`.
-const TILE: usize = 4096;
+pub(crate) const TILE: usize = 4096;
 
 /// Moments of `width` columns.
 #[derive(Debug)]
@@ -28,6 +28,12 @@ impl Columns {
         Self { rows: 0, mean: vec![0.0; width], squares: vec![0.0; width] }
     }
 
+    /// Never allocates: `width` is at most what `new` was given.
+    fn resize(&mut self, width: usize) {
+        self.mean.resize(width, 0.0);
+        self.squares.resize(width, 0.0);
+    }
+
     /// Moments of the rows of both.
     fn merge(&mut self, other: &Self) {
         merge((self.rows, &mut self.mean, &mut self.squares), (other.rows, &other.mean, &other.squares));
@@ -36,6 +42,7 @@ impl Columns {
 }
 
 /// Puts b's moments into a's, column by column. Each is: rows, means, sums of squared deviations.
+#[inline(never)]
 pub(crate) fn merge(
     (a_rows, a_mean, a_squares): (usize, &mut [f64], &mut [f64]),
     (b_rows, b_mean, b_squares): (usize, &[f64], &[f64]),
@@ -62,6 +69,15 @@ pub(crate) struct Moments {
     block: Columns,
     /// Level i: the merged moments of 2^i blocks, if that bit is set in the number of blocks.
     levels: Vec<Columns>,
+}
+
+/// A tile with its moments.
+#[derive(Debug)]
+pub(crate) struct Tile<'a> {
+    pub(crate) elements: &'a mut [f64],
+    pub(crate) mean: &'a [f64],
+    /// Sums of squared deviations.
+    pub(crate) squares: &'a mut [f64],
 }
 
 /// A matrix in a row-major tensor: some columns of it.
@@ -108,11 +124,20 @@ impl Moments {
         (&self.block.mean, &self.block.squares)
     }
 
+    /// Moments of a matrix of `rows` rows (not 0) that is one tile; `fill` writes its elements.
+    pub(crate) fn of_tile(&mut self, rows: usize, width: usize, fill: impl FnOnce(&mut [f64])) -> Tile<'_> {
+        self.sums.resize(width, 0.0);
+        self.block.resize(width);
+        let elements = &mut self.tile[..rows * width];
+        fill(elements);
+        reduce(elements, &mut self.sums, &mut self.block);
+        Tile { elements, mean: &self.block.mean, squares: &mut self.block.squares }
+    }
+
     fn resize(&mut self, width: usize) {
         self.sums.resize(width, 0.0);
         for columns in self.levels.iter_mut().chain([&mut self.block]) {
-            columns.mean.resize(width, 0.0);
-            columns.squares.resize(width, 0.0);
+            columns.resize(width);
         }
     }
 

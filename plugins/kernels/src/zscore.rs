@@ -1,6 +1,6 @@
 //! `zscore`: standard scores along an axis.
 
-use crate::moments::{Moments, NARROW, View, WIDTH_MAX, fold, merge};
+use crate::moments::{Moments, NARROW, TILE, Tile, View, WIDTH_MAX, fold, merge};
 use strait_plugin::prelude::*;
 use strait_plugin::{AxisSplit, sqrt};
 
@@ -54,8 +54,12 @@ impl ZScore {
     fn standardise<T: Real, O: Real>(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         let x = call.input::<T>(0)?;
         let mut y = call.output::<O>(0)?;
-        let AxisSplit { length, inner, .. } = self.split;
+        let AxisSplit { outer, length, inner } = self.split;
         if x.is_empty() {
+            return Ok(());
+        }
+        if outer > 1 && length * inner <= SHORT {
+            self.scratch.short(&x, &mut y, length, inner);
             return Ok(());
         }
         for (x, y) in x.chunks(length * inner).zip(y.chunks_mut(length * inner)) {
@@ -69,9 +73,14 @@ impl ZScore {
     }
 }
 
+/// Blocks of at most that many elements are not worth a pass of their own: several share a tile.
+const SHORT: usize = TILE / 8;
+
 #[derive(Debug)]
 struct Scratch {
     moments: Moments,
+    /// A tile's worth of elements in the tensor's order.
+    flat: Vec<f64>,
     mean: Vec<f64>,
     /// Sums of squared deviations, then standard deviations.
     deviation: Vec<f64>,
@@ -79,12 +88,40 @@ struct Scratch {
 
 impl Scratch {
     fn new(split: AxisSplit) -> Self {
-        let (rows, width) = if split.inner < NARROW {
+        let (rows, width) = if split.length.saturating_mul(split.inner) <= SHORT {
+            (split.length, WIDTH_MAX)
+        } else if split.inner < NARROW {
             (split.length.div_ceil(rows_in_one(split.inner)), NARROW)
         } else {
             (split.length, split.inner.min(WIDTH_MAX))
         };
-        Self { moments: Moments::new(rows, width), mean: vec![0.0; width], deviation: vec![0.0; width] }
+        Self {
+            moments: Moments::new(rows, width),
+            flat: vec![0.0; TILE],
+            mean: vec![0.0; width],
+            deviation: vec![0.0; width],
+        }
+    }
+
+    /// Many small matrices: as many as fit a tile lie in it side by side.
+    fn short<T: Real, O: Real>(&mut self, x: &[T], y: &mut [O], length: usize, inner: usize) {
+        let block = length * inner;
+        let taken = (TILE / block).min(WIDTH_MAX / inner);
+        for (x, y) in x.chunks(taken * block).zip(y.chunks_mut(taken * block)) {
+            let blocks = x.len() / block;
+            let flat = &mut self.flat[..x.len()];
+            map(x, flat, T::to_f64);
+            let fill = |tile: &mut [f64]| swap_axes(flat, tile, blocks, length, inner);
+            let Tile { elements, mean, squares } = self.moments.of_tile(length, blocks * inner, fill);
+            to_deviations(squares, length);
+            for row in elements.chunks_exact_mut(blocks * inner) {
+                for (x, (mean, deviation)) in row.iter_mut().zip(mean.iter().zip(&*squares)) {
+                    *x = (*x - mean) / deviation;
+                }
+            }
+            swap_axes(elements, flat, length, blocks, inner);
+            map(flat, y, O::from_f64);
+        }
     }
 
     /// A matrix with many columns: tile by tile of columns.
@@ -133,6 +170,26 @@ fn rows_in_one(inner: usize) -> usize {
     NARROW / inner.max(1)
 }
 
+/// From shape (a, b, inner) to shape (b, a, inner).
+#[inline(never)]
+fn swap_axes(from: &[f64], to: &mut [f64], a: usize, b: usize, inner: usize) {
+    for (j, row) in to.chunks_exact_mut(a * inner).enumerate() {
+        if inner == 1 {
+            for (to, from) in row.iter_mut().zip(from[j..].iter().step_by(b)) {
+                *to = *from;
+            }
+        } else {
+            let pieces = from[j * inner..].chunks(b * inner);
+            for (to, from) in row.chunks_exact_mut(inner).zip(pieces) {
+                for (to, from) in to.iter_mut().zip(from) {
+                    *to = *from;
+                }
+            }
+        }
+    }
+}
+
+#[inline(never)]
 fn to_deviations(squares: &mut [f64], count: usize) {
     for value in squares {
         *value = sqrt(*value / count as f64);
@@ -140,6 +197,7 @@ fn to_deviations(squares: &mut [f64], count: usize) {
 }
 
 /// One row of scores; `y` may be shorter than the columns.
+#[inline(never)]
 fn scores<T: Real, O: Real>(x: &[T], y: &mut [O], mean: &[f64], deviation: &[f64]) {
     for ((y, x), (mean, deviation)) in y.iter_mut().zip(x).zip(mean.iter().zip(deviation)) {
         *y = O::from_f64((x.to_f64() - mean) / deviation);
@@ -197,7 +255,7 @@ mod tests {
         let shapes: &[&[u64]] = &[
             &[1], &[2], &[63], &[64], &[65], &[4096], &[10_000], &[7, 1], &[1, 7], &[500, 3], &[3, 500], &[9, 513],
             &[17, 1025], &[100, 63], &[100, 64], &[300, 33], &[2, 70, 3], &[2, 3, 70], &[70, 2, 3], &[3, 65, 2, 40],
-            &[2, 129, 64],
+            &[2, 129, 64], &[5000, 3], &[3000, 2, 2], &[9, 512], &[9, 256, 2], &[300, 5, 63],
         ];
         for shape in shapes {
             let x = numbers(shape.iter().product::<u64>() as usize);

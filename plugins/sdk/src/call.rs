@@ -1,6 +1,6 @@
 //! Windows as slices, for the length of one `run`.
 
-use crate::{Element, Error, Note, Spec};
+use crate::{Dtype, Element, Error, Note, Spec};
 use alloc::{format, string::String, vec::Vec};
 use core::ops::{Deref, DerefMut, Range};
 
@@ -66,11 +66,12 @@ impl Window {
         unsafe { record.write([elements_in, elements_out]) }
     }
 
-    fn check<T: Element>(&self) -> Result<(), Error> {
-        if self.spec.dtype == T::DTYPE {
+    #[inline(never)]
+    fn check(&self, asked: Dtype) -> Result<(), Error> {
+        if self.spec.dtype == asked {
             return Ok(());
         }
-        let (port, is, asked) = (self.port, self.spec.dtype.name(), T::DTYPE.name());
+        let (port, is, asked) = (self.port, self.spec.dtype.name(), asked.name());
         Err(Error::failed(format!("{port} is {is}, the kernel asks for {asked}")))
     }
 }
@@ -129,7 +130,7 @@ impl<'w> Call<'w> {
     #[expect(unsafe_code, reason = "a window becomes a slice")]
     pub fn input<T: Element>(&self, index: usize) -> Result<Input<'w, T>, Error> {
         let window = &self.inputs[index];
-        window.check::<T>()?;
+        window.check(T::DTYPE)?;
         if window.elements == 0 {
             return Ok(Input { elements: &[], shape: &window.spec.shape });
         }
@@ -150,20 +151,26 @@ impl<'w> Call<'w> {
     /// If there is no such port.
     #[expect(unsafe_code, reason = "a window becomes a slice")]
     pub fn output<T: Element>(&mut self, index: usize) -> Result<Output<'w, T>, Error> {
-        let window = &self.outputs[index];
-        window.check::<T>()?;
-        if self.taken & (1 << index) != 0 {
-            return Err(Error::failed(format!("{} was handed out already", window.port)));
-        }
-        self.taken |= 1 << index;
+        let window = self.take_output(index, T::DTYPE)?;
         if window.elements == 0 {
             return Ok(Output { elements: &mut [], shape: &window.spec.shape });
         }
         let address = core::ptr::with_exposed_provenance_mut::<T>(window.address);
         // SAFETY: as in `input`; and this is the only reference to the range: it meets no other
-        // (`Call::new`), and the bit above lets it be made once.
+        // (`Call::new`), and `take_output` lets it be made once.
         let elements = unsafe { core::slice::from_raw_parts_mut(address, window.elements) };
         Ok(Output { elements, shape: &window.spec.shape })
+    }
+
+    #[inline(never)]
+    fn take_output(&mut self, index: usize, asked: Dtype) -> Result<&'w Window, Error> {
+        let window = &self.outputs[index];
+        window.check(asked)?;
+        if self.taken & (1 << index) != 0 {
+            return Err(Error::failed(format!("{} was handed out already", window.port)));
+        }
+        self.taken |= 1 << index;
+        Ok(window)
     }
 
     /// Says that output `index` is smaller than `open` answered; its elements are the first ones.

@@ -1,0 +1,193 @@
+//! `kernels` and `call`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::time::Duration;
+
+use clap::Args;
+use serde_json::json;
+use strait_client::{Client, Flight, Kernel};
+use strait_client::wire::{Note, Parameter, Port};
+use strait_tensor::Dtype;
+
+use super::failure::Failure;
+use super::{Connection, output, outputs, pair, parameters, tensors, unique};
+
+#[derive(Debug, Args)]
+pub(super) struct KernelsArgs {
+    /// Only this one: KERNEL or PLUGIN/KERNEL.
+    kernel: Option<String>,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct CallArgs {
+    /// The kernel: KERNEL, or PLUGIN/KERNEL where two plugins have one of that name.
+    kernel: String,
+    /// An input port's tensor: PORT=NAME or PORT=NAME#COLUMN.
+    #[arg(long = "input", short, value_name = "PORT=NAME", value_parser = pair)]
+    inputs: Vec<(String, String)>,
+    /// A parameter's value; a list of numbers as 1,2,3.
+    #[arg(long = "param", short, value_name = "NAME=VALUE", value_parser = pair)]
+    parameters: Vec<(String, String)>,
+    /// The name that an output gets; without PORT, the kernel's only output.
+    #[arg(long = "output", short, value_name = "[PORT=]NAME", required = true)]
+    outputs: Vec<String>,
+    /// Take names over if there are such tensors already.
+    #[arg(long)]
+    replace: bool,
+    /// Seal the outputs for good, so that not even the host can write to their memory again.
+    #[arg(long)]
+    seal: bool,
+    /// Milliseconds that the call may take [default and maximum: the host's].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    deadline_ms: Option<u64>,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+/// The kernels that `name` means: as a rule one.
+fn find(client: &Client, name: &str) -> Result<Vec<Kernel>, Failure> {
+    let mut kernels = client.kernels(None)?;
+    kernels.retain(|kernel| kernel.name == name || format!("{}/{}", kernel.plugin, kernel.name) == name);
+    Ok(kernels)
+}
+
+pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
+    let client = args.connection.client()?;
+    let kernels = match &args.kernel {
+        None => client.kernels(None)?,
+        Some(name) => find(&client, name)?,
+    };
+    if let (Some(name), true) = (&args.kernel, kernels.is_empty()) {
+        return Err(Failure::input("KERNEL_NOT_FOUND", format!("no loaded plugin has a kernel `{name}`")));
+    }
+    if args.connection.json {
+        return output::json(&json!({ "kernels": kernels }));
+    }
+    output::text(kernels.iter().map(describe).collect::<Vec<_>>().join("\n").trim_end())
+}
+
+/// A kernel for people, several lines.
+fn describe(kernel: &Kernel) -> String {
+    let Kernel { name, plugin, version, doc, .. } = kernel;
+    let mut lines = doc.lines();
+    let mut text = format!("{name}  ({plugin} {version})  {}\n", lines.next().unwrap_or_default());
+    let rows = kernel
+        .inputs
+        .iter()
+        .map(|p| port("input", p))
+        .chain(kernel.outputs.iter().map(|p| port("output", p)))
+        .chain(kernel.parameters.iter().map(parameter));
+    for line in output::lines(&output::table(&[], rows)).lines() {
+        let _ = writeln!(text, "   {line}");
+    }
+    text
+}
+
+fn port(direction: &str, port: &Port) -> Vec<String> {
+    let mut kind = dtypes(&port.dtypes);
+    if port.role != "data" {
+        kind = format!("{} {kind}", port.role);
+    }
+    let rank = match (port.rank_min, port.rank_max) {
+        (0, max) if max as usize >= strait_tensor::RANK_MAX => String::new(),
+        (min, max) if min == max => format!("rank {min}"),
+        (min, max) => format!("rank {min} to {max}"),
+    };
+    let kind = if rank.is_empty() { kind } else { format!("{kind}, {rank}") };
+    vec![direction.to_owned(), port.name.clone(), kind, port.doc.clone()]
+}
+
+/// The names, or a word for well-known sets.
+fn dtypes(dtypes: &[Dtype]) -> String {
+    let all = |set: &dyn Fn(&Dtype) -> bool| {
+        dtypes.len() > 2 && Dtype::ALL.iter().all(|dtype| set(dtype) == dtypes.contains(dtype))
+    };
+    if all(&|_| true) {
+        return "any dtype".to_owned();
+    }
+    if all(&|dtype| dtype.is_real()) {
+        return "any real dtype".to_owned();
+    }
+    dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(" ")
+}
+
+fn parameter(parameter: &Parameter) -> Vec<String> {
+    let mut kind = parameter.kind.clone();
+    if !parameter.choices.is_empty() {
+        kind = parameter.choices.join("|");
+    }
+    match (parameter.minimum, parameter.maximum) {
+        (Some(min), Some(max)) => kind = format!("{kind} from {min} to {max}"),
+        (Some(min), None) => kind = format!("{kind} from {min}"),
+        (None, Some(max)) => kind = format!("{kind} up to {max}"),
+        (None, None) => {}
+    }
+    let kind = match &parameter.default {
+        Some(serde_json::Value::String(text)) => format!("{kind}, default {text}"),
+        Some(value) => format!("{kind}, default {value}"),
+        None => format!("{kind}, required"),
+    };
+    vec!["param".to_owned(), parameter.name.clone(), kind, parameter.doc.clone()]
+}
+
+/// What a kernel had to say, on stderr: stdout is for results.
+pub(super) fn tell<'a>(notes: impl IntoIterator<Item = (&'a str, &'a str)>) {
+    for (key, text) in notes {
+        output::complain(&format!("note: {key}: {text}"));
+    }
+}
+
+pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
+    let inputs = unique("--input", &args.inputs)?;
+    let client = args.connection.client()?;
+    let kernel = &args.kernel;
+    // None, or several: the host says what is wrong, since it decides.
+    let declared = find(&client, kernel)?;
+    let declared = declared.first();
+    let ports: Vec<&str> = declared.map_or_else(Vec::new, |d| d.outputs.iter().map(|p| p.name.as_str()).collect());
+    let publish = match declared {
+        Some(_) => outputs(kernel, &args.outputs, &ports)?,
+        None => BTreeMap::new(),
+    };
+    let kind = |name: &str| Some(declared?.parameters.iter().find(|p| p.name == name)?.kind.clone());
+    let parameters = parameters(kernel, &args.parameters, kind)?;
+
+    let mut call = client.call(kernel).replace(args.replace).seal(args.seal).map(publish.len() < ports.len());
+    for (port, name) in &inputs {
+        call = call.input(port, name);
+    }
+    for (name, value) in parameters {
+        call = call.param(&name, value);
+    }
+    for (port, name) in &publish {
+        call = call.publish(port, name);
+    }
+    if let Some(deadline) = args.deadline_ms {
+        call = call.deadline(Duration::from_millis(deadline));
+    }
+    let result = call.send()?;
+
+    let port_of = |flight: &Flight| publish.iter().find(|(_, name)| **name == flight.name).map(|(port, _)| port);
+    if args.connection.json {
+        let results: Vec<_> = result
+            .published
+            .iter()
+            .map(|flight| json!({ "port": port_of(flight), "name": flight.name, "mapping": flight.mapping }))
+            .collect();
+        return output::json(&json!({
+            "kernel": kernel,
+            "results": results,
+            "notes": result.notes,
+            "copied_bytes": result.copied_bytes,
+            "minor_faults": result.minor_faults,
+            "seconds": result.seconds,
+            "request_id": result.request_id,
+        }));
+    }
+    tell(result.notes.iter().map(|Note { key, text }| (key.as_str(), text.as_str())));
+    let rows = result.published.iter().flat_map(tensors::rows);
+    output::text(&output::lines(&output::table(&[], rows)))
+}

@@ -1,0 +1,248 @@
+//! `run`: a kernel on files, on a host of this process's own that nobody else can reach.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+
+use clap::Args;
+use serde_json::json;
+use strait_client::wire;
+use strait_memory::{ReadMapping, WriteMapping};
+use strait_tensor::{TensorFile, TensorSpec};
+
+use super::failure::Failure;
+use super::output::{self, Progress};
+use super::staging::{self, Staging};
+use super::{file_and_part, kernels, outputs, pair, parameters, serve, unique};
+use crate::config::Config;
+use crate::lease::Principal;
+use crate::plugin::{Kernel, KernelRef};
+use crate::session::{Answer, Host, Invoked};
+
+#[derive(Debug, Args)]
+pub(super) struct RunArgs {
+    /// A standard kernel's name, FILE.wasm if it has one kernel, or FILE.wasm#KERNEL.
+    kernel: String,
+    /// An input port's file (.npy, .arrow, .feather): PORT=FILE or PORT=FILE#COLUMN.
+    #[arg(long = "input", short, value_name = "PORT=FILE", value_parser = pair)]
+    inputs: Vec<(String, String)>,
+    /// A parameter's value; a list of numbers as 1,2,3.
+    #[arg(long = "param", short, value_name = "NAME=VALUE", value_parser = pair)]
+    parameters: Vec<(String, String)>,
+    /// The file (.npy, .arrow, .feather) for an output; without PORT, the kernel's only output.
+    #[arg(long = "output", short, value_name = "[PORT=]FILE", required = true)]
+    outputs: Vec<String>,
+    /// Milliseconds that the kernel may take [default: the settings', 30 s].
+    #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
+    deadline_ms: Option<u64>,
+    /// Settings, as for `serve`.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Names this run in log lines and errors: 1 to 64 of A-Z a-z 0-9 . _ : -
+    #[arg(long, value_name = "ID")]
+    request_id: Option<String>,
+    /// One JSON object on stdout instead of text.
+    #[arg(long)]
+    pub(super) json: bool,
+}
+
+pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
+    // The guest's own words; what the host would log, the failure says.
+    serve::start_log(serve::LogFormat::Human, "error,strait::guest=info")?;
+    staging::watch_signals()?;
+    let host = private_host(args)?;
+    let request_id = host.request_id(args.request_id.as_deref())?;
+    on(&host, args, &request_id).map_err(|failure| failure.of_request(&request_id))
+}
+
+fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Failure> {
+    let (name, kernel) = find(host, &args.kernel)?;
+    let kernel = kernel.kernel();
+    let ports: Vec<&str> = kernel.outputs.iter().map(|port| port.name.as_str()).collect();
+    let targets = outputs(&kernel.name, &args.outputs, &ports)?;
+    kernel.check_outputs(targets.keys().map(String::as_str)).map_err(crate::error::Status::from)?;
+    let mut staging = Staging::default();
+    for target in targets.values() {
+        staging.add(Path::new(target))?;
+    }
+    let kind = |name: &str| {
+        let declared = kernel.parameters.iter().find(|p| p.name == name)?;
+        Some(declared.kind.name().to_owned())
+    };
+    let invoke = wire::Invoke {
+        kernel: name,
+        parameters: parameters(&kernel.name, &args.parameters, kind)?,
+        inputs: load_all(host, kernel, &args.inputs)?,
+        deadline_ms: args.deadline_ms,
+        ..Default::default()
+    };
+    let invoked = invoke_and_wait(host, invoke, request_id)?;
+    let written = write_all(staging, &targets, &invoked)?;
+    kernels::tell(invoked.notes.iter().map(|(key, text)| (key.as_str(), text.as_str())));
+    if args.json {
+        let outputs: Vec<_> = written
+            .iter()
+            .map(|(port, file, spec)| json!({ "port": port, "file": file, "dtype": spec.dtype, "shape": spec.shape }))
+            .collect();
+        let notes: Vec<_> =
+            invoked.notes.iter().map(|(key, text)| json!({ "key": key, "text": text })).collect();
+        return output::json(&json!({
+            "kernel": kernel.name,
+            "outputs": outputs,
+            "notes": notes,
+            "copied_bytes": invoked.copied_bytes,
+            "minor_faults": invoked.minor_faults,
+            "seconds": { "instantiate": invoked.seconds.instantiate, "run": invoked.seconds.run, "total": invoked.seconds.total },
+            "request_id": &**request_id,
+        }));
+    }
+    let rows = written.into_iter().map(|(port, file, spec)| vec![port, output::spec(&spec), file]);
+    output::text(&output::lines(&output::table(&[], rows)))
+}
+
+fn private_host(args: &RunArgs) -> Result<Arc<Host>, Failure> {
+    let mut config = serve::load(args.config.as_deref())?;
+    config.engine.workers = Some(1);
+    // Who runs it is who set the limit.
+    let limits = &mut config.limits;
+    limits.deadline_ms_max = limits.deadline_ms_max.max(args.deadline_ms.unwrap_or(0));
+    start(config, Path::new("/nonexistent"))
+}
+
+/// A host that has no sockets yet.
+pub(super) fn start(config: Config, directory: &Path) -> Result<Arc<Host>, Failure> {
+    Host::start(config, directory).map_err(|error| Failure::other("HOST", format!("no host could be started: {error:#}")))
+}
+
+/// The kernel, and the name by which the host knows it.
+fn find(host: &Host, kernel: &str) -> Result<(String, KernelRef), Failure> {
+    let (file, part) = file_and_part(kernel);
+    let is_file = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("wasm"));
+    if !is_file {
+        let found = host.plugins().find(kernel).map_err(crate::error::Status::from)?;
+        return Ok((kernel.to_owned(), found));
+    }
+    let shown = file.display();
+    let bytes = std::fs::read(&file).map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
+    let plugin = host.load_plugin(&bytes).map_err(|mut status| {
+        status.message = format!("{shown}: {}", status.message);
+        status
+    })?;
+    let names: Vec<&str> = plugin.description.kernels.iter().map(|k| k.name.as_str()).collect();
+    let name = match (&part, names.as_slice()) {
+        (Some(part), _) => part.as_str(),
+        (None, [only]) => only,
+        (None, _) => {
+            let message = format!("{shown} has {} kernels ({}); say which: {shown}#KERNEL", names.len(), names.join(", "));
+            return Err(Failure::input("AMBIGUOUS_KERNEL", message));
+        }
+    };
+    let qualified = format!("{}/{name}", plugin.description.name);
+    match host.plugins().find(&qualified) {
+        Ok(found) => Ok((qualified, found)),
+        Err(_) => {
+            let message = format!("{shown} has no kernel `{name}`; it has {}", names.join(", "));
+            Err(Failure::input("KERNEL_NOT_FOUND", message))
+        }
+    }
+}
+
+/// Whose everything is here.
+fn owner() -> Principal {
+    Principal { uid: rustix::process::geteuid().as_raw() }
+}
+
+/// Reads each input's file into a segment of the host, under the port's name.
+fn load_all(
+    host: &Arc<Host>,
+    kernel: &Kernel,
+    inputs: &[(String, String)],
+) -> Result<BTreeMap<String, wire::Input>, Failure> {
+    let mut loaded = BTreeMap::new();
+    for (port, text) in unique("--input", inputs)? {
+        // An unknown port is refused before its file is read, by the same words as after it.
+        if kernel.inputs.iter().any(|p| p.name == port) {
+            load(host, &port, &text)?;
+        }
+        loaded.insert(port.clone(), wire::Input::Flight { name: port, column: None });
+    }
+    Ok(loaded)
+}
+
+fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
+    let (path, column) = file_and_part(text);
+    let mut file = TensorFile::open(&path)?;
+    let index = match (&column, file.tensors().len()) {
+        (Some(column), _) => file.find(column)?,
+        (None, 1) => 0,
+        (None, 0) => {
+            let why: Vec<&str> = file.unsupported().iter().map(|(_, reason)| reason.as_str()).collect();
+            let message = format!("{}: it has no column of numbers. {}", path.display(), why.join(". "));
+            return Err(Failure::input("BAD_FILE", message.trim_end()));
+        }
+        (None, count) => {
+            let names: Vec<&str> = file.tensors().iter().map(|(name, _)| name.as_str()).collect();
+            let message = format!(
+                "{} has {count} columns; say which, as {port}={}#COLUMN: {}",
+                path.display(),
+                path.display(),
+                names.join(", ")
+            );
+            return Err(Failure::input("BAD_INPUT", message));
+        }
+    };
+    let TensorSpec { dtype, shape } = file.tensors()[index].1.clone();
+    let (segment, fd) = host.create(owner(), vec![wire::NewTensor { name: port.to_owned(), dtype, shape }])?;
+    let place = &segment.tensors()[0];
+    {
+        let unmapped = |error: strait_memory::MappingError| Failure::other("HOST", format!("input `{port}`: {error}"));
+        let mut pages = WriteMapping::new(&fd, range(place)?.end).map_err(unmapped)?;
+        let _bar = Progress::start(format!("reading {}", path.display()), place.length);
+        file.read_into(index, &mut pages.bytes_mut()[range(place)?])?;
+    }
+    host.publish(owner(), &segment, port, false)?;
+    Ok(())
+}
+
+/// Where a tensor of ours lies in its mapped segment.
+fn range(place: &strait_tensor::TensorPlace) -> Result<std::ops::Range<usize>, Failure> {
+    let at = |offset: u64| {
+        usize::try_from(offset).map_err(|_| Failure::other("HOST", format!("tensor `{}` ends at byte {offset}", place.name)))
+    };
+    Ok(at(place.offset)?..at(place.offset + place.length)?)
+}
+
+fn invoke_and_wait(host: &Arc<Host>, invoke: wire::Invoke, request_id: &Arc<str>) -> Result<Arc<Invoked>, Failure> {
+    let (answer, answered) = mpsc::sync_channel(1);
+    let answer = Answer::new(move |result| {
+        // The receiver waits below.
+        let _ = answer.send(result);
+    });
+    host.invoke(owner(), None, invoke, Arc::clone(request_id), answer);
+    match answered.recv() {
+        Ok(result) => Ok(result?),
+        Err(_) => Err(Failure::other("HOST", "the worker ended without an answer")),
+    }
+}
+
+/// Writes the outputs that were asked for; port, file and spec of each.
+fn write_all(
+    staging: Staging,
+    targets: &BTreeMap<String, String>,
+    invoked: &Invoked,
+) -> Result<Vec<(String, String, TensorSpec)>, Failure> {
+    let mut written = Vec::new();
+    for (index, (port, target)) in targets.iter().enumerate() {
+        let lost = || Failure::other("HOST", format!("the kernel has no output `{port}` any more"));
+        let result = invoked.results.iter().find(|result| result.port == *port).ok_or_else(lost)?;
+        let place = result.segment.tensors().first().ok_or_else(lost)?;
+        let fd = result.segment.readonly_fd().map_err(crate::error::Status::from)?;
+        let pages = ReadMapping::of_result(&fd, range(place)?.end)
+            .map_err(|error| Failure::other("HOST", format!("output `{port}`: {error}")))?;
+        let _bar = Progress::start(format!("writing {target}"), place.length);
+        staging.write(index, &[(port, place.spec.clone(), &pages.bytes()[range(place)?])])?;
+        written.push((port.clone(), target.clone(), place.spec.clone()));
+    }
+    staging.finish()?;
+    Ok(written)
+}

@@ -1,0 +1,292 @@
+//! `serve`: a host in the foreground.
+
+use std::fs::{self, DirBuilder};
+use std::io::{self, IsTerminal, Read};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use strait_client::address::DATA_SOCKET;
+use strait_memory::{FrameListener, process};
+use tokio::net::UnixListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::watch;
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::util::SubscriberInitExt;
+
+use super::failure::Failure;
+use super::{output, run};
+use crate::config::Config;
+use crate::{datasock, flight};
+
+const FLIGHT_SOCKET: &str = "flight.sock";
+/// Longest path that a unix socket's address has room for, in bytes.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// What the sockets get beyond the drain time to close connections.
+const CLOSING: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Args)]
+pub(super) struct ServeArgs {
+    /// Settings in TOML; the environment (STRAIT__SECTION__KEY) and options go before them.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// The directory for the sockets; created with mode 0700, or it must be yours with that mode
+    /// [default: $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/strait, /run/strait for root, /tmp/strait-UID].
+    #[arg(long, value_name = "DIR")]
+    directory: Option<PathBuf>,
+    /// Load this plugin beside the standard one; may be given several times.
+    #[arg(long = "plugin", value_name = "FILE")]
+    plugins: Vec<PathBuf>,
+    /// How log lines on stderr look.
+    #[arg(long, value_enum, default_value = "human")]
+    log_format: LogFormat,
+    /// error, warn, info, debug, trace, or a filter such as info,strait::session=debug.
+    #[arg(long, default_value = "info", value_name = "LEVEL")]
+    log_level: String,
+    /// End as by SIGTERM when stdin ends, so as not to outlive whoever holds the other end.
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum LogFormat {
+    /// Text, coloured on terminals.
+    Human,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Log lines go to stderr from now on.
+pub(super) fn start_log(format: LogFormat, filter: &str) -> Result<(), Failure> {
+    let wrong = |error: &dyn std::fmt::Display| {
+        Failure::input("BAD_SETTING", format!("log level {filter:?}: {error}; take error, warn, info, debug or trace"))
+    };
+    let filter = EnvFilter::try_new(filter).map_err(|error| wrong(&error))?;
+    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    match format {
+        LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).finish().try_init(),
+        LogFormat::Json => builder.json().flatten_event(true).finish().try_init(),
+    }
+    .map_err(|error| wrong(&error))
+}
+
+/// The settings of a file and the environment.
+pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
+    Config::load(file).map_err(|error| Failure::input("BAD_SETTING", format!("settings: {error:#}")))
+}
+
+pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
+    start_log(args.log_format, &args.log_level)?;
+    let mut config = load(args.config.as_deref())?;
+    config.server.plugins.extend(args.plugins.iter().cloned());
+    let directory = match args.directory.clone().or_else(|| config.server.directory.clone()) {
+        Some(directory) => directory,
+        None => usual_directory(),
+    };
+    let directory = prepare(&directory)?;
+
+    let linux = |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
+    process::set_not_dumpable().map_err(|e| linux("hide this process's memory", e))?;
+    process::raise_nofile().map_err(|e| linux("raise the limit of open files", e))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| linux("start threads", e))?;
+    let done = runtime.block_on(serve_until_told(config, &directory, args.until_stdin_ends));
+    // A kernel that outlived the drain time must not keep the process.
+    runtime.shutdown_background();
+    done
+}
+
+/// Where a host serves that was told nothing.
+fn usual_directory() -> PathBuf {
+    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let uid = rustix::process::geteuid().as_raw();
+    set("RUNTIME_DIRECTORY")
+        .or_else(|| set("XDG_RUNTIME_DIR").map(|directory| directory.join("strait")))
+        .or_else(|| (uid == 0).then(|| "/run/strait".into()))
+        .unwrap_or_else(|| format!("/tmp/strait-{uid}").into())
+}
+
+/// The directory as an absolute path: created, or found to be this user's alone.
+fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
+    let wrong = |what: String| Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()));
+    let directory = &std::path::absolute(directory).map_err(|e| wrong(format!("not a directory's path: {e}")))?;
+    let longest = directory.join(FLIGHT_SOCKET);
+    if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(wrong(format!(
+            "with {FLIGHT_SOCKET} the path has {} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; take a shorter one",
+            longest.as_os_str().len()
+        )));
+    }
+    match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
+        Ok(()) => {}
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+        Err(e) => return Err(wrong(format!("cannot create it: {e}"))),
+    }
+    // Not `metadata`: a link could be turned to another place after this check.
+    let found = fs::symlink_metadata(directory).map_err(|e| wrong(format!("cannot look at it: {e}")))?;
+    let uid = rustix::process::geteuid().as_raw();
+    if !found.is_dir() {
+        return Err(wrong("not a directory; take another path".to_owned()));
+    }
+    if found.uid() != uid {
+        return Err(wrong(format!("it belongs to uid {}, not to uid {uid}, which serves; take another one", found.uid())));
+    }
+    let mode = found.permissions().mode() & 0o777;
+    if mode != 0o700 {
+        return Err(wrong(format!(
+            "its mode is {mode:04o}, so that others could get in or its owner could not; it must be 0700: chmod 700 {}",
+            directory.display()
+        )));
+    }
+    Ok(directory.clone())
+}
+
+async fn serve_until_told(config: Config, directory: &Path, until_stdin_ends: bool) -> Result<(), Failure> {
+    let mut end = End::new(until_stdin_ends)?;
+    // Holding this socket is what makes this process the directory's host.
+    let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(|error| match error.kind() {
+        io::ErrorKind::AddrInUse => Failure::other(
+            "HOST_RUNNING",
+            format!("another host serves {} already; stop it, or give this one its own --directory", directory.display()),
+        ),
+        _ => Failure::other("LINUX", format!("no data socket: {error}")),
+    })?;
+    let drain = config.drain();
+    let starting = {
+        let directory = directory.to_owned();
+        tokio::task::spawn_blocking(move || run::start(config, &directory))
+    };
+    let host = starting.await.map_err(|e| Failure::other("HOST", format!("the start broke off: {e}")))??;
+    let (listener, flight_path) = bind_flight(directory)?;
+
+    let (stop, stopped) = watch::channel(false);
+    let told = |mut stopped: watch::Receiver<bool>| async move {
+        // An error means that the sender is gone, which is an end, too.
+        let _ = stopped.wait_for(|stop| *stop).await;
+    };
+    let mut data = tokio::spawn(datasock::serve(Arc::clone(&host), data, told(stopped.clone())));
+    let mut flight = tokio::spawn(flight::serve(Arc::clone(&host), listener, told(stopped)));
+    let kernels = host.plugins().kernels().len();
+    let ready = format!("strait {} serves unix://{} with {kernels} kernels", env!("CARGO_PKG_VERSION"), directory.display());
+    // Whoever started it may not read it.
+    let _ = output::text(&ready);
+    tracing::info!(directory = %directory.display(), host_id = host.id(), kernels, "ready");
+
+    let broken = tokio::select! {
+        what = end.told() => {
+            tracing::info!(drain_ms = drain.as_millis(), "ending: {what}");
+            None
+        }
+        outcome = &mut data => Some(("data socket", describe(outcome))),
+        outcome = &mut flight => Some(("Flight socket", describe(outcome))),
+    };
+    host.drain();
+    // While the data socket still says that this directory is ours: no successor's is removed.
+    drop(flight_path);
+    let _ = stop.send(true);
+    if let Some((what, why)) = broken {
+        data.abort();
+        flight.abort();
+        return Err(Failure::other("HOST", format!("the {what} broke: {why}")));
+    }
+    let finished = async {
+        let outcomes = (describe((&mut data).await), describe((&mut flight).await));
+        let workers = Arc::clone(&host);
+        let _ = tokio::task::spawn_blocking(move || workers.join_workers()).await;
+        outcomes
+    };
+    tokio::select! {
+        outcomes = tokio::time::timeout(drain + CLOSING, finished) => match outcomes {
+            Ok(_) => tracing::info!("ended"),
+            Err(_) => tracing::warn!(drain_ms = drain.as_millis(), "ended with work still running"),
+        },
+        what = end.told() => tracing::warn!("ended at once: {what} again"),
+    }
+    // Dropping what the tasks hold removes the data socket's path.
+    data.abort();
+    flight.abort();
+    while !(data.is_finished() && flight.is_finished()) {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    Ok(())
+}
+
+fn describe<E: std::fmt::Display>(outcome: Result<Result<(), E>, tokio::task::JoinError>) -> String {
+    match outcome {
+        Ok(Ok(())) => "it ended by itself".to_owned(),
+        Ok(Err(error)) => error.to_string(),
+        Err(error) => error.to_string(),
+    }
+}
+
+/// What can end a host.
+struct End {
+    terminate: Signal,
+    interrupt: Signal,
+    stdin: watch::Receiver<bool>,
+    /// Here if nobody reads stdin: without a sender it would look as if it had ended.
+    _unread: Option<watch::Sender<bool>>,
+}
+
+impl End {
+    fn new(until_stdin_ends: bool) -> Result<Self, Failure> {
+        let failed = |error: io::Error| Failure::other("SIGNALS", format!("cannot watch for signals: {error}"));
+        let (ended, stdin) = watch::channel(false);
+        let mut unread = Some(ended);
+        if until_stdin_ends {
+            let ended = unread.take();
+            let read = move || {
+                let mut bytes = [0; 256];
+                while io::stdin().read(&mut bytes).is_ok_and(|count| count > 0) {}
+                if let Some(ended) = ended {
+                    let _ = ended.send(true);
+                }
+            };
+            // A thread of its own, not the runtime's: a read cannot be given up at the end.
+            std::thread::Builder::new().name("stdin".into()).spawn(read).map_err(failed)?;
+        }
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).map_err(failed)?,
+            interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
+            stdin,
+            _unread: unread,
+        })
+    }
+
+    /// Waits for the next of them.
+    async fn told(&mut self) -> &'static str {
+        let already = *self.stdin.borrow_and_update();
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+            _ = self.stdin.changed(), if !already => "stdin ended",
+        }
+    }
+}
+
+/// A socket's path, removed on drop.
+struct SocketPath(PathBuf);
+
+impl Drop for SocketPath {
+    fn drop(&mut self) {
+        // If it is gone already, so much the better.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Called by the directory's host only: what is there is a dead one's.
+fn bind_flight(directory: &Path) -> Result<(UnixListener, SocketPath), Failure> {
+    let path = directory.join(FLIGHT_SOCKET);
+    let failed = |error: io::Error| Failure::other("LINUX", format!("no Flight socket at {}: {error}", path.display()));
+    if fs::symlink_metadata(&path).is_ok_and(|found| found.file_type().is_socket()) {
+        fs::remove_file(&path).map_err(failed)?;
+    }
+    let listener = UnixListener::bind(&path).map_err(failed)?;
+    let guard = SocketPath(path.clone());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
+    Ok((listener, guard))
+}

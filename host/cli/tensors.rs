@@ -1,0 +1,224 @@
+//! `put`, `get`, `ls`, `rm`: the host's tensors and files.
+
+use std::fs::File;
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use clap::Args;
+use serde_json::json;
+use strait_client::{Flight, NewTensor};
+use strait_tensor::{Column, FileLayout, TensorFile, TensorSpec};
+
+use super::failure::Failure;
+use super::output::{self, Progress};
+use super::staging::{self, Staging};
+use super::{Connection, file_and_part};
+
+#[derive(Debug, Args)]
+pub(super) struct PutArgs {
+    /// The tensor's name in the host.
+    name: String,
+    /// A .npy, .arrow or .feather file; FILE#COLUMN takes one column, else every column of numbers is taken.
+    file: String,
+    /// Take only this column.
+    #[arg(long)]
+    column: Option<String>,
+    /// Take the name over if there is such a tensor already.
+    #[arg(long)]
+    replace: bool,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct GetArgs {
+    /// The tensor: NAME, or NAME#COLUMN.
+    name: String,
+    /// Where to write it: .npy, .arrow or .feather. A file that is there is replaced.
+    file: PathBuf,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct LsArgs {
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(super) struct RmArgs {
+    /// The tensors' names.
+    #[arg(required = true)]
+    names: Vec<String>,
+    #[command(flatten)]
+    pub(super) connection: Connection,
+}
+
+/// The tensors of `file` to read, by index; columns that are no tensors are named on stderr.
+fn chosen(file: &TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<usize>, Failure> {
+    if let Some(column) = column {
+        return Ok(vec![file.find(column)?]);
+    }
+    for (_, reason) in file.unsupported() {
+        output::complain(&format!("strait: left out: {reason}"));
+    }
+    if file.tensors().is_empty() {
+        return Err(Failure::input("BAD_FILE", format!("{}: it has no column of numbers", path.display())));
+    }
+    Ok((0..file.tensors().len()).collect())
+}
+
+pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
+    let (path, part) = file_and_part(&args.file);
+    let column = match (&args.column, &part) {
+        (Some(_), Some(_)) => {
+            return Err(Failure::usage(format!("{} names a column, and so does --column; one is enough", args.file)));
+        }
+        (column, part) => column.as_deref().or(part.as_deref()),
+    };
+    let mut file = TensorFile::open(&path)?;
+    let chosen = chosen(&file, &path, column)?;
+    // A .npy file has no name for its array; the tensor's is the natural one.
+    let nameless = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"));
+    let tensors: Vec<NewTensor> = chosen
+        .iter()
+        .map(|&index| {
+            let (name, TensorSpec { dtype, shape }) = file.tensors()[index].clone();
+            NewTensor { name: if nameless { args.name.clone() } else { name }, dtype, shape }
+        })
+        .collect();
+
+    let client = args.connection.client()?;
+    let mut segment = client.create(&tensors)?;
+    let mut copied_bytes = 0;
+    {
+        let total = segment.mapping().tensors.iter().map(|tensor| tensor.length).sum();
+        let _bar = Progress::start(format!("reading {}", path.display()), total);
+        for (&index, tensor) in chosen.iter().zip(&tensors) {
+            let bytes = segment.bytes_mut(&tensor.name)?;
+            file.read_into(index, bytes)?;
+            copied_bytes += bytes.len() as u64;
+        }
+    }
+    let flight = segment.publish(&args.name, args.replace)?;
+    if args.connection.json {
+        return output::json(&json!({ "flight": flight, "copied_bytes": copied_bytes }));
+    }
+    output::text(&output::lines(&output::table(&[], rows(&flight))))
+}
+
+pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
+    let (name, column) = match args.name.split_once('#') {
+        Some((name, column)) => (name, Some(column)),
+        None => (args.name.as_str(), None),
+    };
+    staging::watch_signals()?;
+    let mut staging = Staging::default();
+    staging.add(&args.file)?;
+    let client = args.connection.client()?;
+    let segment = client.map(name)?;
+    let views: Vec<_> = match column {
+        Some(column) => vec![segment.tensor(column)?],
+        None => segment.tensors()?.collect(),
+    };
+    let npy = args.file.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"));
+    if npy && views.len() != 1 {
+        let names: Vec<_> = views.iter().map(|view| view.name()).collect();
+        return Err(Failure::input(
+            "BAD_INPUT",
+            format!(
+                "`{name}` has {} columns ({}) and .npy holds one; take {name}#COLUMN, or write .arrow",
+                names.len(),
+                names.join(", ")
+            ),
+        ));
+    }
+    let tensors: Vec<_> = views
+        .iter()
+        .map(|view| {
+            let spec = TensorSpec { dtype: view.dtype(), shape: view.shape().to_vec() };
+            (view.name(), spec, view.bytes())
+        })
+        .collect();
+    {
+        let total = tensors.iter().map(|(_, _, bytes)| bytes.len() as u64).sum();
+        let _bar = Progress::start(format!("writing {}", args.file.display()), total);
+        staging.write(0, &tensors)?;
+    }
+    staging.finish()?;
+    if args.connection.json {
+        let described: Vec<_> = tensors
+            .iter()
+            .map(|(name, spec, _)| json!({ "name": name, "dtype": spec.dtype, "shape": spec.shape }))
+            .collect();
+        return output::json(&json!({ "name": name, "file": args.file, "tensors": described }));
+    }
+    Ok(())
+}
+
+/// Several tensors as the columns of one Arrow IPC file.
+pub(super) fn write_columns(path: &Path, tensors: &[(&str, TensorSpec, &[u8])]) -> Result<(), Failure> {
+    let columns: Result<Vec<_>, _> =
+        tensors.iter().map(|(name, spec, _)| Column::new(*name, spec.clone())).collect();
+    let layout = columns
+        .and_then(|columns| FileLayout::plan(&columns))
+        .map_err(|error| Failure::input("BAD_TENSOR", error.to_string()))?;
+    let write = || -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(&layout.header)?;
+        for (place, (_, _, bytes)) in layout.tensors.iter().zip(tensors) {
+            file.seek(SeekFrom::Start(place.offset))?;
+            file.write_all(bytes)?;
+        }
+        file.seek(SeekFrom::Start(layout.footer_offset))?;
+        file.write_all(&layout.footer)
+    };
+    write().map_err(|error| Failure::file(&error, format!("{}: cannot write it: {error}", path.display())))
+}
+
+pub(super) fn ls(args: &LsArgs) -> Result<(), Failure> {
+    let client = args.connection.client()?;
+    let flights = client.list().collect::<Result<Vec<_>, _>>()?;
+    if args.connection.json {
+        return output::json(&json!({ "flights": flights }));
+    }
+    if flights.is_empty() {
+        return Ok(());
+    }
+    let heading = ["NAME", "DTYPE", "SHAPE", "SIZE>", "SEAL"];
+    output::text(&output::lines(&output::table(&heading, flights.iter().flat_map(rows))))
+}
+
+/// A line for each tensor of a flight; a flight of several shows them as name#column.
+pub(super) fn rows(flight: &Flight) -> Vec<Vec<String>> {
+    let seal = serde_json::to_value(flight.mapping.seal).unwrap_or_default();
+    let tensors = &flight.mapping.tensors;
+    let name = |column: &str| match tensors.len() {
+        1 => flight.name.clone(),
+        _ => format!("{}#{column}", flight.name),
+    };
+    tensors
+        .iter()
+        .map(|tensor| {
+            vec![
+                name(&tensor.name),
+                tensor.spec.dtype.name().to_owned(),
+                format!("{:?}", tensor.spec.shape),
+                output::bytes(tensor.length),
+                seal.as_str().unwrap_or_default().to_owned(),
+            ]
+        })
+        .collect()
+}
+
+pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {
+    let client = args.connection.client()?;
+    for name in &args.names {
+        client.drop_flight(name)?;
+    }
+    if args.connection.json {
+        return output::json(&json!({ "dropped": args.names }));
+    }
+    Ok(())
+}

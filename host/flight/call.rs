@@ -1,0 +1,200 @@
+//! One call: who asks, under which request id, and how its end is told.
+
+use std::sync::Arc;
+
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response};
+
+use super::Peer;
+use crate::error::{Code, Status};
+use crate::lease::Principal;
+use crate::session::Host;
+
+/// Header of requests and responses: the request id.
+pub(super) const REQUEST_ID: &str = "x-request-id";
+/// Trailer of errors: the stable reason.
+const REASON: &str = "x-strait-reason";
+
+/// Longest error text sent, in bytes: gRPC C++ refuses more than 8 KiB of trailers in all.
+const MESSAGE_BYTES_MAX: usize = 2048;
+/// Longest details sent, in bytes before base64.
+const DETAILS_BYTES_MAX: usize = 3072;
+/// Longest part of a guest's stack that is sent; the host's log has all of it.
+const BACKTRACE_BYTES_MAX: usize = 2048;
+
+/// A call that was let in.
+#[derive(Clone, Debug)]
+pub(super) struct Call {
+    pub(super) principal: Principal,
+    pub(super) request_id: Arc<str>,
+    pub(super) span: tracing::Span,
+}
+
+impl Call {
+    /// Lets a request in. Its id is the header's, else `body_id`, else a new one.
+    ///
+    /// # Errors
+    /// `BAD_REQUEST` for an id that is none; `PERMISSION_DENIED` for a peer that nobody is.
+    pub(super) fn begin<T>(
+        host: &Host,
+        overflow_uid: u32,
+        name: &'static str,
+        request: &Request<T>,
+        body_id: Option<&str>,
+    ) -> Result<Self, tonic::Status> {
+        let header = request.metadata().get(REQUEST_ID).map(|value| value.to_str());
+        let given = match header {
+            // Not even text: refused as every other id that is none.
+            Some(Err(_)) => Some("\u{fffd}"),
+            Some(Ok(id)) => Some(id),
+            None => body_id,
+        };
+        let request_id = match host.request_id(given) {
+            Ok(id) => id,
+            Err(status) => {
+                let fresh = host.request_id(None).map_err(|status| to_tonic(&status, "-"))?;
+                return Err(to_tonic(&status, &fresh));
+            }
+        };
+        let uid = request.extensions().get::<Peer>().and_then(|peer| peer.uid);
+        let span = tracing::info_span!("flight", call = name, request_id = &*request_id, uid);
+        match uid {
+            Some(uid) if uid != overflow_uid => {
+                Ok(Self { principal: Principal { uid }, request_id, span })
+            }
+            _ => {
+                let status = Status::new(
+                    Code::PermissionDenied,
+                    "PRINCIPAL",
+                    format!(
+                        "this connection's process has no user that the host can name (uid {}); \
+                         connect from within the host's user namespace",
+                        uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string())
+                    ),
+                );
+                span.in_scope(|| tracing::warn!("refused: no principal"));
+                Err(to_tonic(&status, &request_id))
+            }
+        }
+    }
+
+    /// The end of the call.
+    pub(super) fn answer<T>(&self, result: Result<T, Status>) -> Result<Response<T>, tonic::Status> {
+        let message = result.map_err(|status| self.failed(&status))?;
+        self.span.in_scope(|| tracing::debug!("answered"));
+        let mut response = Response::new(message);
+        insert(response.metadata_mut(), REQUEST_ID, &self.request_id);
+        Ok(response)
+    }
+
+    /// A failure, logged and as it goes out.
+    pub(super) fn failed(&self, status: &Status) -> tonic::Status {
+        self.span.in_scope(|| {
+            tracing::warn!(
+                code = status.code.name(),
+                reason = status.reason,
+                message = status.message,
+                backtrace = status.backtrace,
+                "call failed"
+            );
+        });
+        to_tonic(status, &self.request_id)
+    }
+}
+
+fn insert(metadata: &mut MetadataMap, key: &'static str, value: &str) {
+    // Ids and reasons are plain ASCII; one that were not would be left out, not panic.
+    if let Ok(value) = value.parse() {
+        metadata.insert(key, value);
+    }
+}
+
+fn grpc_code(code: Code) -> tonic::Code {
+    match code {
+        Code::InvalidArgument => tonic::Code::InvalidArgument,
+        Code::NotFound => tonic::Code::NotFound,
+        Code::AlreadyExists => tonic::Code::AlreadyExists,
+        Code::FailedPrecondition => tonic::Code::FailedPrecondition,
+        Code::ResourceExhausted => tonic::Code::ResourceExhausted,
+        Code::OutOfRange => tonic::Code::OutOfRange,
+        Code::DeadlineExceeded => tonic::Code::DeadlineExceeded,
+        Code::Cancelled => tonic::Code::Cancelled,
+        Code::Internal => tonic::Code::Internal,
+        Code::PermissionDenied => tonic::Code::PermissionDenied,
+        Code::Unavailable => tonic::Code::Unavailable,
+        Code::Unimplemented => tonic::Code::Unimplemented,
+    }
+}
+
+/// At most `bytes` of `text`, whole characters.
+fn cut(text: &str, bytes: usize) -> &str {
+    let end = (0..=bytes.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
+}
+
+/// The status as gRPC has it; its details are JSON.
+fn to_tonic(status: &Status, request_id: &str) -> tonic::Status {
+    let mut details = serde_json::json!({
+        "code": status.code.name(),
+        "reason": status.reason,
+        "request_id": request_id,
+        "details": status.details,
+    });
+    if let Some(backtrace) = &status.backtrace {
+        details["backtrace"] = cut(backtrace, BACKTRACE_BYTES_MAX).into();
+    }
+    let mut json = details.to_string();
+    if json.len() > DETAILS_BYTES_MAX {
+        details["details"] = serde_json::json!({});
+        json = details.to_string();
+    }
+    let mut metadata = MetadataMap::new();
+    insert(&mut metadata, REQUEST_ID, request_id);
+    insert(&mut metadata, REASON, status.reason);
+    let message = cut(&status.message, MESSAGE_BYTES_MAX);
+    tonic::Status::with_details_and_metadata(grpc_code(status.code), message, json.into(), metadata)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_keeps_its_words_and_fits_the_trailers() {
+        let mut status = Status::new(Code::Internal, "GUEST_TRAP", "ü".repeat(5000)).with("during", "run");
+        status.backtrace = Some("0: frame\n".repeat(2000));
+        let sent = to_tonic(&status, "id-1");
+        assert_eq!(sent.code(), tonic::Code::Internal);
+        assert_eq!(sent.message(), "ü".repeat(1024));
+        assert_eq!(sent.metadata().get(REASON).expect("there").as_bytes(), b"GUEST_TRAP");
+        assert_eq!(sent.metadata().get(REQUEST_ID).expect("there").as_bytes(), b"id-1");
+        let details: serde_json::Value = serde_json::from_slice(sent.details()).expect("JSON");
+        assert_eq!(details["details"]["during"], "run");
+        assert!(details["backtrace"].as_str().expect("text").starts_with("0: frame\n"));
+        assert!(sent.details().len() <= DETAILS_BYTES_MAX, "{}", sent.details().len());
+
+        let huge = Status::new(Code::NotFound, "X", "m").with("name", "n".repeat(9000));
+        assert!(to_tonic(&huge, "id").details().len() < 200);
+    }
+
+    #[test]
+    fn every_code_is_grpcs_code_of_that_name() {
+        for code in [
+            Code::InvalidArgument,
+            Code::NotFound,
+            Code::AlreadyExists,
+            Code::FailedPrecondition,
+            Code::ResourceExhausted,
+            Code::OutOfRange,
+            Code::DeadlineExceeded,
+            Code::Cancelled,
+            Code::Internal,
+            Code::PermissionDenied,
+            Code::Unavailable,
+            Code::Unimplemented,
+        ] {
+            let camel = format!("{:?}", grpc_code(code));
+            assert_eq!(camel.to_uppercase(), code.name().replace('_', ""));
+        }
+    }
+}

@@ -1,0 +1,273 @@
+//! Descriptors and tickets in, FlightInfo and schemas out.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use arrow_flight::flight_descriptor::DescriptorType;
+use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, IpcMessage, SchemaAsIpc, Ticket};
+use arrow_ipc::writer::IpcWriteOptions;
+use arrow_schema::Schema;
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use strait_client::wire;
+use strait_tensor::{Column, FileLayout, TensorSpec};
+
+use crate::error::{Code, Status};
+use crate::lease::{LiveSegment, SegmentId};
+use crate::session::{Host, Invoked};
+
+/// Where the first message of a segment begins.
+const FIRST_MESSAGE: usize = 8;
+
+pub(super) fn bad_request(message: impl Into<String>) -> Status {
+    Status::new(Code::InvalidArgument, "BAD_REQUEST", message)
+}
+
+/// A failure of ours that arrow reports.
+pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
+    Status::new(Code::Internal, "HOST", format!("{doing}: {error}; this is a bug of strait"))
+}
+
+/// What a descriptor asks for.
+#[derive(Debug)]
+pub(super) enum Target {
+    /// A flight.
+    Name(String),
+    /// An invocation.
+    Invoke(Box<wire::Invoke>),
+}
+
+impl Target {
+    pub(super) fn of(descriptor: &FlightDescriptor) -> Result<Self, Status> {
+        match (descriptor.r#type(), descriptor.path.as_slice()) {
+            (DescriptorType::Path, [name]) => Ok(Self::Name(name.clone())),
+            (DescriptorType::Path, path) => Err(bad_request(format!(
+                "a path of {} parts; a flight's path is its name, one part",
+                path.len()
+            ))),
+            (DescriptorType::Cmd, _) => serde_json::from_slice(&descriptor.cmd)
+                .map(|invoke| Self::Invoke(Box::new(invoke)))
+                .map_err(|error| {
+                    bad_request(format!(
+                        "the descriptor's cmd is no invocation in JSON ({error}); \
+                         it looks like {{\"kernel\": \"zscore\", \"inputs\": {{\"x\": \"name\"}}, \"parameters\": {{\"axis\": 0}}}}"
+                    ))
+                }),
+            (DescriptorType::Unknown, _) => {
+                Err(bad_request("a descriptor without a type; make it a path [name] or a cmd"))
+            }
+        }
+    }
+
+    /// The request id in an invocation's JSON.
+    pub(super) fn request_id(&self) -> Option<&str> {
+        match self {
+            Self::Name(_) => None,
+            Self::Invoke(invoke) => invoke.request_id.as_deref(),
+        }
+    }
+}
+
+/// What a ticket stands for.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub(super) enum Wanted {
+    /// A flight.
+    Name {
+        /// Its name.
+        name: String,
+    },
+    /// A result that nobody published.
+    Segment {
+        /// Its segment's id.
+        segment: String,
+    },
+}
+
+impl Wanted {
+    /// Reads a ticket: our JSON, or simply a flight's name.
+    pub(super) fn of(ticket: &Ticket) -> Result<Self, Status> {
+        let text = std::str::from_utf8(&ticket.ticket)
+            .map_err(|error| bad_request(format!("the ticket is no text ({error}); it is a flight's name or comes from a FlightInfo")))?;
+        if !text.starts_with('{') {
+            return Ok(Self::Name { name: text.to_owned() });
+        }
+        serde_json::from_str(text).map_err(|error| {
+            bad_request(format!(
+                "the ticket {text:.100} is neither {{\"name\": …}} nor {{\"segment\": …}} ({error}); \
+                 take it from a FlightInfo"
+            ))
+        })
+    }
+
+    fn ticket(&self) -> Result<Ticket, Status> {
+        let json = serde_json::to_vec(self).map_err(|error| host_bug("writing a ticket", error))?;
+        Ok(Ticket::new(json))
+    }
+}
+
+/// The id in a ticket.
+pub(super) fn segment_id(text: &str) -> Result<SegmentId, Status> {
+    text.parse().map_err(|error: String| bad_request(error))
+}
+
+/// Columns as an Arrow schema. Their lengths may differ.
+///
+/// # Errors
+/// `BAD_TENSOR` for what Arrow has no type for.
+pub(super) fn schema<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
+) -> Result<Schema, Status> {
+    let mut fields = Vec::new();
+    for (name, spec) in tensors {
+        // The tensor room knows how a tensor is spelt in Arrow: let it write the schema message.
+        let layout = FileLayout::plan(&[Column::new(name, spec.clone())?])?;
+        let message = layout.header.get(FIRST_MESSAGE..).unwrap_or_default();
+        let one = arrow_ipc::convert::try_schema_from_ipc_buffer(message)
+            .map_err(|error| host_bug("reading a schema of ours", error))?;
+        fields.extend(one.fields.iter().cloned());
+    }
+    Ok(Schema::new(fields))
+}
+
+/// A schema as an encapsulated IPC message.
+pub(super) fn schema_bytes(schema: &Schema) -> Result<Bytes, Status> {
+    let message: IpcMessage = SchemaAsIpc::new(schema, &IpcWriteOptions::default())
+        .try_into()
+        .map_err(|error| host_bug("writing a schema", error))?;
+    Ok(message.0)
+}
+
+pub(super) fn segment_schema(segment: &LiveSegment) -> Result<Schema, Status> {
+    schema(segment.tensors().iter().map(|tensor| (tensor.name.as_str(), &tensor.spec)))
+}
+
+/// A segment's schema as an encapsulated IPC message.
+///
+/// # Errors
+/// `BAD_TENSOR` for an adopted segment with a tensor that Arrow has no type for.
+pub(super) fn segment_schema_bytes(segment: &LiveSegment) -> Result<Bytes, Status> {
+    schema_bytes(&segment_schema(segment)?)
+}
+
+/// What `GetSchema` answers for an invocation: all outputs as columns.
+pub(super) fn outputs_schema_bytes(outputs: &[(String, TensorSpec)]) -> Result<Bytes, Status> {
+    schema_bytes(&schema(outputs.iter().map(|(port, spec)| (port.as_str(), spec)))?)
+}
+
+/// The mapping as JSON.
+pub(super) fn mapping(host: &Host, segment: &LiveSegment) -> Result<Bytes, Status> {
+    json(&host.mapping(segment))
+}
+
+pub(super) fn json(value: &impl Serialize) -> Result<Bytes, Status> {
+    serde_json::to_vec(value).map(Bytes::from).map_err(|error| host_bug("writing JSON", error))
+}
+
+fn endpoint(
+    host: &Host,
+    segment: &LiveSegment,
+    wanted: &Wanted,
+    life: Option<Duration>,
+) -> Result<FlightEndpoint, Status> {
+    let mut endpoint = FlightEndpoint::new()
+        .with_ticket(wanted.ticket()?)
+        // No location means "this service", which the oldest clients know too.
+        .with_app_metadata(mapping(host, segment)?);
+    if let Some(life) = life {
+        let at = (SystemTime::now() + life).duration_since(UNIX_EPOCH).unwrap_or_default();
+        let expires = endpoint.expiration_time.get_or_insert_default();
+        expires.seconds = i64::try_from(at.as_secs()).unwrap_or(i64::MAX);
+        expires.nanos = at.subsec_nanos().cast_signed();
+    }
+    Ok(endpoint)
+}
+
+fn rows(spec: &TensorSpec) -> u64 {
+    spec.shape.first().copied().unwrap_or(1)
+}
+
+fn signed(count: u64) -> i64 {
+    i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+/// A flight by its name.
+pub(super) fn flight(host: &Host, name: &str, segment: &LiveSegment) -> Result<FlightInfo, Status> {
+    let tensors = segment.tensors();
+    Ok(FlightInfo {
+        // An adopted segment may hold what Arrow cannot say; its mapping does.
+        schema: segment_schema_bytes(segment).unwrap_or_default(),
+        flight_descriptor: Some(FlightDescriptor::new_path(vec![name.to_owned()])),
+        endpoint: vec![endpoint(host, segment, &Wanted::Name { name: name.to_owned() }, None)?],
+        total_records: tensors.first().map_or(0, |tensor| signed(rows(&tensor.spec))),
+        total_bytes: signed(tensors.iter().map(|tensor| tensor.length).sum()),
+        ordered: false,
+        app_metadata: mapping(host, segment)?,
+    })
+}
+
+/// An invocation's results: one endpoint each, its figures in `app_metadata`.
+pub(super) fn results(
+    host: &Host,
+    descriptor: FlightDescriptor,
+    invoked: &Invoked,
+    request_id: &str,
+) -> Result<FlightInfo, Status> {
+    let mut endpoints = Vec::with_capacity(invoked.results.len());
+    let mut entries = Vec::with_capacity(invoked.results.len());
+    for result in &invoked.results {
+        let segment = &result.segment;
+        let (wanted, life) = match &result.name {
+            Some(name) => (Wanted::Name { name: name.clone() }, None),
+            None => (
+                Wanted::Segment { segment: segment.id().to_string() },
+                Some(host.keep_undelivered(segment)),
+            ),
+        };
+        endpoints.push(endpoint(host, segment, &wanted, life)?);
+        entries.push(wire::ResultEntry {
+            port: result.port.clone(),
+            mapping: host.mapping(segment),
+            lease: None,
+            expires_ms: life.map(|life| u64::try_from(life.as_millis()).unwrap_or(u64::MAX)),
+            fd: None,
+            name: result.name.clone(),
+        });
+    }
+    let tensors = || invoked.results.iter().flat_map(|result| result.segment.tensors());
+    Ok(FlightInfo {
+        schema: schema_bytes(&schema(tensors().map(|t| (t.name.as_str(), &t.spec)))?)?,
+        flight_descriptor: Some(descriptor),
+        endpoint: endpoints,
+        // Several outputs are several tables: a sum over them would mean nothing.
+        total_records: match invoked.results.as_slice() {
+            [one] => one.segment.tensors().first().map_or(0, |tensor| signed(rows(&tensor.spec))),
+            _ => -1,
+        },
+        total_bytes: signed(tensors().map(|tensor| tensor.length).sum()),
+        ordered: false,
+        app_metadata: json(&invoked.to_wire(entries, request_id))?,
+    })
+}
+
+/// A new life for a result's endpoint.
+///
+/// # Errors
+/// `BAD_REQUEST` without a ticket; `SEGMENT_NOT_FOUND`, `TENSOR_NOT_FOUND`.
+pub(super) fn renewed(
+    host: &Host,
+    principal: crate::lease::Principal,
+    endpoint_given: &FlightEndpoint,
+) -> Result<FlightEndpoint, Status> {
+    let ticket = endpoint_given.ticket.as_ref().ok_or_else(|| bad_request("an endpoint without a ticket"))?;
+    let wanted = Wanted::of(ticket)?;
+    let (segment, life): (Arc<LiveSegment>, _) = match &wanted {
+        Wanted::Name { name } => (host.lookup(principal, name)?, None),
+        Wanted::Segment { segment } => {
+            let segment = host.undelivered(principal, segment_id(segment)?)?;
+            let life = host.keep_undelivered(&segment);
+            (segment, Some(life))
+        }
+    };
+    endpoint(host, &segment, &wanted, life)
+}

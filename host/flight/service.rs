@@ -1,0 +1,287 @@
+//! The calls of Flight, each as short as the room behind it allows.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use arrow_flight::flight_service_server::FlightService;
+use arrow_flight::{
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest,
+    HandshakeResponse, PollInfo, PutResult, Result as ActionResult, SchemaResult, Ticket,
+};
+use futures::stream::{self, BoxStream, StreamExt};
+use strait_client::wire;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tonic::{Request, Response, Streaming};
+use tracing::Instrument;
+
+use super::call::Call;
+use super::info::{self, Target, Wanted, bad_request, host_bug};
+use super::{action, read, upload};
+use crate::engine::CancelToken;
+use crate::error::{Code, Status};
+use crate::lease::Principal;
+use crate::session::{Answer, Host, Invoked};
+
+/// DoGet and DoPut streams at a time. tonic's own limits end with the response's head, so each
+/// stream holds its place itself.
+const STREAMS_MAX: usize = 64;
+/// How long a stream waits for a place.
+const STREAM_WAIT: Duration = Duration::from_secs(10);
+/// Flights that ListFlights looks up at a time.
+const PAGE: usize = 64;
+/// Request header of DoPut: `true` lets it take the name of another flight.
+const REPLACE: &str = "x-strait-replace";
+
+/// The Flight service.
+pub(super) struct Service {
+    host: Arc<Host>,
+    overflow_uid: u32,
+    streams: Arc<Semaphore>,
+}
+
+type Answered<T> = Result<Response<T>, tonic::Status>;
+type Messages<T> = BoxStream<'static, Result<T, tonic::Status>>;
+
+impl Service {
+    pub(super) fn new(host: Arc<Host>, overflow_uid: u32) -> Self {
+        Self { host, overflow_uid, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+    }
+
+    fn begin<T>(&self, name: &'static str, request: &Request<T>) -> Result<Call, tonic::Status> {
+        Call::begin(&self.host, self.overflow_uid, name, request, None)
+    }
+
+    /// As `begin`, for a request whose body may carry the request id.
+    fn begin_target(
+        &self,
+        name: &'static str,
+        request: &Request<FlightDescriptor>,
+    ) -> Result<(Call, Target), tonic::Status> {
+        let target = Target::of(request.get_ref());
+        let body_id = target.as_ref().ok().and_then(Target::request_id);
+        let call = Call::begin(&self.host, self.overflow_uid, name, request, body_id)?;
+        match target {
+            Ok(target) => Ok((call, target)),
+            Err(status) => Err(call.failed(&status)),
+        }
+    }
+
+    async fn flight_info(
+        &self,
+        call: &Call,
+        target: Target,
+        descriptor: FlightDescriptor,
+    ) -> Result<FlightInfo, Status> {
+        match target {
+            Target::Name(name) => {
+                let segment = self.host.lookup(call.principal, &name)?;
+                info::flight(&self.host, &name, &segment)
+            }
+            Target::Invoke(invoke) => {
+                let invoked = invoke_and_wait(&self.host, call, *invoke).await?;
+                info::results(&self.host, descriptor, &invoked, &call.request_id)
+            }
+        }
+    }
+
+    async fn schema(&self, call: &Call, target: Target) -> Result<SchemaResult, Status> {
+        let schema = match target {
+            Target::Name(name) => {
+                info::segment_schema_bytes(&*self.host.lookup(call.principal, &name)?)?
+            }
+            Target::Invoke(invoke) => {
+                let (host, principal, id) = (Arc::clone(&self.host), call.principal, Arc::clone(&call.request_id));
+                let opened = tokio::task::spawn_blocking(move || host.open_only(principal, *invoke, id)).await;
+                info::outputs_schema_bytes(&opened.map_err(|error| host_bug("opening a kernel", error))??)?
+            }
+        };
+        Ok(SchemaResult { schema })
+    }
+
+    async fn read(&self, call: &Call, ticket: &Ticket) -> Result<Messages<FlightData>, Status> {
+        let wanted = Wanted::of(ticket)?;
+        let place = stream_place(&self.streams).await?;
+        let (segment, reading) = match wanted {
+            Wanted::Name { name } => {
+                let reading = self.host.begin_read(call.principal, &name)?;
+                (Arc::clone(&reading.segment), Some(reading))
+            }
+            Wanted::Segment { segment } => {
+                (self.host.undelivered(call.principal, info::segment_id(&segment)?)?, None)
+            }
+        };
+        read::stream(&self.host, segment, (place, reading), call.clone())
+    }
+}
+
+/// A place among the streams.
+async fn stream_place(streams: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
+    match tokio::time::timeout(STREAM_WAIT, Arc::clone(streams).acquire_owned()).await {
+        Ok(Ok(place)) => Ok(place),
+        Ok(Err(error)) => Err(host_bug("waiting for a stream", error)),
+        Err(_) => Err(Status::new(
+            Code::ResourceExhausted,
+            "QUOTA_EXCEEDED",
+            format!(
+                "{STREAMS_MAX} streams are being read or written and none ended within {} s; \
+                 finish or cancel some, or map the tensors instead",
+                STREAM_WAIT.as_secs()
+            ),
+        )),
+    }
+}
+
+/// Ends an invocation that nobody waits for any more.
+struct CancelOnDrop(Option<CancelToken>);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        if let Some(cancel) = self.0.take() {
+            cancel.cancel();
+        }
+    }
+}
+
+async fn invoke_and_wait(host: &Arc<Host>, call: &Call, invoke: wire::Invoke) -> Result<Arc<Invoked>, Status> {
+    // A caller that sent a key comes back for the result: let it run.
+    let repeatable = invoke.idempotency_key.is_some();
+    let (sender, receiver) = oneshot::channel();
+    let answer = Answer::new(move |result| {
+        // Nobody receives it if the caller hung up.
+        let _ = sender.send(result);
+    });
+    let cancel = host.invoke(call.principal, None, invoke, Arc::clone(&call.request_id), answer);
+    let mut guard = CancelOnDrop((!repeatable).then_some(cancel));
+    let result = receiver.await;
+    guard.0 = None;
+    result.map_err(|error| host_bug("waiting for an invocation", error))?
+}
+
+fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
+    match request.metadata().get(REPLACE).map(|value| value.as_bytes()) {
+        None | Some(b"false") => Ok(false),
+        Some(b"true") => Ok(true),
+        Some(_) => Err(bad_request(format!("the header {REPLACE} is `true` or `false`"))),
+    }
+}
+
+/// All whole flights whose names begin with `prefix`, a page at a time.
+fn listed(host: Arc<Host>, principal: Principal, prefix: String) -> impl futures::Stream<Item = Result<FlightInfo, Status>> {
+    let pages = stream::unfold(Some(None::<String>), move |after| {
+        let (host, prefix) = (Arc::clone(&host), prefix.clone());
+        async move {
+            let found = host.list(principal, after?.as_deref(), PAGE);
+            let next = match found.last() {
+                Some((last, _)) if found.len() == PAGE => Some(Some(last.clone())),
+                _ => None,
+            };
+            let flights: Vec<_> = found
+                .iter()
+                .filter(|(name, _)| name.starts_with(&prefix))
+                .map(|(name, segment)| info::flight(&host, name, segment))
+                .collect();
+            Some((stream::iter(flights), next))
+        }
+    });
+    pages.flatten()
+}
+
+#[tonic::async_trait]
+impl FlightService for Service {
+    type HandshakeStream = Messages<HandshakeResponse>;
+    type ListFlightsStream = Messages<FlightInfo>;
+    type DoGetStream = Messages<FlightData>;
+    type DoPutStream = Messages<PutResult>;
+    type DoExchangeStream = Messages<FlightData>;
+    type DoActionStream = Messages<ActionResult>;
+    type ListActionsStream = Messages<ActionType>;
+
+    /// Who the peer is comes from the socket: the answer is an empty one.
+    async fn handshake(
+        &self,
+        request: Request<Streaming<HandshakeRequest>>,
+    ) -> Answered<Self::HandshakeStream> {
+        let call = self.begin("Handshake", &request)?;
+        call.answer(Ok(stream::once(async { Ok(HandshakeResponse::default()) }).boxed()))
+    }
+
+    async fn list_flights(&self, request: Request<Criteria>) -> Answered<Self::ListFlightsStream> {
+        let call = self.begin("ListFlights", &request)?;
+        let prefix = String::from_utf8(request.into_inner().expression.to_vec())
+            .map_err(|_| bad_request("the criteria's expression must be text: names beginning with it are listed"));
+        let (host, errors) = (Arc::clone(&self.host), call.clone());
+        let flights = prefix.map(|prefix| {
+            listed(host, errors.principal, prefix)
+                .map(move |flight| flight.map_err(|status| errors.failed(&status)))
+                .boxed()
+        });
+        call.answer(flights)
+    }
+
+    async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<FlightInfo> {
+        let (call, target) = self.begin_target("GetFlightInfo", &request)?;
+        let info = self.flight_info(&call, target, request.into_inner());
+        call.answer(info.instrument(call.span.clone()).await)
+    }
+
+    /// An invocation is run to its end: the first answer is the complete one.
+    async fn poll_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<PollInfo> {
+        let (call, target) = self.begin_target("PollFlightInfo", &request)?;
+        let info = self.flight_info(&call, target, request.into_inner());
+        let info = info.instrument(call.span.clone()).await;
+        call.answer(info.map(|info| PollInfo {
+            info: Some(info),
+            flight_descriptor: None,
+            progress: Some(1.0),
+            expiration_time: None,
+        }))
+    }
+
+    async fn get_schema(&self, request: Request<FlightDescriptor>) -> Answered<SchemaResult> {
+        let (call, target) = self.begin_target("GetSchema", &request)?;
+        call.answer(self.schema(&call, target).instrument(call.span.clone()).await)
+    }
+
+    async fn do_get(&self, request: Request<Ticket>) -> Answered<Self::DoGetStream> {
+        let call = self.begin("DoGet", &request)?;
+        call.answer(self.read(&call, request.get_ref()).instrument(call.span.clone()).await)
+    }
+
+    /// Answers its head at once: clients may wait for that before they send.
+    async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Answered<Self::DoPutStream> {
+        let call = self.begin("DoPut", &request)?;
+        let (host, streams, errors) = (Arc::clone(&self.host), Arc::clone(&self.streams), call.clone());
+        let replace = replaces(&request);
+        let stored = async move {
+            let _place = stream_place(&streams).await?;
+            let segment = upload::receive(Arc::clone(&host), errors.principal, replace?, request.into_inner()).await?;
+            Ok(PutResult { app_metadata: info::mapping(&host, &segment)? })
+        };
+        let errors = call.clone();
+        let stored = async move { stored.await.map_err(|status| errors.failed(&status)) };
+        call.answer(Ok(stream::once(stored.instrument(call.span.clone())).boxed()))
+    }
+
+    async fn do_exchange(
+        &self,
+        request: Request<Streaming<FlightData>>,
+    ) -> Answered<Self::DoExchangeStream> {
+        let call = self.begin("DoExchange", &request)?;
+        call.answer(Err(Status::new(
+            Code::Unimplemented,
+            "UNSUPPORTED_OP",
+            "this version has no DoExchange; DoPut the inputs, GetFlightInfo with the invocation as cmd, DoGet the results",
+        )))
+    }
+
+    async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {
+        let call = self.begin("DoAction", &request)?;
+        let results = call.span.in_scope(|| action::run(&self.host, call.principal, request.get_ref()));
+        call.answer(results.map(|results| stream::iter(results).map(Ok).boxed()))
+    }
+
+    async fn list_actions(&self, request: Request<Empty>) -> Answered<Self::ListActionsStream> {
+        let call = self.begin("ListActions", &request)?;
+        call.answer(Ok(stream::iter(action::types()).map(Ok).boxed()))
+    }
+}
