@@ -325,7 +325,7 @@ fn publish(session: &Session, sequence: u32, body: &[u8]) -> Framed {
 
 fn adopt(session: &Session, sequence: u32, body: &[u8], fd: OwnedFd) -> Framed {
     let (request, id): (wire::Adopt, _) = parse(session, body, |r: &wire::Adopt| r.request_id.as_deref()).map_err(nameless)?;
-    let segment = session.host().adopt(session.principal, fd, request.tensors).map_err(of(&id))?;
+    let segment = session.host().adopt(session.principal, fd, request.tensors.into_iter().map(Into::into).collect()).map_err(of(&id))?;
     if let Some(name) = &request.name {
         if !matches!(&*segment.body(), crate::lease::Body::Sealed(_)) {
             let message = "a memfd without F_SEAL_WRITE cannot have a name: its sender can still write; seal it first";

@@ -316,9 +316,3 @@ fn lost(id: SegmentId) -> MemoryError {
         source: std::io::Error::other(format!("segment {id} was lost in an earlier failure; create a new one")),
     }
 }
-
-impl Drop for LiveSegment {
-    fn drop(&mut self) {
-        self.lot.forget(self.inode);
-    }
-}

@@ -267,7 +267,7 @@ impl AsyncClient {
         replace: bool,
     ) -> Result<AdoptedSegment, Error> {
         let body = wire::Adopt {
-            tensors: tensors.to_vec(),
+            tensors: tensors.iter().map(Into::into).collect(),
             name: name.map(str::to_owned),
             replace,
             lease_ms: self.session.lease_ms,

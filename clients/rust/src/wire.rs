@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
-use strait_tensor::{Dtype, TensorPlace};
+use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
 /// First two bytes of every frame.
 pub const MAGIC: [u8; 2] = *b"ST";
@@ -317,7 +317,7 @@ request! {
     /// ADOPT.
     Adopt {
         /// Where the tensors lie in the memfd.
-        tensors: Vec<TensorPlace>,
+        tensors: Vec<PlacedTensor>,
         /// A name for it.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         name: Option<String>,
@@ -410,6 +410,37 @@ pub struct NewTensor {
     pub dtype: Dtype,
     /// Row-major sizes.
     pub shape: Vec<u64>,
+}
+
+/// A tensor where ADOPT says that it lies.
+// Not `TensorPlace`, which a reply may extend: a request with unknown fields is refused.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PlacedTensor {
+    /// Column name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major sizes.
+    pub shape: Vec<u64>,
+    /// First byte in the memfd.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
+}
+
+impl From<PlacedTensor> for TensorPlace {
+    fn from(placed: PlacedTensor) -> Self {
+        let PlacedTensor { name, dtype, shape, offset, length } = placed;
+        Self { name, spec: TensorSpec { dtype, shape }, offset, length }
+    }
+}
+
+impl From<&TensorPlace> for PlacedTensor {
+    fn from(place: &TensorPlace) -> Self {
+        let TensorSpec { dtype, shape } = place.spec.clone();
+        Self { name: place.name.clone(), dtype, shape, offset: place.offset, length: place.length }
+    }
 }
 
 /// An input of INVOKE.

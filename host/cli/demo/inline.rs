@@ -16,6 +16,8 @@ use super::roles::{Compared, Formula};
 
 /// Room on the way: with the default of 64 KiB a stream waits more than it moves.
 const WINDOW_BYTES: u32 = 16 << 20;
+/// A message of the host in one frame, not in 33.
+const FRAME_BYTES: u32 = 1 << 20;
 
 pub(super) struct Reader {
     runtime: Runtime,
@@ -39,6 +41,7 @@ impl Reader {
                 endpoint
                     .initial_stream_window_size(WINDOW_BYTES)
                     .initial_connection_window_size(WINDOW_BYTES)
+                    .max_frame_size(FRAME_BYTES)
                     .connect(),
             )
             .map_err(|error| failed("connecting", &error))?;

@@ -45,7 +45,7 @@ pub(super) struct DemoArgs {
     #[arg(long, default_value_t = 100 << 20, value_parser = clap::value_parser!(u64).range(8..))]
     bytes: u64,
     /// Measured calls.
-    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..=1000))]
     calls: u16,
     /// One JSON object on stdout instead of text.
     #[arg(long)]

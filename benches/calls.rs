@@ -1,0 +1,198 @@
+//! What a call costs beside its baselines: native Rust on warm pages, and a copy in and out.
+//!
+//! `cargo bench --bench calls`; `-- 100MiB` for one group. Ratios within a group are what counts.
+#![allow(missing_docs, clippy::unwrap_used, reason = "a bench that cannot go on ends")]
+
+use std::hint::black_box;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use serde_json::json;
+use strait::config::Config;
+use strait::lease::Principal;
+use strait::session::{Answer, Host, Invoked};
+use strait_client::Client;
+use strait_memory::Copied;
+use strait_tensor::{Column, Dtype, TensorSpec};
+use std::sync::Arc;
+
+const MIB: usize = 1 << 20;
+const ME: Principal = Principal { uid: 1 };
+
+/// The baseline: the same loop as the kernel's, as rustc vectorises it for this CPU's baseline.
+fn native(x: &[f64], y: &mut [f64], a: f64, b: f64) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y = a * *x + b;
+    }
+}
+
+/// A host in this process, without sockets.
+struct Rig(Arc<Host>);
+
+impl Rig {
+    fn new(change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
+        change(&mut config);
+        Self(Host::start(config, std::path::Path::new("nowhere")).unwrap())
+    }
+
+    fn put(&self, name: &str, bytes: usize) {
+        let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![bytes as u64 / 8] };
+        let upload = self.0.begin_upload(ME, name, true).unwrap();
+        let (segment, layout) = self.0.allocate(&[Column::new("x", spec).unwrap()]).unwrap();
+        let values: Vec<u8> = (0..bytes / 8).flat_map(|i| (i as f64).to_le_bytes()).collect();
+        segment.write_at(layout.tensors[0].offset, &values, &Copied::new()).unwrap();
+        upload.finish(segment, layout).unwrap();
+    }
+
+    fn call(&self) -> Arc<Invoked> {
+        let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}});
+        let (send, receive) = mpsc::channel();
+        let id = self.0.request_id(None).unwrap();
+        let answer = Answer::new(move |result| drop(send.send(result)));
+        self.0.invoke(ME, None, serde_json::from_value(call).unwrap(), id, answer);
+        receive.recv().unwrap().unwrap()
+    }
+}
+
+/// A 100 MiB call with a fresh sandbox, beside native on warm pages and the copying path.
+fn large(c: &mut Criterion) {
+    let bytes = 100 * MIB;
+    let mut group = c.benchmark_group("call 100MiB");
+    group.throughput(Throughput::Bytes(bytes as u64)).sample_size(20).measurement_time(Duration::from_secs(8));
+    let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
+    let mut y = vec![1.0; bytes / 8];
+    group.bench_function("native, warm", |b| b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0)));
+    for (name, epoch) in [("epoch checks off", false), ("epoch checks on (default)", true)] {
+        let rig = Rig::new(|config| config.engine.epoch_interruption = epoch);
+        rig.put("x", bytes);
+        group.bench_function(name, |b| b.iter(|| rig.call()));
+    }
+    let rig = Rig::new(|config| config.engine.move_min_bytes = u64::MAX);
+    rig.put("x", bytes);
+    group.bench_function("copied in and out of the guest", |b| b.iter(|| rig.call()));
+    let (mut guest_x, mut guest_y) = (vec![1.0; bytes / 8], vec![1.0; bytes / 8]);
+    group.bench_function("native and one memcpy in and out, warm", |b| {
+        b.iter(|| {
+            guest_x.copy_from_slice(black_box(&x));
+            native(&guest_x, &mut guest_y, 2.0, 1.0);
+            y.copy_from_slice(black_box(&guest_y));
+        });
+    });
+    group.finish();
+}
+
+/// Sizes across `move_min_bytes`: always moved, always copied, native.
+fn sizes(c: &mut Criterion) {
+    let mut group = c.benchmark_group("size");
+    group.sample_size(15).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500));
+    let moving = Rig::new(|config| config.engine.move_min_bytes = 1);
+    let copying = Rig::new(|config| config.engine.move_min_bytes = u64::MAX);
+    for kib in [4, 64, 256, 512, 1024, 4096, 16 << 10, 64 << 10, 256 << 10] {
+        let bytes = kib << 10;
+        group.throughput(Throughput::Bytes(bytes as u64));
+        let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
+        let mut y = vec![1.0; bytes / 8];
+        let label = format!("{kib} KiB");
+        group.bench_function(BenchmarkId::new("native", &label), |b| {
+            b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0));
+        });
+        for (name, rig) in [("moved", &moving), ("copied", &copying)] {
+            rig.put("x", bytes);
+            group.bench_function(BenchmarkId::new(name, &label), |b| b.iter(|| rig.call()));
+        }
+    }
+    group.finish();
+}
+
+/// From nothing to a sandbox that can be called: store and instance, by the engine's own clock.
+fn sandbox(c: &mut Criterion) {
+    let mut group = c.benchmark_group("sandbox");
+    for (name, bytes) in [("instantiate, 1 KiB calls", 1 << 10), ("instantiate, 100 MiB calls", 100 * MIB)] {
+        let rig = Rig::new(|_| {});
+        rig.put("x", bytes);
+        group.sample_size(10).measurement_time(Duration::from_secs(3)).bench_function(name, |b| {
+            b.iter_custom(|calls| {
+                (0..calls).map(|_| Duration::from_secs_f64(rig.call().seconds.instantiate)).sum()
+            });
+        });
+    }
+    group.finish();
+}
+
+/// A host process of its own, for what crosses the socket.
+struct Served {
+    host: Child,
+    directory: tempfile::TempDir,
+}
+
+impl Served {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let run = directory.path().join("run");
+        let host = Command::new(env!("CARGO_BIN_EXE_strait"))
+            .args(["serve", "--directory"])
+            .arg(&run)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { host, directory }
+    }
+
+    fn client(&self) -> Client {
+        let run = self.directory.path().join("run");
+        let give_up = Instant::now() + Duration::from_secs(30);
+        loop {
+            match Client::connect_to(&run) {
+                Ok(client) => return client,
+                Err(error) if Instant::now() > give_up => panic!("{error}"),
+                Err(_) => std::thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        // It may have ended already; either way it must not outlive the bench.
+        let _ = self.host.kill();
+        let _ = self.host.wait();
+    }
+}
+
+/// Attaching to a tensor: MAP, mmap, unmap, RELEASE. Must not depend on its size.
+fn attach(c: &mut Criterion) {
+    let served = Served::new();
+    let client = served.client();
+    let mut group = c.benchmark_group("attach");
+    for mib in [1, 10, 100, 500] {
+        let values = vec![1.0_f64; mib * MIB / 8];
+        let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![values.len() as u64] };
+        client.put("x", &spec, &values, true).unwrap();
+        group.bench_function(BenchmarkId::from_parameter(format!("{mib} MiB")), |b| {
+            b.iter(|| client.map("x").unwrap());
+        });
+    }
+    group.finish();
+}
+
+/// A call of 1 KiB through the socket, beside an empty round trip.
+fn small(c: &mut Criterion) {
+    let served = Served::new();
+    let client = served.client();
+    let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![128] };
+    client.put("x", &spec, &[1.0_f64; 128], true).unwrap();
+    let mut group = c.benchmark_group("1 KiB over the socket");
+    group.bench_function("ping", |b| b.iter(|| client.ping().unwrap()));
+    group.bench_function("call, result mapped", |b| {
+        b.iter(|| client.call("scale-shift").input("x", "x").param("a", 2.0).send().unwrap());
+    });
+    group.finish();
+}
+
+criterion_group!(benches, large, sizes, sandbox, attach, small);
+criterion_main!(benches);
