@@ -1,7 +1,11 @@
 //! What a call costs beside its baselines: native Rust on warm pages, and a copy in and out.
 //!
 //! `cargo bench --bench calls`; `-- 100MiB` for one group. Ratios within a group are what counts.
-#![allow(missing_docs, clippy::unwrap_used, reason = "a bench that cannot go on ends")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "a bench that cannot go on ends"
+)]
 
 use std::hint::black_box;
 use std::process::{Child, Command, Stdio};
@@ -10,13 +14,13 @@ use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
+use std::sync::Arc;
 use strait::config::Config;
 use strait::lease::Principal;
 use strait::session::{Answer, Host, Invoked};
 use strait_client::Client;
 use strait_memory::Copied;
 use strait_tensor::{Column, Dtype, TensorSpec};
-use std::sync::Arc;
 
 const MIB: usize = 1 << 20;
 const ME: Principal = Principal { uid: 1 };
@@ -40,11 +44,18 @@ impl Rig {
     }
 
     fn put(&self, name: &str, bytes: usize) {
-        let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![bytes as u64 / 8] };
+        let spec = TensorSpec {
+            dtype: Dtype::Float64,
+            shape: vec![bytes as u64 / 8],
+        };
         let upload = self.0.begin_upload(ME, name, true).unwrap();
         let (segment, layout) = self.0.allocate(&[Column::new("x", spec).unwrap()]).unwrap();
-        let values: Vec<u8> = (0..bytes / 8).flat_map(|i| (i as f64).to_le_bytes()).collect();
-        segment.write_at(layout.tensors[0].offset, &values, &Copied::new()).unwrap();
+        let values: Vec<u8> = (0..bytes / 8)
+            .flat_map(|i| (i as f64).to_le_bytes())
+            .collect();
+        segment
+            .write_at(layout.tensors[0].offset, &values, &Copied::new())
+            .unwrap();
         upload.finish(segment, layout).unwrap();
     }
 
@@ -53,7 +64,8 @@ impl Rig {
         let (send, receive) = mpsc::channel();
         let id = self.0.request_id(None).unwrap();
         let answer = Answer::new(move |result| drop(send.send(result)));
-        self.0.invoke(ME, None, serde_json::from_value(call).unwrap(), id, answer);
+        self.0
+            .invoke(ME, None, serde_json::from_value(call).unwrap(), id, answer);
         receive.recv().unwrap().unwrap()
     }
 }
@@ -62,11 +74,19 @@ impl Rig {
 fn large(c: &mut Criterion) {
     let bytes = 100 * MIB;
     let mut group = c.benchmark_group("call 100MiB");
-    group.throughput(Throughput::Bytes(bytes as u64)).sample_size(20).measurement_time(Duration::from_secs(8));
+    group
+        .throughput(Throughput::Bytes(bytes as u64))
+        .sample_size(20)
+        .measurement_time(Duration::from_secs(8));
     let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
     let mut y = vec![1.0; bytes / 8];
-    group.bench_function("native, warm", |b| b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0)));
-    for (name, epoch) in [("epoch checks off", false), ("epoch checks on (default)", true)] {
+    group.bench_function("native, warm", |b| {
+        b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0))
+    });
+    for (name, epoch) in [
+        ("epoch checks off", false),
+        ("epoch checks on (default)", true),
+    ] {
         let rig = Rig::new(|config| config.engine.epoch_interruption = epoch);
         rig.put("x", bytes);
         group.bench_function(name, |b| b.iter(|| rig.call()));
@@ -88,7 +108,10 @@ fn large(c: &mut Criterion) {
 /// Sizes across `move_min_bytes`: always moved, always copied, native.
 fn sizes(c: &mut Criterion) {
     let mut group = c.benchmark_group("size");
-    group.sample_size(15).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(500));
+    group
+        .sample_size(15)
+        .measurement_time(Duration::from_secs(2))
+        .warm_up_time(Duration::from_millis(500));
     let moving = Rig::new(|config| config.engine.move_min_bytes = 1);
     let copying = Rig::new(|config| config.engine.move_min_bytes = u64::MAX);
     for kib in [4, 64, 256, 512, 1024, 4096, 16 << 10, 64 << 10, 256 << 10] {
@@ -111,14 +134,22 @@ fn sizes(c: &mut Criterion) {
 /// From nothing to a sandbox that can be called: store and instance, by the engine's own clock.
 fn sandbox(c: &mut Criterion) {
     let mut group = c.benchmark_group("sandbox");
-    for (name, bytes) in [("instantiate, 1 KiB calls", 1 << 10), ("instantiate, 100 MiB calls", 100 * MIB)] {
+    for (name, bytes) in [
+        ("instantiate, 1 KiB calls", 1 << 10),
+        ("instantiate, 100 MiB calls", 100 * MIB),
+    ] {
         let rig = Rig::new(|_| {});
         rig.put("x", bytes);
-        group.sample_size(10).measurement_time(Duration::from_secs(3)).bench_function(name, |b| {
-            b.iter_custom(|calls| {
-                (0..calls).map(|_| Duration::from_secs_f64(rig.call().seconds.instantiate)).sum()
+        group
+            .sample_size(10)
+            .measurement_time(Duration::from_secs(3))
+            .bench_function(name, |b| {
+                b.iter_custom(|calls| {
+                    (0..calls)
+                        .map(|_| Duration::from_secs_f64(rig.call().seconds.instantiate))
+                        .sum()
+                });
             });
-        });
     }
     group.finish();
 }
@@ -171,7 +202,10 @@ fn attach(c: &mut Criterion) {
     let mut group = c.benchmark_group("attach");
     for mib in [1, 10, 100, 500] {
         let values = vec![1.0_f64; mib * MIB / 8];
-        let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![values.len() as u64] };
+        let spec = TensorSpec {
+            dtype: Dtype::Float64,
+            shape: vec![values.len() as u64],
+        };
         client.put("x", &spec, &values, true).unwrap();
         group.bench_function(BenchmarkId::from_parameter(format!("{mib} MiB")), |b| {
             b.iter(|| client.map("x").unwrap());
@@ -184,12 +218,22 @@ fn attach(c: &mut Criterion) {
 fn small(c: &mut Criterion) {
     let served = Served::new();
     let client = served.client();
-    let spec = TensorSpec { dtype: Dtype::Float64, shape: vec![128] };
+    let spec = TensorSpec {
+        dtype: Dtype::Float64,
+        shape: vec![128],
+    };
     client.put("x", &spec, &[1.0_f64; 128], true).unwrap();
     let mut group = c.benchmark_group("1 KiB over the socket");
     group.bench_function("ping", |b| b.iter(|| client.ping().unwrap()));
     group.bench_function("call, result mapped", |b| {
-        b.iter(|| client.call("scale-shift").input("x", "x").param("a", 2.0).send().unwrap());
+        b.iter(|| {
+            client
+                .call("scale-shift")
+                .input("x", "x")
+                .param("a", 2.0)
+                .send()
+                .unwrap()
+        });
     });
     group.finish();
 }

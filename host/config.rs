@@ -32,6 +32,8 @@ pub struct Server {
     pub directory: Option<PathBuf>,
     /// Plugins to load beside the standard ones.
     pub plugins: Vec<PathBuf>,
+    /// A plugin in the place of the standard one; none: the one that is built in.
+    pub standard_plugin: Option<PathBuf>,
     /// Time that running invocations get at the end.
     pub drain_ms: Option<u64>,
     /// Longest gRPC message; a tensor row above it cannot be read inline.
@@ -88,6 +90,8 @@ impl LimitSettings {
 pub struct Memory {
     /// All segments together; none: half of what is available at the start.
     pub budget_bytes: Option<u64>,
+    /// Segments at a time; none: half of the limit of open files.
+    pub segments: Option<u64>,
     /// Idle results kept warm; none: a quarter of the budget.
     pub pool_idle_bytes: Option<u64>,
     /// Idle parked mappings; none: an eighth of `vm.max_map_count`.
@@ -136,7 +140,11 @@ pub struct LeaseSettings {
 
 impl Default for LeaseSettings {
     fn default() -> Self {
-        Self { lease_ms_default: 600_000, lease_ms_max: 86_400_000, undelivered_ms: 60_000 }
+        Self {
+            lease_ms_default: 600_000,
+            lease_ms_max: 86_400_000,
+            undelivered_ms: 60_000,
+        }
     }
 }
 
@@ -149,7 +157,9 @@ impl Config {
         let mut builder = config::Config::builder();
         if let Some(file) = file {
             builder = builder.add_source(
-                config::File::from(file).format(config::FileFormat::Toml).required(true),
+                config::File::from(file)
+                    .format(config::FileFormat::Toml)
+                    .required(true),
             );
         }
         let environment = config::Environment::with_prefix("STRAIT")
@@ -171,6 +181,15 @@ impl Config {
     #[must_use]
     pub fn message_bytes_max(&self) -> usize {
         self.server.message_bytes_max.unwrap_or(256 << 20)
+    }
+
+    /// Segments at a time: each holds a descriptor, and connections need some, too.
+    #[must_use]
+    pub fn segments_max(&self) -> u64 {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        self.memory
+            .segments
+            .unwrap_or_else(|| files.unwrap_or(1 << 20) / 2)
     }
 
     /// Bytes that all segments together may have.

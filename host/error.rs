@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use strait_memory::{MemoryError, ParkError};
+
 /// The gRPC codes that strait uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
@@ -97,14 +99,18 @@ impl fmt::Display for Status {
 
 impl std::error::Error for Status {}
 
-impl From<strait_memory::MemoryError> for Status {
-    fn from(error: strait_memory::MemoryError) -> Self {
+impl From<MemoryError> for Status {
+    fn from(error: MemoryError) -> Self {
         let message = error.to_string();
         match error {
-            strait_memory::MemoryError::Budget(_) => {
+            MemoryError::Budget(_) | MemoryError::Park(ParkError::TooMany(_)) => {
                 Self::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", message)
             }
-            strait_memory::MemoryError::StillWritable { .. } => {
+            // A descriptor that its sender kept from being sealed.
+            MemoryError::SealsLocked { .. } => {
+                Self::new(Code::InvalidArgument, "BAD_SEGMENT", message)
+            }
+            MemoryError::StillWritable { .. } => {
                 Self::new(Code::FailedPrecondition, "STILL_WRITABLE", message)
             }
             _ => Self::new(Code::Internal, "HOST", message),

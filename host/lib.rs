@@ -6,7 +6,9 @@
 //! Imports run only to the right; `ARCHITECTURE.md` says why each room is there.
 
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
-compile_error!("strait runs on Linux on x86-64 only: it needs memfd seals, mremap(MREMAP_DONTUNMAP) and the ucontext of that platform");
+compile_error!(
+    "strait runs on Linux on x86-64 only: it needs memfd seals, mremap(MREMAP_DONTUNMAP) and the ucontext of that platform"
+);
 
 pub mod cli;
 pub mod config;

@@ -31,8 +31,14 @@ fn strait(directory: &Path) -> Command {
         .current_dir(directory)
         .env_remove("RUNTIME_DIRECTORY")
         .env_remove("XDG_RUNTIME_DIR")
-        .env("XDG_CACHE_HOME", concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"))
-        .env("STRAIT_ADDRESS", format!("unix://{}", directory.join("host").display()))
+        .env(
+            "XDG_CACHE_HOME",
+            concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"),
+        )
+        .env(
+            "STRAIT_ADDRESS",
+            format!("unix://{}", directory.join("host").display()),
+        )
         .stdin(Stdio::null());
     command
 }
@@ -52,7 +58,10 @@ fn stderr(output: &Output) -> String {
 }
 
 fn code(output: &Output) -> i32 {
-    output.status.code().unwrap_or_else(|| panic!("{}: {}", output.status, stderr(output)))
+    output
+        .status
+        .code()
+        .unwrap_or_else(|| panic!("{}: {}", output.status, stderr(output)))
 }
 
 /// Its stdout, after it went well.
@@ -72,7 +81,10 @@ fn bad(directory: &Path, arguments: &[&str], exit: i32, reason: &str) -> String 
     let output = run(directory, arguments);
     let text = stderr(&output);
     assert_eq!(code(&output), exit, "{arguments:?}: {text}");
-    assert!(text.starts_with("strait: ") && text.contains(reason), "{arguments:?}: {text:?} lacks {reason}");
+    assert!(
+        text.starts_with("strait: ") && text.contains(reason),
+        "{arguments:?}: {text:?} lacks {reason}"
+    );
     let output = run(directory, &[arguments, &["--json"]].concat());
     let object: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(object["error"]["reason"], reason, "{object}");
@@ -103,9 +115,20 @@ impl Served {
             .spawn()
             .unwrap();
         let mut ready = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-        let served = Self { directory, child, ready };
-        assert!(served.ready.ends_with("kernels\n"), "{:?}; log: {}", served.ready, served.log());
+        BufReader::new(child.stdout.take().unwrap())
+            .read_line(&mut ready)
+            .unwrap();
+        let served = Self {
+            directory,
+            child,
+            ready,
+        };
+        assert!(
+            served.ready.ends_with("kernels\n"),
+            "{:?}; log: {}",
+            served.ready,
+            served.log()
+        );
         served
     }
 
@@ -164,8 +187,10 @@ fn until(what: &str, mut is: impl FnMut() -> bool) {
 }
 
 fn names_in(directory: &Path) -> Vec<String> {
-    let mut names: Vec<String> =
-        fs::read_dir(directory).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
     names.sort();
     names
 }
@@ -173,7 +198,7 @@ fn names_in(directory: &Path) -> Vec<String> {
 /// A .npy file as numpy writes it, from its header's dictionary and its data.
 fn npy(path: &Path, dictionary: &str, data: &[u8]) {
     let mut header = dictionary.to_owned();
-    while (10 + header.len() + 1) % 64 != 0 {
+    while !(10 + header.len() + 1).is_multiple_of(64) {
         header.push(' ');
     }
     header.push('\n');
@@ -186,24 +211,37 @@ fn npy(path: &Path, dictionary: &str, data: &[u8]) {
 
 fn put_f64(path: &Path, shape: &[u64], values: &[f64]) {
     let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-    let spec = TensorSpec { dtype: Dtype::Float64, shape: shape.to_vec() };
+    let spec = TensorSpec {
+        dtype: Dtype::Float64,
+        shape: shape.to_vec(),
+    };
     strait_tensor::write(path, "x", &spec, &bytes).unwrap();
 }
 
 fn get_f64(path: &Path) -> (Vec<u64>, Vec<f64>) {
     let mut file = TensorFile::open(path).unwrap();
-    let [(_, spec)] = file.tensors() else { panic!("{:?}", file.tensors()) };
+    let [(_, spec)] = file.tensors() else {
+        panic!("{:?}", file.tensors())
+    };
     let spec = spec.clone();
     assert_eq!(spec.dtype, Dtype::Float64);
     let mut bytes = vec![0; usize::try_from(spec.bytes().unwrap()).unwrap()];
     file.read_into(0, &mut bytes).unwrap();
-    let values = bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
+    let values = bytes
+        .chunks_exact(8)
+        .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
+        .collect();
     (spec.shape, values)
 }
 
 /// A plugin with the kernel `k` from a file of the hostile corpus, as a file in `directory`.
 fn plugin(directory: &Path, guest: &str) -> PathBuf {
-    let text = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/guests").join(guest).with_extension("wat"));
+    let text = fs::read_to_string(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/guests")
+            .join(guest)
+            .with_extension("wat"),
+    );
     let path = directory.join(guest).with_extension("wasm");
     fs::write(&path, guest::component(guest, &text.unwrap())).unwrap();
     path
@@ -213,17 +251,39 @@ fn plugin(directory: &Path, guest: &str) -> PathBuf {
 fn a_tensor_goes_all_the_way() {
     let host = Served::start(&[]);
     let at = |name: &str| host.path().join(name);
-    assert!(host.ready.contains(&format!("unix://{}", at("host").display())), "{:?}", host.ready);
+    assert!(
+        host.ready
+            .contains(&format!("unix://{}", at("host").display())),
+        "{:?}",
+        host.ready
+    );
     let values: Vec<f64> = (0..12).map(f64::from).collect();
     put_f64(&at("data.npy"), &[3, 4], &values);
 
     let line = good(host.path(), &["put", "x", "data.npy"]);
-    assert!(line.starts_with("x ") && line.contains("float64") && line.contains("[3, 4]"), "{line:?}");
-    let call = ["call", "scale-shift", "--input", "x=x", "--param", "a=2", "--param", "b=1", "--output", "y"];
+    assert!(
+        line.starts_with("x ") && line.contains("float64") && line.contains("[3, 4]"),
+        "{line:?}"
+    );
+    let call = [
+        "call",
+        "scale-shift",
+        "--input",
+        "x=x",
+        "--param",
+        "a=2",
+        "--param",
+        "b=1",
+        "--output",
+        "y",
+    ];
     assert!(good(host.path(), &call).starts_with("y "));
     let list = good(host.path(), &["ls"]);
     assert_eq!(list.lines().count(), 3, "{list}");
-    assert!(list.starts_with("NAME ") && list.contains("\nx ") && list.contains("\ny "), "{list}");
+    assert!(
+        list.starts_with("NAME ") && list.contains("\nx ") && list.contains("\ny "),
+        "{list}"
+    );
     assert_eq!(good(host.path(), &["get", "y", "out.npy"]), "");
     let expected: Vec<f64> = values.iter().map(|v| 2.0 * v + 1.0).collect();
     assert_eq!(get_f64(&at("out.npy")), (vec![3, 4], expected.clone()));
@@ -231,13 +291,29 @@ fn a_tensor_goes_all_the_way() {
     assert_eq!(get_f64(&at("out.arrow")), (vec![3, 4], expected));
 
     let text = good(host.path(), &["kernels"]);
-    for part in ["scale-shift", "(standard 0", "input", "output", "param", "default 1", "float32 float64"] {
+    for part in [
+        "scale-shift",
+        "(standard 0",
+        "input",
+        "output",
+        "param",
+        "default 1",
+        "float32 float64",
+    ] {
         assert!(text.contains(part), "{part:?} in {text}");
     }
-    assert_eq!(good(host.path(), &["kernels", "standard/scale-shift"]).lines().next(), text_of(&text, "scale-shift"));
+    assert_eq!(
+        good(host.path(), &["kernels", "standard/scale-shift"])
+            .lines()
+            .next(),
+        text_of(&text, "scale-shift")
+    );
     assert_eq!(good(host.path(), &["rm", "x", "y"]), "");
     assert_eq!(good(host.path(), &["ls"]), "");
-    assert_eq!(names_in(host.path()), ["data.npy", "host", "log", "out.arrow", "out.npy"]);
+    assert_eq!(
+        names_in(host.path()),
+        ["data.npy", "host", "log", "out.arrow", "out.npy"]
+    );
 }
 
 fn text_of<'a>(text: &'a str, kernel: &str) -> Option<&'a str> {
@@ -251,21 +327,62 @@ fn json_has_the_same_shape_everywhere() {
     let put = good_json(host.path(), &["put", "x", "x.npy", "--json"]);
     assert_eq!(put["flight"]["name"], "x");
     assert_eq!(put["copied_bytes"], 32);
-    assert_eq!(put["flight"]["mapping"]["tensors"][0]["shape"], serde_json::json!([4]));
-    let call = good_json(host.path(), &["call", "standard/scale-shift", "-i", "x=x", "-p", "b=inf", "-o", "y=y", "--json"]);
+    assert_eq!(
+        put["flight"]["mapping"]["tensors"][0]["shape"],
+        serde_json::json!([4])
+    );
+    let call = good_json(
+        host.path(),
+        &[
+            "call",
+            "standard/scale-shift",
+            "-i",
+            "x=x",
+            "-p",
+            "b=inf",
+            "-o",
+            "y=y",
+            "--json",
+        ],
+    );
     assert_eq!(call["results"][0]["port"], "y");
     assert_eq!(call["results"][0]["name"], "y");
-    assert!(call["seconds"]["run"].is_f64() && call["notes"].is_array() && call["request_id"].is_string(), "{call}");
+    assert!(
+        call["seconds"]["run"].is_f64()
+            && call["notes"].is_array()
+            && call["request_id"].is_string(),
+        "{call}"
+    );
     let list = good_json(host.path(), &["ls", "--json"]);
     assert_eq!(list["flights"].as_array().unwrap().len(), 2);
     let kernels = good_json(host.path(), &["kernels", "--json"]);
-    assert!(kernels["kernels"].as_array().unwrap().iter().any(|kernel| kernel["name"] == "scale-shift"));
+    assert!(
+        kernels["kernels"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .any(|kernel| kernel["name"] == "scale-shift")
+    );
     let get = good_json(host.path(), &["get", "y", "y.npy", "--json"]);
     assert_eq!(get["tensors"][0]["dtype"], "float64");
     let (_, values) = get_f64(&host.path().join("y.npy"));
     assert!(values[..3].iter().all(|v| *v == f64::INFINITY) && values[3].is_nan());
-    assert_eq!(good_json(host.path(), &["rm", "y", "--json"])["dropped"], serde_json::json!(["y"]));
-    let local = good_json(host.path(), &["run", "scale-shift", "-i", "x=x.npy", "-o", "z.npy", "--json"]);
+    assert_eq!(
+        good_json(host.path(), &["rm", "y", "--json"])["dropped"],
+        serde_json::json!(["y"])
+    );
+    let local = good_json(
+        host.path(),
+        &[
+            "run",
+            "scale-shift",
+            "-i",
+            "x=x.npy",
+            "-o",
+            "z.npy",
+            "--json",
+        ],
+    );
     assert_eq!(local["outputs"][0]["file"], "z.npy");
     assert_eq!(local["outputs"][0]["port"], "y");
 }
@@ -274,42 +391,116 @@ fn json_has_the_same_shape_everywhere() {
 fn mistakes_name_the_thing_and_the_remedy() {
     let host = Served::start(&["--log-format", "json"]);
     put_f64(&host.path().join("x.npy"), &[4], &[0.0; 4]);
-    fs::write(host.path().join("short.npy"), &fs::read(host.path().join("x.npy")).unwrap()[..140]).unwrap();
+    fs::write(
+        host.path().join("short.npy"),
+        &fs::read(host.path().join("x.npy")).unwrap()[..140],
+    )
+    .unwrap();
     fs::write(host.path().join("x.txt"), "1 2 3").unwrap();
     good(host.path(), &["put", "x", "x.npy"]);
     let before = names_in(host.path());
-    let call = |more: &[&'static str]| [&["call", "scale-shift"], more, &["--output", "y"]].concat();
+    let call =
+        |more: &[&'static str]| [&["call", "scale-shift"], more, &["--output", "y"]].concat();
     for (arguments, exit, reason, says) in [
         (vec!["put", "x", "x.npy"], 3, "NAME_TAKEN", "--replace"),
-        (vec!["put", "q", "missing.npy"], 3, "BAD_FILE", "missing.npy"),
+        (
+            vec!["put", "q", "missing.npy"],
+            3,
+            "BAD_FILE",
+            "missing.npy",
+        ),
         (vec!["put", "q", "short.npy"], 3, "BAD_FILE", "short.npy"),
         (vec!["put", "q", "x.txt"], 3, "BAD_FILE", ".npy"),
         (vec!["put", "a#b", "x.npy"], 3, "BAD_NAME", "a#b"),
-        (vec!["put", "q", "x.npy", "--column", "c"], 3, "COLUMN_NOT_FOUND", "\"c\""),
-        (vec!["get", "q", "q.npy"], 3, "TENSOR_NOT_FOUND", "strait ls"),
+        (
+            vec!["put", "q", "x.npy", "--column", "c"],
+            3,
+            "COLUMN_NOT_FOUND",
+            "\"c\"",
+        ),
+        (
+            vec!["get", "q", "q.npy"],
+            3,
+            "TENSOR_NOT_FOUND",
+            "strait ls",
+        ),
         (vec!["get", "x#c", "q.npy"], 3, "COLUMN_NOT_FOUND", "\"c\""),
         (vec!["get", "x", "q.txt"], 3, "BAD_FILE", ".npy"),
-        (vec!["get", "x", "missing/q.npy"], 3, "BAD_FILE", "missing/q.npy"),
+        (
+            vec!["get", "x", "missing/q.npy"],
+            3,
+            "BAD_FILE",
+            "missing/q.npy",
+        ),
         (vec!["rm", "q"], 3, "TENSOR_NOT_FOUND", "`q`"),
         (vec!["kernels", "q"], 3, "KERNEL_NOT_FOUND", "`q`"),
-        (vec!["call", "q", "-i", "x=x", "-o", "y"], 3, "KERNEL_NOT_FOUND", "scale-shift"),
+        (
+            vec!["call", "q", "-i", "x=x", "-o", "y"],
+            3,
+            "KERNEL_NOT_FOUND",
+            "scale-shift",
+        ),
         (call(&["-i", "q=x"]), 3, "UNKNOWN_INPUT", "`q`"),
         (call(&[]), 3, "MISSING_INPUT", "`x`"),
         (call(&["-i", "x=q"]), 3, "TENSOR_NOT_FOUND", "`q`"),
-        (call(&["-i", "x=x", "-p", "q=1"]), 3, "UNKNOWN_PARAMETER", "`a`, `b`"),
-        (call(&["-i", "x=x", "-p", "a=two"]), 3, "BAD_PARAMETER", "two"),
-        (call(&["-i", "x=x", "--output", "q=z"]), 3, "UNKNOWN_OUTPUT", "`q`"),
-        (call(&["-i", "x=x", "--deadline-ms", "99999999"]), 3, "BAD_LIMIT", "99999999"),
-        (call(&["-i", "x=x", "--request-id", "a b"]), 3, "BAD_REQUEST", "request id"),
-        (vec!["ls", "--address", "unix:///nowhere/at/all"], 5, "NO_HOST", "strait serve"),
-        (vec!["ls", "--address", "nowhere"], 3, "BAD_ADDRESS", "unix:///DIRECTORY"),
+        (
+            call(&["-i", "x=x", "-p", "q=1"]),
+            3,
+            "UNKNOWN_PARAMETER",
+            "`a`, `b`",
+        ),
+        (
+            call(&["-i", "x=x", "-p", "a=two"]),
+            3,
+            "BAD_PARAMETER",
+            "two",
+        ),
+        (
+            call(&["-i", "x=x", "--output", "q=z"]),
+            3,
+            "UNKNOWN_OUTPUT",
+            "`q`",
+        ),
+        (
+            call(&["-i", "x=x", "--deadline-ms", "99999999"]),
+            3,
+            "BAD_LIMIT",
+            "99999999",
+        ),
+        (
+            call(&["-i", "x=x", "--request-id", "a b"]),
+            3,
+            "BAD_REQUEST",
+            "request id",
+        ),
+        (
+            vec!["ls", "--address", "unix:///nowhere/at/all"],
+            5,
+            "NO_HOST",
+            "strait serve",
+        ),
+        (
+            vec!["ls", "--address", "nowhere"],
+            3,
+            "BAD_ADDRESS",
+            "unix:///DIRECTORY",
+        ),
     ] {
         let text = bad(host.path(), &arguments, exit, reason);
-        assert!(text.contains(says), "{arguments:?}: {text:?} lacks {says:?}");
+        assert!(
+            text.contains(says),
+            "{arguments:?}: {text:?} lacks {says:?}"
+        );
     }
     assert_eq!(names_in(host.path()), before, "something was left behind");
     // Usage is clap's: text only.
-    for arguments in [&["put"][..], &["call", "k", "-i", "x", "-o", "y"], &["call", "k", "-o", "y", "--deadline-ms", "0"], &["nonsense"], &[]] {
+    for arguments in [
+        &["put"][..],
+        &["call", "k", "-i", "x", "-o", "y"],
+        &["call", "k", "-o", "y", "--deadline-ms", "0"],
+        &["nonsense"],
+        &[],
+    ] {
         let output = run(host.path(), arguments);
         assert_eq!(code(&output), 2, "{arguments:?}: {}", stderr(&output));
     }
@@ -318,21 +509,40 @@ fn mistakes_name_the_thing_and_the_remedy() {
     assert!(good(host.path(), &["--help"]).contains("Exit codes:"));
 
     // The id that the caller chose is in the error and on the host's own line about it.
-    let text = bad(host.path(), &["get", "q", "q.npy", "--request-id", "job-17"], 3, "TENSOR_NOT_FOUND");
+    let text = bad(
+        host.path(),
+        &["get", "q", "q.npy", "--request-id", "job-17"],
+        3,
+        "TENSOR_NOT_FOUND",
+    );
     assert!(text.contains("request: job-17"), "{text}");
-    good(host.path(), &[&call(&["-i", "x=x", "--request-id", "job-18"])[..]].concat());
+    good(
+        host.path(),
+        &[&call(&["-i", "x=x", "--request-id", "job-18"])[..]].concat(),
+    );
     let log = host.log();
-    let lines: Vec<Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert!(lines.iter().any(|line| line["request_id"] == "job-18"), "{log}");
+    let lines: Vec<Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert!(
+        lines.iter().any(|line| line["request_id"] == "job-18"),
+        "{log}"
+    );
 }
 
 #[test]
 fn kernels_that_fail_are_told_from_mistakes() {
     let directory = TempDir::new().unwrap();
     let guests = ["spins", "traps", "fails", "stores_into_input"];
-    let plugins: Vec<String> =
-        guests.iter().map(|guest| plugin(directory.path(), guest).display().to_string()).collect();
-    let arguments: Vec<&str> = plugins.iter().flat_map(|path| ["--plugin", path.as_str()]).collect();
+    let plugins: Vec<String> = guests
+        .iter()
+        .map(|guest| plugin(directory.path(), guest).display().to_string())
+        .collect();
+    let arguments: Vec<&str> = plugins
+        .iter()
+        .flat_map(|path| ["--plugin", path.as_str()])
+        .collect();
     let host = Served::start_in(directory, &arguments);
     put_f64(&host.path().join("x.npy"), &[4], &[0.0; 4]);
     good(host.path(), &["put", "x", "x.npy"]);
@@ -348,16 +558,55 @@ fn kernels_that_fail_are_told_from_mistakes() {
             good(host.path(), &["put", "x", "x.npy", "--replace"]);
         }
         let kernel = format!("{guest}/k");
-        let text = bad(host.path(), &["call", &kernel, "-i", "x=x", "-o", "y", "--deadline-ms", "300"], 4, reason);
+        let text = bad(
+            host.path(),
+            &[
+                "call",
+                &kernel,
+                "-i",
+                "x=x",
+                "-o",
+                "y",
+                "--deadline-ms",
+                "300",
+            ],
+            4,
+            reason,
+        );
         assert!(text.contains("request: "), "{text}");
         let file = format!("{guest}.wasm");
-        bad(host.path(), &["run", &file, "-i", "x=x.npy", "-o", "y.npy", "--deadline-ms", "300"], 4, reason);
+        bad(
+            host.path(),
+            &[
+                "run",
+                &file,
+                "-i",
+                "x=x.npy",
+                "-o",
+                "y.npy",
+                "--deadline-ms",
+                "300",
+            ],
+            4,
+            reason,
+        );
     }
     assert!(!host.path().join("y.npy").exists());
-    let ambiguous = bad(host.path(), &["call", "k", "-i", "x=x", "-o", "y"], 3, "AMBIGUOUS_KERNEL");
-    assert!(ambiguous.contains("spins/k") && ambiguous.contains("traps/k"), "{ambiguous}");
+    let ambiguous = bad(
+        host.path(),
+        &["call", "k", "-i", "x=x", "-o", "y"],
+        3,
+        "AMBIGUOUS_KERNEL",
+    );
+    assert!(
+        ambiguous.contains("spins/k") && ambiguous.contains("traps/k"),
+        "{ambiguous}"
+    );
     // And the host still serves.
-    good(host.path(), &["call", "scale-shift", "-i", "x=x", "-o", "y"]);
+    good(
+        host.path(),
+        &["call", "scale-shift", "-i", "x=x", "-o", "y"],
+    );
 }
 
 #[test]
@@ -370,17 +619,32 @@ fn sigterm_drains_and_exits_0() {
         good(host.path(), &["put", "x", "x.npy"]);
         assert_eq!(host.sockets(), ["data.sock", "flight.sock"]);
         for socket in host.sockets() {
-            let mode = fs::metadata(host.path().join("host").join(socket)).unwrap().permissions().mode();
+            let mode = fs::metadata(host.path().join("host").join(socket))
+                .unwrap()
+                .permissions()
+                .mode();
             assert_eq!(mode & 0o777, 0o600);
         }
         let running = strait(host.path())
-            .args(["call", "spins/k", "-i", "x=x", "-o", "y", "--deadline-ms", "1500", "--json"])
+            .args([
+                "call",
+                "spins/k",
+                "-i",
+                "x=x",
+                "-o",
+                "y",
+                "--deadline-ms",
+                "1500",
+                "--json",
+            ])
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
             .spawn()
             .unwrap();
         // Its own connection shows in the log; what it runs takes all of its deadline.
-        until("the call runs", || host.log().matches("connected session").count() >= 2);
+        until("the call runs", || {
+            host.log().matches("connected session").count() >= 2
+        });
         thread::sleep(Duration::from_millis(300));
         host.signal(signal);
         // What was running ends by its own deadline, not with the host.
@@ -398,13 +662,21 @@ fn a_directory_has_one_host() {
     let mut first = Served::start(&[]);
     let second = run(first.path(), &["serve", "--directory", "host"]);
     assert_eq!(code(&second), 1);
-    assert!(stderr(&second).contains("HOST_RUNNING"), "{}", stderr(&second));
+    assert!(
+        stderr(&second).contains("HOST_RUNNING"),
+        "{}",
+        stderr(&second)
+    );
     put_f64(&first.path().join("x.npy"), &[4], &[0.0; 4]);
     good(first.path(), &["put", "x", "x.npy"]);
 
     first.signal(Signal::KILL);
     assert_eq!(first.wait(), -1);
-    assert_eq!(first.sockets(), ["data.sock", "flight.sock"], "a killed host removes nothing");
+    assert_eq!(
+        first.sockets(),
+        ["data.sock", "flight.sock"],
+        "a killed host removes nothing"
+    );
     bad(first.path(), &["ls"], 5, "NO_HOST");
 
     let directory = std::mem::replace(&mut first.directory, TempDir::new().unwrap());
@@ -423,9 +695,17 @@ fn serve_refuses_what_it_cannot_trust() {
         (code(&output), stderr(&output))
     };
     fs::create_dir(directory.path().join("open")).unwrap();
-    fs::set_permissions(directory.path().join("open"), fs::Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(
+        directory.path().join("open"),
+        fs::Permissions::from_mode(0o755),
+    )
+    .unwrap();
     std::os::unix::fs::symlink(directory.path(), directory.path().join("link")).unwrap();
-    fs::write(directory.path().join("settings.toml"), "[limits]\nno_such_setting = 1\n").unwrap();
+    fs::write(
+        directory.path().join("settings.toml"),
+        "[limits]\nno_such_setting = 1\n",
+    )
+    .unwrap();
     fs::write(directory.path().join("not.wasm"), "not a component").unwrap();
     let long = "d".repeat(100);
     for (arguments, exit, says) in [
@@ -435,15 +715,30 @@ fn serve_refuses_what_it_cannot_trust() {
         (&["--directory", &long], 3, "at most 107"),
         (&["--config", "missing.toml"], 3, "missing.toml"),
         (&["--config", "settings.toml"], 3, "no_such_setting"),
-        (&["--directory", "d", "--log-level", "strait=loud"], 3, "strait=loud"),
+        (
+            &["--directory", "d", "--log-level", "strait=loud"],
+            3,
+            "strait=loud",
+        ),
         (&["--directory", "d", "--plugin", "not.wasm"], 1, "not.wasm"),
-        (&["--directory", "d", "--plugin", "missing.wasm"], 1, "missing.wasm"),
+        (
+            &["--directory", "d", "--plugin", "missing.wasm"],
+            1,
+            "missing.wasm",
+        ),
     ] {
         let (code, text) = serve(arguments);
         assert_eq!(code, exit, "{arguments:?}: {text}");
-        assert!(text.contains(says), "{arguments:?}: {text:?} lacks {says:?}");
+        assert!(
+            text.contains(says),
+            "{arguments:?}: {text:?} lacks {says:?}"
+        );
     }
-    assert_eq!(names_in(&directory.path().join("d")), Vec::<String>::new(), "a failed start leaves no socket");
+    assert_eq!(
+        names_in(&directory.path().join("d")),
+        Vec::<String>::new(),
+        "a failed start leaves no socket"
+    );
 }
 
 #[test]
@@ -452,65 +747,230 @@ fn run_needs_no_host() {
     let at = |name: &str| directory.path().join(name);
     let here = directory.path();
     // 2 x 3 in Fortran order: the columns one after the other.
-    let columns: Vec<u8> = [0.0_f64, 3.0, 1.0, 4.0, 2.0, 5.0].iter().flat_map(|v| v.to_le_bytes()).collect();
-    npy(&at("f.npy"), "{'descr': '<f8', 'fortran_order': True, 'shape': (2, 3), }", &columns);
-    let big: Vec<u8> = [0.0_f64, 1.0, 2.0, 3.0, 4.0, 5.0].iter().flat_map(|v| v.to_be_bytes()).collect();
-    npy(&at("big.npy"), "{'descr': '>f8', 'fortran_order': False, 'shape': (2, 3), }", &big);
-    npy(&at("short.npy"), "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }", &columns[..40]);
-    npy(&at("int.npy"), "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }", &[0; 8]);
+    let columns: Vec<u8> = [0.0_f64, 3.0, 1.0, 4.0, 2.0, 5.0]
+        .iter()
+        .flat_map(|v| v.to_le_bytes())
+        .collect();
+    npy(
+        &at("f.npy"),
+        "{'descr': '<f8', 'fortran_order': True, 'shape': (2, 3), }",
+        &columns,
+    );
+    let big: Vec<u8> = [0.0_f64, 1.0, 2.0, 3.0, 4.0, 5.0]
+        .iter()
+        .flat_map(|v| v.to_be_bytes())
+        .collect();
+    npy(
+        &at("big.npy"),
+        "{'descr': '>f8', 'fortran_order': False, 'shape': (2, 3), }",
+        &big,
+    );
+    npy(
+        &at("short.npy"),
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (2, 3), }",
+        &columns[..40],
+    );
+    npy(
+        &at("int.npy"),
+        "{'descr': '<i4', 'fortran_order': False, 'shape': (2,), }",
+        &[0; 8],
+    );
     let expected = (vec![2, 3], vec![1.0, 3.0, 5.0, 7.0, 9.0, 11.0]);
     for input in ["x=f.npy", "x=big.npy"] {
-        let line = good(here, &["run", "scale-shift", "--input", input, "-p", "a=2", "-p", "b=1", "--output", "y=out.npy"]);
-        assert!(line.contains("float64 [2, 3]") && line.contains("out.npy"), "{line:?}");
+        let line = good(
+            here,
+            &[
+                "run",
+                "scale-shift",
+                "--input",
+                input,
+                "-p",
+                "a=2",
+                "-p",
+                "b=1",
+                "--output",
+                "y=out.npy",
+            ],
+        );
+        assert!(
+            line.contains("float64 [2, 3]") && line.contains("out.npy"),
+            "{line:?}"
+        );
         assert_eq!(get_f64(&at("out.npy")), expected, "{input}");
     }
     // Over an older file, in the other format, and from one column of it.
-    good(here, &["run", "scale-shift", "-i", "x=f.npy", "-p", "a=2", "-p", "b=1", "-o", "out.arrow"]);
-    good(here, &["run", "scale-shift", "-i", "x=out.arrow#y", "-o", "out.npy"]);
+    good(
+        here,
+        &[
+            "run",
+            "scale-shift",
+            "-i",
+            "x=f.npy",
+            "-p",
+            "a=2",
+            "-p",
+            "b=1",
+            "-o",
+            "out.arrow",
+        ],
+    );
+    good(
+        here,
+        &["run", "scale-shift", "-i", "x=out.arrow#y", "-o", "out.npy"],
+    );
     assert_eq!(get_f64(&at("out.npy")), expected);
 
-    let standard = concat!(env!("CARGO_MANIFEST_DIR"), "/plugins/prebuilt/standard.wasm");
-    good(here, &["run", &format!("{standard}#scale-shift"), "-i", "x=f.npy", "-o", "out.npy"]);
+    let text = good(here, &["kernels", "--local", "scale-shift"]);
+    assert!(
+        text.starts_with("scale-shift  (standard") && text.contains("param"),
+        "{text}"
+    );
+    let standard = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/plugins/prebuilt/standard.wasm"
+    );
+    good(
+        here,
+        &[
+            "run",
+            &format!("{standard}#scale-shift"),
+            "-i",
+            "x=f.npy",
+            "-o",
+            "out.npy",
+        ],
+    );
     let one = plugin(here, "answers_seven").display().to_string();
+    assert!(good(here, &["kernels", &one]).starts_with("k  (answers_seven 0.0.1)"));
     fs::write(at("not.wasm"), "not a component").unwrap();
     let before = names_in(here);
     let out = ["-o", "new.npy"];
     for (arguments, exit, reason, says) in [
-        (&["run", "q", "-i", "x=f.npy"][..], 3, "KERNEL_NOT_FOUND", "scale-shift"),
-        (&["run", "not.wasm", "-i", "x=f.npy"], 3, "BAD_PLUGIN", "not.wasm"),
-        (&["run", "missing.wasm", "-i", "x=f.npy"], 3, "BAD_FILE", "missing.wasm"),
-        (&["run", &format!("{one}#q"), "-i", "x=f.npy"], 3, "KERNEL_NOT_FOUND", "it has k"),
-        (&["run", "scale-shift", "-i", "x=short.npy"], 3, "BAD_FILE", "short.npy"),
-        (&["run", "scale-shift", "-i", "x=missing.npy"], 3, "BAD_FILE", "missing.npy"),
-        (&["run", "scale-shift", "-i", "x=int.npy"], 3, "BAD_INPUT", "int32"),
-        (&["run", "scale-shift", "-i", "q=f.npy"], 3, "UNKNOWN_INPUT", "`q`"),
+        (
+            &["run", "q", "-i", "x=f.npy"][..],
+            3,
+            "KERNEL_NOT_FOUND",
+            "scale-shift",
+        ),
+        (
+            &["run", "not.wasm", "-i", "x=f.npy"],
+            3,
+            "BAD_PLUGIN",
+            "not.wasm",
+        ),
+        (
+            &["run", "missing.wasm", "-i", "x=f.npy"],
+            3,
+            "BAD_FILE",
+            "missing.wasm",
+        ),
+        (
+            &["run", &format!("{one}#q"), "-i", "x=f.npy"],
+            3,
+            "KERNEL_NOT_FOUND",
+            "it has k",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=short.npy"],
+            3,
+            "BAD_FILE",
+            "short.npy",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=missing.npy"],
+            3,
+            "BAD_FILE",
+            "missing.npy",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=int.npy"],
+            3,
+            "BAD_INPUT",
+            "int32",
+        ),
+        (
+            &["run", "scale-shift", "-i", "q=f.npy"],
+            3,
+            "UNKNOWN_INPUT",
+            "`q`",
+        ),
         (&["run", "scale-shift"], 3, "MISSING_INPUT", "`x`"),
-        (&["run", "scale-shift", "-i", "x=f.npy", "-p", "q=1"], 3, "UNKNOWN_PARAMETER", "`q`"),
-        (&["run", "scale-shift", "-i", "x=f.npy", "-p", "a=one"], 3, "BAD_PARAMETER", "one"),
-        (&["run", "scale-shift", "-i", "x=out.arrow#q"], 3, "COLUMN_NOT_FOUND", "\"q\""),
-        (&["run", "scale-shift", "-i", "x=f.npy", "-o", "q=q.npy"], 3, "UNKNOWN_OUTPUT", "`q`"),
+        (
+            &["run", "scale-shift", "-i", "x=f.npy", "-p", "q=1"],
+            3,
+            "UNKNOWN_PARAMETER",
+            "`q`",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=f.npy", "-p", "a=one"],
+            3,
+            "BAD_PARAMETER",
+            "one",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=out.arrow#q"],
+            3,
+            "COLUMN_NOT_FOUND",
+            "\"q\"",
+        ),
+        (
+            &["run", "scale-shift", "-i", "x=f.npy", "-o", "q=q.npy"],
+            3,
+            "UNKNOWN_OUTPUT",
+            "`q`",
+        ),
     ] {
         let text = bad(here, &[arguments, &out].concat(), exit, reason);
-        assert!(text.contains(says), "{arguments:?}: {text:?} lacks {says:?}");
+        assert!(
+            text.contains(says),
+            "{arguments:?}: {text:?} lacks {says:?}"
+        );
     }
     assert_eq!(names_in(here), before, "something was left behind");
-    bad(here, &["run", "scale-shift", "-i", "x=f.npy", "-o", "missing/new.npy"], 3, "BAD_FILE");
+    bad(
+        here,
+        &[
+            "run",
+            "scale-shift",
+            "-i",
+            "x=f.npy",
+            "-o",
+            "missing/new.npy",
+        ],
+        3,
+        "BAD_FILE",
+    );
     let kept = fs::read(at("out.npy")).unwrap();
-    bad(here, &["run", "scale-shift", "-i", "x=short.npy", "-o", "out.npy"], 3, "BAD_FILE");
-    assert_eq!(fs::read(at("out.npy")).unwrap(), kept, "an older file stays as it was");
+    bad(
+        here,
+        &["run", "scale-shift", "-i", "x=short.npy", "-o", "out.npy"],
+        3,
+        "BAD_FILE",
+    );
+    assert_eq!(
+        fs::read(at("out.npy")).unwrap(),
+        kept,
+        "an older file stays as it was"
+    );
 }
 
 #[test]
 fn several_columns_make_one_tensor_of_columns() {
     let host = Served::start(&[]);
-    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/host/tensor/tests/data/every_kind.arrow");
+    let fixture = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/host/tensor/tests/data/every_kind.arrow"
+    );
     let put = run(host.path(), &["put", "all", fixture]);
     assert_eq!(code(&put), 0, "{}", stderr(&put));
     let count = |text: &str| text.lines().filter(|line| line.starts_with("all#")).count();
     let columns = TensorFile::open(Path::new(fixture)).unwrap();
     assert!(columns.tensors().len() > 1);
     assert_eq!(count(&stdout(&put)), columns.tensors().len());
-    assert_eq!(stderr(&put).matches("left out").count(), columns.unsupported().len());
+    assert_eq!(
+        stderr(&put).matches("left out").count(),
+        columns.unsupported().len()
+    );
     let text = bad(host.path(), &["get", "all", "all.npy"], 3, "BAD_INPUT");
     assert!(text.contains("all#COLUMN"), "{text}");
     // All of them into one file, and each the same bytes as in the fixture.
@@ -528,7 +988,11 @@ fn several_columns_make_one_tensor_of_columns() {
     let name = copy.tensors()[0].0.clone();
     good(host.path(), &["get", &format!("all#{name}"), "one.npy"]);
     good(host.path(), &["put", "one", &format!("{fixture}#{name}")]);
-    assert!(good(host.path(), &["ls"]).lines().any(|line| line.starts_with("one ")));
+    assert!(
+        good(host.path(), &["ls"])
+            .lines()
+            .any(|line| line.starts_with("one "))
+    );
 }
 
 #[test]
@@ -539,13 +1003,26 @@ fn a_closed_stdout_is_no_error() {
         good(host.path(), &["put", &format!("x{number}"), "x.npy"]);
     }
     for arguments in [&["ls"][..], &["ls", "--json"], &["kernels"]] {
-        let mut child =
-            strait(host.path()).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        let mut child = strait(host.path())
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
         // As `head` does once it has its lines, only that it has none.
         drop(child.stdout.take());
         let mut text = String::new();
-        child.stderr.take().unwrap().read_to_string(&mut text).unwrap();
-        assert_eq!((wait(&mut child), text.as_str()), (Some(0), ""), "{arguments:?}");
+        child
+            .stderr
+            .take()
+            .unwrap()
+            .read_to_string(&mut text)
+            .unwrap();
+        assert_eq!(
+            (wait(&mut child), text.as_str()),
+            (Some(0), ""),
+            "{arguments:?}"
+        );
     }
 }
 
@@ -554,33 +1031,65 @@ fn the_demo_verifies_itself_and_leaves_nothing() {
     let directory = TempDir::new().unwrap();
     let demo = |arguments: &[&str]| {
         let mut command = strait(directory.path());
-        command.env("TMPDIR", directory.path()).arg("demo").args(arguments);
+        command
+            .env("TMPDIR", directory.path())
+            .arg("demo")
+            .args(arguments);
         command
     };
-    let output = demo(&["--bytes", "4194304", "--calls", "3", "--json"]).output().unwrap();
+    let output = demo(&["--bytes", "4194304", "--calls", "3", "--json"])
+        .output()
+        .unwrap();
     let object: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!((code(&output), &object["verified"]), (0, &Value::Bool(true)), "{object}: {}", stderr(&output));
-    assert!(object["native_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{object}");
+    assert_eq!(
+        (code(&output), &object["verified"]),
+        (0, &Value::Bool(true)),
+        "{object}: {}",
+        stderr(&output)
+    );
+    assert!(
+        object["native_seconds"]
+            .as_f64()
+            .is_some_and(|seconds| seconds > 0.0),
+        "{object}"
+    );
     let paths = object["paths"].as_array().unwrap();
-    for (path, name, same_pages, copied) in [(&paths[0], "mapped call", true, 0), (&paths[1], "inline Flight", false, 4_194_304)] {
+    for (path, name, same_pages, copied) in [
+        (&paths[0], "mapped call", true, 0),
+        (&paths[1], "inline Flight", false, 4_194_304),
+    ] {
         assert_eq!(path["name"], name);
         assert_eq!(path["same_pages"], same_pages, "{path}");
         assert_eq!(path["bytes"], 4_194_304);
         assert_eq!(path["copied_bytes"], copied, "{path}");
-        assert!(path["seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{path}");
+        assert!(
+            path["seconds"]
+                .as_f64()
+                .is_some_and(|seconds| seconds > 0.0),
+            "{path}"
+        );
     }
     let small = demo(&["--bytes", "1000", "--calls", "1"]).output().unwrap();
     assert_eq!(code(&small), 0, "{}", stderr(&small));
-    assert!(stdout(&small).contains("are copied into the guest") && stdout(&small).ends_with("verified\n"));
+    assert!(
+        stdout(&small).contains("are copied into the guest")
+            && stdout(&small).ends_with("verified\n")
+    );
     let large = demo(&["--bytes", "1000000000000000"]).output().unwrap();
     assert_eq!(code(&large), 3, "{}", stderr(&large));
     assert_eq!(names_in(directory.path()), Vec::<String>::new());
 
     for (signal, exit) in [(Signal::INT, 130), (Signal::TERM, 143), (Signal::KILL, -1)] {
-        let mut child = demo(&["--calls", "1000"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+        let mut child = demo(&["--calls", "1000"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
         let hosts = || names_in(directory.path());
         until("the demo's host is up", || {
-            hosts().first().is_some_and(|name| directory.path().join(name).join("flight.sock").exists())
+            hosts()
+                .first()
+                .is_some_and(|name| directory.path().join(name).join("flight.sock").exists())
         });
         let host = directory.path().join(&hosts()[0]).join("data.sock");
         send(&child, signal);

@@ -20,7 +20,9 @@ fn values(n: usize) -> Vec<f64> {
 /// Loads `tests/guests/NAME.wat`.
 fn load(rig: &Rig, name: &str) {
     let text = std::fs::read_to_string(format!("tests/guests/{name}.wat")).unwrap();
-    rig.host.load_plugin(&guest::component(name, &text)).unwrap_or_else(|e| panic!("{name}: {e}"));
+    rig.host
+        .load_plugin(&guest::component(name, &text))
+        .unwrap_or_else(|e| panic!("{name}: {e}"));
 }
 
 /// Invokes the guest on moved and copied inputs and expects (code, reason) for each.
@@ -36,7 +38,8 @@ fn check(name: &str, moved: Option<(Code, &str)>, copied: Option<(Code, &str)>) 
         let before_bytes = bytes_of(&input);
         // Once to warm what stays (pool, parked mappings), then the counted one.
         for _ in 0..2 {
-            rig.invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}})).unwrap();
+            rig.invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}}))
+                .unwrap();
         }
         let before = rig.holdings();
         let call = json!({"kernel": format!("{name}/k"), "inputs": {"x": "x"}});
@@ -44,18 +47,41 @@ fn check(name: &str, moved: Option<(Code, &str)>, copied: Option<(Code, &str)>) 
             let result = rig.invoke(call.clone());
             match (&result, expected) {
                 (Err(status), Some((code, reason))) => {
-                    assert_eq!((status.code, status.reason), (code, reason), "{name} on {n}: {status}");
-                    assert!(status.message.len() > 20, "{name}: the message explains: {status}");
+                    assert_eq!(
+                        (status.code, status.reason),
+                        (code, reason),
+                        "{name} on {n}: {status}"
+                    );
+                    assert!(
+                        status.message.len() > 20,
+                        "{name}: the message explains: {status}"
+                    );
                 }
                 (Ok(_), None) => {}
-                (result, expected) => panic!("{name} on {n}, round {round}: {result:?}, expected {expected:?}"),
+                (result, expected) => {
+                    panic!("{name} on {n}, round {round}: {result:?}, expected {expected:?}")
+                }
             }
             drop(result);
-            assert_eq!(bytes_of(&input), before_bytes, "{name} on {n} changed its input");
+            assert_eq!(
+                bytes_of(&input),
+                before_bytes,
+                "{name} on {n} changed its input"
+            );
         }
-        assert_eq!(rig.holdings(), before, "{name} on {n} left something behind");
-        let next = rig.invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}})).unwrap();
-        assert_eq!(bytes_of(&next.results[0].segment), before_bytes, "the next request after {name}");
+        assert_eq!(
+            rig.holdings(),
+            before,
+            "{name} on {n} left something behind"
+        );
+        let next = rig
+            .invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}}))
+            .unwrap();
+        assert_eq!(
+            bytes_of(&next.results[0].segment),
+            before_bytes,
+            "the next request after {name}"
+        );
     }
 }
 
@@ -81,13 +107,21 @@ fn a_guest_that_grows_without_end_meets_its_limit() {
 #[test]
 fn a_store_into_an_input_is_caught() {
     // A copied input is the guest's own memory.
-    check("stores_into_input", Some((Code::Internal, "INPUT_WRITTEN")), None);
+    check(
+        "stores_into_input",
+        Some((Code::Internal, "INPUT_WRITTEN")),
+        None,
+    );
 }
 
 #[test]
 fn a_fill_of_an_input_is_caught() {
     check("fills_input", Some((Code::Internal, "INPUT_WRITTEN")), None);
-    check("copies_into_input", Some((Code::Internal, "INPUT_WRITTEN")), None);
+    check(
+        "copies_into_input",
+        Some((Code::Internal, "INPUT_WRITTEN")),
+        None,
+    );
 }
 
 #[test]
@@ -99,7 +133,11 @@ fn a_hostile_realloc_is_a_trap() {
 fn a_list_over_a_former_window_is_a_bad_answer() {
     // Where a window was there are zeros: 100 000 empty shapes. A copy is the guest's own memory,
     // whose numbers make pointers to nowhere.
-    check("list_over_window", Some((Code::Internal, "BAD_ANSWER")), Some((Code::Internal, "GUEST_TRAP")));
+    check(
+        "list_over_window",
+        Some((Code::Internal, "BAD_ANSWER")),
+        Some((Code::Internal, "GUEST_TRAP")),
+    );
 }
 
 #[test]
@@ -108,7 +146,9 @@ fn a_note_over_a_former_window_shows_no_input() {
     load(&rig, "notes_over_window");
     let secret = vec![f64::from_bits(0x4141_4141_4141_4141); MOVED];
     rig.put_f64("x", &secret);
-    let invoked = rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}})).unwrap();
+    let invoked = rig
+        .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
+        .unwrap();
     assert_eq!(invoked.notes, [("\0".repeat(16), "\0".repeat(16))]);
 }
 
@@ -119,8 +159,16 @@ fn traps_carry_a_backtrace() {
     let rig = Rig::new();
     load(&rig, "traps");
     rig.put_f64("x", &values(MOVED));
-    let status = rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}})).unwrap_err();
-    assert!(status.backtrace.as_deref().is_some_and(|b| b.contains("wasm")), "{status:?}");
+    let status = rig
+        .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
+        .unwrap_err();
+    assert!(
+        status
+            .backtrace
+            .as_deref()
+            .is_some_and(|b| b.contains("wasm")),
+        "{status:?}"
+    );
     assert_eq!(status.details["during"], "run");
 }
 
@@ -141,7 +189,9 @@ fn a_kernel_that_fails_is_quoted() {
     let rig = Rig::new();
     load(&rig, "fails");
     rig.put_f64("x", &values(4));
-    let status = rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}})).unwrap_err();
+    let status = rig
+        .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
+        .unwrap_err();
     assert!(status.message.contains("own words"), "{status}");
 }
 
@@ -170,7 +220,9 @@ fn every_invocation_has_a_fresh_sandbox() {
     for n in [1, MOVED] {
         rig.put_f64("x", &values(n));
         for _ in 0..5 {
-            let invoked = rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}})).unwrap();
+            let invoked = rig
+                .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
+                .unwrap();
             assert_eq!(f64s(&bytes_of(&invoked.results[0].segment))[0], 1.0);
         }
     }
@@ -182,7 +234,8 @@ fn limits_can_be_tightened_and_not_widened() {
     load(&rig, "copies");
     rig.put_f64("x", &values(MOVED));
     let call = |key: &str, n: u64| {
-        rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}, "limits": {key: n}})).unwrap_err()
+        rig.invoke(json!({"kernel": "k", "inputs": {"x": "x"}, "limits": {key: n}}))
+            .unwrap_err()
     };
     for (key, reason) in [
         ("guest_bytes", "LIMIT_GUEST_BYTES"),
@@ -190,10 +243,18 @@ fn limits_can_be_tightened_and_not_widened() {
         ("result_bytes", "LIMIT_RESULT_BYTES"),
     ] {
         let status = call(key, 100_000);
-        assert_eq!((status.code, status.reason), (Code::ResourceExhausted, reason), "{status}");
+        assert_eq!(
+            (status.code, status.reason),
+            (Code::ResourceExhausted, reason),
+            "{status}"
+        );
         assert!(status.message.contains(key), "{status}");
         let status = call(key, u64::MAX);
-        assert_eq!((status.code, status.reason), (Code::InvalidArgument, "BAD_LIMIT"), "{status}");
+        assert_eq!(
+            (status.code, status.reason),
+            (Code::InvalidArgument, "BAD_LIMIT"),
+            "{status}"
+        );
     }
 }
 
@@ -202,10 +263,14 @@ fn cancel_ends_a_running_kernel() {
     let rig = Rig::new();
     load(&rig, "spins");
     rig.put_f64("x", &values(MOVED));
-    let (cancel, answer) = rig.start(json!({"kernel": "k", "inputs": {"x": "x"}, "deadline_ms": 60_000}));
+    let (cancel, answer) =
+        rig.start(json!({"kernel": "k", "inputs": {"x": "x"}, "deadline_ms": 60_000}));
     std::thread::sleep(std::time::Duration::from_millis(50));
     cancel.cancel();
-    let status = answer.recv_timeout(std::time::Duration::from_secs(20)).unwrap().unwrap_err();
+    let status = answer
+        .recv_timeout(std::time::Duration::from_secs(20))
+        .unwrap()
+        .unwrap_err();
     assert_eq!((status.code, status.reason), (Code::Cancelled, "CANCELLED"));
 }
 
@@ -214,14 +279,21 @@ fn files_that_are_no_plugins_are_refused() {
     let rig = Rig::new();
     let refused = |bytes: &[u8], word: &str| {
         let status = rig.host.load_plugin(bytes).unwrap_err();
-        assert_eq!((status.code, status.reason), (Code::InvalidArgument, "BAD_PLUGIN"), "{status}");
+        assert_eq!(
+            (status.code, status.reason),
+            (Code::InvalidArgument, "BAD_PLUGIN"),
+            "{status}"
+        );
         assert!(status.message.contains(word), "{word:?} in {status}");
     };
     refused(b"", "plugin");
     refused(b"\0asm\x01\0\0\0", "component");
     refused(&wat::parse_str("(component)").unwrap(), "kernels");
     refused(
-        &wat::parse_str(r#"(component (import "wasi:cli/exit@0.2.0" (instance (export "exit" (func)))))"#).unwrap(),
+        &wat::parse_str(
+            r#"(component (import "wasi:cli/exit@0.2.0" (instance (export "exit" (func)))))"#,
+        )
+        .unwrap(),
         "wasi:cli/exit",
     );
     let copies = std::fs::read_to_string("tests/guests/copies.wat").unwrap();
@@ -230,7 +302,10 @@ fn files_that_are_no_plugins_are_refused() {
     refused(&guest::component("no name", &copies), "no name");
     // A memory of 64 MiB and more for `describe` alone.
     refused(
-        &guest::component("greedy", "(func $describe (result i32) (drop (memory.grow (i32.const 2000))) i32.const 1024)"),
+        &guest::component(
+            "greedy",
+            "(func $describe (result i32) (drop (memory.grow (i32.const 2000))) i32.const 1024)",
+        ),
         "limit",
     );
     refused(

@@ -1,6 +1,10 @@
 //! Invocations on a host without sockets: both paths give the same bits, nothing is copied
 //! where nothing should be, arguments are checked, and results are recycled only when they may.
-#![allow(clippy::unwrap_used, clippy::cast_precision_loss, reason = "a test that cannot go on ends; small numbers")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_precision_loss,
+    reason = "a test that cannot go on ends; small numbers"
+)]
 
 mod support;
 
@@ -28,18 +32,32 @@ fn a_large_tensor_is_moved_and_never_copied() {
         assert_eq!(invoked.copied_bytes, 0);
         if round >= 2 {
             // Mapping anew would take about 51 000.
-            assert!(invoked.minor_faults < 256, "{} minor faults in call {round}", invoked.minor_faults);
+            assert!(
+                invoked.minor_faults < 256,
+                "{} minor faults in call {round}",
+                invoked.minor_faults
+            );
         }
-        let pages: Vec<_> = invoked.pages.iter().map(|p| (p.port.as_str(), p.inode)).collect();
+        let pages: Vec<_> = invoked
+            .pages
+            .iter()
+            .map(|p| (p.port.as_str(), p.inode))
+            .collect();
         let result = &invoked.results[0].segment;
-        assert_eq!(pages, [("x", Some(segment.inode())), ("y", Some(result.inode()))]);
+        assert_eq!(
+            pages,
+            [("x", Some(segment.inode())), ("y", Some(result.inode()))]
+        );
         results.push(result.inode());
         if round == 4 {
             let y = f64s(&bytes_of(result));
             assert!(y.iter().zip(&x).all(|(y, x)| *y == 2.0 * x + 1.0));
         }
     }
-    assert!(results.windows(2).all(|w| w[0] == w[1]), "released results are recycled: {results:?}");
+    assert!(
+        results.windows(2).all(|w| w[0] == w[1]),
+        "released results are recycled: {results:?}"
+    );
     assert_eq!(rig.host.stats(None)["copied_bytes"], 0);
 }
 
@@ -63,15 +81,24 @@ fn both_sides_of_the_threshold_give_the_same_bits() {
             x[9] = f64::INFINITY;
             rig.put_f64("x", &x);
             for (kernel, parameters) in &kernels {
-                let call = json!({"kernel": kernel, "inputs": {"x": "x"}, "parameters": parameters});
+                let call =
+                    json!({"kernel": kernel, "inputs": {"x": "x"}, "parameters": parameters});
                 let invoked = rig.invoke(call).unwrap();
                 let bytes = bytes_of(&invoked.results[0].segment);
                 let input = elements * 8;
                 let moved_in = input >= move_min;
-                let bound = if *kernel == "cast" { elements * 2 } else { input };
+                let bound = if *kernel == "cast" {
+                    elements * 2
+                } else {
+                    input
+                };
                 let moved_out = bound >= move_min;
-                let expected = if moved_in { 0 } else { input } + if moved_out { 0 } else { bytes.len() as u64 };
-                assert_eq!(invoked.copied_bytes, expected, "{kernel} of {input} bytes, threshold {move_min}");
+                let expected = if moved_in { 0 } else { input }
+                    + if moved_out { 0 } else { bytes.len() as u64 };
+                assert_eq!(
+                    invoked.copied_bytes, expected,
+                    "{kernel} of {input} bytes, threshold {move_min}"
+                );
                 results.push(bytes);
             }
         }
@@ -95,7 +122,10 @@ fn simultaneous_calls_on_one_input_are_right() {
         for (k, answer) in started.into_iter().enumerate() {
             let invoked = answer.recv().unwrap().unwrap();
             let y = f64s(&bytes_of(&invoked.results[0].segment));
-            assert!(y.iter().zip(&x).all(|(y, x)| *y == k as f64 * x + 0.5), "call {k}");
+            assert!(
+                y.iter().zip(&x).all(|(y, x)| *y == k as f64 * x + 0.5),
+                "call {k}"
+            );
         }
     }
 }
@@ -107,14 +137,20 @@ fn a_result_in_use_is_not_recycled() {
     let first = rig.scale_shift("x", 1.0, 0.0);
     let held = bytes_of(&first.results[0].segment);
     let second = rig.scale_shift("x", 5.0, 0.0);
-    assert_ne!(first.results[0].segment.inode(), second.results[0].segment.inode());
+    assert_ne!(
+        first.results[0].segment.inode(),
+        second.results[0].segment.inode()
+    );
     assert_eq!(bytes_of(&first.results[0].segment), held);
     // Given back by a holder that may still have it mapped.
     let inode = first.results[0].segment.inode();
     first.results[0].segment.never_recycle();
     drop(first);
     for _ in 0..4 {
-        assert_ne!(rig.scale_shift("x", 1.0, 0.0).results[0].segment.inode(), inode);
+        assert_ne!(
+            rig.scale_shift("x", 1.0, 0.0).results[0].segment.inode(),
+            inode
+        );
     }
 }
 
@@ -124,25 +160,45 @@ fn an_output_whose_size_the_data_decides() {
     for n in [0_usize, 1, 1000, 200_000] {
         let mut x = values(n);
         for i in (0..n).step_by(3) {
-            x[i] = if i % 2 == 0 { f64::NAN } else { f64::NEG_INFINITY };
+            x[i] = if i % 2 == 0 {
+                f64::NAN
+            } else {
+                f64::NEG_INFINITY
+            };
         }
         rig.put_f64("x", &x);
         // A recycled result held something else before.
         drop(rig.invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 0, "b": 77}})).unwrap());
-        let invoked = rig.invoke(json!({"kernel": "filter-finite", "inputs": {"x": "x"}})).unwrap();
+        let invoked = rig
+            .invoke(json!({"kernel": "filter-finite", "inputs": {"x": "x"}}))
+            .unwrap();
         let expected: Vec<f64> = x.iter().copied().filter(|v| v.is_finite()).collect();
         let segment = &invoked.results[0].segment;
         assert_eq!(segment.tensors()[0].spec.shape, [expected.len() as u64]);
         assert_eq!(f64s(&bytes_of(segment)), expected);
         // What lies behind the tensor is zero up to the footer.
         let place = &segment.tensors()[0];
-        let end = (place.offset + place.length).next_multiple_of(65536).max(place.offset + 65536).min(segment.bytes());
+        let end = (place.offset + place.length)
+            .next_multiple_of(65536)
+            .max(place.offset + 65536)
+            .min(segment.bytes());
         let tail = usize::try_from(end - place.offset - place.length).unwrap();
         let mut padding = vec![1; tail.min(65536)];
         if !padding.is_empty() && place.length > 0 {
-            segment.read_at(place.offset + place.length, &mut padding, &strait_memory::Copied::new()).unwrap();
-            let footer = padding.len().min(usize::try_from(65536 - place.length % 65536).unwrap() % 65536);
-            assert!(padding[..footer].iter().all(|b| *b == 0), "{n} elements: stale bytes behind the tensor");
+            segment
+                .read_at(
+                    place.offset + place.length,
+                    &mut padding,
+                    &strait_memory::Copied::new(),
+                )
+                .unwrap();
+            let footer = padding
+                .len()
+                .min(usize::try_from(65536 - place.length % 65536).unwrap() % 65536);
+            assert!(
+                padding[..footer].iter().all(|b| *b == 0),
+                "{n} elements: stale bytes behind the tensor"
+            );
         }
     }
 }
@@ -153,7 +209,9 @@ fn small_and_empty_tensors() {
     rig.put("scalar", Dtype::Float64, &[], &3.5_f64.to_le_bytes());
     rig.put("empty", Dtype::Float64, &[0, 5], &[]);
     for (name, shape, expected) in [("scalar", vec![], vec![7.0]), ("empty", vec![0, 5], vec![])] {
-        let invoked = rig.invoke(json!({"kernel": "scale-shift", "inputs": {"x": name}, "parameters": {"a": 2}})).unwrap();
+        let invoked = rig
+            .invoke(json!({"kernel": "scale-shift", "inputs": {"x": name}, "parameters": {"a": 2}}))
+            .unwrap();
         let place = &invoked.results[0].segment.tensors()[0];
         assert_eq!(place.spec.shape, shape);
         assert_eq!(f64s(&bytes_of(&invoked.results[0].segment)), expected);
@@ -169,7 +227,12 @@ fn a_sealed_result_can_be_asked_for() {
     let segment = &invoked.results[0].segment;
     assert_eq!(rig.host.mapping(segment).seal, wire::Seal::Write);
     assert_eq!(invoked.pages[1].inode, Some(segment.inode()));
-    assert!(f64s(&bytes_of(segment)).iter().zip(&x).all(|(y, x)| *y == 3.0 * x));
+    assert!(
+        f64s(&bytes_of(segment))
+            .iter()
+            .zip(&x)
+            .all(|(y, x)| *y == 3.0 * x)
+    );
 }
 
 #[test]
@@ -183,10 +246,18 @@ fn results_feed_the_next_kernel() {
         let invoked = rig.scale_shift("half", 0.5, 1.0);
         assert_eq!(invoked.copied_bytes, 0, "round {round}");
         let y = f64s(&bytes_of(&invoked.results[0].segment));
-        assert!(y.iter().zip(&x).all(|(y, x)| *y == (2.0 * x) * 0.5 + 1.0), "round {round}");
+        assert!(
+            y.iter().zip(&x).all(|(y, x)| *y == (2.0 * x) * 0.5 + 1.0),
+            "round {round}"
+        );
     }
-    let taken = rig.invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "publish": {"y": "half"}})).unwrap_err();
-    assert_eq!((taken.code, taken.reason), (Code::AlreadyExists, "NAME_TAKEN"));
+    let taken = rig
+        .invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "publish": {"y": "half"}}))
+        .unwrap_err();
+    assert_eq!(
+        (taken.code, taken.reason),
+        (Code::AlreadyExists, "NAME_TAKEN")
+    );
 }
 
 #[test]
@@ -203,13 +274,26 @@ fn a_repeat_with_the_same_key_is_not_run_again() {
 fn a_tensor_beyond_wasm32_is_a_segment_and_no_input() {
     let rig = Rig::with(|config| config.memory.budget_bytes = Some(16 << 30));
     let shape = vec![5, 1 << 27];
-    let tensors = vec![wire::NewTensor { name: "x".to_owned(), dtype: Dtype::Float64, shape }];
+    let tensors = vec![wire::NewTensor {
+        name: "x".to_owned(),
+        dtype: Dtype::Float64,
+        shape,
+    }];
     let (segment, _fd) = rig.host.create(ME, tensors).unwrap();
     assert_eq!(segment.tensors()[0].length, 5 << 30);
     rig.host.publish(ME, &segment, "big", false).unwrap();
-    let status = rig.invoke(json!({"kernel": "scale-shift", "inputs": {"x": "big"}})).unwrap_err();
-    assert_eq!((status.code, status.reason), (Code::ResourceExhausted, "LIMIT_WASM32"), "{status}");
-    assert!(status.message.contains("wasm32") && status.message.contains("4 GiB"), "{status}");
+    let status = rig
+        .invoke(json!({"kernel": "scale-shift", "inputs": {"x": "big"}}))
+        .unwrap_err();
+    assert_eq!(
+        (status.code, status.reason),
+        (Code::ResourceExhausted, "LIMIT_WASM32"),
+        "{status}"
+    );
+    assert!(
+        status.message.contains("wasm32") && status.message.contains("4 GiB"),
+        "{status}"
+    );
 }
 
 #[test]
@@ -221,31 +305,131 @@ fn wrong_arguments_are_named() {
     let before = rig.holdings();
     let check = |call: Value, code: Code, reason: &str, words: &[&str]| {
         let status = rig.invoke(call.clone()).expect_err(&call.to_string());
-        assert_eq!((status.code, status.reason), (code, reason), "{call}: {status}");
+        assert_eq!(
+            (status.code, status.reason),
+            (code, reason),
+            "{call}: {status}"
+        );
         for word in words {
             assert!(status.message.contains(word), "{word:?} in {status}");
         }
     };
     let bad = Code::InvalidArgument;
-    let shift = |x: &str, p: Value| json!({"kernel": "scale-shift", "inputs": {"x": x}, "parameters": p});
-    check(shift("nothing", json!({})), Code::NotFound, "TENSOR_NOT_FOUND", &["nothing"]);
-    check(shift("x#nothing", json!({})), Code::NotFound, "COLUMN_NOT_FOUND", &["nothing", "`x`"]);
-    check(json!({"kernel": "nothing", "inputs": {}}), Code::NotFound, "KERNEL_NOT_FOUND", &["nothing", "zscore"]);
-    check(shift("i", json!({})), bad, "BAD_INPUT", &["int16", "`x`", "cast"]);
-    check(json!({"kernel": "filter-finite", "inputs": {"x": "m"}}), bad, "BAD_INPUT", &["rank 2", "[2, 3]"]);
-    check(json!({"kernel": "clip", "inputs": {"z": "x"}}), bad, "UNKNOWN_INPUT", &["`z`", "`x`"]);
-    check(json!({"kernel": "clip", "inputs": {}}), bad, "MISSING_INPUT", &["`x`"]);
-    check(shift("x", json!({"c": 1})), bad, "UNKNOWN_PARAMETER", &["`c`", "`a`"]);
-    check(shift("x", json!({"a": "two"})), bad, "BAD_PARAMETER", &["`a`", "two", "real"]);
-    check(json!({"kernel": "zscore", "inputs": {"x": "m"}, "parameters": {"axis": 2}}), bad, "BAD_PARAMETER", &["axis 2", "rank 2"]);
-    check(json!({"kernel": "zscore", "inputs": {"x": "m"}, "parameters": {"axis": -1}}), bad, "BAD_PARAMETER", &["-1"]);
-    check(json!({"kernel": "cast", "inputs": {"x": "x"}}), bad, "MISSING_PARAMETER", &["`to`"]);
-    check(json!({"kernel": "cast", "inputs": {"x": "x"}, "parameters": {"to": "float99"}}), bad, "BAD_PARAMETER", &["float99", "bfloat16"]);
-    check(json!({"kernel": "clip", "inputs": {"x": "x"}, "parameters": {"lo": 2, "hi": 1}}), bad, "BAD_PARAMETER", &["lo"]);
-    check(json!({"kernel": "clip", "inputs": {"x": "x"}, "publish": {"q": "z"}}), bad, "UNKNOWN_OUTPUT", &["`q`", "`y`"]);
-    check(json!({"kernel": "clip", "inputs": {"x": "x"}, "publish": {"y": "a#b"}}), bad, "BAD_NAME", &["#"]);
-    check(json!({"kernel": "clip", "inputs": {"x": "x"}, "deadline_ms": u64::MAX}), bad, "BAD_LIMIT", &["deadline_ms"]);
-    check(json!({"kernel": "clip", "inputs": {"x": {"segment": "00000000000000000000000000000000"}}}), bad, "BAD_REQUEST", &["session"]);
-    check(json!({"kernel": "clip", "inputs": {"x": "x"}, "idempotency_key": "no spaces"}), bad, "BAD_REQUEST", &["idempotency_key"]);
+    let shift =
+        |x: &str, p: Value| json!({"kernel": "scale-shift", "inputs": {"x": x}, "parameters": p});
+    check(
+        shift("nothing", json!({})),
+        Code::NotFound,
+        "TENSOR_NOT_FOUND",
+        &["nothing"],
+    );
+    check(
+        shift("x#nothing", json!({})),
+        Code::NotFound,
+        "COLUMN_NOT_FOUND",
+        &["nothing", "`x`"],
+    );
+    check(
+        json!({"kernel": "nothing", "inputs": {}}),
+        Code::NotFound,
+        "KERNEL_NOT_FOUND",
+        &["nothing", "zscore"],
+    );
+    check(
+        shift("i", json!({})),
+        bad,
+        "BAD_INPUT",
+        &["int16", "`x`", "cast"],
+    );
+    check(
+        json!({"kernel": "filter-finite", "inputs": {"x": "m"}}),
+        bad,
+        "BAD_INPUT",
+        &["rank 2", "[2, 3]"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"z": "x"}}),
+        bad,
+        "UNKNOWN_INPUT",
+        &["`z`", "`x`"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {}}),
+        bad,
+        "MISSING_INPUT",
+        &["`x`"],
+    );
+    check(
+        shift("x", json!({"c": 1})),
+        bad,
+        "UNKNOWN_PARAMETER",
+        &["`c`", "`a`"],
+    );
+    check(
+        shift("x", json!({"a": "two"})),
+        bad,
+        "BAD_PARAMETER",
+        &["`a`", "two", "real"],
+    );
+    check(
+        json!({"kernel": "zscore", "inputs": {"x": "m"}, "parameters": {"axis": 2}}),
+        bad,
+        "BAD_PARAMETER",
+        &["axis 2", "rank 2"],
+    );
+    check(
+        json!({"kernel": "zscore", "inputs": {"x": "m"}, "parameters": {"axis": -1}}),
+        bad,
+        "BAD_PARAMETER",
+        &["-1"],
+    );
+    check(
+        json!({"kernel": "cast", "inputs": {"x": "x"}}),
+        bad,
+        "MISSING_PARAMETER",
+        &["`to`"],
+    );
+    check(
+        json!({"kernel": "cast", "inputs": {"x": "x"}, "parameters": {"to": "float99"}}),
+        bad,
+        "BAD_PARAMETER",
+        &["float99", "bfloat16"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": "x"}, "parameters": {"lo": 2, "hi": 1}}),
+        bad,
+        "BAD_PARAMETER",
+        &["lo"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": "x"}, "publish": {"q": "z"}}),
+        bad,
+        "UNKNOWN_OUTPUT",
+        &["`q`", "`y`"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": "x"}, "publish": {"y": "a#b"}}),
+        bad,
+        "BAD_NAME",
+        &["#"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": "x"}, "deadline_ms": u64::MAX}),
+        bad,
+        "BAD_LIMIT",
+        &["deadline_ms"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": {"segment": "00000000000000000000000000000000"}}}),
+        bad,
+        "BAD_REQUEST",
+        &["session"],
+    );
+    check(
+        json!({"kernel": "clip", "inputs": {"x": "x"}, "idempotency_key": "no spaces"}),
+        bad,
+        "BAD_REQUEST",
+        &["idempotency_key"],
+    );
     assert_eq!(rig.holdings(), before);
 }

@@ -17,12 +17,30 @@ use support::{ME, Rig};
 
 #[derive(Clone, Debug)]
 enum Step {
-    Create { session: u64, life_ms: u64 },
-    Share { pick: usize, session: u64, life_ms: u64 },
-    Release { pick: usize, session: u64 },
-    Renew { pick: usize, session: u64, life_ms: u64 },
-    Pass { ms: u64 },
-    Disconnect { session: u64 },
+    Create {
+        session: u64,
+        life_ms: u64,
+    },
+    Share {
+        pick: usize,
+        session: u64,
+        life_ms: u64,
+    },
+    Release {
+        pick: usize,
+        session: u64,
+    },
+    Renew {
+        pick: usize,
+        session: u64,
+        life_ms: u64,
+    },
+    Pass {
+        ms: u64,
+    },
+    Disconnect {
+        session: u64,
+    },
 }
 
 fn step() -> impl Strategy<Value = Step> {
@@ -58,7 +76,19 @@ impl World<'_> {
         let life = Duration::from_millis(life_ms);
         let lease = self.leases.grant(session, segment, life, self.now);
         let expires = self.now + life;
-        assert!(self.model.insert(lease, Expected { session, segment: index, expires }).is_none(), "a lease id twice");
+        assert!(
+            self.model
+                .insert(
+                    lease,
+                    Expected {
+                        session,
+                        segment: index,
+                        expires
+                    }
+                )
+                .is_none(),
+            "a lease id twice"
+        );
     }
 
     fn picked(&self, pick: usize) -> Option<u64> {
@@ -69,30 +99,59 @@ impl World<'_> {
     fn apply(&mut self, step: &Step) {
         match *step {
             Step::Create { session, life_ms } => {
-                let tensors = vec![NewTensor { name: "x".to_owned(), dtype: Dtype::Uint8, shape: vec![8] }];
+                let tensors = vec![NewTensor {
+                    name: "x".to_owned(),
+                    dtype: Dtype::Uint8,
+                    shape: vec![8],
+                }];
                 let (segment, _fd) = self.rig.host.create(ME, tensors).unwrap();
                 self.segments.push(Arc::downgrade(&segment));
                 let index = self.segments.len() - 1;
                 self.grant(&segment, index, session, life_ms);
             }
-            Step::Share { pick, session, life_ms } => {
-                let Some(lease) = self.picked(pick) else { return };
-                let Expected { session: holder, segment, expires } = self.model[&lease];
-                let Some(live) = self.segments[segment].upgrade() else { return };
+            Step::Share {
+                pick,
+                session,
+                life_ms,
+            } => {
+                let Some(lease) = self.picked(pick) else {
+                    return;
+                };
+                let Expected {
+                    session: holder,
+                    segment,
+                    expires,
+                } = self.model[&lease];
+                let Some(live) = self.segments[segment].upgrade() else {
+                    return;
+                };
                 let found = self.leases.find(holder, live.id(), self.now);
-                assert_eq!(found.is_ok(), self.has(holder, segment), "lease {lease} expires in {:?}", expires - self.now);
+                assert_eq!(
+                    found.is_ok(),
+                    self.has(holder, segment),
+                    "lease {lease} expires in {:?}",
+                    expires - self.now
+                );
                 self.grant(&live, segment, session, life_ms);
             }
             Step::Release { pick, session } => {
-                let Some(lease) = self.picked(pick) else { return };
+                let Some(lease) = self.picked(pick) else {
+                    return;
+                };
                 let own = self.model[&lease].session == session;
                 assert_eq!(self.leases.release(session, &[lease]), u64::from(own));
                 if own {
                     self.model.remove(&lease);
                 }
             }
-            Step::Renew { pick, session, life_ms } => {
-                let Some(lease) = self.picked(pick) else { return };
+            Step::Renew {
+                pick,
+                session,
+                life_ms,
+            } => {
+                let Some(lease) = self.picked(pick) else {
+                    return;
+                };
                 let life = Duration::from_millis(life_ms);
                 let expected = &self.model[&lease];
                 let renewed = self.leases.renew(session, &[lease], life, self.now);
@@ -102,15 +161,27 @@ impl World<'_> {
                         assert!(live && expected.session == session);
                         self.model.get_mut(&lease).unwrap().expires = self.now + life;
                     }
-                    Err(LeaseError::Expired { .. }) => assert!(!live && expected.session == session),
+                    Err(LeaseError::Expired { .. }) => {
+                        assert!(!live && expected.session == session)
+                    }
                     Err(LeaseError::NotYours(_)) => assert_ne!(expected.session, session),
                     Err(other) => panic!("{other}"),
                 }
             }
             Step::Pass { ms } => {
                 self.now += Duration::from_millis(ms);
-                let gone: Vec<u64> = self.leases.expire(self.now).iter().map(|g| g.lease).collect();
-                let expected: Vec<u64> = self.model.iter().filter(|(_, e)| e.expires <= self.now).map(|(id, _)| *id).collect();
+                let gone: Vec<u64> = self
+                    .leases
+                    .expire(self.now)
+                    .iter()
+                    .map(|g| g.lease)
+                    .collect();
+                let expected: Vec<u64> = self
+                    .model
+                    .iter()
+                    .filter(|(_, e)| e.expires <= self.now)
+                    .map(|(id, _)| *id)
+                    .collect();
                 let mut sorted = gone;
                 sorted.sort_unstable();
                 assert_eq!(sorted, expected);
@@ -126,7 +197,9 @@ impl World<'_> {
     }
 
     fn has(&self, session: u64, segment: usize) -> bool {
-        self.model.values().any(|e| e.session == session && e.segment == segment && e.expires > self.now)
+        self.model
+            .values()
+            .any(|e| e.session == session && e.segment == segment && e.expires > self.now)
     }
 
     /// A segment lives exactly as long as somebody has a lease on it.
@@ -143,9 +216,19 @@ impl World<'_> {
 fn leases_follow_the_model() {
     // One host for all cases: it takes longer to start than a case to run.
     let rig = Rig::new();
-    let config = ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() };
+    let config = ProptestConfig {
+        cases: 256,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    };
     let walk = |steps: Vec<Step>| {
-        let mut world = World { rig: &rig, leases: Leases::default(), now: Instant::now(), model: BTreeMap::new(), segments: Vec::new() };
+        let mut world = World {
+            rig: &rig,
+            leases: Leases::default(),
+            now: Instant::now(),
+            model: BTreeMap::new(),
+            segments: Vec::new(),
+        };
         let before = rig.holdings();
         for step in &steps {
             world.apply(step);
@@ -156,5 +239,7 @@ fn leases_follow_the_model() {
         prop_assert_eq!(rig.holdings(), before);
         Ok(())
     };
-    TestRunner::new(config).run(&prop::collection::vec(step(), 1..60), walk).unwrap();
+    TestRunner::new(config)
+        .run(&prop::collection::vec(step(), 1..60), walk)
+        .unwrap();
 }

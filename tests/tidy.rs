@@ -26,15 +26,17 @@ fn sources(root: &str) -> Vec<PathBuf> {
 /// The file without comments and string literals' insides do not matter here: only comments go.
 fn code(path: &Path) -> String {
     let text = fs::read_to_string(path).unwrap();
-    text.lines().map(|line| line.split("//").next().unwrap_or("")).map(|line| format!("{line}\n")).collect()
+    text.lines()
+        .map(|line| line.split("//").next().unwrap_or(""))
+        .map(|line| format!("{line}\n"))
+        .collect()
 }
 
 /// Whether `text` has `word` between characters that are not of an identifier.
 fn has_word(text: &str, word: &str) -> bool {
     let part = |c: char| c.is_alphanumeric() || c == '_';
-    text.match_indices(word).any(|(at, _)| {
-        !text[..at].ends_with(part) && !text[at + word.len()..].starts_with(part)
-    })
+    text.match_indices(word)
+        .any(|(at, _)| !text[..at].ends_with(part) && !text[at + word.len()..].starts_with(part))
 }
 
 /// The rooms of `host/`, from left to right: a room may import itself and what is right of it.
@@ -55,10 +57,16 @@ fn imports_run_to_the_right() {
         for room in *rooms {
             let own: Vec<PathBuf> = sources("host")
                 .into_iter()
-                .filter(|p| p.starts_with(format!("host/{room}")) || *p == PathBuf::from(format!("host/{room}.rs")))
+                .filter(|p| {
+                    p.starts_with(format!("host/{room}"))
+                        || p.to_str() == Some(&format!("host/{room}.rs"))
+                })
                 .collect();
             assert!(!own.is_empty(), "room {room} is gone; mend ROOMS");
-            let forbidden = ROOMS[..=rank].iter().flat_map(|r| r.iter()).filter(|r| *r != room);
+            let forbidden = ROOMS[..=rank]
+                .iter()
+                .flat_map(|r| r.iter())
+                .filter(|r| *r != room);
             for other in forbidden {
                 // The edges may look at each other's conversions to the wire, nothing else crosses.
                 if (*room, *other) == ("flight", "datasock") {
@@ -94,8 +102,14 @@ fn each_library_has_one_home() {
                 continue;
             }
             let text = code(path);
-            let used = text.lines().any(|l| l.contains(&format!("{word}::")) || l.contains(&format!("{word}(")));
-            assert!(!used, "{} uses {word}, whose home is {allowed:?}", path.display());
+            let used = text
+                .lines()
+                .any(|l| l.contains(&format!("{word}::")) || l.contains(&format!("{word}(")));
+            assert!(
+                !used,
+                "{} uses {word}, whose home is {allowed:?}",
+                path.display()
+            );
         }
     }
 }
@@ -110,26 +124,57 @@ fn unsafe_stays_in_its_homes() {
         "plugins/sdk",
         "clients/c",
     ];
-    for path in ["host", "clients/rust", "xtask", "plugins", "tests", "benches"].map(sources).concat() {
+    for path in [
+        "host",
+        "clients/rust",
+        "xtask",
+        "plugins",
+        "tests",
+        "benches",
+    ]
+    .map(sources)
+    .concat()
+    {
         if homes.iter().any(|home| path.starts_with(home)) || path.ends_with("tidy.rs") {
             continue;
         }
         let text = code(&path);
         // Attributes name the lint; only the keyword itself counts.
-        let text = text.replace("unsafe_code", "").replace("unsafe_op_in_unsafe_fn", "");
-        let found = text.lines().find(|line| has_word(line, "unsafe") && !line.contains('"') && !line.contains('`'));
-        assert!(found.is_none(), "{}: {found:?} is outside the homes of unsafe {homes:?}", path.display());
+        let text = text
+            .replace("unsafe_code", "")
+            .replace("unsafe_op_in_unsafe_fn", "");
+        let found = text
+            .lines()
+            .find(|line| has_word(line, "unsafe") && !line.contains('"') && !line.contains('`'));
+        assert!(
+            found.is_none(),
+            "{}: {found:?} is outside the homes of unsafe {homes:?}",
+            path.display()
+        );
     }
 }
 
 #[test]
 fn no_client_contains_wasmtime() {
     let tree = Command::new(env!("CARGO"))
-        .args(["tree", "--offline", "--package", "strait-client", "--edges", "normal", "--prefix", "none"])
+        .args([
+            "tree",
+            "--offline",
+            "--package",
+            "strait-client",
+            "--edges",
+            "normal",
+            "--prefix",
+            "none",
+        ])
         .output()
         .unwrap();
     let text = String::from_utf8_lossy(&tree.stdout);
-    assert!(tree.status.success() && text.contains("strait-memory"), "{text}{}", String::from_utf8_lossy(&tree.stderr));
+    assert!(
+        tree.status.success() && text.contains("strait-memory"),
+        "{text}{}",
+        String::from_utf8_lossy(&tree.stderr)
+    );
     assert!(!text.contains("wasmtime"), "{text}");
 }
 
@@ -139,5 +184,9 @@ fn released_wit_has_no_undocumented_change() {
     // are built from the same text.
     let wit = fs::read_to_string("wit/kernel.wit").unwrap();
     assert!(wit.contains("package strait:kernel@0.1.0;"));
-    assert_eq!(fs::read_dir("wit").unwrap().count(), 1, "one file per version");
+    assert_eq!(
+        fs::read_dir("wit").unwrap().count(),
+        1,
+        "one file per version"
+    );
 }

@@ -36,8 +36,14 @@ impl Exit {
             ("RESOURCE_EXHAUSTED" | "DEADLINE_EXCEEDED" | "CANCELLED", _) => Self::Kernel,
             (_, "LEASE_EXPIRED") => Self::Other,
             (
-                "INVALID_ARGUMENT" | "NOT_FOUND" | "ALREADY_EXISTS" | "FAILED_PRECONDITION"
-                | "OUT_OF_RANGE" | "PERMISSION_DENIED" | "UNAUTHENTICATED" | "UNIMPLEMENTED",
+                "INVALID_ARGUMENT"
+                | "NOT_FOUND"
+                | "ALREADY_EXISTS"
+                | "FAILED_PRECONDITION"
+                | "OUT_OF_RANGE"
+                | "PERMISSION_DENIED"
+                | "UNAUTHENTICATED"
+                | "UNIMPLEMENTED",
                 _,
             ) => Self::Input,
             ("UNAVAILABLE", _) => Self::Host,
@@ -48,7 +54,10 @@ impl Exit {
 
 /// Why a command ends without its result.
 #[derive(Debug)]
-pub(super) struct Failure {
+pub(super) struct Failure(Box<Facts>);
+
+#[derive(Debug)]
+struct Facts {
     exit: Exit,
     code: Option<String>,
     reason: String,
@@ -62,7 +71,7 @@ pub(super) struct Failure {
 
 impl Failure {
     fn new(exit: Exit, reason: &str, message: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Facts {
             exit,
             code: None,
             reason: reason.to_owned(),
@@ -71,7 +80,7 @@ impl Failure {
             backtrace: None,
             details: Map::new(),
             answered: false,
-        }
+        }))
     }
 
     /// Options that contradict each other.
@@ -91,42 +100,58 @@ impl Failure {
 
     /// Stdout could not be written.
     pub(super) fn stdout(error: &io::Error) -> Self {
-        let exit = if error.kind() == io::ErrorKind::BrokenPipe { Exit::Quiet } else { Exit::Other };
+        let exit = if error.kind() == io::ErrorKind::BrokenPipe {
+            Exit::Quiet
+        } else {
+            Exit::Other
+        };
         Self::new(exit, "OUTPUT", format!("cannot write to stdout: {error}"))
     }
 
     /// A signal asked this process to end.
     pub(super) fn signal(kind: SignalKind) -> Self {
-        let exit = if kind == SignalKind::interrupt() { Exit::Interrupt } else { Exit::Terminate };
-        Self::new(exit, "SIGNAL", format!("ended by signal {}", kind.as_raw_value()))
+        let exit = if kind == SignalKind::interrupt() {
+            Exit::Interrupt
+        } else {
+            Exit::Terminate
+        };
+        Self::new(
+            exit,
+            "SIGNAL",
+            format!("ended by signal {}", kind.as_raw_value()),
+        )
     }
 
     /// The same, with nothing more to write to stdout.
     pub(super) fn answered(mut self) -> Self {
-        self.answered = true;
+        self.0.answered = true;
         self
     }
 
     /// The same as if it had happened with `target`, where a temporary path stands in its message.
     pub(super) fn about(mut self, temporary: &str, target: &str) -> Self {
-        self.message = self.message.replace(temporary, target);
+        self.0.message = self.0.message.replace(temporary, target);
         self
     }
 
     /// The same with the request that it belongs to.
     pub(super) fn of_request(mut self, id: &str) -> Self {
-        self.request_id = Some(id.to_owned());
+        self.0.request_id = Some(id.to_owned());
         self
     }
 
     /// What to do, where the message, which is for clients of every language, does not name the
     /// command.
     fn hint(&self) -> Option<&'static str> {
-        Some(match self.reason.as_str() {
+        Some(match self.0.reason.as_str() {
             "TENSOR_NOT_FOUND" => "`strait ls` lists the tensors that there are",
-            "KERNEL_NOT_FOUND" | "AMBIGUOUS_KERNEL" => "`strait kernels` lists the kernels that there are",
+            "KERNEL_NOT_FOUND" | "AMBIGUOUS_KERNEL" => {
+                "`strait kernels` lists those of the host, `strait kernels --local` the standard ones"
+            }
             "UNKNOWN_INPUT" | "MISSING_INPUT" | "UNKNOWN_OUTPUT" | "UNKNOWN_PARAMETER"
-            | "MISSING_PARAMETER" | "BAD_PARAMETER" => "`strait kernels KERNEL` shows its ports and parameters",
+            | "MISSING_PARAMETER" | "BAD_PARAMETER" => {
+                "`strait kernels KERNEL` shows its ports and parameters (--local: without a host)"
+            }
             "NAME_TAKEN" => "`--replace` takes the name over, `strait rm NAME` gives it free",
             "DEADLINE" => "`--deadline-ms` asks for more time",
             "DISCONNECTED" => "the host's log says why it ended or closed the connection",
@@ -136,12 +161,12 @@ impl Failure {
 
     /// Tells on stderr, with `json` also on stdout.
     pub(super) fn report(&self, json: bool) -> ExitCode {
-        let code = ExitCode::from(self.exit as u8);
-        if self.exit == Exit::Quiet {
+        let code = ExitCode::from(self.0.exit as u8);
+        if self.0.exit == Exit::Quiet {
             return code;
         }
         output::complain(&self.to_string());
-        if json && !self.answered {
+        if json && !self.0.answered {
             // Stdout may be gone; the exit code says the rest.
             let _ = output::json(&json!({ "error": self.to_json() }));
         }
@@ -150,14 +175,14 @@ impl Failure {
 
     pub(super) fn to_json(&self) -> Value {
         let mut object = json!({
-            "reason": self.reason,
-            "message": self.message,
-            "exit_code": self.exit as u8,
+            "reason": self.0.reason,
+            "message": self.0.message,
+            "exit_code": self.0.exit as u8,
         });
         let optional = [
-            ("code", &self.code),
-            ("request_id", &self.request_id),
-            ("backtrace", &self.backtrace),
+            ("code", &self.0.code),
+            ("request_id", &self.0.request_id),
+            ("backtrace", &self.0.backtrace),
             ("hint", &self.hint().map(str::to_owned)),
         ];
         for (key, value) in optional {
@@ -165,8 +190,8 @@ impl Failure {
                 object[key] = value.as_str().into();
             }
         }
-        if !self.details.is_empty() {
-            object["details"] = Value::Object(self.details.clone());
+        if !self.0.details.is_empty() {
+            object["details"] = Value::Object(self.0.details.clone());
         }
         object
     }
@@ -174,17 +199,17 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "strait: {}\n  reason: {}", self.message, self.reason)?;
-        if let Some(code) = &self.code {
+        write!(f, "strait: {}\n  reason: {}", self.0.message, self.0.reason)?;
+        if let Some(code) = &self.0.code {
             write!(f, " ({code})")?;
         }
         if let Some(hint) = self.hint() {
             write!(f, "\n  hint: {hint}")?;
         }
-        if let Some(id) = &self.request_id {
+        if let Some(id) = &self.0.request_id {
             write!(f, "\n  request: {id}")?;
         }
-        if let Some(backtrace) = &self.backtrace {
+        if let Some(backtrace) = &self.0.backtrace {
             write!(f, "\n  guest backtrace:\n{}", backtrace.trim_end())?;
         }
         Ok(())
@@ -202,7 +227,7 @@ impl From<strait_client::Error> for Failure {
             Error::Address(address::AddressError::Form(_)) => Self::input("BAD_ADDRESS", message),
             Error::Address(_) | Error::NoHost { .. } => Self::new(Exit::Host, "NO_HOST", message),
             Error::Disconnected => Self::new(Exit::Host, "DISCONNECTED", message),
-            Error::Remote(remote) => Self {
+            Error::Remote(remote) => Self(Box::new(Facts {
                 exit: Exit::of(&remote.code, &remote.reason),
                 code: Some(remote.code),
                 reason: remote.reason,
@@ -211,11 +236,14 @@ impl From<strait_client::Error> for Failure {
                 backtrace: remote.backtrace,
                 details: remote.details,
                 answered: false,
-            },
-            Error::LeaseExpired { message, request_id } => {
-                Self::other("LEASE_EXPIRED", message).of_request(&request_id)
+            })),
+            Error::LeaseExpired {
+                message,
+                request_id,
+            } => Self::other("LEASE_EXPIRED", message).of_request(&request_id),
+            Error::RequestId(_) | Error::RequestTooLong { .. } => {
+                Self::input("BAD_REQUEST", message)
             }
-            Error::RequestId(_) | Error::RequestTooLong { .. } => Self::input("BAD_REQUEST", message),
             Error::NoTensor { .. } => Self::input("COLUMN_NOT_FOUND", message),
             Error::Layout(_) => Self::input("BAD_TENSOR", message),
             Error::Protocol(_) => Self::new(Exit::Host, "PROTOCOL", message),
@@ -226,7 +254,7 @@ impl From<strait_client::Error> for Failure {
 
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
-        Self {
+        Self(Box::new(Facts {
             exit: Exit::of(status.code.name(), status.reason),
             code: Some(status.code.name().to_owned()),
             reason: status.reason.to_owned(),
@@ -235,7 +263,7 @@ impl From<Status> for Failure {
             backtrace: status.backtrace,
             details: status.details,
             answered: false,
-        }
+        }))
     }
 }
 
@@ -253,7 +281,9 @@ impl From<FileError> for Failure {
 impl Failure {
     /// The operating system's answer about a file that the caller named.
     pub(super) fn file(error: &io::Error, message: String) -> Self {
-        use io::ErrorKind::{IsADirectory, NotADirectory, NotFound, PermissionDenied, UnexpectedEof};
+        use io::ErrorKind::{
+            IsADirectory, NotADirectory, NotFound, PermissionDenied, UnexpectedEof,
+        };
         match error.kind() {
             NotFound | PermissionDenied | IsADirectory | NotADirectory | UnexpectedEof => {
                 Self::input("BAD_FILE", message)
@@ -287,10 +317,19 @@ mod tests {
 
     #[test]
     fn an_error_says_what_why_and_what_to_do() {
-        let status = Status::new(crate::error::Code::NotFound, "TENSOR_NOT_FOUND", "there is no tensor `q`");
+        let status = Status::new(
+            crate::error::Code::NotFound,
+            "TENSOR_NOT_FOUND",
+            "there is no tensor `q`",
+        );
         let failure = Failure::from(status).of_request("job-1");
         let text = failure.to_string();
-        for part in ["no tensor `q`", "TENSOR_NOT_FOUND (NOT_FOUND)", "strait ls", "job-1"] {
+        for part in [
+            "no tensor `q`",
+            "TENSOR_NOT_FOUND (NOT_FOUND)",
+            "strait ls",
+            "job-1",
+        ] {
             assert!(text.contains(part), "{text:?} lacks {part:?}");
         }
         let json = failure.to_json();

@@ -2,21 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use strait_client::{Client, Flight, Kernel};
 use strait_client::wire::{Note, Parameter, Port};
+use strait_client::{Flight, Kernel};
 use strait_tensor::Dtype;
 
 use super::failure::Failure;
-use super::{Connection, output, outputs, pair, parameters, tensors, unique};
+use super::{Connection, output, outputs, pair, parameters, run, serve, tensors, unique};
 
 #[derive(Debug, Args)]
 pub(super) struct KernelsArgs {
-    /// Only this one: KERNEL or PLUGIN/KERNEL.
+    /// Only this one: KERNEL or PLUGIN/KERNEL; or those of a plugin's FILE.wasm, without a host.
     kernel: Option<String>,
+    /// Ask no host: the standard kernels, as `run` has them.
+    #[arg(long)]
+    local: bool,
     #[command(flatten)]
     pub(super) connection: Connection,
 }
@@ -47,33 +51,71 @@ pub(super) struct CallArgs {
     pub(super) connection: Connection,
 }
 
-/// The kernels that `name` means: as a rule one.
-fn find(client: &Client, name: &str) -> Result<Vec<Kernel>, Failure> {
-    let mut kernels = client.kernels(None)?;
-    kernels.retain(|kernel| kernel.name == name || format!("{}/{}", kernel.plugin, kernel.name) == name);
-    Ok(kernels)
+fn is_meant(kernel: &Kernel, name: &str) -> bool {
+    kernel.name == name || format!("{}/{}", kernel.plugin, kernel.name) == name
 }
 
 pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
-    let client = args.connection.client()?;
-    let kernels = match &args.kernel {
-        None => client.kernels(None)?,
-        Some(name) => find(&client, name)?,
+    let file = args
+        .kernel
+        .as_deref()
+        .map(Path::new)
+        .filter(|file| run::is_plugin(file));
+    let mut kernels = match file {
+        Some(file) => of_file(file)?,
+        None if args.local => run::private_host(serve::load(None)?)?
+            .plugins()
+            .kernels()
+            .iter()
+            .map(Kernel::from)
+            .collect(),
+        None => args.connection.client()?.kernels(None)?,
     };
-    if let (Some(name), true) = (&args.kernel, kernels.is_empty()) {
-        return Err(Failure::input("KERNEL_NOT_FOUND", format!("no loaded plugin has a kernel `{name}`")));
+    if let (Some(name), None) = (&args.kernel, file) {
+        kernels.retain(|kernel| is_meant(kernel, name));
+        if kernels.is_empty() {
+            return Err(Failure::input(
+                "KERNEL_NOT_FOUND",
+                format!("no loaded plugin has a kernel `{name}`"),
+            ));
+        }
     }
     if args.connection.json {
         return output::json(&json!({ "kernels": kernels }));
     }
-    output::text(kernels.iter().map(describe).collect::<Vec<_>>().join("\n").trim_end())
+    output::text(
+        kernels
+            .iter()
+            .map(describe)
+            .collect::<Vec<_>>()
+            .join("\n")
+            .trim_end(),
+    )
+}
+
+/// Those of one plugin.
+fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
+    let host = run::private_host(serve::load(None)?)?;
+    let plugin = run::load_plugin(&host, file)?;
+    let mut kernels: Vec<Kernel> = host.plugins().kernels().iter().map(Kernel::from).collect();
+    kernels.retain(|kernel| kernel.plugin == plugin.description.name);
+    Ok(kernels)
 }
 
 /// A kernel for people, several lines.
 fn describe(kernel: &Kernel) -> String {
-    let Kernel { name, plugin, version, doc, .. } = kernel;
+    let Kernel {
+        name,
+        plugin,
+        version,
+        doc,
+        ..
+    } = kernel;
     let mut lines = doc.lines();
-    let mut text = format!("{name}  ({plugin} {version})  {}\n", lines.next().unwrap_or_default());
+    let mut text = format!(
+        "{name}  ({plugin} {version})  {}\n",
+        lines.next().unwrap_or_default()
+    );
     let rows = kernel
         .inputs
         .iter()
@@ -96,22 +138,38 @@ fn port(direction: &str, port: &Port) -> Vec<String> {
         (min, max) if min == max => format!("rank {min}"),
         (min, max) => format!("rank {min} to {max}"),
     };
-    let kind = if rank.is_empty() { kind } else { format!("{kind}, {rank}") };
-    vec![direction.to_owned(), port.name.clone(), kind, port.doc.clone()]
+    let kind = if rank.is_empty() {
+        kind
+    } else {
+        format!("{kind}, {rank}")
+    };
+    vec![
+        direction.to_owned(),
+        port.name.clone(),
+        port.doc.clone(),
+        kind,
+    ]
 }
 
 /// The names, or a word for well-known sets.
 fn dtypes(dtypes: &[Dtype]) -> String {
     let all = |set: &dyn Fn(&Dtype) -> bool| {
-        dtypes.len() > 2 && Dtype::ALL.iter().all(|dtype| set(dtype) == dtypes.contains(dtype))
+        dtypes.len() > 2
+            && Dtype::ALL
+                .iter()
+                .all(|dtype| set(dtype) == dtypes.contains(dtype))
     };
     if all(&|_| true) {
         return "any dtype".to_owned();
     }
-    if all(&|dtype| dtype.is_real()) {
-        return "any real dtype".to_owned();
+    if all(&|dtype| !dtype.is_complex()) {
+        return "any dtype but complex".to_owned();
     }
-    dtypes.iter().map(|dtype| dtype.name()).collect::<Vec<_>>().join(" ")
+    dtypes
+        .iter()
+        .map(|dtype| dtype.name())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn parameter(parameter: &Parameter) -> Vec<String> {
@@ -130,7 +188,12 @@ fn parameter(parameter: &Parameter) -> Vec<String> {
         Some(value) => format!("{kind}, default {value}"),
         None => format!("{kind}, required"),
     };
-    vec!["param".to_owned(), parameter.name.clone(), kind, parameter.doc.clone()]
+    vec![
+        "param".to_owned(),
+        parameter.name.clone(),
+        parameter.doc.clone(),
+        kind,
+    ]
 }
 
 /// What a kernel had to say, on stderr: stdout is for results.
@@ -144,18 +207,36 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
     let inputs = unique("--input", &args.inputs)?;
     let client = args.connection.client()?;
     let kernel = &args.kernel;
-    // None, or several: the host says what is wrong, since it decides.
-    let declared = find(&client, kernel)?;
-    let declared = declared.first();
-    let ports: Vec<&str> = declared.map_or_else(Vec::new, |d| d.outputs.iter().map(|p| p.name.as_str()).collect());
+    // If there is none, or several, the host says so below.
+    let declared = client
+        .kernels(None)?
+        .into_iter()
+        .find(|declared| is_meant(declared, kernel));
+    let declared = declared.as_ref();
+    let ports: Vec<&str> = declared.map_or_else(Vec::new, |d| {
+        d.outputs.iter().map(|p| p.name.as_str()).collect()
+    });
     let publish = match declared {
         Some(_) => outputs(kernel, &args.outputs, &ports)?,
         None => BTreeMap::new(),
     };
-    let kind = |name: &str| Some(declared?.parameters.iter().find(|p| p.name == name)?.kind.clone());
+    let kind = |name: &str| {
+        Some(
+            declared?
+                .parameters
+                .iter()
+                .find(|p| p.name == name)?
+                .kind
+                .clone(),
+        )
+    };
     let parameters = parameters(kernel, &args.parameters, kind)?;
 
-    let mut call = client.call(kernel).replace(args.replace).seal(args.seal).map(publish.len() < ports.len());
+    let mut call = client
+        .call(kernel)
+        .replace(args.replace)
+        .seal(args.seal)
+        .map(publish.len() < ports.len());
     for (port, name) in &inputs {
         call = call.input(port, name);
     }
@@ -170,7 +251,12 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
     }
     let result = call.send()?;
 
-    let port_of = |flight: &Flight| publish.iter().find(|(_, name)| **name == flight.name).map(|(port, _)| port);
+    let port_of = |flight: &Flight| {
+        publish
+            .iter()
+            .find(|(_, name)| **name == flight.name)
+            .map(|(port, _)| port)
+    };
     if args.connection.json {
         let results: Vec<_> = result
             .published
@@ -187,7 +273,12 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
             "request_id": result.request_id,
         }));
     }
-    tell(result.notes.iter().map(|Note { key, text }| (key.as_str(), text.as_str())));
+    tell(
+        result
+            .notes
+            .iter()
+            .map(|Note { key, text }| (key.as_str(), text.as_str())),
+    );
     let rows = result.published.iter().flat_map(tensors::rows);
     output::text(&output::lines(&output::table(&[], rows)))
 }

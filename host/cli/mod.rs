@@ -6,7 +6,7 @@
 //!      ├▶ kernels: kernels call     ┘
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      └▶ demo                      a host, a producer and a consumer, each a process
-//! failure: what went wrong as text, JSON and exit code     output: stdout, tables, progress
+//! failure: what went wrong, as text, JSON and exit code    output: stdout, tables, progress
 //! staging: output files that appear when they are complete
 //! ```
 
@@ -36,6 +36,7 @@ Exit codes:
   3  bad input: a file, name, port, parameter or setting that does not fit
   4  the kernel failed, trapped, ran into a limit or its deadline, or was cancelled
   5  no host, or the connection to it broke
+  130, 143  ended by SIGINT, SIGTERM (`serve` drains and exits 0)
 
 Errors go to stderr: what, the reason code of docs/protocol.md, what to do, the request id.
 With --json they also go to stdout, as {\"error\": {\"reason\", \"message\", \"exit_code\", ...}}.";
@@ -90,7 +91,8 @@ struct Connection {
 
 impl Connection {
     fn client(&self) -> Result<Client, Failure> {
-        let directory = address::directory(self.address.as_deref()).map_err(|e| Failure::from(strait_client::Error::from(e)))?;
+        let directory = address::directory(self.address.as_deref())
+            .map_err(|e| Failure::from(strait_client::Error::from(e)))?;
         let options = strait_client::Options {
             name: concat!("strait-cli/", env!("CARGO_PKG_VERSION")).into(),
             ..Default::default()
@@ -139,14 +141,20 @@ fn unique(option: &str, pairs: &[(String, String)]) -> Result<BTreeMap<String, S
     let mut map = BTreeMap::new();
     for (key, value) in pairs {
         if map.insert(key.clone(), value.clone()).is_some() {
-            return Err(Failure::usage(format!("{option} {key}=... is given twice; once is enough")));
+            return Err(Failure::usage(format!(
+                "{option} {key}=... is given twice; once is enough"
+            )));
         }
     }
     Ok(map)
 }
 
 /// `[PORT=]VALUE` of `--output`, resolved: without a port it is the kernel's only output.
-fn outputs(kernel: &str, given: &[String], ports: &[&str]) -> Result<BTreeMap<String, String>, Failure> {
+fn outputs(
+    kernel: &str,
+    given: &[String],
+    ports: &[&str],
+) -> Result<BTreeMap<String, String>, Failure> {
     let mut pairs = Vec::with_capacity(given.len());
     for text in given {
         pairs.push(match (text.split_once('='), ports) {
@@ -172,13 +180,15 @@ fn parameters(
 ) -> Result<BTreeMap<String, serde_json::Value>, Failure> {
     unique("--param", given)?
         .into_iter()
-        .map(|(name, text)| match typed(kind(&name).as_deref().unwrap_or("text"), &text) {
-            Ok(value) => Ok((name, value)),
-            Err(expected) => Err(Failure::input(
-                "BAD_PARAMETER",
-                format!("parameter `{name}` of kernel `{kernel}`: {text:?} is not {expected}"),
-            )),
-        })
+        .map(
+            |(name, text)| match typed(kind(&name).as_deref().unwrap_or("text"), &text) {
+                Ok(value) => Ok((name, value)),
+                Err(expected) => Err(Failure::input(
+                    "BAD_PARAMETER",
+                    format!("parameter `{name}` of kernel `{kernel}`: {text:?} is not {expected}"),
+                )),
+            },
+        )
         .collect()
 }
 
@@ -186,14 +196,25 @@ fn parameters(
 fn typed(kind: &str, text: &str) -> Result<serde_json::Value, &'static str> {
     let real = |text: &str| text.trim().parse::<f64>().map(json_number);
     match kind {
-        "boolean" => text.parse::<bool>().map(Into::into).map_err(|_| "true or false"),
-        "integer" => text.parse::<i64>().map(Into::into).map_err(|_| "an integer, such as 3"),
+        "boolean" => text
+            .parse::<bool>()
+            .map(Into::into)
+            .map_err(|_| "true or false"),
+        "integer" => text
+            .parse::<i64>()
+            .map(Into::into)
+            .map_err(|_| "an integer, such as 3"),
         "real" => real(text).map_err(|_| "a number, such as 1.5 (nan, inf and -inf count)"),
-        "axis" => text.parse::<u32>().map(Into::into).map_err(|_| "an axis: 0, 1, ... from the slowest"),
+        "axis" => text
+            .parse::<u32>()
+            .map(Into::into)
+            .map_err(|_| "an axis: 0, 1, ... from the slowest"),
         "reals" if text.trim().is_empty() => Ok(serde_json::Value::Array(Vec::new())),
         "reals" => {
             let numbers: Result<Vec<_>, _> = text.split(',').map(real).collect();
-            numbers.map(Into::into).map_err(|_| "a list of numbers, such as 1,2.5,3")
+            numbers
+                .map(Into::into)
+                .map_err(|_| "a list of numbers, such as 1,2.5,3")
         }
         _ => Ok(text.into()),
     }
@@ -201,7 +222,15 @@ fn typed(kind: &str, text: &str) -> Result<serde_json::Value, &'static str> {
 
 /// The protocol's words for what JSON has no number for.
 fn json_number(number: f64) -> serde_json::Value {
-    let word = || if number.is_nan() { "nan" } else if number > 0.0 { "inf" } else { "-inf" };
+    let word = || {
+        if number.is_nan() {
+            "nan"
+        } else if number > 0.0 {
+            "inf"
+        } else {
+            "-inf"
+        }
+    };
     serde_json::Number::from_f64(number).map_or_else(|| word().into(), Into::into)
 }
 
@@ -241,9 +270,14 @@ mod tests {
         ] {
             assert_eq!(typed(kind, text), Ok(value), "{kind} {text:?}");
         }
-        for (kind, text) in
-            [("boolean", "1"), ("integer", "1.5"), ("real", "two"), ("real", ""), ("axis", "-1"), ("reals", "1,,2")]
-        {
+        for (kind, text) in [
+            ("boolean", "1"),
+            ("integer", "1.5"),
+            ("real", "two"),
+            ("real", ""),
+            ("axis", "-1"),
+            ("reals", "1,,2"),
+        ] {
             assert!(typed(kind, text).is_err(), "{kind} {text:?}");
         }
     }
@@ -267,7 +301,10 @@ mod tests {
             let (file, part) = file_and_part(text);
             (file.display().to_string(), part)
         };
-        assert_eq!(split("no-such.arrow#delay"), ("no-such.arrow".into(), Some("delay".into())));
+        assert_eq!(
+            split("no-such.arrow#delay"),
+            ("no-such.arrow".into(), Some("delay".into()))
+        );
         assert_eq!(split("no-such.npy"), ("no-such.npy".into(), None));
     }
 }

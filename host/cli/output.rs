@@ -28,7 +28,10 @@ pub(super) fn text(text: &str) -> Result<(), Failure> {
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     match serde_json::to_string(value) {
         Ok(line) => text(&line),
-        Err(error) => Err(Failure::other("OUTPUT", format!("the answer is not JSON: {error}"))),
+        Err(error) => Err(Failure::other(
+            "OUTPUT",
+            format!("the answer is not JSON: {error}"),
+        )),
     }
 }
 
@@ -43,13 +46,23 @@ fn harmless(text: &str) -> Cow<'_, str> {
     if !text.contains(bad) {
         return Cow::Borrowed(text);
     }
-    text.chars().map(|c| if bad(c) { char::REPLACEMENT_CHARACTER } else { c }).collect()
+    text.chars()
+        .map(|c| {
+            if bad(c) {
+                char::REPLACEMENT_CHARACTER
+            } else {
+                c
+            }
+        })
+        .collect()
 }
 
 /// A table without frame lines; columns whose heading ends with `>` are right-aligned.
 pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
+    table
+        .load_style(presets::NOTHING)
+        .set_content_arrangement(ContentArrangement::Disabled);
     let right: Vec<bool> = heading.iter().map(|name| name.ends_with('>')).collect();
     let cell = |index: usize, text: &str| {
         let cell = Cell::new(harmless(text));
@@ -59,7 +72,12 @@ pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>
         }
     };
     if !heading.is_empty() {
-        table.set_header(heading.iter().enumerate().map(|(i, name)| cell(i, name.trim_end_matches('>'))));
+        table.set_header(
+            heading
+                .iter()
+                .enumerate()
+                .map(|(i, name)| cell(i, name.trim_end_matches('>'))),
+        );
     }
     for row in rows {
         table.add_row(row.iter().enumerate().map(|(i, text)| cell(i, text)));
@@ -70,7 +88,10 @@ pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>
 /// A table's lines, without the blanks that frame them.
 pub(super) fn lines(table: &Table) -> String {
     let text = table.to_string();
-    text.lines().map(|line| line.strip_prefix(' ').unwrap_or(line).trim_end()).collect::<Vec<_>>().join("\n")
+    text.lines()
+        .map(|line| line.strip_prefix(' ').unwrap_or(line).trim_end())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 /// As in `float64 [2, 3]`.
@@ -110,28 +131,37 @@ impl Progress {
     /// Linux's own count. Nothing is shown if stderr is no terminal.
     pub(super) fn start(what: String, total: u64) -> Self {
         if !io::stderr().is_terminal() {
-            return Self { stop: None, thread: None };
+            return Self {
+                stop: None,
+                thread: None,
+            };
         }
         let (stop, stopped) = mpsc::channel();
         let before = transferred();
-        let thread = std::thread::Builder::new().name("progress".into()).spawn(move || {
-            if stopped.recv_timeout(BAR_AFTER) != Err(RecvTimeoutError::Timeout) {
-                return;
-            }
-            let bar = ProgressBar::new(total).with_message(what);
-            let style = ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {elapsed}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            loop {
-                bar.set_position(transferred().saturating_sub(before).min(total));
-                bar.tick();
-                if stopped.recv_timeout(BAR_EVERY) != Err(RecvTimeoutError::Timeout) {
-                    break;
+        let thread = std::thread::Builder::new()
+            .name("progress".into())
+            .spawn(move || {
+                if stopped.recv_timeout(BAR_AFTER) != Err(RecvTimeoutError::Timeout) {
+                    return;
                 }
-            }
-            bar.finish_and_clear();
-        });
+                let bar = ProgressBar::new(total).with_message(what);
+                let style =
+                    ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {elapsed}");
+                bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+                loop {
+                    bar.set_position(transferred().saturating_sub(before).min(total));
+                    bar.tick();
+                    if stopped.recv_timeout(BAR_EVERY) != Err(RecvTimeoutError::Timeout) {
+                        break;
+                    }
+                }
+                bar.finish_and_clear();
+            });
         // Without the thread there is no bar; the work goes on.
-        Self { stop: Some(stop), thread: thread.ok() }
+        Self {
+            stop: Some(stop),
+            thread: thread.ok(),
+        }
     }
 }
 
@@ -148,8 +178,13 @@ impl Drop for Progress {
 /// Bytes that this process read and wrote by system calls; 0 where Linux does not count them.
 fn transferred() -> u64 {
     let io = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
-    let field = |name| io.lines().find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok());
-    field("rchar:").unwrap_or(0).saturating_add(field("wchar:").unwrap_or(0))
+    let field = |name| {
+        io.lines()
+            .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+    };
+    field("rchar:")
+        .unwrap_or(0)
+        .saturating_add(field("wchar:").unwrap_or(0))
 }
 
 #[cfg(test)]
@@ -177,7 +212,13 @@ mod tests {
 
     #[test]
     fn tables_have_no_trailing_blanks() {
-        let table = table(&["NAME", "BYTES>"], [vec!["x".into(), "8".into()], vec!["long".into(), "128".into()]]);
+        let table = table(
+            &["NAME", "BYTES>"],
+            [
+                vec!["x".into(), "8".into()],
+                vec!["long".into(), "128".into()],
+            ],
+        );
         let text = lines(&table);
         assert!(text.lines().all(|line| line == line.trim_end()), "{text:?}");
         assert!(text.contains("  8"), "{text:?}");

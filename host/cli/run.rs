@@ -8,15 +8,16 @@ use clap::Args;
 use serde_json::json;
 use strait_client::wire;
 use strait_memory::{ReadMapping, WriteMapping};
-use strait_tensor::{TensorFile, TensorSpec};
+use strait_tensor::{Dtype, TensorFile, TensorSpec};
 
 use super::failure::Failure;
 use super::output::{self, Progress};
 use super::staging::{self, Staging};
 use super::{file_and_part, kernels, outputs, pair, parameters, serve, unique};
 use crate::config::Config;
+use crate::error::Status;
 use crate::lease::Principal;
-use crate::plugin::{Kernel, KernelRef};
+use crate::plugin::{CheckError, Kernel, KernelRef, Plugin};
 use crate::session::{Answer, Host, Invoked};
 
 #[derive(Debug, Args)]
@@ -50,7 +51,11 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // The guest's own words; what the host would log, the failure says.
     serve::start_log(serve::LogFormat::Human, "error,strait::guest=info")?;
     staging::watch_signals()?;
-    let host = private_host(args)?;
+    let mut config = serve::load(args.config.as_deref())?;
+    // Who runs it is who set the limit.
+    let limits = &mut config.limits;
+    limits.deadline_ms_max = limits.deadline_ms_max.max(args.deadline_ms.unwrap_or(0));
+    let host = private_host(config)?;
     let request_id = host.request_id(args.request_id.as_deref())?;
     on(&host, args, &request_id).map_err(|failure| failure.of_request(&request_id))
 }
@@ -58,9 +63,15 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
 fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Failure> {
     let (name, kernel) = find(host, &args.kernel)?;
     let kernel = kernel.kernel();
-    let ports: Vec<&str> = kernel.outputs.iter().map(|port| port.name.as_str()).collect();
+    let ports: Vec<&str> = kernel
+        .outputs
+        .iter()
+        .map(|port| port.name.as_str())
+        .collect();
     let targets = outputs(&kernel.name, &args.outputs, &ports)?;
-    kernel.check_outputs(targets.keys().map(String::as_str)).map_err(crate::error::Status::from)?;
+    kernel
+        .check_outputs(targets.keys().map(String::as_str))
+        .map_err(Status::from)?;
     let mut staging = Staging::default();
     for target in targets.values() {
         staging.add(Path::new(target))?;
@@ -78,14 +89,22 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
     };
     let invoked = invoke_and_wait(host, invoke, request_id)?;
     let written = write_all(staging, &targets, &invoked)?;
-    kernels::tell(invoked.notes.iter().map(|(key, text)| (key.as_str(), text.as_str())));
+    kernels::tell(
+        invoked
+            .notes
+            .iter()
+            .map(|(key, text)| (key.as_str(), text.as_str())),
+    );
     if args.json {
         let outputs: Vec<_> = written
             .iter()
             .map(|(port, file, spec)| json!({ "port": port, "file": file, "dtype": spec.dtype, "shape": spec.shape }))
             .collect();
-        let notes: Vec<_> =
-            invoked.notes.iter().map(|(key, text)| json!({ "key": key, "text": text })).collect();
+        let notes: Vec<_> = invoked
+            .notes
+            .iter()
+            .map(|(key, text)| json!({ "key": key, "text": text }))
+            .collect();
         return output::json(&json!({
             "kernel": kernel.name,
             "outputs": outputs,
@@ -96,44 +115,48 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             "request_id": &**request_id,
         }));
     }
-    let rows = written.into_iter().map(|(port, file, spec)| vec![port, output::spec(&spec), file]);
+    let rows = written
+        .into_iter()
+        .map(|(port, file, spec)| vec![port, output::spec(&spec), file]);
     output::text(&output::lines(&output::table(&[], rows)))
 }
 
-fn private_host(args: &RunArgs) -> Result<Arc<Host>, Failure> {
-    let mut config = serve::load(args.config.as_deref())?;
+/// A host that nobody else can reach.
+pub(super) fn private_host(mut config: Config) -> Result<Arc<Host>, Failure> {
     config.engine.workers = Some(1);
-    // Who runs it is who set the limit.
-    let limits = &mut config.limits;
-    limits.deadline_ms_max = limits.deadline_ms_max.max(args.deadline_ms.unwrap_or(0));
     start(config, Path::new("/nonexistent"))
 }
 
 /// A host that has no sockets yet.
 pub(super) fn start(config: Config, directory: &Path) -> Result<Arc<Host>, Failure> {
-    Host::start(config, directory).map_err(|error| Failure::other("HOST", format!("no host could be started: {error:#}")))
+    Host::start(config, directory)
+        .map_err(|error| Failure::other("HOST", format!("no host could be started: {error:#}")))
 }
 
 /// The kernel, and the name by which the host knows it.
 fn find(host: &Host, kernel: &str) -> Result<(String, KernelRef), Failure> {
     let (file, part) = file_and_part(kernel);
-    let is_file = file.extension().is_some_and(|e| e.eq_ignore_ascii_case("wasm"));
-    if !is_file {
-        let found = host.plugins().find(kernel).map_err(crate::error::Status::from)?;
+    if !is_plugin(&file) {
+        let found = host.plugins().find(kernel).map_err(Status::from)?;
         return Ok((kernel.to_owned(), found));
     }
     let shown = file.display();
-    let bytes = std::fs::read(&file).map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
-    let plugin = host.load_plugin(&bytes).map_err(|mut status| {
-        status.message = format!("{shown}: {}", status.message);
-        status
-    })?;
-    let names: Vec<&str> = plugin.description.kernels.iter().map(|k| k.name.as_str()).collect();
+    let plugin = load_plugin(host, &file)?;
+    let names: Vec<&str> = plugin
+        .description
+        .kernels
+        .iter()
+        .map(|k| k.name.as_str())
+        .collect();
     let name = match (&part, names.as_slice()) {
         (Some(part), _) => part.as_str(),
         (None, [only]) => only,
         (None, _) => {
-            let message = format!("{shown} has {} kernels ({}); say which: {shown}#KERNEL", names.len(), names.join(", "));
+            let message = format!(
+                "{shown} has {} kernels ({}); say which: {shown}#KERNEL",
+                names.len(),
+                names.join(", ")
+            );
             return Err(Failure::input("AMBIGUOUS_KERNEL", message));
         }
     };
@@ -141,15 +164,36 @@ fn find(host: &Host, kernel: &str) -> Result<(String, KernelRef), Failure> {
     match host.plugins().find(&qualified) {
         Ok(found) => Ok((qualified, found)),
         Err(_) => {
-            let message = format!("{shown} has no kernel `{name}`; it has {}", names.join(", "));
+            let message = format!(
+                "{shown} has no kernel `{name}`; it has {}",
+                names.join(", ")
+            );
             Err(Failure::input("KERNEL_NOT_FOUND", message))
         }
     }
 }
 
+/// Whether a kernel's name means a plugin's file.
+pub(super) fn is_plugin(file: &Path) -> bool {
+    file.extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("wasm"))
+}
+
+pub(super) fn load_plugin(host: &Host, file: &Path) -> Result<Arc<Plugin>, Failure> {
+    let shown = file.display();
+    let bytes = std::fs::read(file)
+        .map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
+    host.load_plugin(&bytes).map_err(|mut status| {
+        status.message = format!("{shown}: {}", status.message);
+        status.into()
+    })
+}
+
 /// Whose everything is here.
 fn owner() -> Principal {
-    Principal { uid: rustix::process::geteuid().as_raw() }
+    Principal {
+        uid: rustix::process::geteuid().as_raw(),
+    }
 }
 
 /// Reads each input's file into a segment of the host, under the port's name.
@@ -158,13 +202,28 @@ fn load_all(
     kernel: &Kernel,
     inputs: &[(String, String)],
 ) -> Result<BTreeMap<String, wire::Input>, Failure> {
+    let inputs = unique("--input", inputs)?;
+    // Before any file is read. What the specs say here does not matter: ports come first.
+    let ports = inputs.keys().map(|port| (port.clone(), ())).collect();
+    let nothing = |(): &()| TensorSpec {
+        dtype: Dtype::Uint8,
+        shape: Vec::new(),
+    };
+    if let Err(error @ CheckError::UnknownInput { .. }) =
+        kernel.check(ports, nothing, &BTreeMap::new())
+    {
+        return Err(Status::from(error).into());
+    }
     let mut loaded = BTreeMap::new();
-    for (port, text) in unique("--input", inputs)? {
-        // An unknown port is refused before its file is read, by the same words as after it.
-        if kernel.inputs.iter().any(|p| p.name == port) {
-            load(host, &port, &text)?;
-        }
-        loaded.insert(port.clone(), wire::Input::Flight { name: port, column: None });
+    for (port, text) in inputs {
+        load(host, &port, &text)?;
+        loaded.insert(
+            port.clone(),
+            wire::Input::Flight {
+                name: port,
+                column: None,
+            },
+        );
     }
     Ok(loaded)
 }
@@ -176,12 +235,24 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
         (Some(column), _) => file.find(column)?,
         (None, 1) => 0,
         (None, 0) => {
-            let why: Vec<&str> = file.unsupported().iter().map(|(_, reason)| reason.as_str()).collect();
-            let message = format!("{}: it has no column of numbers. {}", path.display(), why.join(". "));
+            let why: Vec<&str> = file
+                .unsupported()
+                .iter()
+                .map(|(_, reason)| reason.as_str())
+                .collect();
+            let message = format!(
+                "{}: it has no column of numbers. {}",
+                path.display(),
+                why.join(". ")
+            );
             return Err(Failure::input("BAD_FILE", message.trim_end()));
         }
         (None, count) => {
-            let names: Vec<&str> = file.tensors().iter().map(|(name, _)| name.as_str()).collect();
+            let names: Vec<&str> = file
+                .tensors()
+                .iter()
+                .map(|(name, _)| name.as_str())
+                .collect();
             let message = format!(
                 "{} has {count} columns; say which, as {port}={}#COLUMN: {}",
                 path.display(),
@@ -192,10 +263,19 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
         }
     };
     let TensorSpec { dtype, shape } = file.tensors()[index].1.clone();
-    let (segment, fd) = host.create(owner(), vec![wire::NewTensor { name: port.to_owned(), dtype, shape }])?;
+    let (segment, fd) = host.create(
+        owner(),
+        vec![wire::NewTensor {
+            name: port.to_owned(),
+            dtype,
+            shape,
+        }],
+    )?;
     let place = &segment.tensors()[0];
     {
-        let unmapped = |error: strait_memory::MappingError| Failure::other("HOST", format!("input `{port}`: {error}"));
+        let unmapped = |error: strait_memory::MappingError| {
+            Failure::other("HOST", format!("input `{port}`: {error}"))
+        };
         let mut pages = WriteMapping::new(&fd, range(place)?.end).map_err(unmapped)?;
         let _bar = Progress::start(format!("reading {}", path.display()), place.length);
         file.read_into(index, &mut pages.bytes_mut()[range(place)?])?;
@@ -207,12 +287,21 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
 /// Where a tensor of ours lies in its mapped segment.
 fn range(place: &strait_tensor::TensorPlace) -> Result<std::ops::Range<usize>, Failure> {
     let at = |offset: u64| {
-        usize::try_from(offset).map_err(|_| Failure::other("HOST", format!("tensor `{}` ends at byte {offset}", place.name)))
+        usize::try_from(offset).map_err(|_| {
+            Failure::other(
+                "HOST",
+                format!("tensor `{}` ends at byte {offset}", place.name),
+            )
+        })
     };
     Ok(at(place.offset)?..at(place.offset + place.length)?)
 }
 
-fn invoke_and_wait(host: &Arc<Host>, invoke: wire::Invoke, request_id: &Arc<str>) -> Result<Arc<Invoked>, Failure> {
+fn invoke_and_wait(
+    host: &Arc<Host>,
+    invoke: wire::Invoke,
+    request_id: &Arc<str>,
+) -> Result<Arc<Invoked>, Failure> {
     let (answer, answered) = mpsc::sync_channel(1);
     let answer = Answer::new(move |result| {
         // The receiver waits below.
@@ -233,14 +322,26 @@ fn write_all(
 ) -> Result<Vec<(String, String, TensorSpec)>, Failure> {
     let mut written = Vec::new();
     for (index, (port, target)) in targets.iter().enumerate() {
-        let lost = || Failure::other("HOST", format!("the kernel has no output `{port}` any more"));
-        let result = invoked.results.iter().find(|result| result.port == *port).ok_or_else(lost)?;
+        let lost = || {
+            Failure::other(
+                "HOST",
+                format!("the kernel has no output `{port}` any more"),
+            )
+        };
+        let result = invoked
+            .results
+            .iter()
+            .find(|result| result.port == *port)
+            .ok_or_else(lost)?;
         let place = result.segment.tensors().first().ok_or_else(lost)?;
-        let fd = result.segment.readonly_fd().map_err(crate::error::Status::from)?;
+        let fd = result.segment.readonly_fd().map_err(Status::from)?;
         let pages = ReadMapping::of_result(&fd, range(place)?.end)
             .map_err(|error| Failure::other("HOST", format!("output `{port}`: {error}")))?;
         let _bar = Progress::start(format!("writing {target}"), place.length);
-        staging.write(index, &[(port, place.spec.clone(), &pages.bytes()[range(place)?])])?;
+        staging.write(
+            index,
+            &[(port, place.spec.clone(), &pages.bytes()[range(place)?])],
+        )?;
         written.push((port.clone(), target.clone(), place.spec.clone()));
     }
     staging.finish()?;

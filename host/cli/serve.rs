@@ -13,7 +13,9 @@ use strait_memory::{FrameListener, process};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Layer;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
@@ -61,33 +63,45 @@ pub(super) enum LogFormat {
 /// Log lines go to stderr from now on.
 pub(super) fn start_log(format: LogFormat, filter: &str) -> Result<(), Failure> {
     let wrong = |error: &dyn std::fmt::Display| {
-        Failure::input("BAD_SETTING", format!("log level {filter:?}: {error}; take error, warn, info, debug or trace"))
+        Failure::input(
+            "BAD_SETTING",
+            format!("log level {filter:?}: {error}; take error, warn, info, debug or trace"),
+        )
     };
-    let filter = EnvFilter::try_new(filter).map_err(|error| wrong(&error))?;
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
-    match format {
-        LogFormat::Human => builder.with_ansi(io::stderr().is_terminal()).finish().try_init(),
-        LogFormat::Json => builder.json().flatten_event(true).finish().try_init(),
-    }
-    .map_err(|error| wrong(&error))
+    let filter: Targets = filter.parse().map_err(|error| wrong(&error))?;
+    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
+    let lines = match format {
+        LogFormat::Human => lines.with_ansi(io::stderr().is_terminal()).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    tracing_subscriber::registry()
+        .with(lines.with_filter(filter))
+        .try_init()
+        .map_err(|error| wrong(&error))
 }
 
 /// The settings of a file and the environment.
 pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
-    Config::load(file).map_err(|error| Failure::input("BAD_SETTING", format!("settings: {error:#}")))
+    Config::load(file)
+        .map_err(|error| Failure::input("BAD_SETTING", format!("settings: {error:#}")))
 }
 
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     start_log(args.log_format, &args.log_level)?;
     let mut config = load(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
-    let directory = match args.directory.clone().or_else(|| config.server.directory.clone()) {
+    let directory = match args
+        .directory
+        .clone()
+        .or_else(|| config.server.directory.clone())
+    {
         Some(directory) => directory,
         None => usual_directory(),
     };
     let directory = prepare(&directory)?;
 
-    let linux = |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
+    let linux =
+        |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
     process::set_not_dumpable().map_err(|e| linux("hide this process's memory", e))?;
     process::raise_nofile().map_err(|e| linux("raise the limit of open files", e))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -102,7 +116,11 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
 
 /// Where a host serves that was told nothing.
 fn usual_directory() -> PathBuf {
-    let set = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    let set = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
     let uid = rustix::process::geteuid().as_raw();
     set("RUNTIME_DIRECTORY")
         .or_else(|| set("XDG_RUNTIME_DIR").map(|directory| directory.join("strait")))
@@ -112,8 +130,10 @@ fn usual_directory() -> PathBuf {
 
 /// The directory as an absolute path: created, or found to be this user's alone.
 fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
-    let wrong = |what: String| Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()));
-    let directory = &std::path::absolute(directory).map_err(|e| wrong(format!("not a directory's path: {e}")))?;
+    let wrong =
+        |what: String| Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()));
+    let directory = &std::path::absolute(directory)
+        .map_err(|e| wrong(format!("not a directory's path: {e}")))?;
     let longest = directory.join(FLIGHT_SOCKET);
     if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(wrong(format!(
@@ -121,19 +141,27 @@ fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
             longest.as_os_str().len()
         )));
     }
-    match DirBuilder::new().recursive(true).mode(0o700).create(directory) {
+    match DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+    {
         Ok(()) => {}
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
         Err(e) => return Err(wrong(format!("cannot create it: {e}"))),
     }
     // Not `metadata`: a link could be turned to another place after this check.
-    let found = fs::symlink_metadata(directory).map_err(|e| wrong(format!("cannot look at it: {e}")))?;
+    let found =
+        fs::symlink_metadata(directory).map_err(|e| wrong(format!("cannot look at it: {e}")))?;
     let uid = rustix::process::geteuid().as_raw();
     if !found.is_dir() {
         return Err(wrong("not a directory; take another path".to_owned()));
     }
     if found.uid() != uid {
-        return Err(wrong(format!("it belongs to uid {}, not to uid {uid}, which serves; take another one", found.uid())));
+        return Err(wrong(format!(
+            "it belongs to uid {}, not to uid {uid}, which serves; take another one",
+            found.uid()
+        )));
     }
     let mode = found.permissions().mode() & 0o777;
     if mode != 0o700 {
@@ -145,22 +173,33 @@ fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
     Ok(directory.clone())
 }
 
-async fn serve_until_told(config: Config, directory: &Path, until_stdin_ends: bool) -> Result<(), Failure> {
+async fn serve_until_told(
+    config: Config,
+    directory: &Path,
+    until_stdin_ends: bool,
+) -> Result<(), Failure> {
     let mut end = End::new(until_stdin_ends)?;
     // Holding this socket is what makes this process the directory's host.
-    let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(|error| match error.kind() {
-        io::ErrorKind::AddrInUse => Failure::other(
-            "HOST_RUNNING",
-            format!("another host serves {} already; stop it, or give this one its own --directory", directory.display()),
-        ),
-        _ => Failure::other("LINUX", format!("no data socket: {error}")),
-    })?;
+    let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(
+        |error| match error.kind() {
+            io::ErrorKind::AddrInUse => Failure::other(
+                "HOST_RUNNING",
+                format!(
+                    "another host serves {} already; stop it, or give this one its own --directory",
+                    directory.display()
+                ),
+            ),
+            _ => Failure::other("LINUX", format!("no data socket: {error}")),
+        },
+    )?;
     let drain = config.drain();
     let starting = {
         let directory = directory.to_owned();
         tokio::task::spawn_blocking(move || run::start(config, &directory))
     };
-    let host = starting.await.map_err(|e| Failure::other("HOST", format!("the start broke off: {e}")))??;
+    let host = starting
+        .await
+        .map_err(|e| Failure::other("HOST", format!("the start broke off: {e}")))??;
     let (listener, flight_path) = bind_flight(directory)?;
 
     let (stop, stopped) = watch::channel(false);
@@ -168,10 +207,18 @@ async fn serve_until_told(config: Config, directory: &Path, until_stdin_ends: bo
         // An error means that the sender is gone, which is an end, too.
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let mut data = tokio::spawn(datasock::serve(Arc::clone(&host), data, told(stopped.clone())));
+    let mut data = tokio::spawn(datasock::serve(
+        Arc::clone(&host),
+        data,
+        told(stopped.clone()),
+    ));
     let mut flight = tokio::spawn(flight::serve(Arc::clone(&host), listener, told(stopped)));
     let kernels = host.plugins().kernels().len();
-    let ready = format!("strait {} serves unix://{} with {kernels} kernels", env!("CARGO_PKG_VERSION"), directory.display());
+    let ready = format!(
+        "strait {} serves unix://{} with {kernels} kernels",
+        env!("CARGO_PKG_VERSION"),
+        directory.display()
+    );
     // Whoever started it may not read it.
     let _ = output::text(&ready);
     tracing::info!(directory = %directory.display(), host_id = host.id(), kernels, "ready");
@@ -202,7 +249,7 @@ async fn serve_until_told(config: Config, directory: &Path, until_stdin_ends: bo
     tokio::select! {
         outcomes = tokio::time::timeout(drain + CLOSING, finished) => match outcomes {
             Ok(_) => tracing::info!("ended"),
-            Err(_) => tracing::warn!(drain_ms = drain.as_millis(), "ended with work still running"),
+            Err(_) => tracing::warn!(drain_ms = drain.as_millis(), "ended at the end of the drain time, with work or Flight connections still there"),
         },
         what = end.told() => tracing::warn!("ended at once: {what} again"),
     }
@@ -215,7 +262,9 @@ async fn serve_until_told(config: Config, directory: &Path, until_stdin_ends: bo
     Ok(())
 }
 
-fn describe<E: std::fmt::Display>(outcome: Result<Result<(), E>, tokio::task::JoinError>) -> String {
+fn describe<E: std::fmt::Display>(
+    outcome: Result<Result<(), E>, tokio::task::JoinError>,
+) -> String {
     match outcome {
         Ok(Ok(())) => "it ended by itself".to_owned(),
         Ok(Err(error)) => error.to_string(),
@@ -234,7 +283,9 @@ struct End {
 
 impl End {
     fn new(until_stdin_ends: bool) -> Result<Self, Failure> {
-        let failed = |error: io::Error| Failure::other("SIGNALS", format!("cannot watch for signals: {error}"));
+        let failed = |error: io::Error| {
+            Failure::other("SIGNALS", format!("cannot watch for signals: {error}"))
+        };
         let (ended, stdin) = watch::channel(false);
         let mut unread = Some(ended);
         if until_stdin_ends {
@@ -247,7 +298,10 @@ impl End {
                 }
             };
             // A thread of its own, not the runtime's: a read cannot be given up at the end.
-            std::thread::Builder::new().name("stdin".into()).spawn(read).map_err(failed)?;
+            std::thread::Builder::new()
+                .name("stdin".into())
+                .spawn(read)
+                .map_err(failed)?;
         }
         Ok(Self {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
@@ -281,7 +335,12 @@ impl Drop for SocketPath {
 /// Called by the directory's host only: what is there is a dead one's.
 fn bind_flight(directory: &Path) -> Result<(UnixListener, SocketPath), Failure> {
     let path = directory.join(FLIGHT_SOCKET);
-    let failed = |error: io::Error| Failure::other("LINUX", format!("no Flight socket at {}: {error}", path.display()));
+    let failed = |error: io::Error| {
+        Failure::other(
+            "LINUX",
+            format!("no Flight socket at {}: {error}", path.display()),
+        )
+    };
     if fs::symlink_metadata(&path).is_ok_and(|found| found.file_type().is_socket()) {
         fs::remove_file(&path).map_err(failed)?;
     }

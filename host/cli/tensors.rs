@@ -64,7 +64,10 @@ fn chosen(file: &TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<us
         output::complain(&format!("strait: left out: {reason}"));
     }
     if file.tensors().is_empty() {
-        return Err(Failure::input("BAD_FILE", format!("{}: it has no column of numbers", path.display())));
+        return Err(Failure::input(
+            "BAD_FILE",
+            format!("{}: it has no column of numbers", path.display()),
+        ));
     }
     Ok((0..file.tensors().len()).collect())
 }
@@ -73,19 +76,28 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
     let (path, part) = file_and_part(&args.file);
     let column = match (&args.column, &part) {
         (Some(_), Some(_)) => {
-            return Err(Failure::usage(format!("{} names a column, and so does --column; one is enough", args.file)));
+            return Err(Failure::usage(format!(
+                "{} names a column, and so does --column; one is enough",
+                args.file
+            )));
         }
         (column, part) => column.as_deref().or(part.as_deref()),
     };
     let mut file = TensorFile::open(&path)?;
     let chosen = chosen(&file, &path, column)?;
     // A .npy file has no name for its array; the tensor's is the natural one.
-    let nameless = path.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"));
+    let nameless = path
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("npy"));
     let tensors: Vec<NewTensor> = chosen
         .iter()
         .map(|&index| {
             let (name, TensorSpec { dtype, shape }) = file.tensors()[index].clone();
-            NewTensor { name: if nameless { args.name.clone() } else { name }, dtype, shape }
+            NewTensor {
+                name: if nameless { args.name.clone() } else { name },
+                dtype,
+                shape,
+            }
         })
         .collect();
 
@@ -93,7 +105,12 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
     let mut segment = client.create(&tensors)?;
     let mut copied_bytes = 0;
     {
-        let total = segment.mapping().tensors.iter().map(|tensor| tensor.length).sum();
+        let total = segment
+            .mapping()
+            .tensors
+            .iter()
+            .map(|tensor| tensor.length)
+            .sum();
         let _bar = Progress::start(format!("reading {}", path.display()), total);
         for (&index, tensor) in chosen.iter().zip(&tensors) {
             let bytes = segment.bytes_mut(&tensor.name)?;
@@ -122,7 +139,10 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
         Some(column) => vec![segment.tensor(column)?],
         None => segment.tensors()?.collect(),
     };
-    let npy = args.file.extension().is_some_and(|e| e.eq_ignore_ascii_case("npy"));
+    let npy = args
+        .file
+        .extension()
+        .is_some_and(|e| e.eq_ignore_ascii_case("npy"));
     if npy && views.len() != 1 {
         let names: Vec<_> = views.iter().map(|view| view.name()).collect();
         return Err(Failure::input(
@@ -137,7 +157,10 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
     let tensors: Vec<_> = views
         .iter()
         .map(|view| {
-            let spec = TensorSpec { dtype: view.dtype(), shape: view.shape().to_vec() };
+            let spec = TensorSpec {
+                dtype: view.dtype(),
+                shape: view.shape().to_vec(),
+            };
             (view.name(), spec, view.bytes())
         })
         .collect();
@@ -150,7 +173,9 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
     if args.connection.json {
         let described: Vec<_> = tensors
             .iter()
-            .map(|(name, spec, _)| json!({ "name": name, "dtype": spec.dtype, "shape": spec.shape }))
+            .map(
+                |(name, spec, _)| json!({ "name": name, "dtype": spec.dtype, "shape": spec.shape }),
+            )
             .collect();
         return output::json(&json!({ "name": name, "file": args.file, "tensors": described }));
     }
@@ -158,9 +183,14 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
 }
 
 /// Several tensors as the columns of one Arrow IPC file.
-pub(super) fn write_columns(path: &Path, tensors: &[(&str, TensorSpec, &[u8])]) -> Result<(), Failure> {
-    let columns: Result<Vec<_>, _> =
-        tensors.iter().map(|(name, spec, _)| Column::new(*name, spec.clone())).collect();
+pub(super) fn write_columns(
+    path: &Path,
+    tensors: &[(&str, TensorSpec, &[u8])],
+) -> Result<(), Failure> {
+    let columns: Result<Vec<_>, _> = tensors
+        .iter()
+        .map(|(name, spec, _)| Column::new(*name, spec.clone()))
+        .collect();
     let layout = columns
         .and_then(|columns| FileLayout::plan(&columns))
         .map_err(|error| Failure::input("BAD_TENSOR", error.to_string()))?;
@@ -174,7 +204,12 @@ pub(super) fn write_columns(path: &Path, tensors: &[(&str, TensorSpec, &[u8])]) 
         file.seek(SeekFrom::Start(layout.footer_offset))?;
         file.write_all(&layout.footer)
     };
-    write().map_err(|error| Failure::file(&error, format!("{}: cannot write it: {error}", path.display())))
+    write().map_err(|error| {
+        Failure::file(
+            &error,
+            format!("{}: cannot write it: {error}", path.display()),
+        )
+    })
 }
 
 pub(super) fn ls(args: &LsArgs) -> Result<(), Failure> {
@@ -187,7 +222,10 @@ pub(super) fn ls(args: &LsArgs) -> Result<(), Failure> {
         return Ok(());
     }
     let heading = ["NAME", "DTYPE", "SHAPE", "SIZE>", "SEAL"];
-    output::text(&output::lines(&output::table(&heading, flights.iter().flat_map(rows))))
+    output::text(&output::lines(&output::table(
+        &heading,
+        flights.iter().flat_map(rows),
+    )))
 }
 
 /// A line for each tensor of a flight; a flight of several shows them as name#column.

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -22,6 +23,8 @@ use crate::session::{Gone, Host, Invoked, Session};
 const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + 1;
 /// Replies that may wait for a slow client before its requests wait, too.
 const REPLIES_WAITING: usize = 32;
+/// What a closed connection's last replies get to be written.
+const FAREWELL: Duration = Duration::from_secs(1);
 /// INVOKEs of one connection that may be under way.
 const INVOKES_MAX: usize = 256;
 
@@ -38,7 +41,12 @@ enum End {
 }
 
 /// Serves one connection to its end. Ending it cancels what runs and ends its leases.
-pub(super) async fn run(host: Arc<Host>, socket: FrameSocket, pushes: Arc<Pushes>, draining: watch::Receiver<bool>) {
+pub(super) async fn run(
+    host: Arc<Host>,
+    socket: FrameSocket,
+    pushes: Arc<Pushes>,
+    draining: watch::Receiver<bool>,
+) {
     let (peer, socket) = match prepare(socket) {
         Ok(prepared) => prepared,
         Err(error) => {
@@ -47,12 +55,15 @@ pub(super) async fn run(host: Arc<Host>, socket: FrameSocket, pushes: Arc<Pushes
         }
     };
     let (replies, waiting) = mpsc::channel(REPLIES_WAITING);
-    let writer = tokio::spawn(write(Arc::clone(&socket), waiting));
+    let mut writer = tokio::spawn(write(Arc::clone(&socket), waiting));
     if overflow_uid() == Some(peer.uid) {
         let status = Status::new(
             Code::PermissionDenied,
             "PRINCIPAL",
-            format!("uid {} stands for every user that is unknown in this user namespace; connect from the host's own", peer.uid),
+            format!(
+                "uid {} stands for every user that is unknown in this user namespace; connect from the host's own",
+                peer.uid
+            ),
         );
         let refused = failure(0, &status, "-");
         // The writer may have ended with the connection.
@@ -61,7 +72,12 @@ pub(super) async fn run(host: Arc<Host>, socket: FrameSocket, pushes: Arc<Pushes
         let session = host.open_session(Principal { uid: peer.uid });
         let (push, gone) = mpsc::unbounded_channel();
         pushes.lock().insert(session.id, push);
-        tracing::info!(session = session.id, pid = peer.pid, uid = peer.uid, "connected");
+        tracing::info!(
+            session = session.id,
+            pid = peer.pid,
+            uid = peer.uid,
+            "connected"
+        );
         let id = session.id;
         let mut connection = Connection {
             session,
@@ -71,7 +87,11 @@ pub(super) async fn run(host: Arc<Host>, socket: FrameSocket, pushes: Arc<Pushes
             running: HashMap::new(),
             finished: FuturesUnordered::new(),
         };
-        connection.serve(peer.pidfd, gone, draining).await;
+        // Beside all of it: `serve` may be waiting for a client that does not read its replies.
+        tokio::select! {
+            () = exited(peer.pidfd) => {}
+            () = connection.serve(gone, draining) => {}
+        }
         pushes.lock().remove(&id);
         for cancel in connection.running.values() {
             cancel.cancel();
@@ -80,7 +100,9 @@ pub(super) async fn run(host: Arc<Host>, socket: FrameSocket, pushes: Arc<Pushes
     }
     drop(replies);
     // What has been answered is still written, unless the client does not read it.
-    let _ = tokio::time::timeout(std::time::Duration::from_secs(1), writer).await;
+    if tokio::time::timeout(FAREWELL, &mut writer).await.is_err() {
+        writer.abort();
+    }
 }
 
 fn prepare(socket: FrameSocket) -> std::io::Result<(Peer, Sockets)> {
@@ -91,16 +113,35 @@ fn prepare(socket: FrameSocket) -> std::io::Result<(Peer, Sockets)> {
 
 /// The uid that Linux shows for users that a namespace does not map.
 fn overflow_uid() -> Option<u32> {
-    std::fs::read_to_string("/proc/sys/kernel/overflowuid").ok()?.trim().parse().ok()
+    std::fs::read_to_string("/proc/sys/kernel/overflowuid")
+        .ok()?
+        .trim()
+        .parse()
+        .ok()
 }
 
 async fn write(socket: Sockets, mut waiting: mpsc::Receiver<Outgoing>) {
-    while let Some(Outgoing { op, sequence, body, fds }) = waiting.recv().await {
-        let Ok(body_bytes) = u32::try_from(body.len()) else { return };
-        let header = Header { op, sequence, body_bytes }.encode();
+    while let Some(Outgoing {
+        op,
+        sequence,
+        body,
+        fds,
+    }) = waiting.recv().await
+    {
+        let Ok(body_bytes) = u32::try_from(body.len()) else {
+            return;
+        };
+        let header = Header {
+            op,
+            sequence,
+            body_bytes,
+        }
+        .encode();
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let sent = socket
-            .async_io(tokio::io::Interest::WRITABLE, |socket| socket.send(&[&header, &body], &fds))
+            .async_io(tokio::io::Interest::WRITABLE, |socket| {
+                socket.send(&[&header, &body], &fds)
+            })
             .await;
         if let Err(error) = sent {
             tracing::debug!(%error, "a reply could not be sent");
@@ -124,12 +165,9 @@ struct Connection {
 impl Connection {
     async fn serve(
         &mut self,
-        pidfd: Option<OwnedFd>,
         mut gone: mpsc::UnboundedReceiver<Gone>,
         mut draining: watch::Receiver<bool>,
     ) {
-        let exited = exited(pidfd);
-        let mut exited = std::pin::pin!(exited);
         let mut buffer = vec![0; PACKET_BYTES];
         let socket = Arc::clone(&self.socket);
         let mut ending = *draining.borrow();
@@ -137,9 +175,10 @@ impl Connection {
             if ending && self.running.is_empty() {
                 return;
             }
-            let receive = socket.async_io(tokio::io::Interest::READABLE, |socket| socket.recv(&mut buffer));
+            let receive = socket.async_io(tokio::io::Interest::READABLE, |socket| {
+                socket.recv(&mut buffer)
+            });
             let end = tokio::select! {
-                () = &mut exited => Err(End::Gone),
                 Ok(()) = draining.changed(), if !ending => {
                     ending = true;
                     self.shutdown().await
@@ -163,9 +202,20 @@ impl Connection {
     }
 
     async fn shutdown(&self) -> Result<(), End> {
-        let drain_ms = u64::try_from(self.session.host().config().drain().as_millis()).unwrap_or(u64::MAX);
-        self.send(encode(Op::Shutdown, 0, &wire::Shutdown { drain_ms }, Vec::new())).await?;
-        if self.running.is_empty() { Err(End::Drained) } else { Ok(()) }
+        let drain_ms =
+            u64::try_from(self.session.host().config().drain().as_millis()).unwrap_or(u64::MAX);
+        self.send(encode(
+            Op::Shutdown,
+            0,
+            &wire::Shutdown { drain_ms },
+            Vec::new(),
+        ))
+        .await?;
+        if self.running.is_empty() {
+            Err(End::Drained)
+        } else {
+            Ok(())
+        }
     }
 
     async fn gone(&self, gone: Gone) -> Result<(), End> {
@@ -188,7 +238,12 @@ impl Connection {
                     wire::FDS_MAX
                 ),
             );
-            self.send(failure(0, &status, "-")).await?;
+            self.send(failure(
+                Header::sequence_of(&buffer[..received.bytes]),
+                &status,
+                "-",
+            ))
+            .await?;
             return Err(End::Refused);
         }
         if received.bytes == 0 {
@@ -199,9 +254,17 @@ impl Connection {
             Ok(decoded) => decoded,
             Err(error) => {
                 let status = Status::new(Code::InvalidArgument, "BAD_FRAME", error.to_string());
-                let unknown_op = matches!(error, FrameError::Op(_));
-                self.send(failure(Header::sequence_of(packet), &status, "-")).await?;
-                return if unknown_op { Ok(()) } else { Err(End::Refused) };
+                self.send(failure(Header::sequence_of(packet), &status, "-"))
+                    .await?;
+                return match error {
+                    // Where the frame begins and ends was clear.
+                    FrameError::Op(_) | FrameError::Flags(_) => Ok(()),
+                    FrameError::Short(_)
+                    | FrameError::Magic(_)
+                    | FrameError::Version(_)
+                    | FrameError::Length { .. }
+                    | FrameError::TooLong(_) => Err(End::Refused),
+                };
             }
         };
         self.request(header, body, received.fds).await
@@ -213,12 +276,23 @@ impl Connection {
             let status = Status::new(
                 Code::InvalidArgument,
                 "BAD_FRAME",
-                format!("sequence {sequence} is {}; choose another", if sequence == 0 { "reserved for pushed frames" } else { "in use by a running INVOKE" }),
+                format!(
+                    "sequence {sequence} is {}; choose another",
+                    if sequence == 0 {
+                        "reserved for pushed frames"
+                    } else {
+                        "in use by a running INVOKE"
+                    }
+                ),
             );
             return self.send(failure(sequence, &status, "-")).await;
         }
         if !self.greeted && header.op != Op::Hello {
-            let status = Status::new(Code::FailedPrecondition, "NO_HELLO", "the first frame must be HELLO");
+            let status = Status::new(
+                Code::FailedPrecondition,
+                "NO_HELLO",
+                "the first frame must be HELLO",
+            );
             return self.send(failure(sequence, &status, "-")).await;
         }
         if header.op == Op::Invoke && self.running.len() >= INVOKES_MAX {
@@ -229,15 +303,17 @@ impl Connection {
             );
             return self.send(failure(sequence, &status, "-")).await;
         }
-        if header.op == Op::Cancel {
+        if header.op == Op::Cancel && fds.is_empty() {
             return self.cancel(sequence, body).await;
         }
         match respond(&self.session, header.op, sequence, body, fds) {
             Reply::Frame(outgoing) => {
                 self.greeted |= outgoing.op == Op::Welcome;
-                let refused = !self.greeted && header.op == Op::Hello;
+                self.send(outgoing).await
+            }
+            Reply::Last(outgoing) => {
                 self.send(outgoing).await?;
-                if refused { Err(End::Refused) } else { Ok(()) }
+                Err(End::Refused)
             }
             Reply::Running(running) => {
                 self.track(sequence, *running);
@@ -246,14 +322,26 @@ impl Connection {
         }
     }
 
-    fn track(&mut self, sequence: u32, Running { cancel, request_id, invoke, result }: Running) {
+    fn track(
+        &mut self,
+        sequence: u32,
+        Running {
+            cancel,
+            request_id,
+            invoke,
+            result,
+        }: Running,
+    ) {
         self.running.insert(sequence, cancel);
         self.finished.push(Box::pin(async move {
             (sequence, request_id, invoke, joined(result).await)
         }));
     }
 
-    async fn finish(&mut self, (sequence, request_id, invoke, result): Finished) -> Result<(), End> {
+    async fn finish(
+        &mut self,
+        (sequence, request_id, invoke, result): Finished,
+    ) -> Result<(), End> {
         self.running.remove(&sequence);
         let reply = super::requests::invoked(&self.session, sequence, &invoke, &request_id, result);
         self.send(reply).await
@@ -267,8 +355,16 @@ impl Connection {
     }
 }
 
-async fn joined(result: oneshot::Receiver<Result<Arc<Invoked>, Status>>) -> Result<Arc<Invoked>, Status> {
-    result.await.unwrap_or_else(|_| Err(Status::new(Code::Internal, "HOST", "an invocation was lost")))
+async fn joined(
+    result: oneshot::Receiver<Result<Arc<Invoked>, Status>>,
+) -> Result<Arc<Invoked>, Status> {
+    result.await.unwrap_or_else(|_| {
+        Err(Status::new(
+            Code::Internal,
+            "HOST",
+            "an invocation was lost",
+        ))
+    })
 }
 
 /// Ready when the process behind `pidfd` has exited; never without one.

@@ -95,7 +95,10 @@ pub async fn serve(
     let drain = host.config().drain();
     let finished = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(drain, finished).await.is_err() {
-        tracing::warn!(drain_ms = drain.as_millis(), "connections were still busy at the end of the drain time");
+        tracing::warn!(
+            drain_ms = drain.as_millis(),
+            "connections were still busy at the end of the drain time"
+        );
         connections.shutdown().await;
     }
     Ok(())
@@ -105,7 +108,10 @@ pub async fn serve(
 fn watched<T: std::os::fd::AsRawFd>(fd: T) -> std::io::Result<AsyncFd<T>> {
     // `AsyncFd::new` is deprecated because a type could lie about its descriptor; its successor
     // is unsafe for that reason alone. The types here own theirs for as long as they live.
-    #[expect(deprecated, reason = "the successor needs `unsafe` for a promise that our types keep")]
+    #[expect(
+        deprecated,
+        reason = "the successor needs `unsafe` for a promise that our types keep"
+    )]
     AsyncFd::new(fd)
 }
 

@@ -13,17 +13,24 @@ use crate::engine::CancelToken;
 use crate::error::{Code, Status};
 use crate::lease::LiveSegment;
 use crate::plugin::KernelRef;
-use crate::session::{Answer, Invoked, Session};
+use crate::session::{Answer, Invoked, LeaseId, Session};
 
 /// Bytes of JSON that a page of a listing may reach before it ends.
 const PAGE_BYTES: usize = wire::BODY_BYTES_MAX - 16_384;
+/// The reason of the one refusal after which there is nothing more to say.
+const OTHER_PROTOCOL: &str = "PROTOCOL_VERSION";
 /// Flights that a page of LIST looks at.
 const LIST_MAX: usize = 256;
+
+/// Leases of one connection: a client that never releases must not fill the host.
+const LEASES_MAX: usize = 16_384;
 
 /// What becomes of a request.
 pub(super) enum Reply {
     /// Answered.
     Frame(Outgoing),
+    /// Answered, and there is nothing more to say: the client speaks another protocol.
+    Last(Outgoing),
     /// An INVOKE that is under way.
     Running(Box<Running>),
 }
@@ -39,23 +46,54 @@ pub(super) struct Running {
 /// A frame of `body`; one that is too long becomes an error.
 pub(super) fn encode(op: Op, sequence: u32, body: &impl Serialize, fds: Vec<OwnedFd>) -> Outgoing {
     match serde_json::to_vec(body) {
-        Ok(body) if body.len() <= wire::BODY_BYTES_MAX => Outgoing { op, sequence, body, fds },
+        Ok(body) if body.len() <= wire::BODY_BYTES_MAX => Outgoing {
+            op,
+            sequence,
+            body,
+            fds,
+        },
         Ok(body) => {
             let message = format!(
                 "the reply has {} bytes, a frame takes {}; use fewer or shorter column names",
                 body.len(),
                 wire::BODY_BYTES_MAX
             );
-            failure(sequence, &Status::new(Code::OutOfRange, "BAD_REQUEST", message), "-")
+            failure(
+                sequence,
+                &Status::new(Code::OutOfRange, "BAD_REQUEST", message),
+                "-",
+            )
         }
-        Err(error) => failure(sequence, &Status::new(Code::Internal, "HOST", error.to_string()), "-"),
+        Err(error) => failure(
+            sequence,
+            &Status::new(Code::Internal, "HOST", error.to_string()),
+            "-",
+        ),
     }
+}
+
+/// OK with `leases` in it. If that becomes an error they end: the client never learns of them.
+fn encode_leased(
+    session: &Session,
+    sequence: u32,
+    body: &impl Serialize,
+    fds: Vec<OwnedFd>,
+    leases: &[LeaseId],
+) -> Outgoing {
+    let outgoing = encode(Op::Ok, sequence, body, fds);
+    if outgoing.op == Op::Error {
+        session.release(leases);
+    }
+    outgoing
 }
 
 /// ERROR.
 pub(super) fn failure(sequence: u32, status: &Status, request_id: &str) -> Outgoing {
     let cut = |text: &str, most: usize| {
-        let end = (0..=most.min(text.len())).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        let end = (0..=most.min(text.len()))
+            .rev()
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(0);
         text[..end].to_owned()
     };
     let body = wire::Failure {
@@ -68,7 +106,12 @@ pub(super) fn failure(sequence: u32, status: &Status, request_id: &str) -> Outgo
     };
     // A failure is bounded above, so this falls back only if serialising itself failed.
     let body = serde_json::to_vec(&body).unwrap_or_else(|_| b"{}".to_vec());
-    Outgoing { op: Op::Error, sequence, body, fds: Vec::new() }
+    Outgoing {
+        op: Op::Error,
+        sequence,
+        body,
+        fds: Vec::new(),
+    }
 }
 
 /// The request's body, and its id or a new one.
@@ -77,22 +120,62 @@ fn parse<T: DeserializeOwned>(
     body: &[u8],
     id: impl Fn(&T) -> Option<&str>,
 ) -> Result<(T, Arc<str>), Status> {
+    let bad = |what: &dyn std::fmt::Display| {
+        Status::new(
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            format!("the body: {what}"),
+        )
+    };
     let body = if body.is_empty() { b"{}" } else { body };
-    let request: T = serde_json::from_slice(body)
-        .map_err(|e| Status::new(Code::InvalidArgument, "BAD_REQUEST", format!("the body: {e}")))?;
+    // serde would take a list of the fields' values, too, which goes wrong as soon as one is added.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(bad(&"not a JSON object"));
+    }
+    let request: T = serde_json::from_slice(body).map_err(|e| bad(&e))?;
     let request_id = session.host().request_id(id(&request))?;
     Ok((request, request_id))
 }
 
 /// Answers a request, or starts its INVOKE.
-pub(super) fn respond(session: &Session, op: Op, sequence: u32, body: &[u8], mut fds: Vec<OwnedFd>) -> Reply {
+pub(super) fn respond(
+    session: &Session,
+    op: Op,
+    sequence: u32,
+    body: &[u8],
+    mut fds: Vec<OwnedFd>,
+) -> Reply {
     let expected = usize::from(op == Op::Adopt);
     if fds.len() != expected {
-        let message = format!("{} descriptors beside the frame, this op takes {expected}", fds.len());
-        return Reply::Frame(failure(sequence, &Status::new(Code::InvalidArgument, "BAD_FRAME", message), "-"));
+        let message = format!(
+            "{} descriptors beside the frame, this op takes {expected}",
+            fds.len()
+        );
+        return Reply::Frame(failure(
+            sequence,
+            &Status::new(Code::InvalidArgument, "BAD_FRAME", message),
+            "-",
+        ));
+    }
+    if matches!(op, Op::Create | Op::Adopt | Op::Map | Op::Invoke)
+        && session.lease_count() >= LEASES_MAX
+    {
+        let message = format!(
+            "this connection has {LEASES_MAX} leases, as many as it may; RELEASE those that are no longer mapped"
+        );
+        let status = Status::new(Code::ResourceExhausted, "QUOTA_EXCEEDED", message);
+        return Reply::Frame(failure(sequence, &status, "-"));
     }
     let frame = match op {
-        Op::Hello => hello(session, sequence, body),
+        Op::Hello => {
+            let greeting = hello(session, sequence, body);
+            if let Err((status, id)) = &greeting
+                && status.reason == OTHER_PROTOCOL
+            {
+                return Reply::Last(failure(sequence, status, id.as_deref().unwrap_or("-")));
+            }
+            greeting
+        }
         Op::Kernels => kernels(session, sequence, body),
         Op::Lookup => lookup(session, sequence, body),
         Op::List => list(session, sequence, body),
@@ -103,7 +186,10 @@ pub(super) fn respond(session: &Session, op: Op, sequence: u32, body: &[u8], mut
         Op::Release => tokio::task::block_in_place(|| release(session, sequence, body)),
         Op::Adopt => match fds.pop() {
             Some(fd) => tokio::task::block_in_place(|| adopt(session, sequence, body, fd)),
-            None => Err((Status::new(Code::InvalidArgument, "BAD_FRAME", "no descriptor"), None)),
+            None => Err((
+                Status::new(Code::InvalidArgument, "BAD_FRAME", "no descriptor"),
+                None,
+            )),
         },
         Op::Stats => stats(session, sequence, body),
         Op::Create => create(session, sequence, body),
@@ -115,16 +201,29 @@ pub(super) fn respond(session: &Session, op: Op, sequence: u32, body: &[u8], mut
             Err(failed) => Err(failed),
         },
         Op::Prepare | Op::Call | Op::Stream | Op::Chunk => Err((
-            Status::new(Code::Unimplemented, "UNSUPPORTED_OP", format!("{op:?} is reserved for a later version; use INVOKE")),
+            Status::new(
+                Code::Unimplemented,
+                "UNSUPPORTED_OP",
+                format!("{op:?} is reserved for a later version; use INVOKE"),
+            ),
             None,
         )),
         Op::Cancel | Op::Welcome | Op::Ok | Op::Error | Op::Gone | Op::Shutdown => Err((
-            Status::new(Code::InvalidArgument, "BAD_FRAME", format!("{op:?} is not a request")),
+            Status::new(
+                Code::InvalidArgument,
+                "BAD_FRAME",
+                format!("{op:?} is not a request"),
+            ),
             None,
         )),
     };
     Reply::Frame(frame.unwrap_or_else(|(status, id)| {
-        tracing::debug!(request_id = id.as_deref(), reason = status.reason, message = status.message, "request refused");
+        tracing::debug!(
+            request_id = id.as_deref(),
+            reason = status.reason,
+            message = status.message,
+            "request refused"
+        );
         failure(sequence, &status, id.as_deref().unwrap_or("-"))
     }))
 }
@@ -143,13 +242,19 @@ fn nameless(status: Status) -> Failed {
 }
 
 fn hello(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Hello, _) = parse(session, body, |r: &wire::Hello| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Hello, _) =
+        parse(session, body, |r: &wire::Hello| r.request_id.as_deref()).map_err(nameless)?;
     if request.protocol != u32::from(wire::VERSION) {
         let message = format!(
             "client {:?} speaks protocol {}, this host {}; use a client of the host's version",
-            request.client.chars().take(64).collect::<String>(), request.protocol, wire::VERSION
+            request.client.chars().take(64).collect::<String>(),
+            request.protocol,
+            wire::VERSION
         );
-        return Err((Status::new(Code::FailedPrecondition, "PROTOCOL_VERSION", message), Some(id)));
+        return Err((
+            Status::new(Code::FailedPrecondition, OTHER_PROTOCOL, message),
+            Some(id),
+        ));
     }
     let host = session.host();
     let (settings, limits) = (&host.config().lease, &host.config().limits);
@@ -172,16 +277,25 @@ fn hello(session: &Session, sequence: u32, body: &[u8]) -> Framed {
 }
 
 fn ping(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (_, id): (wire::Empty, _) = parse(session, body, |r: &wire::Empty| r.request_id.as_deref()).map_err(nameless)?;
+    let (_, id): (wire::Empty, _) =
+        parse(session, body, |r: &wire::Empty| r.request_id.as_deref()).map_err(nameless)?;
     Ok(done(sequence, &id))
 }
 
 fn done(sequence: u32, id: &Arc<str>) -> Outgoing {
-    encode(Op::Ok, sequence, &wire::Done { request_id: id.to_string() }, Vec::new())
+    encode(
+        Op::Ok,
+        sequence,
+        &wire::Done {
+            request_id: id.to_string(),
+        },
+        Vec::new(),
+    )
 }
 
 fn stats(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (_, id): (wire::Empty, _) = parse(session, body, |r: &wire::Empty| r.request_id.as_deref()).map_err(nameless)?;
+    let (_, id): (wire::Empty, _) =
+        parse(session, body, |r: &wire::Empty| r.request_id.as_deref()).map_err(nameless)?;
     let mut stats = session.host().stats(Some((session.id, session.principal)));
     if let Some(stats) = stats.as_object_mut() {
         stats.insert("request_id".to_owned(), (&*id).into());
@@ -205,28 +319,48 @@ fn page<T: Serialize>(items: impl IntoIterator<Item = T>) -> (Vec<T>, bool) {
 }
 
 fn list(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::List, _) = parse(session, body, |r: &wire::List| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::List, _) =
+        parse(session, body, |r: &wire::List| r.request_id.as_deref()).map_err(nameless)?;
     let host = session.host();
     let found = host.list(session.principal, request.after.as_deref(), LIST_MAX);
     let full = found.len() == LIST_MAX;
-    let (flights, cut) = page(
-        found.into_iter().map(|(name, segment)| wire::Flight { name, mapping: host.mapping(&segment) }),
-    );
-    let body = wire::Flights { flights, more: full || cut, request_id: id.to_string() };
+    let (flights, cut) = page(found.into_iter().map(|(name, segment)| wire::Flight {
+        name,
+        mapping: host.mapping(&segment),
+    }));
+    let body = wire::Flights {
+        flights,
+        more: full || cut,
+        request_id: id.to_string(),
+    };
     Ok(encode(Op::Ok, sequence, &body, Vec::new()))
 }
 
 fn kernels(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Kernels, _) = parse(session, body, |r: &wire::Kernels| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Kernels, _) =
+        parse(session, body, |r: &wire::Kernels| r.request_id.as_deref()).map_err(nameless)?;
     let key = |k: &wire::Kernel| format!("{}/{}", k.plugin, k.name);
     let all = session.host().plugins().kernels();
     let wanted = all
         .iter()
         .map(kernel)
-        .filter(|k| request.kernel.as_ref().is_none_or(|name| k.name == *name || key(k) == *name))
-        .filter(|k| request.after.as_ref().is_none_or(|after| (k.plugin.as_str(), k.name.as_str()) > after.split_once('/').unwrap_or((after, ""))));
+        .filter(|k| {
+            request
+                .kernel
+                .as_ref()
+                .is_none_or(|name| k.name == *name || key(k) == *name)
+        })
+        .filter(|k| {
+            request.after.as_ref().is_none_or(|after| {
+                (k.plugin.as_str(), k.name.as_str()) > after.split_once('/').unwrap_or((after, ""))
+            })
+        });
     let (kernels, more) = page(wanted);
-    let body = wire::KernelList { kernels, more, request_id: id.to_string() };
+    let body = wire::KernelList {
+        kernels,
+        more,
+        request_id: id.to_string(),
+    };
     Ok(encode(Op::Ok, sequence, &body, Vec::new()))
 }
 
@@ -280,105 +414,215 @@ fn mapped(session: &Session, segment: &LiveSegment, id: &Arc<str>) -> wire::Mapp
     }
 }
 
-fn leased(session: &Session, segment: &Arc<LiveSegment>, lease_ms: Option<u64>, id: &Arc<str>) -> wire::Mapped {
+fn leased(
+    session: &Session,
+    segment: &Arc<LiveSegment>,
+    lease_ms: Option<u64>,
+    id: &Arc<str>,
+) -> wire::Mapped {
     let (lease, expires_ms) = session.grant(segment, lease_ms);
-    wire::Mapped { lease: Some(lease), expires_ms: Some(expires_ms), ..mapped(session, segment, id) }
+    wire::Mapped {
+        lease: Some(lease),
+        expires_ms: Some(expires_ms),
+        ..mapped(session, segment, id)
+    }
 }
 
 fn lookup(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Name, _) = parse(session, body, |r: &wire::Name| r.request_id.as_deref()).map_err(nameless)?;
-    let segment = session.host().lookup(session.principal, &request.name).map_err(of(&id))?;
-    let reply = wire::Mapped { name: Some(request.name), ..mapped(session, &segment, &id) };
+    let (request, id): (wire::Name, _) =
+        parse(session, body, |r: &wire::Name| r.request_id.as_deref()).map_err(nameless)?;
+    let segment = session
+        .host()
+        .lookup(session.principal, &request.name)
+        .map_err(of(&id))?;
+    let reply = wire::Mapped {
+        name: Some(request.name),
+        ..mapped(session, &segment, &id)
+    };
     Ok(encode(Op::Ok, sequence, &reply, Vec::new()))
 }
 
 fn drop_flight(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Name, _) = parse(session, body, |r: &wire::Name| r.request_id.as_deref()).map_err(nameless)?;
-    session.host().drop_flight(session.principal, &request.name).map_err(of(&id))?;
+    let (request, id): (wire::Name, _) =
+        parse(session, body, |r: &wire::Name| r.request_id.as_deref()).map_err(nameless)?;
+    session
+        .host()
+        .drop_flight(session.principal, &request.name)
+        .map_err(of(&id))?;
     Ok(done(sequence, &id))
 }
 
 fn create(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Create, _) = parse(session, body, |r: &wire::Create| r.request_id.as_deref()).map_err(nameless)?;
-    let (segment, fd) = session.host().create(session.principal, request.tensors).map_err(of(&id))?;
+    let (request, id): (wire::Create, _) =
+        parse(session, body, |r: &wire::Create| r.request_id.as_deref()).map_err(nameless)?;
+    let (segment, fd) = session
+        .host()
+        .create(session.principal, request.tensors)
+        .map_err(of(&id))?;
     let reply = leased(session, &segment, request.lease_ms, &id);
-    Ok(encode(Op::Ok, sequence, &reply, vec![fd]))
+    Ok(encode_leased(
+        session,
+        sequence,
+        &reply,
+        vec![fd],
+        reply.lease.as_slice(),
+    ))
 }
 
 fn seal(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::SegmentId, _) = parse(session, body, |r: &wire::SegmentId| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::SegmentId, _) =
+        parse(session, body, |r: &wire::SegmentId| r.request_id.as_deref()).map_err(nameless)?;
     let segment = session.segment(&request.segment).map_err(of(&id))?;
     segment.seal().map_err(|e| of(&id)(e.into()))?;
-    Ok(encode(Op::Ok, sequence, &mapped(session, &segment, &id), Vec::new()))
+    Ok(encode(
+        Op::Ok,
+        sequence,
+        &mapped(session, &segment, &id),
+        Vec::new(),
+    ))
 }
 
 fn publish(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Publish, _) = parse(session, body, |r: &wire::Publish| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Publish, _) =
+        parse(session, body, |r: &wire::Publish| r.request_id.as_deref()).map_err(nameless)?;
     let segment = session.segment(&request.segment).map_err(of(&id))?;
     session
         .host()
         .publish(session.principal, &segment, &request.name, request.replace)
         .map_err(of(&id))?;
-    let reply = wire::Mapped { name: Some(request.name), ..mapped(session, &segment, &id) };
+    let reply = wire::Mapped {
+        name: Some(request.name),
+        ..mapped(session, &segment, &id)
+    };
     Ok(encode(Op::Ok, sequence, &reply, Vec::new()))
 }
 
 fn adopt(session: &Session, sequence: u32, body: &[u8], fd: OwnedFd) -> Framed {
-    let (request, id): (wire::Adopt, _) = parse(session, body, |r: &wire::Adopt| r.request_id.as_deref()).map_err(nameless)?;
-    let segment = session.host().adopt(session.principal, fd, request.tensors.into_iter().map(Into::into).collect()).map_err(of(&id))?;
-    if let Some(name) = &request.name {
-        if !matches!(&*segment.body(), crate::lease::Body::Sealed(_)) {
-            let message = "a memfd without F_SEAL_WRITE cannot have a name: its sender can still write; seal it first";
-            return Err((Status::new(Code::InvalidArgument, "BAD_SEGMENT", message), Some(id)));
-        }
-        session
-            .host()
-            .publish(session.principal, &segment, name, request.replace)
-            .map_err(of(&id))?;
+    let (request, id): (wire::Adopt, _) =
+        parse(session, body, |r: &wire::Adopt| r.request_id.as_deref()).map_err(nameless)?;
+    let segment = session
+        .host()
+        .adopt(
+            session.principal,
+            fd,
+            request.tensors.into_iter().map(Into::into).collect(),
+        )
+        .map_err(of(&id))?;
+    if request.name.is_some() && !matches!(&*segment.body(), crate::lease::Body::Sealed(_)) {
+        let message = "a memfd without F_SEAL_WRITE cannot have a name: its sender can still write; seal it first";
+        return Err((
+            Status::new(Code::InvalidArgument, "BAD_SEGMENT", message),
+            Some(id),
+        ));
     }
-    let reply = wire::Mapped { name: request.name, ..leased(session, &segment, request.lease_ms, &id) };
-    Ok(encode(Op::Ok, sequence, &reply, Vec::new()))
+    let reply = wire::Mapped {
+        name: request.name.clone(),
+        ..leased(session, &segment, request.lease_ms, &id)
+    };
+    let outgoing = encode_leased(
+        session,
+        sequence,
+        &reply,
+        Vec::new(),
+        reply.lease.as_slice(),
+    );
+    // Only a segment that its owner hears of gets a name.
+    if let (Op::Ok, Some(name)) = (outgoing.op, &request.name) {
+        let published = session
+            .host()
+            .publish(session.principal, &segment, name, request.replace);
+        published.map_err(|status| {
+            session.release(reply.lease.as_slice());
+            of(&id)(status)
+        })?;
+    }
+    Ok(outgoing)
 }
 
 fn map(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Map, _) = parse(session, body, |r: &wire::Map| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Map, _) =
+        parse(session, body, |r: &wire::Map| r.request_id.as_deref()).map_err(nameless)?;
     let segment = match (&request.name, &request.segment) {
         (Some(name), None) => session.host().lookup(session.principal, name),
         (None, Some(segment)) => session.segment(segment),
-        _ => Err(Status::new(Code::InvalidArgument, "BAD_REQUEST", "MAP takes `name` or `segment`, one of them")),
+        _ => Err(Status::new(
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            "MAP takes `name` or `segment`, one of them",
+        )),
     }
     .map_err(of(&id))?;
     let fd = segment.readonly_fd().map_err(|e| of(&id)(e.into()))?;
     let mut reply = leased(session, &segment, request.lease_ms, &id);
     reply.name = request.name;
-    Ok(encode(Op::Ok, sequence, &reply, vec![fd]))
+    Ok(encode_leased(
+        session,
+        sequence,
+        &reply,
+        vec![fd],
+        reply.lease.as_slice(),
+    ))
 }
 
 fn release(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Leases, _) = parse(session, body, |r: &wire::Leases| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Leases, _) =
+        parse(session, body, |r: &wire::Leases| r.request_id.as_deref()).map_err(nameless)?;
     let released = session.release(&request.leases);
-    Ok(encode(Op::Ok, sequence, &wire::Released { released, request_id: id.to_string() }, Vec::new()))
+    Ok(encode(
+        Op::Ok,
+        sequence,
+        &wire::Released {
+            released,
+            request_id: id.to_string(),
+        },
+        Vec::new(),
+    ))
 }
 
 fn renew(session: &Session, sequence: u32, body: &[u8]) -> Framed {
-    let (request, id): (wire::Leases, _) = parse(session, body, |r: &wire::Leases| r.request_id.as_deref()).map_err(nameless)?;
-    let expires_ms = session.renew(&request.leases, request.lease_ms).map_err(of(&id))?;
-    Ok(encode(Op::Ok, sequence, &wire::Renewed { expires_ms, request_id: id.to_string() }, Vec::new()))
+    let (request, id): (wire::Leases, _) =
+        parse(session, body, |r: &wire::Leases| r.request_id.as_deref()).map_err(nameless)?;
+    let expires_ms = session
+        .renew(&request.leases, request.lease_ms)
+        .map_err(of(&id))?;
+    Ok(encode(
+        Op::Ok,
+        sequence,
+        &wire::Renewed {
+            expires_ms,
+            request_id: id.to_string(),
+        },
+        Vec::new(),
+    ))
 }
 
 /// CANCEL; `cancel` says whether the INVOKE was running.
-pub(super) fn cancel(session: &Session, sequence: u32, body: &[u8], cancel: impl Fn(u32) -> bool) -> Outgoing {
+pub(super) fn cancel(
+    session: &Session,
+    sequence: u32,
+    body: &[u8],
+    cancel: impl Fn(u32) -> bool,
+) -> Outgoing {
     match parse(session, body, |r: &wire::Cancel| r.request_id.as_deref()) {
         Ok((request, id)) => {
             let cancelled = cancel(request.sequence);
-            encode(Op::Ok, sequence, &wire::Cancelled { cancelled, request_id: id.to_string() }, Vec::new())
+            encode(
+                Op::Ok,
+                sequence,
+                &wire::Cancelled {
+                    cancelled,
+                    request_id: id.to_string(),
+                },
+                Vec::new(),
+            )
         }
         Err(status) => failure(sequence, &status, "-"),
     }
 }
 
 fn invoke(session: &Session, body: &[u8]) -> Result<Running, Failed> {
-    let (request, id): (wire::Invoke, _) = parse(session, body, |r: &wire::Invoke| r.request_id.as_deref()).map_err(nameless)?;
+    let (request, id): (wire::Invoke, _) =
+        parse(session, body, |r: &wire::Invoke| r.request_id.as_deref()).map_err(nameless)?;
     let (answer, result) = oneshot::channel();
     let cancel = session.host().invoke(
         session.principal,
@@ -388,7 +632,12 @@ fn invoke(session: &Session, body: &[u8]) -> Result<Running, Failed> {
         // The connection may have ended; then the results end with it.
         Answer::new(move |result| drop(answer.send(result))),
     );
-    Ok(Running { cancel, request_id: id, invoke: request, result })
+    Ok(Running {
+        cancel,
+        request_id: id,
+        invoke: request,
+        result,
+    })
 }
 
 /// OK or ERROR to INVOKE.
@@ -400,30 +649,41 @@ pub(super) fn invoked(
     result: Result<Arc<Invoked>, Status>,
 ) -> Outgoing {
     let framed = result.and_then(|invoked| {
+        let mapped = invoke.map.unwrap_or(true);
+        let fds = match mapped {
+            true => invoked
+                .results
+                .iter()
+                .map(|r| r.segment.readonly_fd())
+                .collect::<Result<_, _>>()?,
+            false => Vec::new(),
+        };
+        // Nothing that can fail comes between the leases and the frame that tells of them.
+        let mut leases = Vec::new();
         let mut results = Vec::with_capacity(invoked.results.len());
-        let mut fds = Vec::new();
-        for result in &invoked.results {
-            let mut entry = wire::ResultEntry {
+        for (index, result) in invoked.results.iter().enumerate() {
+            let granted = mapped.then(|| session.grant(&result.segment, invoke.lease_ms));
+            leases.extend(granted.map(|(lease, _)| lease));
+            results.push(wire::ResultEntry {
                 port: result.port.clone(),
                 mapping: session.host().mapping(&result.segment),
-                lease: None,
-                expires_ms: None,
-                fd: None,
+                lease: granted.map(|(lease, _)| lease),
+                expires_ms: granted.map(|(_, expires_ms)| expires_ms),
+                fd: mapped.then_some(index),
                 name: result.name.clone(),
-            };
-            if invoke.map.unwrap_or(true) {
-                fds.push(result.segment.readonly_fd()?);
-                let (lease, expires_ms) = session.grant(&result.segment, invoke.lease_ms);
-                entry.lease = Some(lease);
-                entry.expires_ms = Some(expires_ms);
-                entry.fd = Some(fds.len() - 1);
-            }
-            results.push(entry);
+            });
         }
         let seconds = &invoked.seconds;
         let body = wire::Invoked {
             results,
-            notes: invoked.notes.iter().map(|(key, text)| wire::Note { key: key.clone(), text: text.clone() }).collect(),
+            notes: invoked
+                .notes
+                .iter()
+                .map(|(key, text)| wire::Note {
+                    key: key.clone(),
+                    text: text.clone(),
+                })
+                .collect(),
             copied_bytes: invoked.copied_bytes,
             input_written: false,
             pages: invoked
@@ -448,7 +708,7 @@ pub(super) fn invoked(
             },
             request_id: request_id.to_string(),
         };
-        Ok(encode(Op::Ok, sequence, &body, fds))
+        Ok(encode_leased(session, sequence, &body, fds, &leases))
     });
     framed.unwrap_or_else(|status| failure(sequence, &status, request_id))
 }

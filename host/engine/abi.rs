@@ -12,10 +12,10 @@ mod generated {
     });
 }
 
+pub(super) use generated::PluginPre;
 pub(super) use generated::exports::strait::kernel::kernels::Guest;
 pub(super) use generated::strait::kernel::log_sink;
 pub(super) use generated::strait::kernel::types;
-pub(super) use generated::PluginPre;
 
 pub(super) fn dtype_of(dtype: Dtype) -> types::Dtype {
     match dtype {
@@ -62,11 +62,18 @@ fn dtype(dtype: types::Dtype) -> Dtype {
 }
 
 pub(super) fn spec_of(spec: &TensorSpec, role: Role) -> types::Spec {
-    types::Spec { dtype: dtype_of(spec.dtype), role: role_of(role), shape: spec.shape.clone() }
+    types::Spec {
+        dtype: dtype_of(spec.dtype),
+        role: role_of(role),
+        shape: spec.shape.clone(),
+    }
 }
 
 pub(super) fn spec(spec: types::Spec) -> TensorSpec {
-    TensorSpec { dtype: dtype(spec.dtype), shape: spec.shape }
+    TensorSpec {
+        dtype: dtype(spec.dtype),
+        shape: spec.shape,
+    }
 }
 
 fn role_of(role: Role) -> types::Role {
@@ -85,7 +92,10 @@ pub(super) fn parameter_of(name: &str, value: &Value) -> types::Parameter {
         Value::Text(v) => types::Value::Text(v.clone()),
         Value::Reals(v) => types::Value::Reals(v.clone()),
     };
-    types::Parameter { name: name.to_owned(), value }
+    types::Parameter {
+        name: name.to_owned(),
+        value,
+    }
 }
 
 fn value(value: types::Value) -> Value {

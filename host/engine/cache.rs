@@ -31,15 +31,24 @@ impl Cache {
             }
             own
         });
-        Self { directory: usable.map(Path::to_owned) }
+        Self {
+            directory: usable.map(Path::to_owned),
+        }
     }
 
     /// The component of `wasm`, whose sha-256 is `hash`, compiled now or before.
     ///
     /// # Errors
     /// wasmtime's, if `wasm` is not a component that it can compile.
-    pub(super) fn component(&self, engine: &Engine, hash: &[u8; 32], wasm: &[u8]) -> wasmtime::Result<Component> {
-        let Some(directory) = &self.directory else { return Component::from_binary(engine, wasm) };
+    pub(super) fn component(
+        &self,
+        engine: &Engine,
+        hash: &[u8; 32],
+        wasm: &[u8],
+    ) -> wasmtime::Result<Component> {
+        let Some(directory) = &self.directory else {
+            return Component::from_binary(engine, wasm);
+        };
         let mut settings = DefaultHasher::new();
         engine.precompile_compatibility_hash().hash(&mut settings);
         let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
@@ -50,11 +59,15 @@ impl Cache {
             // function wrote. wasmtime itself checks version and settings.
             match unsafe { Component::deserialize(engine, &bytes) } {
                 Ok(component) => return Ok(component),
-                Err(error) => tracing::debug!(path = %path.display(), %error, "a compiled plugin does not fit and is compiled anew"),
+                Err(error) => {
+                    tracing::debug!(path = %path.display(), %error, "a compiled plugin does not fit and is compiled anew")
+                }
             }
         }
         let component = Component::from_binary(engine, wasm)?;
-        let stored = component.serialize().and_then(|bytes| Ok(write_private(&path, &bytes)?));
+        let stored = component
+            .serialize()
+            .and_then(|bytes| Ok(write_private(&path, &bytes)?));
         if let Err(error) = stored {
             tracing::debug!(path = %path.display(), %error, "a compiled plugin could not be kept");
         }
@@ -67,7 +80,11 @@ fn private(metadata: &fs::Metadata) -> bool {
 }
 
 fn read_private(path: &Path) -> Option<Vec<u8>> {
-    let mut file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NOFOLLOW).open(path).ok()?;
+    let mut file = fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_NOFOLLOW)
+        .open(path)
+        .ok()?;
     let metadata = file.metadata().ok()?;
     if !metadata.is_file() || !private(&metadata) {
         return None;

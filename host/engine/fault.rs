@@ -15,6 +15,10 @@ use strait_memory::FaultRange;
 use wasmtime::Store;
 use wasmtime::unix::StoreExt;
 
+/// The place of the program counter among the registers.
+const REG_RIP: usize = 16;
+const _: () = assert!(REG_RIP == libc::REG_RIP as usize, "libc's own number");
+
 /// What the handler saw. Shared with it, so atomics only.
 #[derive(Debug)]
 pub(super) struct Faults {
@@ -42,22 +46,37 @@ impl Faults {
 ///
 /// # Panics
 /// If there are more than [`WINDOWS_MAX`] ranges: the caller copies the rest.
-pub(super) fn watch<T: 'static>(store: &mut Store<T>, code: Range<usize>, ranges: Vec<FaultRange>) -> Arc<Faults> {
-    assert!(ranges.len() <= WINDOWS_MAX, "{} read-only windows", ranges.len());
-    let faults = Arc::new(Faults { address: AtomicUsize::new(0), written: [const { AtomicBool::new(false) }; WINDOWS_MAX] });
+pub(super) fn watch<T: 'static>(
+    store: &mut Store<T>,
+    code: Range<usize>,
+    ranges: Vec<FaultRange>,
+) -> Arc<Faults> {
+    assert!(
+        ranges.len() <= WINDOWS_MAX,
+        "{} read-only windows",
+        ranges.len()
+    );
+    let faults = Arc::new(Faults {
+        address: AtomicUsize::new(0),
+        written: [const { AtomicBool::new(false) }; WINDOWS_MAX],
+    });
     let seen = Arc::clone(&faults);
-    let handler = move |signal: libc::c_int, info: *const libc::siginfo_t, context: *const libc::c_void| {
+    let handler = move |signal: libc::c_int,
+                        info: *const libc::siginfo_t,
+                        context: *const libc::c_void| {
         if signal != libc::SIGSEGV {
             return false;
         }
-        // SAFETY: Linux gives a SA_SIGINFO handler a valid siginfo; si_addr is set for SIGSEGV.
-        let address = unsafe { (*info).si_addr() } as usize;
+        // SAFETY: Linux gives a SA_SIGINFO handler a valid siginfo.
+        let info = unsafe { &*info };
+        // SAFETY: the field that this reads is set for SIGSEGV.
+        let address = unsafe { info.si_addr() } as usize;
         let Some(index) = ranges.iter().position(|range| range.contains(address)) else {
             return false;
         };
         // SAFETY: Linux gives a SA_SIGINFO handler a valid ucontext_t.
         let registers = unsafe { &(*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs };
-        let pc = registers[libc::REG_RIP as usize].cast_unsigned() as usize;
+        let pc = usize::from_ne_bytes(registers[REG_RIP].to_ne_bytes());
         if code.contains(&pc) {
             seen.address.store(address, Ordering::Release);
             return false;

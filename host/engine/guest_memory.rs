@@ -29,7 +29,9 @@ thread_local! {
 pub(super) fn collect<R>(instantiate: impl FnOnce() -> R) -> (R, Vec<Arc<GuestMemory>>) {
     MADE.with(|made| *made.borrow_mut() = Some(Vec::new()));
     let result = instantiate();
-    let made = MADE.with(|made| made.borrow_mut().take()).unwrap_or_default();
+    let made = MADE
+        .with(|made| made.borrow_mut().take())
+        .unwrap_or_default();
     (result, made)
 }
 
@@ -72,10 +74,23 @@ impl GuestMemory {
         std::mem::take(&mut *self.growths.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
-    fn own(&self, address: u64, bytes: u64, windows: &[Range<usize>]) -> Result<Range<usize>, NotOwn> {
-        let refused = |window| NotOwn { address, bytes, size: self.size(), window };
-        let end = address.checked_add(bytes).filter(|end| *end <= self.size() as u64);
-        let (Ok(start), Some(Ok(end))) = (usize::try_from(address), end.map(usize::try_from)) else {
+    fn own(
+        &self,
+        address: u64,
+        bytes: u64,
+        windows: &[Range<usize>],
+    ) -> Result<Range<usize>, NotOwn> {
+        let refused = |window| NotOwn {
+            address,
+            bytes,
+            size: self.size(),
+            window,
+        };
+        let end = address
+            .checked_add(bytes)
+            .filter(|end| *end <= self.size() as u64);
+        let (Ok(start), Some(Ok(end))) = (usize::try_from(address), end.map(usize::try_from))
+        else {
             return Err(refused(false));
         };
         if windows.iter().any(|w| start < w.end && w.start < end) {
@@ -88,14 +103,23 @@ impl GuestMemory {
     ///
     /// # Errors
     /// [`NotOwn`] if the range is not all the guest's own memory.
-    pub(super) fn read(&self, address: u64, bytes: u64, windows: &[Range<usize>]) -> Result<Vec<u8>, NotOwn> {
+    pub(super) fn read(
+        &self,
+        address: u64,
+        bytes: u64,
+        windows: &[Range<usize>],
+    ) -> Result<Vec<u8>, NotOwn> {
         let range = self.own(address, bytes, windows)?;
         let mut out = vec![0; range.len()];
         // SAFETY: `own` proved the range within `size`, all of which is mapped readable (the
         // memory's own pages, or the anonymous cover of a former window). The guest does not run:
         // the host is called on its thread. `out` is a fresh allocation of the same length.
         unsafe {
-            std::ptr::copy_nonoverlapping((self.base() + range.start) as *const u8, out.as_mut_ptr(), range.len());
+            std::ptr::copy_nonoverlapping(
+                (self.base() + range.start) as *const u8,
+                out.as_mut_ptr(),
+                range.len(),
+            );
         }
         Ok(out)
     }
@@ -113,7 +137,9 @@ impl GuestMemory {
         let range = self.own(range.start as u64, range.len() as u64, windows)?;
         // SAFETY: as in `read`; the pages are mapped read-write, and while the slice lives neither
         // the guest nor another borrow of this memory runs: the invocation owns the instance.
-        let slice = unsafe { std::slice::from_raw_parts_mut((self.base() + range.start) as *mut u8, range.len()) };
+        let slice = unsafe {
+            std::slice::from_raw_parts_mut((self.base() + range.start) as *mut u8, range.len())
+        };
         Ok(fill(slice))
     }
 
@@ -129,7 +155,9 @@ impl GuestMemory {
     ) -> Result<R, NotOwn> {
         let range = self.own(range.start as u64, range.len() as u64, windows)?;
         // SAFETY: as in `with_mut`, for reading.
-        let slice = unsafe { std::slice::from_raw_parts((self.base() + range.start) as *const u8, range.len()) };
+        let slice = unsafe {
+            std::slice::from_raw_parts((self.base() + range.start) as *const u8, range.len())
+        };
         Ok(take(slice))
     }
 }
@@ -162,11 +190,20 @@ unsafe impl MemoryCreator for Creator {
             return Err("64-bit and shared memories are not supported; build the plugin for wasm32 without threads".to_owned());
         }
         let capacity = reserved.unwrap_or(RESERVATION_BYTES).max(minimum);
-        let space = self.spaces.take(capacity + guard).map_err(|e| e.to_string())?;
+        let space = self
+            .spaces
+            .take(capacity + guard)
+            .map_err(|e| e.to_string())?;
         if minimum > 0 {
-            space.make_accessible(0, minimum).map_err(|e| e.to_string())?;
+            space
+                .make_accessible(0, minimum)
+                .map_err(|e| e.to_string())?;
         }
-        let memory = Arc::new(GuestMemory { space, size: minimum.into(), growths: Mutex::default() });
+        let memory = Arc::new(GuestMemory {
+            space,
+            size: minimum.into(),
+            growths: Mutex::default(),
+        });
         MADE.with(|made| {
             if let Some(made) = made.borrow_mut().as_mut() {
                 made.push(Arc::clone(&memory));
@@ -200,7 +237,11 @@ unsafe impl LinearMemory for Linear {
             .make_accessible(old, new_size)
             .map_err(|e| wasmtime::Error::msg(e.to_string()))?;
         self.memory.size.store(new_size, Ordering::Relaxed);
-        self.memory.growths.lock().unwrap_or_else(|e| e.into_inner()).push(old..new_size);
+        self.memory
+            .growths
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .push(old..new_size);
         Ok(())
     }
 
@@ -208,4 +249,3 @@ unsafe impl LinearMemory for Linear {
         self.memory.base() as *mut u8
     }
 }
-

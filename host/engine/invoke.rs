@@ -127,7 +127,9 @@ pub enum InvokeError {
     #[error(transparent)]
     Load(Box<LoadError>),
     /// The guest trapped.
-    #[error("kernel `{kernel}` trapped in `{during}`: {trap}; this is the plugin's bug, its author will want the backtrace")]
+    #[error(
+        "kernel `{kernel}` trapped in `{during}`: {trap}; this is the plugin's bug, its author will want the backtrace"
+    )]
     Trap {
         /// The kernel.
         kernel: String,
@@ -139,7 +141,9 @@ pub enum InvokeError {
         backtrace: Option<String>,
     },
     /// The guest wrote to an input.
-    #[error("kernel `{kernel}` wrote to its input `{port}`; inputs are read-only, the tensor is unchanged")]
+    #[error(
+        "kernel `{kernel}` wrote to its input `{port}`; inputs are read-only, the tensor is unchanged"
+    )]
     InputWritten {
         /// The kernel.
         kernel: String,
@@ -185,7 +189,9 @@ pub enum InvokeError {
         reason: String,
     },
     /// It took too long.
-    #[error("kernel `{kernel}` was stopped at its deadline of {deadline_ms} ms; raise the deadline or give it less data")]
+    #[error(
+        "kernel `{kernel}` was stopped at its deadline of {deadline_ms} ms; raise the deadline or give it less data"
+    )]
     Deadline {
         /// The kernel.
         kernel: String,
@@ -196,7 +202,9 @@ pub enum InvokeError {
     #[error("the invocation of kernel `{0}` was cancelled")]
     Cancelled(String),
     /// The guest's own memory.
-    #[error("kernel `{kernel}` asked for {asked} bytes of memory of its own, the limit is {limit}; raise guest_bytes or give it less data")]
+    #[error(
+        "kernel `{kernel}` asked for {asked} bytes of memory of its own, the limit is {limit}; raise guest_bytes or give it less data"
+    )]
     GuestBytes {
         /// The kernel.
         kernel: String,
@@ -206,7 +214,9 @@ pub enum InvokeError {
         limit: u64,
     },
     /// The tensors together.
-    #[error("inputs and outputs of kernel `{kernel}` need {asked} bytes of windows, the limit is {limit}; raise window_bytes or cut the tensors")]
+    #[error(
+        "inputs and outputs of kernel `{kernel}` need {asked} bytes of windows, the limit is {limit}; raise window_bytes or cut the tensors"
+    )]
     WindowBytes {
         /// The kernel.
         kernel: String,
@@ -216,7 +226,9 @@ pub enum InvokeError {
         limit: u64,
     },
     /// The outputs together.
-    #[error("kernel `{kernel}` announced outputs of {asked} bytes, the limit is {limit}; raise result_bytes or give it less data")]
+    #[error(
+        "kernel `{kernel}` announced outputs of {asked} bytes, the limit is {limit}; raise result_bytes or give it less data"
+    )]
     ResultBytes {
         /// The kernel.
         kernel: String,
@@ -226,7 +238,9 @@ pub enum InvokeError {
         limit: u64,
     },
     /// Its log lines.
-    #[error("kernel `{kernel}` logged {asked} bytes, the limit is {limit}; raise log_bytes or make it quieter")]
+    #[error(
+        "kernel `{kernel}` logged {asked} bytes, the limit is {limit}; raise log_bytes or make it quieter"
+    )]
     LogBytes {
         /// The kernel.
         kernel: String,
@@ -236,7 +250,9 @@ pub enum InvokeError {
         limit: u64,
     },
     /// More than 32-bit addresses reach.
-    #[error("inputs and outputs of kernel `{kernel}` need {asked} bytes, but a wasm32 guest has 4 GiB (4294967296 bytes) of addresses for them and its own memory; cut the tensors")]
+    #[error(
+        "inputs and outputs of kernel `{kernel}` need {asked} bytes, but a wasm32 guest has 4 GiB (4294967296 bytes) of addresses for them and its own memory; cut the tensors"
+    )]
     Wasm32 {
         /// The kernel.
         kernel: String,
@@ -273,20 +289,33 @@ impl<'a> Names<'a> {
         Self {
             kernel: &request.kernel.kernel().name,
             deadline_ms: request.deadline_ms,
-            asked: request.inputs.iter().fold(0, |sum, i| sum.saturating_add(i.place.length)),
+            asked: request
+                .inputs
+                .iter()
+                .fold(0, |sum, i| sum.saturating_add(i.place.length)),
         }
     }
 
     fn memory(&self, error: MemoryError) -> InvokeError {
-        InvokeError::Memory { kernel: self.kernel.to_owned(), error }
+        InvokeError::Memory {
+            kernel: self.kernel.to_owned(),
+            error,
+        }
     }
 
     fn bad(&self, during: &'static str, what: impl Into<String>) -> InvokeError {
-        InvokeError::BadAnswer { kernel: self.kernel.to_owned(), during, what: what.into() }
+        InvokeError::BadAnswer {
+            kernel: self.kernel.to_owned(),
+            during,
+            what: what.into(),
+        }
     }
 
     fn host(&self, what: impl Into<String>) -> InvokeError {
-        InvokeError::Host { kernel: self.kernel.to_owned(), what: what.into() }
+        InvokeError::Host {
+            kernel: self.kernel.to_owned(),
+            what: what.into(),
+        }
     }
 
     fn not_own(&self, error: &NotOwn) -> InvokeError {
@@ -299,21 +328,39 @@ impl<'a> Names<'a> {
         match error.downcast_ref::<Stop>() {
             Some(Stop::Cancelled) => return InvokeError::Cancelled(kernel),
             Some(Stop::Deadline) => {
-                return InvokeError::Deadline { kernel, deadline_ms: self.deadline_ms };
+                return InvokeError::Deadline {
+                    kernel,
+                    deadline_ms: self.deadline_ms,
+                };
             }
             Some(Stop::GuestBytes { asked, limit }) => {
-                return InvokeError::GuestBytes { kernel, asked: *asked, limit: *limit };
+                return InvokeError::GuestBytes {
+                    kernel,
+                    asked: *asked,
+                    limit: *limit,
+                };
             }
             Some(Stop::LogBytes { asked, limit }) => {
-                return InvokeError::LogBytes { kernel, asked: *asked, limit: *limit };
+                return InvokeError::LogBytes {
+                    kernel,
+                    asked: *asked,
+                    limit: *limit,
+                };
             }
             Some(stop @ (Stop::LogRange(_) | Stop::Table { .. })) => {
                 return self.bad(during, stop.to_string());
             }
             None => {}
         }
-        let backtrace = error.downcast_ref::<WasmBacktrace>().map(ToString::to_string);
-        InvokeError::Trap { kernel, during, trap: error.root_cause().to_string(), backtrace }
+        let backtrace = error
+            .downcast_ref::<WasmBacktrace>()
+            .map(ToString::to_string);
+        InvokeError::Trap {
+            kernel,
+            during,
+            trap: error.root_cause().to_string(),
+            backtrace,
+        }
     }
 
     fn said(&self, error: types::Error) -> InvokeError {
@@ -324,8 +371,14 @@ impl<'a> Names<'a> {
                 name: bounded(bad.name),
                 reason: bounded(bad.reason),
             },
-            types::Error::Unsupported(reason) => InvokeError::Unsupported { kernel, reason: bounded(reason) },
-            types::Error::Failed(reason) => InvokeError::Failed { kernel, reason: bounded(reason) },
+            types::Error::Unsupported(reason) => InvokeError::Unsupported {
+                kernel,
+                reason: bounded(reason),
+            },
+            types::Error::Failed(reason) => InvokeError::Failed {
+                kernel,
+                reason: bounded(reason),
+            },
         }
     }
 }
@@ -333,7 +386,10 @@ impl<'a> Names<'a> {
 /// A guest's text, short enough for an error body.
 fn bounded(mut text: String) -> String {
     if text.len() > NOTE_BYTES_MAX {
-        let end = (0..=NOTE_BYTES_MAX).rev().find(|at| text.is_char_boundary(*at)).unwrap_or(0);
+        let end = (0..=NOTE_BYTES_MAX)
+            .rev()
+            .find(|at| text.is_char_boundary(*at))
+            .unwrap_or(0);
         text.truncate(end);
         text.push('…');
     }
@@ -374,11 +430,16 @@ impl Instance {
         }
         let (plugin, mut made) = collect(|| compiled.pre.instantiate(&mut store));
         let plugin = plugin.map_err(|e| names.trap("instantiate", &e))?;
-        let memory = made
-            .pop()
-            .ok_or_else(|| names.bad("instantiate", "the plugin has no linear memory of its own"))?;
+        let memory = made.pop().ok_or_else(|| {
+            names.bad("instantiate", "the plugin has no linear memory of its own")
+        })?;
         store.data_mut().memory = Some(Arc::clone(&memory));
-        Ok(Self { guest: plugin.strait_kernel_kernels().clone(), memory, store, _ticking: ticking })
+        Ok(Self {
+            guest: plugin.strait_kernel_kernels().clone(),
+            memory,
+            store,
+            _ticking: ticking,
+        })
     }
 }
 
@@ -387,22 +448,39 @@ fn instantiate(
     request: &Request,
     names: &Names<'_>,
 ) -> Result<(Arc<Compiled>, Instance), InvokeError> {
-    let compiled =
-        engine.compiled(&request.kernel.plugin).map_err(|e| InvokeError::Load(Box::new(e)))?;
+    let compiled = engine
+        .compiled(&request.kernel.plugin)
+        .map_err(|e| InvokeError::Load(Box::new(e)))?;
     let plugin = Arc::from(request.kernel.plugin.description.name.as_str());
     let state = State::new(request.limits, Arc::clone(&request.request_id), plugin);
-    let instance =
-        Instance::new(engine, &compiled, names, state, request.deadline, request.cancel.clone())?;
+    let instance = Instance::new(
+        engine,
+        &compiled,
+        names,
+        state,
+        request.deadline,
+        request.cancel.clone(),
+    )?;
     Ok((compiled, instance))
 }
 
 /// Asks a plugin what it offers.
 pub(super) fn describe(engine: &Engine, compiled: &Compiled) -> Result<Description, InvokeError> {
     let (limits, deadline) = describe_limits();
-    let names = Names { kernel: "(describe)", deadline_ms: 5000, asked: 0 };
+    let names = Names {
+        kernel: "(describe)",
+        deadline_ms: 5000,
+        asked: 0,
+    };
     let state = State::new(limits, Arc::from("load"), Arc::from("(loading)"));
-    let mut instance =
-        Instance::new(engine, compiled, &names, state, deadline, CancelToken::default())?;
+    let mut instance = Instance::new(
+        engine,
+        compiled,
+        &names,
+        state,
+        deadline,
+        CancelToken::default(),
+    )?;
     let description = instance
         .guest
         .call_describe(&mut instance.store)
@@ -433,10 +511,16 @@ fn place(cursor: &mut usize, tensor: &TensorPlace, window: bool) -> Option<Spot>
     if window {
         let region = bytes.checked_next_multiple_of(usize::try_from(GUEST_PAGE).ok()?)?;
         // The same place within 2 MiB as in the file and at home: whole page tables move then.
-        let (huge, phase) = (usize::try_from(HUGE).ok()?, usize::try_from(tensor.offset % HUGE).ok()?);
+        let (huge, phase) = (
+            usize::try_from(HUGE).ok()?,
+            usize::try_from(tensor.offset % HUGE).ok()?,
+        );
         let start = cursor.checked_add(huge - 1 - phase)? / huge * huge + phase;
         *cursor = start.checked_add(region)?;
-        return Some(Spot::Window { at: start, bytes: region });
+        return Some(Spot::Window {
+            at: start,
+            bytes: region,
+        });
     }
     let start = cursor.checked_next_multiple_of(COPY_ALIGN)?;
     *cursor = start.checked_add(bytes)?;
@@ -470,7 +554,9 @@ impl Windows<'_> {
             }
         }
         for (index, window) in &mut self.outputs {
-            let Some(window) = window.take() else { continue };
+            let Some(window) = window.take() else {
+                continue;
+            };
             match window.move_home() {
                 Ok(parked) => self.making[*index].segment.put_parked(parked),
                 Err(poisoned) => problem = Some(poisoned.to_string()),
@@ -515,15 +601,37 @@ pub(super) fn invoke(engine: &Engine, request: Request) -> Result<Outcome, Invok
     seconds.reserve = seconds_since(&mut lap);
 
     let copied = Copied::new();
-    let mut windows =
-        Windows { engine, inputs: Vec::new(), outputs: Vec::new(), making };
-    move_in(&mut windows, &mut instance, &request, &names, &spots, &copied)?;
+    let mut windows = Windows {
+        engine,
+        inputs: Vec::new(),
+        outputs: Vec::new(),
+        making,
+    };
+    move_in(
+        &mut windows,
+        &mut instance,
+        &request,
+        &names,
+        &spots,
+        &copied,
+    )?;
     engine.copies.guest_in.add(copied.get());
     seconds.move_in = seconds_since(&mut lap);
 
-    let pages = if request.verify { pages(&request, &windows, &instance.memory, &spots) } else { Vec::new() };
+    let pages = if request.verify {
+        pages(&request, &windows, &instance.memory, &spots)
+    } else {
+        Vec::new()
+    };
     lap = Instant::now();
-    run(&mut windows, &mut instance, &request, &names, &compiled, (&mut seconds, &mut lap))?;
+    run(
+        &mut windows,
+        &mut instance,
+        &request,
+        &names,
+        &compiled,
+        (&mut seconds, &mut lap),
+    )?;
 
     let shapes = extents(&mut instance, &names, &windows.making, &spots)?;
     let notes = notes(&mut instance, &names)?;
@@ -533,33 +641,63 @@ pub(super) fn invoke(engine: &Engine, request: Request) -> Result<Outcome, Invok
         .into_iter()
         .zip(shapes)
         .zip(&spots[request.inputs.len()..])
-        .map(|((making, shape), spot)| finish(making, shape, spot, &instance.memory, &request, &names, &copied))
+        .map(|((making, shape), spot)| {
+            finish(
+                making,
+                shape,
+                spot,
+                &instance.memory,
+                &request,
+                &names,
+                &copied,
+            )
+        })
         .collect::<Result<_, _>>()?;
     engine.copies.guest_out.add(copied.get() - copied_in);
     drop(windows);
     drop(instance);
     seconds.total = begin.elapsed().as_secs_f64();
     let minor_faults = minor_faults().saturating_sub(faults_before);
-    Ok(Outcome { outputs, notes, copied_bytes: copied.get(), pages, minor_faults, seconds })
+    Ok(Outcome {
+        outputs,
+        notes,
+        copied_bytes: copied.get(),
+        pages,
+        minor_faults,
+        seconds,
+    })
 }
 
 fn windows_fit(names: &Names<'_>, asked: u64, limits: &Limits) -> Result<(), InvokeError> {
     if asked >= RESERVATION_BYTES as u64 {
-        return Err(InvokeError::Wasm32 { kernel: names.kernel.to_owned(), asked });
+        return Err(InvokeError::Wasm32 {
+            kernel: names.kernel.to_owned(),
+            asked,
+        });
     }
     if asked > limits.window_bytes {
         let kernel = names.kernel.to_owned();
-        return Err(InvokeError::WindowBytes { kernel, asked, limit: limits.window_bytes });
+        return Err(InvokeError::WindowBytes {
+            kernel,
+            asked,
+            limit: limits.window_bytes,
+        });
     }
     Ok(())
 }
 
 /// The outputs that an invocation would have, by `open` alone.
-pub(super) fn open_only(engine: &Engine, request: &Request) -> Result<Vec<(String, TensorSpec)>, InvokeError> {
+pub(super) fn open_only(
+    engine: &Engine,
+    request: &Request,
+) -> Result<Vec<(String, TensorSpec)>, InvokeError> {
     let names = Names::of(request);
     let (_, mut instance) = instantiate(engine, request, &names)?;
     let columns = announced(&mut instance, request, &names)?;
-    Ok(columns.into_iter().map(|column| (column.name, column.spec)).collect())
+    Ok(columns
+        .into_iter()
+        .map(|column| (column.name, column.spec))
+        .collect())
 }
 
 /// `open`, and its answer against the declaration and the limits.
@@ -569,10 +707,16 @@ fn announced(
     names: &Names<'_>,
 ) -> Result<Vec<Column>, InvokeError> {
     let kernel = request.kernel.kernel();
-    let parameters: Vec<_> =
-        request.parameters.iter().map(|(name, value)| abi::parameter_of(name, value)).collect();
-    let specs: Vec<_> =
-        request.inputs.iter().map(|i| abi::spec_of(&i.place.spec, i.role)).collect();
+    let parameters: Vec<_> = request
+        .parameters
+        .iter()
+        .map(|(name, value)| abi::parameter_of(name, value))
+        .collect();
+    let specs: Vec<_> = request
+        .inputs
+        .iter()
+        .map(|i| abi::spec_of(&i.place.spec, i.role))
+        .collect();
     let answered = instance
         .guest
         .call_open(&mut instance.store, &kernel.name, &parameters, &specs)
@@ -580,7 +724,10 @@ fn announced(
         .map_err(|e| names.said(e))?;
     if answered.len() != kernel.outputs.len() {
         let (answered, declared) = (answered.len(), kernel.outputs.len());
-        return Err(names.bad("open", format!("{answered} outputs, it declares {declared}")));
+        return Err(names.bad(
+            "open",
+            format!("{answered} outputs, it declares {declared}"),
+        ));
     }
     let mut columns = Vec::with_capacity(answered.len());
     let mut result_bytes = 0_u64;
@@ -600,7 +747,11 @@ fn announced(
             limit: request.limits.result_bytes,
         });
     }
-    windows_fit(names, names.asked.saturating_add(result_bytes), &request.limits)?;
+    windows_fit(
+        names,
+        names.asked.saturating_add(result_bytes),
+        &request.limits,
+    )?;
     Ok(columns)
 }
 
@@ -622,7 +773,11 @@ fn take_results(
             };
             let [bound] = <[TensorPlace; 1]>::try_from(layout.tensors)
                 .map_err(|_| names.host("a layout of one column has not one tensor"))?;
-            Ok(Making { port: column.name, bound, segment: segment.map_err(|e| names.memory(e))? })
+            Ok(Making {
+                port: column.name,
+                bound,
+                segment: segment.map_err(|e| names.memory(e))?,
+            })
         })
         .collect()
 }
@@ -639,23 +794,41 @@ fn reserve_and_bind(
     names: &Names<'_>,
     making: &[Making],
 ) -> Result<Vec<Spot>, InvokeError> {
-    let tensors: Vec<&TensorPlace> =
-        request.inputs.iter().map(|i| &i.place).chain(making.iter().map(|m| &m.bound)).collect();
+    let tensors: Vec<&TensorPlace> = request
+        .inputs
+        .iter()
+        .map(|i| &i.place)
+        .chain(making.iter().map(|m| &m.bound))
+        .collect();
     let moves = |index: usize, tensor: &TensorPlace| {
         let read_only = index < request.inputs.len();
         tensor.length >= engine.config.move_min_bytes.max(1)
             && (!read_only || index < fault::WINDOWS_MAX)
     };
     // An upper bound: each window may need up to 2 MiB before it to be in place.
-    let slack = |window: bool| if window { HUGE + GUEST_PAGE } else { COPY_ALIGN as u64 };
+    let slack = |window: bool| {
+        if window {
+            HUGE + GUEST_PAGE
+        } else {
+            COPY_ALIGN as u64
+        }
+    };
     let asked = tensors.iter().enumerate().fold(
         GUEST_PAGE + (CONTROL_BYTES * tensors.len()) as u64,
-        |sum, (index, tensor)| sum.saturating_add(tensor.length).saturating_add(slack(moves(index, tensor))),
+        |sum, (index, tensor)| {
+            sum.saturating_add(tensor.length)
+                .saturating_add(slack(moves(index, tensor)))
+        },
     );
-    let asked = asked.checked_next_multiple_of(GUEST_PAGE).unwrap_or(u64::MAX);
+    let asked = asked
+        .checked_next_multiple_of(GUEST_PAGE)
+        .unwrap_or(u64::MAX);
     let before = instance.memory.size();
     if asked.saturating_add(before as u64) > RESERVATION_BYTES as u64 {
-        return Err(InvokeError::Wasm32 { kernel: names.kernel.to_owned(), asked });
+        return Err(InvokeError::Wasm32 {
+            kernel: names.kernel.to_owned(),
+            asked,
+        });
     }
     instance.store.data_mut().allowance = asked;
     instance.memory.take_growths();
@@ -665,10 +838,19 @@ fn reserve_and_bind(
         .map_err(|e| names.trap("reserve", &e))?;
     let growths = instance.memory.take_growths();
     let [grown] = growths.as_slice() else {
-        return Err(names.bad("reserve", format!("the memory grew {} times, it must grow once", growths.len())));
+        return Err(names.bad(
+            "reserve",
+            format!("the memory grew {} times, it must grow once", growths.len()),
+        ));
     };
     if (grown.len() as u64) < asked {
-        return Err(names.bad("reserve", format!("the memory grew by {} bytes, {asked} were asked for", grown.len())));
+        return Err(names.bad(
+            "reserve",
+            format!(
+                "the memory grew by {} bytes, {asked} were asked for",
+                grown.len()
+            ),
+        ));
     }
     let mut cursor = grown.start + CONTROL_BYTES * tensors.len();
     let spots = tensors
@@ -701,15 +883,29 @@ fn reserve_and_bind(
         .map_err(|e| names.trap("bind", &e))?
         .map_err(|e| names.said(e))?;
     for (index, tensor) in tensors.iter().enumerate() {
-        write_control(&instance.memory, grown.start + CONTROL_BYTES * index, tensor, index < inputs.len())
-            .map_err(|e| names.not_own(&e))?;
+        write_control(
+            &instance.memory,
+            grown.start + CONTROL_BYTES * index,
+            tensor,
+            index < inputs.len(),
+        )
+        .map_err(|e| names.not_own(&e))?;
     }
     Ok(spots)
 }
 
 /// The chunk record of a tensor that comes whole: all elements in, none out yet, chunk 0.
-fn write_control(memory: &GuestMemory, at: usize, tensor: &TensorPlace, input: bool) -> Result<(), NotOwn> {
-    let elements = if input { tensor.spec.elements().unwrap_or(0) } else { 0 };
+fn write_control(
+    memory: &GuestMemory,
+    at: usize,
+    tensor: &TensorPlace,
+    input: bool,
+) -> Result<(), NotOwn> {
+    let elements = if input {
+        tensor.spec.elements().unwrap_or(0)
+    } else {
+        0
+    };
     memory.with_mut(at..at + CONTROL_BYTES, &[], |record| {
         record.fill(0);
         record[..8].copy_from_slice(&elements.to_le_bytes());
@@ -730,7 +926,9 @@ fn move_in(
     for (input, spot) in request.inputs.iter().zip(input_spots) {
         if let Spot::Copy { at, bytes } = spot {
             let read = memory
-                .with_mut(*at..*at + *bytes, &[], |into| input.segment.read_at(input.place.offset, into, copied))
+                .with_mut(*at..*at + *bytes, &[], |into| {
+                    input.segment.read_at(input.place.offset, into, copied)
+                })
                 .map_err(|e| names.not_own(&e))?;
             read.map_err(|e| names.memory(e))?;
         }
@@ -752,7 +950,9 @@ fn move_in(
         windows.inputs.push(window);
     }
     for (index, spot) in output_spots.iter().enumerate() {
-        let Spot::Window { at, bytes } = spot else { continue };
+        let Spot::Window { at, bytes } = spot else {
+            continue;
+        };
         let making = &mut windows.making[index];
         let parked = making
             .segment
@@ -778,11 +978,23 @@ fn minor_faults() -> u64 {
 }
 
 fn inode_at(address: usize) -> Option<Inode> {
-    strait_memory::process::inode_at(address).ok().flatten().map(|(inode, _)| inode)
+    strait_memory::process::inode_at(address)
+        .ok()
+        .flatten()
+        .map(|(inode, _)| inode)
 }
 
-fn pages(request: &Request, windows: &Windows<'_>, memory: &GuestMemory, spots: &[Spot]) -> Vec<WindowPages> {
-    let ports = request.inputs.iter().map(|i| &i.port).chain(windows.making.iter().map(|m| &m.port));
+fn pages(
+    request: &Request,
+    windows: &Windows<'_>,
+    memory: &GuestMemory,
+    spots: &[Spot],
+) -> Vec<WindowPages> {
+    let ports = request
+        .inputs
+        .iter()
+        .map(|i| &i.port)
+        .chain(windows.making.iter().map(|m| &m.port));
     ports
         .zip(spots)
         .map(|(port, spot)| WindowPages {
@@ -846,7 +1058,9 @@ fn run(
                     let error = instance.guest.call_last_error(&mut instance.store);
                     Err(names.said(error.map_err(|e| names.trap("last-error", &e))?))
                 }
-                other => Err(names.bad("run", format!("it answered {other}; 0 is done, 1 an error"))),
+                other => {
+                    Err(names.bad("run", format!("it answered {other}; 0 is done, 1 an error")))
+                }
             }
         }
     }
@@ -860,11 +1074,16 @@ fn extents(
     spots: &[Spot],
 ) -> Result<Vec<Vec<u64>>, InvokeError> {
     debug_assert!(spots.len() >= making.len(), "a spot for each result");
-    let extents =
-        instance.guest.call_extents(&mut instance.store).map_err(|e| names.trap("extents", &e))?;
+    let extents = instance
+        .guest
+        .call_extents(&mut instance.store)
+        .map_err(|e| names.trap("extents", &e))?;
     if extents.len() != making.len() {
         let (answered, outputs) = (extents.len(), making.len());
-        return Err(names.bad("extents", format!("{answered} extents for {outputs} outputs")));
+        return Err(names.bad(
+            "extents",
+            format!("{answered} extents for {outputs} outputs"),
+        ));
     }
     extents
         .into_iter()
@@ -872,26 +1091,41 @@ fn extents(
         .map(|(extent, making)| {
             let bound = &making.bound.spec.shape;
             let within = extent.shape.len() == bound.len()
-                && extent.shape.iter().zip(bound).all(|(true_size, most)| true_size <= most);
+                && extent
+                    .shape
+                    .iter()
+                    .zip(bound)
+                    .all(|(true_size, most)| true_size <= most);
             if within {
                 return Ok(extent.shape);
             }
             let shown = &extent.shape[..extent.shape.len().min(16)];
             Err(names.bad(
                 "extents",
-                format!("output `{}` has shape {shown:?}, `open` announced at most {bound:?}", making.port),
+                format!(
+                    "output `{}` has shape {shown:?}, `open` announced at most {bound:?}",
+                    making.port
+                ),
             ))
         })
         .collect()
 }
 
 fn notes(instance: &mut Instance, names: &Names<'_>) -> Result<Vec<(String, String)>, InvokeError> {
-    let notes =
-        instance.guest.call_notes(&mut instance.store).map_err(|e| names.trap("notes", &e))?;
+    let notes = instance
+        .guest
+        .call_notes(&mut instance.store)
+        .map_err(|e| names.trap("notes", &e))?;
     if notes.len() > NOTES_MAX {
-        return Err(names.bad("notes", format!("{} notes, at most {NOTES_MAX} are allowed", notes.len())));
+        return Err(names.bad(
+            "notes",
+            format!("{} notes, at most {NOTES_MAX} are allowed", notes.len()),
+        ));
     }
-    Ok(notes.into_iter().map(|note| (bounded(note.key), bounded(note.text))).collect())
+    Ok(notes
+        .into_iter()
+        .map(|note| (bounded(note.key), bounded(note.text)))
+        .collect())
 }
 
 /// Makes a result fit to be mapped: small ones copied out, everything past the tensor zeroed, the
@@ -905,8 +1139,15 @@ fn finish(
     names: &Names<'_>,
     copied: &Copied,
 ) -> Result<Output, InvokeError> {
-    let spec = TensorSpec { dtype: making.bound.spec.dtype, shape };
-    let column = Column { name: making.port.clone(), spec, reserve_bytes: making.bound.length };
+    let spec = TensorSpec {
+        dtype: making.bound.spec.dtype,
+        shape,
+    };
+    let column = Column {
+        name: making.port.clone(),
+        spec,
+        reserve_bytes: making.bound.length,
+    };
     let layout = plan(&column).map_err(|e| names.bad("extents", e.to_string()))?;
     let tensor = &layout.tensors[0];
     let (offset, length) = (tensor.offset, tensor.length);
@@ -916,7 +1157,9 @@ fn finish(
         Spot::Copy { at, .. } => {
             let true_bytes = usize::try_from(length).map_err(|e| names.host(e.to_string()))?;
             memory
-                .with(*at..*at + true_bytes, &[], |bytes| segment.write_at(offset, bytes, copied))
+                .with(*at..*at + true_bytes, &[], |bytes| {
+                    segment.write_at(offset, bytes, copied)
+                })
                 .map_err(|e| names.not_own(&e))?
                 .map_err(|e| names.memory(e))?;
             offset + length
@@ -924,14 +1167,26 @@ fn finish(
     };
     let uncounted = Copied::new();
     let padded = window_end.max(layout.footer_offset);
-    segment.zero(offset + length..padded).map_err(|e| names.memory(e))?;
-    segment.zero(layout.header.len() as u64..offset.min(GUEST_PAGE)).map_err(|e| names.memory(e))?;
-    segment.write_at(0, &layout.header, &uncounted).map_err(|e| names.memory(e))?;
-    segment.write_at(layout.footer_offset, &layout.footer, &uncounted).map_err(|e| names.memory(e))?;
+    segment
+        .zero(offset + length..padded)
+        .map_err(|e| names.memory(e))?;
+    segment
+        .zero(layout.header.len() as u64..offset.min(GUEST_PAGE))
+        .map_err(|e| names.memory(e))?;
+    segment
+        .write_at(0, &layout.header, &uncounted)
+        .map_err(|e| names.memory(e))?;
+    segment
+        .write_at(layout.footer_offset, &layout.footer, &uncounted)
+        .map_err(|e| names.memory(e))?;
     let body = if request.seal {
         Body::Sealed(making.segment.seal().map_err(|e| names.memory(e.error))?)
     } else {
         Body::Result(making.segment)
     };
-    Ok(Output { port: making.port, layout, body })
+    Ok(Output {
+        port: making.port,
+        layout,
+        body,
+    })
 }

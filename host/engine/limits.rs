@@ -71,11 +71,15 @@ impl State {
     fn line(&mut self, address: u64, bytes: u64) -> Result<String, Stop> {
         let asked = self.logged.saturating_add(bytes);
         if asked > self.limits.log_bytes {
-            return Err(Stop::LogBytes { asked, limit: self.limits.log_bytes });
+            return Err(Stop::LogBytes {
+                asked,
+                limit: self.limits.log_bytes,
+            });
         }
-        let memory = self.memory.as_ref().ok_or_else(|| {
-            Stop::LogRange("the plugin has no linear memory".to_owned())
-        })?;
+        let memory = self
+            .memory
+            .as_ref()
+            .ok_or_else(|| Stop::LogRange("the plugin has no linear memory".to_owned()))?;
         let text = memory
             .read(address, bytes, &self.windows)
             .map_err(|e: NotOwn| Stop::LogRange(e.to_string()))?;
@@ -94,7 +98,11 @@ impl ResourceLimiter for State {
         let limit = self.limits.guest_bytes.saturating_add(self.allowance);
         if desired as u64 > limit {
             let asked = (desired as u64).saturating_sub(self.allowance);
-            return Err(Stop::GuestBytes { asked, limit: self.limits.guest_bytes }.into());
+            return Err(Stop::GuestBytes {
+                asked,
+                limit: self.limits.guest_bytes,
+            }
+            .into());
         }
         Ok(true)
     }

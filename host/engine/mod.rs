@@ -10,7 +10,10 @@
 //! room knows wasmtime.
 
 mod abi;
-#[expect(unsafe_code, reason = "a compiled artifact is believed; see the module's doc")]
+#[expect(
+    unsafe_code,
+    reason = "a compiled artifact is believed; see the module's doc"
+)]
 mod cache;
 #[expect(unsafe_code, reason = "signal handler of a store")]
 mod fault;
@@ -93,7 +96,9 @@ struct Compiled {
 
 impl std::fmt::Debug for Compiled {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Compiled").field("code", &self.code).finish_non_exhaustive()
+        f.debug_struct("Compiled")
+            .field("code", &self.code)
+            .finish_non_exhaustive()
     }
 }
 
@@ -101,7 +106,9 @@ impl std::fmt::Debug for Compiled {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// Not a component of this contract.
-    #[error("this file is not a strait plugin: {0}; a plugin is a wasm component that exports the world strait:kernel/plugin@0.1.0 and imports at most log-sink")]
+    #[error(
+        "this file is not a strait plugin: {0}; a plugin is a wasm component that exports the world strait:kernel/plugin@0.1.0 and imports at most log-sink"
+    )]
     NotAPlugin(String),
     /// `describe` failed.
     #[error("the plugin's `describe` failed: {0}")]
@@ -128,7 +135,9 @@ pub struct Engine {
 
 impl std::fmt::Debug for Engine {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Engine").field("config", &self.config).finish_non_exhaustive()
+        f.debug_struct("Engine")
+            .field("config", &self.config)
+            .finish_non_exhaustive()
     }
 }
 
@@ -140,7 +149,9 @@ impl Engine {
     pub fn new(config: EngineConfig, budget: &Arc<Budget>) -> Result<Self, String> {
         let mut settings = wasmtime::Config::new();
         settings
-            .with_host_memory(Arc::new(Creator { spaces: GuestSpaces::new(config.idle_guests_max) }))
+            .with_host_memory(Arc::new(Creator {
+                spaces: GuestSpaces::new(config.idle_guests_max),
+            }))
             // With a memory of ours and a data segment wasmtime would otherwise hit `unreachable!`.
             .memory_init_cow(false)
             .memory_reservation(RESERVATION_BYTES as u64)
@@ -170,11 +181,13 @@ impl Engine {
         })
     }
 
-    /// Compiles a plugin, asks what it offers and checks that.
+    /// Compiles a plugin, asks what it offers and checks that. A core module, as cargo makes it, is made
+    /// a component first.
     ///
     /// # Errors
     /// [`LoadError`], naming what is wrong with the plugin.
     pub fn load(&self, bytes: Arc<[u8]>) -> Result<Plugin, LoadError> {
+        let bytes = component(bytes)?;
         let hash = Plugin::hash(&bytes);
         let compiled = self.compile(&hash, &bytes)?;
         let description = invoke::describe(self, &compiled).map_err(LoadError::Describe)?;
@@ -188,12 +201,17 @@ impl Engine {
 
     fn compile(&self, hash: &PluginHash, bytes: &[u8]) -> Result<Arc<Compiled>, LoadError> {
         let refused = |e: wasmtime::Error| LoadError::NotAPlugin(format!("{e:#}"));
-        let component: Component =
-            self.cache.component(&self.wasmtime, hash, bytes).map_err(refused)?;
+        let component: Component = self
+            .cache
+            .component(&self.wasmtime, hash, bytes)
+            .map_err(refused)?;
         let pre = self.linker.instantiate_pre(&component).map_err(refused)?;
         let pre = PluginPre::new(pre).map_err(refused)?;
         let code = component.image_range();
-        Ok(Arc::new(Compiled { pre, code: code.start as usize..code.end as usize }))
+        Ok(Arc::new(Compiled {
+            pre,
+            code: code.start as usize..code.end as usize,
+        }))
     }
 
     fn compiled(&self, plugin: &Plugin) -> Result<Arc<Compiled>, LoadError> {
@@ -252,8 +270,29 @@ impl Engine {
     /// Invocations since the start, and those that run now.
     #[must_use]
     pub fn counts(&self) -> (u64, u64) {
-        (self.invocations.load(Ordering::Relaxed), self.running.load(Ordering::Relaxed))
+        (
+            self.invocations.load(Ordering::Relaxed),
+            self.running.load(Ordering::Relaxed),
+        )
     }
+}
+
+/// `bytes`, with a component around it if it is a core module.
+fn component(bytes: Arc<[u8]>) -> Result<Arc<[u8]>, LoadError> {
+    const CORE_MODULE: &[u8] = b"\0asm\x01\0\0\0";
+    if !bytes.starts_with(CORE_MODULE) {
+        return Ok(bytes);
+    }
+    wit_component::ComponentEncoder::default()
+        .validate(true)
+        .module(&bytes)
+        .and_then(|mut encoder| encoder.encode())
+        .map(Arc::from)
+        .map_err(|e| {
+            LoadError::NotAPlugin(format!(
+                "a core module that does not become a component: {e:#}"
+            ))
+        })
 }
 
 /// Limits under which a plugin's `describe` runs when it is loaded.

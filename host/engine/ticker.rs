@@ -37,7 +37,10 @@ impl Ticker {
                 }
                 let idle = running.0 == 0;
                 running = if idle {
-                    watched.changed.wait(running).unwrap_or_else(|e| e.into_inner())
+                    watched
+                        .changed
+                        .wait(running)
+                        .unwrap_or_else(|e| e.into_inner())
                 } else {
                     let timed = watched.changed.wait_timeout(running, TICK);
                     engine.increment_epoch();
@@ -45,7 +48,10 @@ impl Ticker {
                 };
             }
         };
-        let thread = std::thread::Builder::new().name("strait-epoch".to_owned()).spawn(tick).ok();
+        let thread = std::thread::Builder::new()
+            .name("strait-epoch".to_owned())
+            .spawn(tick)
+            .ok();
         Self { shared, thread }
     }
 
@@ -53,9 +59,15 @@ impl Ticker {
     /// If Linux gave no thread for the clock: without it nothing could be stopped.
     pub(super) fn start(&self) -> Result<Ticking, String> {
         if self.thread.is_none() {
-            return Err("no thread for the deadline clock; raise the limit of processes".to_owned());
+            return Err(
+                "no thread for the deadline clock; raise the limit of processes".to_owned(),
+            );
         }
-        self.shared.running.lock().unwrap_or_else(|e| e.into_inner()).0 += 1;
+        self.shared
+            .running
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .0 += 1;
         self.shared.changed.notify_one();
         Ok(Ticking(Arc::clone(&self.shared)))
     }
@@ -69,7 +81,11 @@ impl Drop for Ticking {
 
 impl Drop for Ticker {
     fn drop(&mut self) {
-        self.shared.running.lock().unwrap_or_else(|e| e.into_inner()).1 = true;
+        self.shared
+            .running
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .1 = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
             // It only fails if the thread panicked, which it then reported itself.

@@ -16,13 +16,31 @@ use crate::session::Host;
 
 /// Name and what ListActions says of it.
 const ACTIONS: [(&str, &str); 7] = [
-    ("kernels", "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON."),
-    ("describe", "Body: `kernel` or `plugin/kernel`. Result: that kernel in JSON."),
-    ("mapping", "Body: a flight's name. Result: its mapping in JSON: what to map on the same machine."),
-    ("drop", "Body: a flight's name. Takes the name away; the memory goes when nobody holds it any more."),
+    (
+        "kernels",
+        "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON.",
+    ),
+    (
+        "describe",
+        "Body: `kernel` or `plugin/kernel`. Result: that kernel in JSON.",
+    ),
+    (
+        "mapping",
+        "Body: a flight's name. Result: its mapping in JSON: what to map on the same machine.",
+    ),
+    (
+        "drop",
+        "Body: a flight's name. Takes the name away; the memory goes when nobody holds it any more.",
+    ),
     ("stats", "Body: nothing. Result: the host's counts in JSON."),
-    (CANCEL, "Body: CancelFlightInfoRequest. Lets go of the unpublished results among the endpoints. Result: CancelFlightInfoResult."),
-    (RENEW, "Body: RenewFlightEndpointRequest. Gives an unpublished result a new life. Result: the FlightEndpoint."),
+    (
+        CANCEL,
+        "Body: CancelFlightInfoRequest. Lets go of the unpublished results among the endpoints. Result: CancelFlightInfoResult.",
+    ),
+    (
+        RENEW,
+        "Body: RenewFlightEndpointRequest. Gives an unpublished result a new life. Result: the FlightEndpoint.",
+    ),
 ];
 const CANCEL: &str = "CancelFlightInfo";
 const RENEW: &str = "RenewFlightEndpoint";
@@ -39,7 +57,11 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 /// # Errors
 /// `UNSUPPORTED_OP` for an unknown one, `BAD_REQUEST` for a body that does not fit, and what the
 /// action itself says.
-pub(super) fn run(host: &Host, principal: Principal, action: &Action) -> Result<Vec<ActionResult>, Status> {
+pub(super) fn run(
+    host: &Host,
+    principal: Principal,
+    action: &Action,
+) -> Result<Vec<ActionResult>, Status> {
     let body = &action.body;
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
@@ -52,22 +74,29 @@ pub(super) fn run(host: &Host, principal: Principal, action: &Action) -> Result<
             let segment = host.lookup(principal, text("mapping", body)?)?;
             one(info::mapping(host, &segment)?)
         }
-        "drop" => host.drop_flight(principal, text("drop", body)?).map(|()| Vec::new()),
+        "drop" => host
+            .drop_flight(principal, text("drop", body)?)
+            .map(|()| Vec::new()),
         "stats" => one(info::json(&host.stats(Some((NO_SESSION, principal))))?),
         CANCEL => {
-            let request = CancelFlightInfoRequest::decode(body.clone()).map_err(|e| not_the_message(CANCEL, &e))?;
+            let request = CancelFlightInfoRequest::decode(body.clone())
+                .map_err(|e| not_the_message(CANCEL, &e))?;
             let status = cancel(host, principal, &request.info.unwrap_or_default())?;
             one(CancelFlightInfoResult::new(status).encode_to_vec().into())
         }
         RENEW => {
-            let request = RenewFlightEndpointRequest::decode(body.clone()).map_err(|e| not_the_message(RENEW, &e))?;
+            let request = RenewFlightEndpointRequest::decode(body.clone())
+                .map_err(|e| not_the_message(RENEW, &e))?;
             let endpoint = info::renewed(host, principal, &request.endpoint.unwrap_or_default())?;
             one(endpoint.encode_to_vec().into())
         }
         other => Err(Status::new(
             Code::Unimplemented,
             "UNSUPPORTED_OP",
-            format!("there is no action {other:.100?}; there are {}", ACTIONS.map(|(name, _)| name).join(", ")),
+            format!(
+                "there is no action {other:.100?}; there are {}",
+                ACTIONS.map(|(name, _)| name).join(", ")
+            ),
         )),
     }
 }
@@ -78,7 +107,9 @@ const NO_SESSION: crate::lease::SessionId = 0;
 fn text<'a>(action: &str, body: &'a [u8]) -> Result<&'a str, Status> {
     match std::str::from_utf8(body) {
         Ok(text) if !text.is_empty() => Ok(text),
-        _ => Err(bad_request(format!("the body of `{action}` must be a name in UTF-8"))),
+        _ => Err(bad_request(format!(
+            "the body of `{action}` must be a name in UTF-8"
+        ))),
     }
 }
 
@@ -86,35 +117,58 @@ fn json_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Stat
     if body.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(body).map_err(|error| bad_request(format!("the action's body is not its JSON: {error}")))
+    serde_json::from_slice(body)
+        .map_err(|error| bad_request(format!("the action's body is not its JSON: {error}")))
 }
 
 fn not_the_message(action: &str, error: &prost::DecodeError) -> Status {
-    bad_request(format!("the body of `{action}` is not that request as a protobuf message: {error}"))
+    bad_request(format!(
+        "the body of `{action}` is not that request as a protobuf message: {error}"
+    ))
 }
 
 fn kernels(host: &Host, request: &wire::Kernels) -> Result<Vec<ActionResult>, Status> {
     let qualified = |kernel: &wire::Kernel| format!("{}/{}", kernel.plugin, kernel.name);
-    let after = request.after.as_deref().map(|after| after.split_once('/').unwrap_or((after, "")));
+    let after = request
+        .after
+        .as_deref()
+        .map(|after| after.split_once('/').unwrap_or((after, "")));
     let found = host.plugins().kernels();
     found
         .iter()
         .map(wire::Kernel::from)
-        .filter(|k| request.kernel.as_ref().is_none_or(|name| k.name == *name || qualified(k) == *name))
+        .filter(|k| {
+            request
+                .kernel
+                .as_ref()
+                .is_none_or(|name| k.name == *name || qualified(k) == *name)
+        })
         .filter(|k| after.is_none_or(|after| (k.plugin.as_str(), k.name.as_str()) > after))
-        .map(|kernel| Ok(ActionResult { body: info::json(&kernel)? }))
+        .map(|kernel| {
+            Ok(ActionResult {
+                body: info::json(&kernel)?,
+            })
+        })
         .collect()
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.
 fn cancel(host: &Host, principal: Principal, flight: &FlightInfo) -> Result<CancelStatus, Status> {
     let mut cancelled = 0;
-    for ticket in flight.endpoint.iter().filter_map(|endpoint| endpoint.ticket.as_ref()) {
+    for ticket in flight
+        .endpoint
+        .iter()
+        .filter_map(|endpoint| endpoint.ticket.as_ref())
+    {
         if let Wanted::Segment { segment } = Wanted::of(ticket)?
             && host.forget_undelivered(principal, segment_id(&segment)?)
         {
             cancelled += 1;
         }
     }
-    Ok(if cancelled > 0 { CancelStatus::Cancelled } else { CancelStatus::NotCancellable })
+    Ok(if cancelled > 0 {
+        CancelStatus::Cancelled
+    } else {
+        CancelStatus::NotCancellable
+    })
 }

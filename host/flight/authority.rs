@@ -82,7 +82,11 @@ enum Payload {
     /// A padded HEADERS frame of `left` bytes, before its length of padding.
     PadLength { left: u32, priority: bool },
     /// So many bytes of priority, then a fragment, then padding.
-    Priority { left: u32, fragment: u32, padding: u32 },
+    Priority {
+        left: u32,
+        fragment: u32,
+        padding: u32,
+    },
     /// A fragment of a header block, then padding.
     Fragment { left: u32, padding: u32 },
 }
@@ -107,9 +111,19 @@ enum Field {
     /// At the first byte of a string.
     String { part: Part },
     /// In the length of a string.
-    Length { part: Part, huffman: bool, value: u32, shift: u32 },
+    Length {
+        part: Part,
+        huffman: bool,
+        value: u32,
+        shift: u32,
+    },
     /// In a name of which `seen` bytes have passed, all of them those of `:authority` if `same`.
-    Name { left: u32, huffman: bool, seen: usize, same: bool },
+    Name {
+        left: u32,
+        huffman: bool,
+        seen: usize,
+        same: bool,
+    },
     /// In a value.
     Value { left: u32, repair: bool },
 }
@@ -194,7 +208,11 @@ impl Frames {
                 self.begin_fragment(left, padding, priority)?;
                 Ok(1)
             }
-            Payload::Priority { left, fragment, padding } => {
+            Payload::Priority {
+                left,
+                fragment,
+                padding,
+            } => {
                 let done = take(bytes, left);
                 if *left == 0 {
                     let (fragment, padding) = (*fragment, *padding);
@@ -221,7 +239,10 @@ impl Frames {
         let ends = flags & END_HEADERS != 0;
         match (kind, &mut self.block) {
             (HEADERS, None) => {
-                self.block = Some(Block { ends, field: Field::Start });
+                self.block = Some(Block {
+                    ends,
+                    field: Field::Start,
+                });
                 let priority = flags & PRIORITY != 0;
                 if flags & PADDED == 0 {
                     return self.begin_fragment(length, 0, priority);
@@ -229,7 +250,10 @@ impl Frames {
                 if length == 0 {
                     return Err(Malformed);
                 }
-                self.payload = Payload::PadLength { left: length, priority };
+                self.payload = Payload::PadLength {
+                    left: length,
+                    priority,
+                };
                 Ok(())
             }
             (CONTINUATION, Some(block)) => {
@@ -251,7 +275,11 @@ impl Frames {
         if before == 0 {
             return self.enter_fragment(fragment, padding);
         }
-        self.payload = Payload::Priority { left: before, fragment, padding };
+        self.payload = Payload::Priority {
+            left: before,
+            fragment,
+            padding,
+        };
         Ok(())
     }
 
@@ -275,7 +303,11 @@ impl Frames {
     }
 
     fn skip(&mut self, bytes: u32) {
-        self.payload = if bytes == 0 { Payload::None } else { Payload::Skip(bytes) };
+        self.payload = if bytes == 0 {
+            Payload::None
+        } else {
+            Payload::Skip(bytes)
+        };
     }
 }
 
@@ -326,35 +358,75 @@ impl Field {
             Self::Start => Ok(Self::first(byte)),
             Self::Index { mut shift } => {
                 let ends = extend(&mut 0, &mut shift, byte)?;
-                Ok(if ends { Self::Start } else { Self::Index { shift } })
+                Ok(if ends {
+                    Self::Start
+                } else {
+                    Self::Index { shift }
+                })
             }
-            Self::NameIndex { mut value, mut shift } => {
+            Self::NameIndex {
+                mut value,
+                mut shift,
+            } => {
                 let ends = extend(&mut value, &mut shift, byte)?;
-                Ok(if ends { Self::named(value) } else { Self::NameIndex { value, shift } })
+                Ok(if ends {
+                    Self::named(value)
+                } else {
+                    Self::NameIndex { value, shift }
+                })
             }
             Self::String { part } => {
                 let huffman = byte & 0x80 != 0;
                 Ok(match u32::from(byte & 0x7f) {
-                    0x7f => Self::Length { part, huffman, value: 0x7f, shift: 0 },
+                    0x7f => Self::Length {
+                        part,
+                        huffman,
+                        value: 0x7f,
+                        shift: 0,
+                    },
                     length => Self::string(part, huffman, length),
                 })
             }
-            Self::Length { part, huffman, mut value, mut shift } => {
+            Self::Length {
+                part,
+                huffman,
+                mut value,
+                mut shift,
+            } => {
                 let ends = extend(&mut value, &mut shift, byte)?;
                 Ok(if ends {
                     Self::string(part, huffman, value)
                 } else {
-                    Self::Length { part, huffman, value, shift }
+                    Self::Length {
+                        part,
+                        huffman,
+                        value,
+                        shift,
+                    }
                 })
             }
-            Self::Name { left, huffman, seen, same } => {
+            Self::Name {
+                left,
+                huffman,
+                seen,
+                same,
+            } => {
                 let name = if huffman { NAME_HUFFMAN } else { NAME };
                 let same = same && name.get(seen) == Some(&byte);
                 let seen = seen.saturating_add(1);
                 Ok(if left > 1 {
-                    Self::Name { left: left - 1, huffman, seen, same }
+                    Self::Name {
+                        left: left - 1,
+                        huffman,
+                        seen,
+                        same,
+                    }
                 } else {
-                    Self::String { part: Part::Value { authority: same && seen == name.len() } }
+                    Self::String {
+                        part: Part::Value {
+                            authority: same && seen == name.len(),
+                        },
+                    }
                 })
             }
             // Only `Block::pass` is in a value.
@@ -374,26 +446,39 @@ impl Field {
             (false, false) => Self::Start,
             (false, true) => Self::Index { shift: 0 },
             (true, false) => Self::named(value.into()),
-            (true, true) => Self::NameIndex { value: value.into(), shift: 0 },
+            (true, true) => Self::NameIndex {
+                value: value.into(),
+                shift: 0,
+            },
         }
     }
 
     fn named(index: u32) -> Self {
         let part = match index {
             0 => Part::Name,
-            _ => Part::Value { authority: index == NAME_INDEX },
+            _ => Part::Value {
+                authority: index == NAME_INDEX,
+            },
         };
         Self::String { part }
     }
 
     fn string(part: Part, huffman: bool, length: u32) -> Self {
         match (part, length) {
-            (Part::Name, 0) => Self::String { part: Part::Value { authority: false } },
-            (Part::Name, left) => Self::Name { left, huffman, seen: 0, same: true },
+            (Part::Name, 0) => Self::String {
+                part: Part::Value { authority: false },
+            },
+            (Part::Name, left) => Self::Name {
+                left,
+                huffman,
+                seen: 0,
+                same: true,
+            },
             (Part::Value { .. }, 0) => Self::Start,
-            (Part::Value { authority }, left) => {
-                Self::Value { left, repair: authority && !huffman }
-            }
+            (Part::Value { authority }, left) => Self::Value {
+                left,
+                repair: authority && !huffman,
+            },
         }
     }
 }
@@ -409,7 +494,10 @@ pub(super) struct Repaired<S> {
 impl<S> Repaired<S> {
     /// Repairs what `stream` yields from its first byte on.
     pub(super) fn new(stream: S) -> Self {
-        Self { stream, repair: AuthorityRepair::default() }
+        Self {
+            stream,
+            repair: AuthorityRepair::default(),
+        }
     }
 }
 
@@ -519,7 +607,10 @@ mod tests {
     #[test]
     fn the_value_is_repaired_however_its_name_is_written() {
         for write in [by_text, by_index, by_huffman_name] {
-            check(&[frame(HEADERS, END_HEADERS, &write(BAD))], &[frame(HEADERS, END_HEADERS, &write(GOOD))]);
+            check(
+                &[frame(HEADERS, END_HEADERS, &write(BAD))],
+                &[frame(HEADERS, END_HEADERS, &write(GOOD))],
+            );
         }
     }
 
@@ -560,13 +651,21 @@ mod tests {
             let (second, third) = rest.split_at(17);
             [
                 frame(4, 0, b""),
-                frame(HEADERS, PADDED | PRIORITY, &[b"\x03\x00\x00\x00\x00\x10".as_slice(), first, b"%%%"].concat()),
+                frame(
+                    HEADERS,
+                    PADDED | PRIORITY,
+                    &[b"\x03\x00\x00\x00\x00\x10".as_slice(), first, b"%%%"].concat(),
+                ),
                 frame(CONTINUATION, 0, second),
                 frame(CONTINUATION, 0, b""),
                 frame(CONTINUATION, END_HEADERS, third),
                 frame(0, 0, b"%%"),
                 frame(HEADERS, END_HEADERS, &[0x82, 0xbe]), // by its index in the table
-                frame(HEADERS, END_HEADERS | PADDED, &[b"\x02".as_slice(), &by_index(value), b"%%"].concat()),
+                frame(
+                    HEADERS,
+                    END_HEADERS | PADDED,
+                    &[b"\x02".as_slice(), &by_index(value), b"%%"].concat(),
+                ),
             ]
         };
         check(&headers(BAD), &headers(GOOD));
@@ -576,7 +675,10 @@ mod tests {
     fn long_values() {
         let long = b"%2F".repeat(5000);
         let good = b"_2F".repeat(5000);
-        check(&[frame(HEADERS, END_HEADERS, &by_text(&long))], &[frame(HEADERS, END_HEADERS, &by_text(&good))]);
+        check(
+            &[frame(HEADERS, END_HEADERS, &by_text(&long))],
+            &[frame(HEADERS, END_HEADERS, &by_text(&good))],
+        );
     }
 
     #[test]
@@ -591,7 +693,11 @@ mod tests {
             vec![frame(HEADERS, END_HEADERS | PADDED, &[9, 0x82])],
             vec![frame(HEADERS, END_HEADERS | PADDED, &[])],
             vec![frame(HEADERS, END_HEADERS, &[0x41, 5, b'a'])],
-            vec![frame(HEADERS, END_HEADERS, &[0x41, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01])],
+            vec![frame(
+                HEADERS,
+                END_HEADERS,
+                &[0x41, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01],
+            )],
             vec![frame(CONTINUATION, END_HEADERS, &by_text(BAD))],
         ] {
             let frames = [broken, vec![after.clone()]].concat();
@@ -623,10 +729,15 @@ mod tests {
             (bytes(), 0_usize..40).prop_map(|(value, at)| {
                 let block = by_text(&value);
                 let (first, second) = block.split_at(at.min(block.len()));
-                [frame(HEADERS, 0, first), frame(CONTINUATION, END_HEADERS, second)].concat()
+                [
+                    frame(HEADERS, 0, first),
+                    frame(CONTINUATION, END_HEADERS, second),
+                ]
+                .concat()
             }),
             bytes().prop_map(|data| frame(0, 0, &data)),
-            (any::<u8>(), any::<u8>(), bytes()).prop_map(|(kind, flags, data)| frame(kind, flags, &data)),
+            (any::<u8>(), any::<u8>(), bytes())
+                .prop_map(|(kind, flags, data)| frame(kind, flags, &data)),
         ]
     }
 

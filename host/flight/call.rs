@@ -42,7 +42,10 @@ impl Call {
         request: &Request<T>,
         body_id: Option<&str>,
     ) -> Result<Self, tonic::Status> {
-        let header = request.metadata().get(REQUEST_ID).map(|value| value.to_str());
+        let header = request
+            .metadata()
+            .get(REQUEST_ID)
+            .map(|value| value.to_str());
         let given = match header {
             // Not even text: refused as every other id that is none.
             Some(Err(_)) => Some("\u{fffd}"),
@@ -52,16 +55,20 @@ impl Call {
         let request_id = match host.request_id(given) {
             Ok(id) => id,
             Err(status) => {
-                let fresh = host.request_id(None).map_err(|status| to_tonic(&status, "-"))?;
+                let fresh = host
+                    .request_id(None)
+                    .map_err(|status| to_tonic(&status, "-"))?;
                 return Err(to_tonic(&status, &fresh));
             }
         };
         let uid = request.extensions().get::<Peer>().and_then(|peer| peer.uid);
         let span = tracing::info_span!("flight", call = name, request_id = &*request_id, uid);
         match uid {
-            Some(uid) if uid != overflow_uid => {
-                Ok(Self { principal: Principal { uid }, request_id, span })
-            }
+            Some(uid) if uid != overflow_uid => Ok(Self {
+                principal: Principal { uid },
+                request_id,
+                span,
+            }),
             _ => {
                 let status = Status::new(
                     Code::PermissionDenied,
@@ -79,7 +86,10 @@ impl Call {
     }
 
     /// The end of the call.
-    pub(super) fn answer<T>(&self, result: Result<T, Status>) -> Result<Response<T>, tonic::Status> {
+    pub(super) fn answer<T>(
+        &self,
+        result: Result<T, Status>,
+    ) -> Result<Response<T>, tonic::Status> {
         let message = result.map_err(|status| self.failed(&status))?;
         self.span.in_scope(|| tracing::debug!("answered"));
         let mut response = Response::new(message);
@@ -128,7 +138,9 @@ fn grpc_code(code: Code) -> tonic::Code {
 
 /// At most `bytes` of `text`, whole characters.
 fn cut(text: &str, bytes: usize) -> &str {
-    let end = (0..=bytes.min(text.len())).rev().find(|at| text.is_char_boundary(*at));
+    let end = (0..=bytes.min(text.len()))
+        .rev()
+        .find(|at| text.is_char_boundary(*at));
     &text[..end.unwrap_or(0)]
 }
 
@@ -161,20 +173,58 @@ mod tests {
 
     #[test]
     fn an_error_keeps_its_words_and_fits_the_trailers() {
-        let mut status = Status::new(Code::Internal, "GUEST_TRAP", "ü".repeat(5000)).with("during", "run");
+        let mut status =
+            Status::new(Code::Internal, "GUEST_TRAP", "ü".repeat(5000)).with("during", "run");
         status.backtrace = Some("0: frame\n".repeat(2000));
         let sent = to_tonic(&status, "id-1");
         assert_eq!(sent.code(), tonic::Code::Internal);
         assert_eq!(sent.message(), "ü".repeat(1024));
-        assert_eq!(sent.metadata().get(REASON).expect("there").as_bytes(), b"GUEST_TRAP");
-        assert_eq!(sent.metadata().get(REQUEST_ID).expect("there").as_bytes(), b"id-1");
+        assert_eq!(
+            sent.metadata().get(REASON).expect("there").as_bytes(),
+            b"GUEST_TRAP"
+        );
+        assert_eq!(
+            sent.metadata().get(REQUEST_ID).expect("there").as_bytes(),
+            b"id-1"
+        );
         let details: serde_json::Value = serde_json::from_slice(sent.details()).expect("JSON");
         assert_eq!(details["details"]["during"], "run");
-        assert!(details["backtrace"].as_str().expect("text").starts_with("0: frame\n"));
-        assert!(sent.details().len() <= DETAILS_BYTES_MAX, "{}", sent.details().len());
+        assert!(
+            details["backtrace"]
+                .as_str()
+                .expect("text")
+                .starts_with("0: frame\n")
+        );
+        assert!(
+            sent.details().len() <= DETAILS_BYTES_MAX,
+            "{}",
+            sent.details().len()
+        );
 
         let huge = Status::new(Code::NotFound, "X", "m").with("name", "n".repeat(9000));
         assert!(to_tonic(&huge, "id").details().len() < 200);
+    }
+
+    #[test]
+    fn a_peer_without_a_user_is_refused() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut config = crate::config::Config::default();
+        config.engine.cache = Some(std::path::PathBuf::new());
+        let host = Host::start(config, directory.path()).expect("a host");
+        let from = |uid| {
+            let mut request = Request::new(());
+            request.extensions_mut().insert(Peer { uid });
+            Call::begin(&host, 65534, "DoGet", &request, None).map(|call| call.principal)
+        };
+        assert_eq!(from(Some(7)).expect("a user"), Principal { uid: 7 });
+        for nobody in [Some(65534), None] {
+            let status = from(nobody).expect_err("nobody");
+            assert_eq!(status.code(), tonic::Code::PermissionDenied);
+            assert_eq!(
+                status.metadata().get(REASON).expect("there").as_bytes(),
+                b"PRINCIPAL"
+            );
+        }
     }
 
     #[test]

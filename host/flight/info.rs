@@ -25,7 +25,11 @@ pub(super) fn bad_request(message: impl Into<String>) -> Status {
 
 /// A failure of ours that arrow reports.
 pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
-    Status::new(Code::Internal, "HOST", format!("{doing}: {error}; this is a bug of strait"))
+    Status::new(
+        Code::Internal,
+        "HOST",
+        format!("{doing}: {error}; this is a bug of strait"),
+    )
 }
 
 /// What a descriptor asks for.
@@ -87,10 +91,15 @@ pub(super) enum Wanted {
 impl Wanted {
     /// Reads a ticket: our JSON, or simply a flight's name.
     pub(super) fn of(ticket: &Ticket) -> Result<Self, Status> {
-        let text = std::str::from_utf8(&ticket.ticket)
-            .map_err(|error| bad_request(format!("the ticket is no text ({error}); it is a flight's name or comes from a FlightInfo")))?;
+        let text = std::str::from_utf8(&ticket.ticket).map_err(|error| {
+            bad_request(format!(
+                "the ticket is no text ({error}); it is a flight's name or comes from a FlightInfo"
+            ))
+        })?;
         if !text.starts_with('{') {
-            return Ok(Self::Name { name: text.to_owned() });
+            return Ok(Self::Name {
+                name: text.to_owned(),
+            });
         }
         serde_json::from_str(text).map_err(|error| {
             bad_request(format!(
@@ -139,7 +148,12 @@ pub(super) fn schema_bytes(schema: &Schema) -> Result<Bytes, Status> {
 }
 
 pub(super) fn segment_schema(segment: &LiveSegment) -> Result<Schema, Status> {
-    schema(segment.tensors().iter().map(|tensor| (tensor.name.as_str(), &tensor.spec)))
+    schema(
+        segment
+            .tensors()
+            .iter()
+            .map(|tensor| (tensor.name.as_str(), &tensor.spec)),
+    )
 }
 
 /// A segment's schema as an encapsulated IPC message.
@@ -152,7 +166,9 @@ pub(super) fn segment_schema_bytes(segment: &LiveSegment) -> Result<Bytes, Statu
 
 /// What `GetSchema` answers for an invocation: all outputs as columns.
 pub(super) fn outputs_schema_bytes(outputs: &[(String, TensorSpec)]) -> Result<Bytes, Status> {
-    schema_bytes(&schema(outputs.iter().map(|(port, spec)| (port.as_str(), spec)))?)
+    schema_bytes(&schema(
+        outputs.iter().map(|(port, spec)| (port.as_str(), spec)),
+    )?)
 }
 
 /// The mapping as JSON.
@@ -161,7 +177,9 @@ pub(super) fn mapping(host: &Host, segment: &LiveSegment) -> Result<Bytes, Statu
 }
 
 pub(super) fn json(value: &impl Serialize) -> Result<Bytes, Status> {
-    serde_json::to_vec(value).map(Bytes::from).map_err(|error| host_bug("writing JSON", error))
+    serde_json::to_vec(value)
+        .map(Bytes::from)
+        .map_err(|error| host_bug("writing JSON", error))
 }
 
 fn endpoint(
@@ -175,7 +193,9 @@ fn endpoint(
         // No location means "this service", which the oldest clients know too.
         .with_app_metadata(mapping(host, segment)?);
     if let Some(life) = life {
-        let at = (SystemTime::now() + life).duration_since(UNIX_EPOCH).unwrap_or_default();
+        let at = (SystemTime::now() + life)
+            .duration_since(UNIX_EPOCH)
+            .unwrap_or_default();
         let expires = endpoint.expiration_time.get_or_insert_default();
         expires.seconds = i64::try_from(at.as_secs()).unwrap_or(i64::MAX);
         expires.nanos = at.subsec_nanos().cast_signed();
@@ -198,8 +218,17 @@ pub(super) fn flight(host: &Host, name: &str, segment: &LiveSegment) -> Result<F
         // An adopted segment may hold what Arrow cannot say; its mapping does.
         schema: segment_schema_bytes(segment).unwrap_or_default(),
         flight_descriptor: Some(FlightDescriptor::new_path(vec![name.to_owned()])),
-        endpoint: vec![endpoint(host, segment, &Wanted::Name { name: name.to_owned() }, None)?],
-        total_records: tensors.first().map_or(0, |tensor| signed(rows(&tensor.spec))),
+        endpoint: vec![endpoint(
+            host,
+            segment,
+            &Wanted::Name {
+                name: name.to_owned(),
+            },
+            None,
+        )?],
+        total_records: tensors
+            .first()
+            .map_or(0, |tensor| signed(rows(&tensor.spec))),
         total_bytes: signed(tensors.iter().map(|tensor| tensor.length).sum()),
         ordered: false,
         app_metadata: mapping(host, segment)?,
@@ -220,7 +249,9 @@ pub(super) fn results(
         let (wanted, life) = match &result.name {
             Some(name) => (Wanted::Name { name: name.clone() }, None),
             None => (
-                Wanted::Segment { segment: segment.id().to_string() },
+                Wanted::Segment {
+                    segment: segment.id().to_string(),
+                },
                 Some(host.keep_undelivered(segment)),
             ),
         };
@@ -234,14 +265,23 @@ pub(super) fn results(
             name: result.name.clone(),
         });
     }
-    let tensors = || invoked.results.iter().flat_map(|result| result.segment.tensors());
+    let tensors = || {
+        invoked
+            .results
+            .iter()
+            .flat_map(|result| result.segment.tensors())
+    };
     Ok(FlightInfo {
         schema: schema_bytes(&schema(tensors().map(|t| (t.name.as_str(), &t.spec)))?)?,
         flight_descriptor: Some(descriptor),
         endpoint: endpoints,
         // Several outputs are several tables: a sum over them would mean nothing.
         total_records: match invoked.results.as_slice() {
-            [one] => one.segment.tensors().first().map_or(0, |tensor| signed(rows(&tensor.spec))),
+            [one] => one
+                .segment
+                .tensors()
+                .first()
+                .map_or(0, |tensor| signed(rows(&tensor.spec))),
             _ => -1,
         },
         total_bytes: signed(tensors().map(|tensor| tensor.length).sum()),
@@ -259,7 +299,10 @@ pub(super) fn renewed(
     principal: crate::lease::Principal,
     endpoint_given: &FlightEndpoint,
 ) -> Result<FlightEndpoint, Status> {
-    let ticket = endpoint_given.ticket.as_ref().ok_or_else(|| bad_request("an endpoint without a ticket"))?;
+    let ticket = endpoint_given
+        .ticket
+        .as_ref()
+        .ok_or_else(|| bad_request("an endpoint without a ticket"))?;
     let wanted = Wanted::of(ticket)?;
     let (segment, life): (Arc<LiveSegment>, _) = match &wanted {
         Wanted::Name { name } => (host.lookup(principal, name)?, None),

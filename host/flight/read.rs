@@ -1,10 +1,13 @@
 //! DoGet: the tensors of a segment as a stream of record batches, cut by rows.
 //!
 //! ```text
-//! segment ── read_at, on the blocking pool, two messages ahead ──▶ body ──▶ gRPC
+//! one tensor:  pages of the segment ─────────────────────────▶ gRPC's buffer ─▶ socket
+//! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ socket
 //! ```
-//! Bodies are as the IPC format has them: each column's rows on a multiple of 64 bytes. Each
-//! message is read into a buffer that an earlier one gave back.
+//! Each arrow but the last is a counted copy. The pages are mapped read-only for as long as the
+//! stream lives; nobody writes them, since the segment is sealed or a result that is held.
+//! Bodies are as the IPC format has them: each column's rows on a multiple of 64 bytes. A message
+//! is made when the connection asks for it: at most 512 KiB, some 50 us (a longer row takes longer).
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
@@ -12,11 +15,13 @@ use std::sync::{Arc, Mutex};
 use arrow_flight::{FlightData, SchemaAsIpc};
 use arrow_ipc::convert::IpcSchemaEncoder;
 use arrow_ipc::writer::IpcWriteOptions;
-use arrow_ipc::{Buffer, FieldNode, MessageBuilder, MessageHeader, MetadataVersion, RecordBatchBuilder};
+use arrow_ipc::{
+    Buffer, FieldNode, MessageBuilder, MessageHeader, MetadataVersion, RecordBatchBuilder,
+};
 use arrow_schema::Schema;
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use strait_memory::Charge;
+use strait_memory::{Charge, ReadMapping};
 use strait_tensor::TensorSpec;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -28,10 +33,13 @@ use crate::session::{Host, Reading};
 
 /// Bodies of this size are the fastest, and well below the 4 MiB that clients take by default.
 const BODY_BYTES: u64 = 512 << 10;
+/// Longer bodies are charged to the host's budget: the usual ones (with the padding of a few
+/// hundred columns) are small beside what a connection buffers.
+const UNCHARGED_BYTES_MAX: u64 = 2 * BODY_BYTES;
 /// The IPC format's alignment of buffers.
-const BUFFER_ALIGN_BYTES: u64 = 64;
-/// Messages that are read before the connection asks for them.
-const READ_AHEAD: usize = 2;
+const BUFFER_ALIGN: usize = 64;
+/// Buffers that wait for their next use: gRPC holds one while the next is read.
+const SPARE_MAX: usize = 2;
 
 /// A column as it lies in the segment.
 #[derive(Debug)]
@@ -53,20 +61,25 @@ fn row_values(spec: &TensorSpec) -> Option<u64> {
     let inner = spec.shape.get(1..).unwrap_or_default();
     let pair = if spec.dtype.is_complex() { 2 } else { 1 };
     let is_list = spec.dtype.is_complex() || !inner.is_empty();
-    let values = inner.iter().fold(pair, |values: u64, axis| values.saturating_mul(*axis));
+    let values = inner
+        .iter()
+        .fold(pair, |values: u64, axis| values.saturating_mul(*axis));
     is_list.then_some(values)
 }
 
 /// What one stream reads, and how it is cut.
-#[derive(Debug)]
 struct Reader {
+    // Dropped before the segment that keeps its bytes as they are.
+    pages: ReadMapping,
+    _segment: Arc<LiveSegment>,
     host: Arc<Host>,
-    segment: Arc<LiveSegment>,
     columns: Vec<ColumnPlace>,
     rows: u64,
     rows_per_message: u64,
-    // A std mutex: held for a push or a pop.
+    // Std mutexes: held for a push, a pop or an exchange.
     spare: Mutex<Vec<Vec<u8>>>,
+    /// For the copies of a giant row, until the next one is asked for.
+    charge: Mutex<Option<Charge>>,
 }
 
 impl Reader {
@@ -107,7 +120,25 @@ impl Reader {
                 .with("segment", segment.id().to_string()));
         }
         let rows_per_message = BODY_BYTES.checked_div(row_bytes).unwrap_or(count).max(1);
-        Ok(Self { host: Arc::clone(host), segment, columns, rows: count, rows_per_message, spare: Mutex::default() })
+        let pages = segment.readonly_fd().map_err(Status::from)?;
+        let pages =
+            ReadMapping::of_result(pages, length_of(segment.capacity())?).map_err(|error| {
+                Status::new(
+                    Code::Internal,
+                    "HOST",
+                    format!("the segment cannot be read: {error}"),
+                )
+            })?;
+        Ok(Self {
+            pages,
+            _segment: segment,
+            host: Arc::clone(host),
+            columns,
+            rows: count,
+            rows_per_message,
+            spare: Mutex::default(),
+            charge: Mutex::default(),
+        })
     }
 
     /// The rows of each message.
@@ -118,59 +149,122 @@ impl Reader {
             .map(move |start| start..start.saturating_add(step).min(rows))
     }
 
-    /// Copies those rows out. Blocks.
+    /// The message of those rows.
     fn message(self: &Arc<Self>, rows: Range<u64>) -> Result<FlightData, Status> {
         let count = rows.end - rows.start;
         let bytes = body_bytes(&self.columns, count);
-        // The usual message is small beside what the connection buffers; a giant row is not.
-        // Twice: this copy, and gRPC's.
-        let charge = match bytes {
-            ..=BODY_BYTES => None,
-            _ => {
-                let charge = self.host.budget().try_reserve(2 * bytes);
-                Some(charge.map_err(|error| Status::from(strait_memory::MemoryError::from(error)))?)
-            }
-        };
-        let mut body = self.lock_spare().pop().unwrap_or_default();
-        body.resize(length_of(bytes)?, 0);
-        let mut rest = body.as_mut_slice();
-        for column in &self.columns {
-            let (into, after) = rest.split_at_mut(length_of(column.bytes(count))?);
-            self.segment.read_at(column.offset + column.bytes(rows.start), into, self.host.inline_copied())?;
-            let padding = padded(column.bytes(count)) - column.bytes(count);
-            let (padding, after) = after.split_at_mut(length_of(padding)?);
-            padding.fill(0);
-            rest = after;
+        let mut charge = self
+            .charge
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        *charge = None;
+        if bytes > UNCHARGED_BYTES_MAX {
+            // This copy, if one is made, and gRPC's.
+            let reserved = self.host.budget().try_reserve(2 * bytes);
+            *charge = Some(reserved.map_err(strait_memory::MemoryError::from)?);
         }
-        let header = batch_header(&self.columns, count, bytes)?;
-        let body = Body { bytes: body, reader: Arc::clone(self), _charge: charge };
-        Ok(FlightData::new().with_data_header(header).with_data_body(Bytes::from_owner(body)))
+        drop(charge);
+        let body = match self.columns.as_slice() {
+            [column] => self.slice(column, rows.start, padded(column.bytes(count)))?,
+            columns => self.assemble(columns, rows, bytes)?,
+        };
+        self.host.inline_copied().add(bytes); // gRPC's copy
+        Ok(FlightData::new()
+            .with_data_header(batch_header(&self.columns, count, bytes)?)
+            .with_data_body(body))
+    }
+
+    /// The pages themselves. A tensor's region ends on a multiple of 64 KiB: what follows its last
+    /// byte is padding in the segment as well.
+    fn slice(
+        self: &Arc<Self>,
+        column: &ColumnPlace,
+        row: u64,
+        bytes: u64,
+    ) -> Result<Bytes, Status> {
+        let start = length_of(column.offset + column.bytes(row))?;
+        let range = start..start + length_of(bytes)?;
+        let body = Slice {
+            reader: Arc::clone(self),
+            range,
+        };
+        // Checked here, where it can be said; `as_ref` has no way to.
+        body.reader.pages(&body.range)?;
+        Ok(Bytes::from_owner(body))
+    }
+
+    fn pages(&self, range: &Range<usize>) -> Result<&[u8], Status> {
+        self.pages.bytes().get(range.clone()).ok_or_else(|| {
+            host_bug(
+                "reading a segment",
+                format!("bytes {range:?} of {}", self.pages.bytes().len()),
+            )
+        })
+    }
+
+    /// The rows of all columns, each on a multiple of 64 bytes, in a buffer that comes back.
+    fn assemble(
+        self: &Arc<Self>,
+        columns: &[ColumnPlace],
+        rows: Range<u64>,
+        bytes: u64,
+    ) -> Result<Bytes, Status> {
+        let count = rows.end - rows.start;
+        let mut body = self.lock_spare().pop().unwrap_or_default();
+        body.clear();
+        body.reserve(length_of(bytes)?);
+        for column in columns {
+            let start = length_of(column.offset + column.bytes(rows.start))?;
+            body.extend_from_slice(self.pages(&(start..start + length_of(column.bytes(count))?))?);
+            body.resize(body.len().next_multiple_of(BUFFER_ALIGN), 0);
+        }
+        self.host.inline_copied().add(bytes);
+        Ok(Bytes::from_owner(Assembled {
+            bytes: body,
+            reader: Arc::clone(self),
+        }))
     }
 
     fn lock_spare(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
-        self.spare.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.spare
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// A part of the mapped pages.
+struct Slice {
+    reader: Arc<Reader>,
+    range: Range<usize>,
+}
+
+impl AsRef<[u8]> for Slice {
+    fn as_ref(&self) -> &[u8] {
+        self.reader
+            .pages
+            .bytes()
+            .get(self.range.clone())
+            .unwrap_or_default()
     }
 }
 
 /// A message's body; gives its buffer back when gRPC has copied it.
-struct Body {
+struct Assembled {
     bytes: Vec<u8>,
     reader: Arc<Reader>,
-    _charge: Option<Charge>,
 }
 
-impl AsRef<[u8]> for Body {
+impl AsRef<[u8]> for Assembled {
     fn as_ref(&self) -> &[u8] {
         &self.bytes
     }
 }
 
-impl Drop for Body {
+impl Drop for Assembled {
     fn drop(&mut self) {
-        let bytes = std::mem::take(&mut self.bytes);
         let mut spare = self.reader.lock_spare();
-        if self._charge.is_none() && spare.len() <= READ_AHEAD {
-            spare.push(bytes);
+        if spare.len() < SPARE_MAX {
+            spare.push(std::mem::take(&mut self.bytes));
         }
     }
 }
@@ -185,11 +279,14 @@ fn map_instead(host: &Host, segment: &LiveSegment) -> String {
 
 /// A buffer's bytes with what follows it up to the next buffer.
 fn padded(bytes: u64) -> u64 {
-    bytes.next_multiple_of(BUFFER_ALIGN_BYTES)
+    bytes.next_multiple_of(BUFFER_ALIGN as u64)
 }
 
 fn body_bytes(columns: &[ColumnPlace], rows: u64) -> u64 {
-    columns.iter().map(|column| padded(column.bytes(rows))).sum()
+    columns
+        .iter()
+        .map(|column| padded(column.bytes(rows)))
+        .sum()
 }
 
 fn length_of(bytes: u64) -> Result<usize, Status> {
@@ -254,23 +351,14 @@ pub(super) fn stream(
     let schema = info::segment_schema(&segment)?;
     let schema = FlightData::from(SchemaAsIpc::new(&schema, &IpcWriteOptions::default()));
     let reader = Arc::new(Reader::new(host, segment)?);
-    let parts = reader.parts();
-    let batches = stream::iter(parts)
-        .map(move |rows| {
-            let reader = Arc::clone(&reader);
-            async move {
-                // The read waits for the segment's lock, which parking may hold for milliseconds.
-                match tokio::task::spawn_blocking(move || reader.message(rows)).await {
-                    Ok(message) => message,
-                    Err(error) => Err(host_bug("reading a message", error)),
-                }
-            }
-        })
-        .buffered(READ_AHEAD);
-    let messages = stream::once(async move { Ok(schema) }).chain(batches).map(move |message| {
-        let _: &Held = &held;
-        message.map_err(|status| call.failed(&status))
-    });
+    let parts = stream::iter(reader.parts());
+    let batches = parts.map(move |rows| reader.message(rows));
+    let messages = stream::once(async move { Ok(schema) })
+        .chain(batches)
+        .map(move |message| {
+            let _: &Held = &held;
+            message.map_err(|status| call.failed(&status))
+        });
     Ok(messages.boxed())
 }
 
@@ -289,23 +377,39 @@ mod tests {
             (Dtype::Complex64, &[], Some(2)),
             (Dtype::Complex64, &[5, 3], Some(6)),
         ] {
-            let spec = TensorSpec { dtype, shape: shape.to_vec() };
+            let spec = TensorSpec {
+                dtype,
+                shape: shape.to_vec(),
+            };
             assert_eq!(row_values(&spec), values, "{spec}");
         }
     }
 
     #[test]
     fn a_header_reads_back() {
-        let column = |row_bytes, row_values| ColumnPlace { offset: 0, row_bytes, row_values };
+        let column = |row_bytes, row_values| ColumnPlace {
+            offset: 0,
+            row_bytes,
+            row_values,
+        };
         let columns = [column(8, None), column(12, Some(3))];
         let header = batch_header(&columns, 5, body_bytes(&columns, 5)).expect("small");
         let message = arrow_ipc::root_as_message(&header).expect("a message");
         let batch = message.header_as_record_batch().expect("a batch");
         assert_eq!((message.bodyLength(), batch.length()), (128, 5));
-        let nodes: Vec<_> = batch.nodes().expect("nodes").iter().map(|node| node.length()).collect();
+        let nodes: Vec<_> = batch
+            .nodes()
+            .expect("nodes")
+            .iter()
+            .map(|node| node.length())
+            .collect();
         assert_eq!(nodes, [5, 5, 15]);
-        let buffers: Vec<_> =
-            batch.buffers().expect("buffers").iter().map(|b| (b.offset(), b.length())).collect();
+        let buffers: Vec<_> = batch
+            .buffers()
+            .expect("buffers")
+            .iter()
+            .map(|b| (b.offset(), b.length()))
+            .collect();
         assert_eq!(buffers, [(0, 0), (0, 40), (64, 0), (64, 0), (64, 60)]);
     }
 }

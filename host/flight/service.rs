@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use arrow_flight::flight_service_server::FlightService;
 use arrow_flight::{
-    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo, HandshakeRequest,
-    HandshakeResponse, PollInfo, PutResult, Result as ActionResult, SchemaResult, Ticket,
+    Action, ActionType, Criteria, Empty, FlightData, FlightDescriptor, FlightInfo,
+    HandshakeRequest, HandshakeResponse, PollInfo, PutResult, Result as ActionResult, SchemaResult,
+    Ticket,
 };
 use futures::stream::{self, BoxStream, StreamExt};
 use strait_client::wire;
@@ -44,7 +45,11 @@ type Messages<T> = BoxStream<'static, Result<T, tonic::Status>>;
 
 impl Service {
     pub(super) fn new(host: Arc<Host>, overflow_uid: u32) -> Self {
-        Self { host, overflow_uid, streams: Arc::new(Semaphore::new(STREAMS_MAX)) }
+        Self {
+            host,
+            overflow_uid,
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+        }
     }
 
     fn begin<T>(&self, name: &'static str, request: &Request<T>) -> Result<Call, tonic::Status> {
@@ -90,9 +95,17 @@ impl Service {
                 info::segment_schema_bytes(&*self.host.lookup(call.principal, &name)?)?
             }
             Target::Invoke(invoke) => {
-                let (host, principal, id) = (Arc::clone(&self.host), call.principal, Arc::clone(&call.request_id));
-                let opened = tokio::task::spawn_blocking(move || host.open_only(principal, *invoke, id)).await;
-                info::outputs_schema_bytes(&opened.map_err(|error| host_bug("opening a kernel", error))??)?
+                let (host, principal, id) = (
+                    Arc::clone(&self.host),
+                    call.principal,
+                    Arc::clone(&call.request_id),
+                );
+                let opened =
+                    tokio::task::spawn_blocking(move || host.open_only(principal, *invoke, id))
+                        .await;
+                info::outputs_schema_bytes(
+                    &opened.map_err(|error| host_bug("opening a kernel", error))??,
+                )?
             }
         };
         Ok(SchemaResult { schema })
@@ -106,9 +119,11 @@ impl Service {
                 let reading = self.host.begin_read(call.principal, &name)?;
                 (Arc::clone(&reading.segment), Some(reading))
             }
-            Wanted::Segment { segment } => {
-                (self.host.undelivered(call.principal, info::segment_id(&segment)?)?, None)
-            }
+            Wanted::Segment { segment } => (
+                self.host
+                    .undelivered(call.principal, info::segment_id(&segment)?)?,
+                None,
+            ),
         };
         read::stream(&self.host, segment, (place, reading), call.clone())
     }
@@ -142,7 +157,11 @@ impl Drop for CancelOnDrop {
     }
 }
 
-async fn invoke_and_wait(host: &Arc<Host>, call: &Call, invoke: wire::Invoke) -> Result<Arc<Invoked>, Status> {
+async fn invoke_and_wait(
+    host: &Arc<Host>,
+    call: &Call,
+    invoke: wire::Invoke,
+) -> Result<Arc<Invoked>, Status> {
     // A caller that sent a key comes back for the result: let it run.
     let repeatable = invoke.idempotency_key.is_some();
     let (sender, receiver) = oneshot::channel();
@@ -150,7 +169,13 @@ async fn invoke_and_wait(host: &Arc<Host>, call: &Call, invoke: wire::Invoke) ->
         // Nobody receives it if the caller hung up.
         let _ = sender.send(result);
     });
-    let cancel = host.invoke(call.principal, None, invoke, Arc::clone(&call.request_id), answer);
+    let cancel = host.invoke(
+        call.principal,
+        None,
+        invoke,
+        Arc::clone(&call.request_id),
+        answer,
+    );
     let mut guard = CancelOnDrop((!repeatable).then_some(cancel));
     let result = receiver.await;
     guard.0 = None;
@@ -158,15 +183,25 @@ async fn invoke_and_wait(host: &Arc<Host>, call: &Call, invoke: wire::Invoke) ->
 }
 
 fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
-    match request.metadata().get(REPLACE).map(|value| value.as_bytes()) {
+    match request
+        .metadata()
+        .get(REPLACE)
+        .map(|value| value.as_bytes())
+    {
         None | Some(b"false") => Ok(false),
         Some(b"true") => Ok(true),
-        Some(_) => Err(bad_request(format!("the header {REPLACE} is `true` or `false`"))),
+        Some(_) => Err(bad_request(format!(
+            "the header {REPLACE} is `true` or `false`"
+        ))),
     }
 }
 
 /// All whole flights whose names begin with `prefix`, a page at a time.
-fn listed(host: Arc<Host>, principal: Principal, prefix: String) -> impl futures::Stream<Item = Result<FlightInfo, Status>> {
+fn listed(
+    host: Arc<Host>,
+    principal: Principal,
+    prefix: String,
+) -> impl futures::Stream<Item = Result<FlightInfo, Status>> {
     let pages = stream::unfold(Some(None::<String>), move |after| {
         let (host, prefix) = (Arc::clone(&host), prefix.clone());
         async move {
@@ -202,13 +237,18 @@ impl FlightService for Service {
         request: Request<Streaming<HandshakeRequest>>,
     ) -> Answered<Self::HandshakeStream> {
         let call = self.begin("Handshake", &request)?;
-        call.answer(Ok(stream::once(async { Ok(HandshakeResponse::default()) }).boxed()))
+        call.answer(Ok(
+            stream::once(async { Ok(HandshakeResponse::default()) }).boxed()
+        ))
     }
 
     async fn list_flights(&self, request: Request<Criteria>) -> Answered<Self::ListFlightsStream> {
         let call = self.begin("ListFlights", &request)?;
-        let prefix = String::from_utf8(request.into_inner().expression.to_vec())
-            .map_err(|_| bad_request("the criteria's expression must be text: names beginning with it are listed"));
+        let prefix = String::from_utf8(request.into_inner().expression.to_vec()).map_err(|_| {
+            bad_request(
+                "the criteria's expression must be text: names beginning with it are listed",
+            )
+        });
         let (host, errors) = (Arc::clone(&self.host), call.clone());
         let flights = prefix.map(|prefix| {
             listed(host, errors.principal, prefix)
@@ -239,27 +279,49 @@ impl FlightService for Service {
 
     async fn get_schema(&self, request: Request<FlightDescriptor>) -> Answered<SchemaResult> {
         let (call, target) = self.begin_target("GetSchema", &request)?;
-        call.answer(self.schema(&call, target).instrument(call.span.clone()).await)
+        call.answer(
+            self.schema(&call, target)
+                .instrument(call.span.clone())
+                .await,
+        )
     }
 
     async fn do_get(&self, request: Request<Ticket>) -> Answered<Self::DoGetStream> {
         let call = self.begin("DoGet", &request)?;
-        call.answer(self.read(&call, request.get_ref()).instrument(call.span.clone()).await)
+        call.answer(
+            self.read(&call, request.get_ref())
+                .instrument(call.span.clone())
+                .await,
+        )
     }
 
     /// Answers its head at once: clients may wait for that before they send.
     async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Answered<Self::DoPutStream> {
         let call = self.begin("DoPut", &request)?;
-        let (host, streams, errors) = (Arc::clone(&self.host), Arc::clone(&self.streams), call.clone());
+        let (host, streams, errors) = (
+            Arc::clone(&self.host),
+            Arc::clone(&self.streams),
+            call.clone(),
+        );
         let replace = replaces(&request);
         let stored = async move {
             let _place = stream_place(&streams).await?;
-            let segment = upload::receive(Arc::clone(&host), errors.principal, replace?, request.into_inner()).await?;
-            Ok(PutResult { app_metadata: info::mapping(&host, &segment)? })
+            let segment = upload::receive(
+                Arc::clone(&host),
+                errors.principal,
+                replace?,
+                request.into_inner(),
+            )
+            .await?;
+            Ok(PutResult {
+                app_metadata: info::mapping(&host, &segment)?,
+            })
         };
         let errors = call.clone();
         let stored = async move { stored.await.map_err(|status| errors.failed(&status)) };
-        call.answer(Ok(stream::once(stored.instrument(call.span.clone())).boxed()))
+        call.answer(Ok(
+            stream::once(stored.instrument(call.span.clone())).boxed()
+        ))
     }
 
     async fn do_exchange(
@@ -276,7 +338,9 @@ impl FlightService for Service {
 
     async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {
         let call = self.begin("DoAction", &request)?;
-        let results = call.span.in_scope(|| action::run(&self.host, call.principal, request.get_ref()));
+        let results = call
+            .span
+            .in_scope(|| action::run(&self.host, call.principal, request.get_ref()));
         call.answer(results.map(|results| stream::iter(results).map(Ok).boxed()))
     }
 

@@ -57,8 +57,14 @@ impl ColumnPlan {
             )));
         }
         let leading = (!self.is_0d).then_some(rows);
-        let shape = leading.into_iter().chain(self.inner.iter().copied()).collect();
-        Ok(TensorSpec { dtype: self.dtype, shape })
+        let shape = leading
+            .into_iter()
+            .chain(self.inner.iter().copied())
+            .collect();
+        Ok(TensorSpec {
+            dtype: self.dtype,
+            shape,
+        })
     }
 }
 
@@ -72,19 +78,32 @@ fn levels(field: &Field) -> Result<Vec<u64>, Status> {
         values = u64::try_from(*size)
             .ok()
             .and_then(|size| values.checked_mul(size))
-            .ok_or_else(|| refused(format!("has lists of {size} in lists of {values} values, which nobody can count")))?;
+            .ok_or_else(|| {
+                refused(format!(
+                    "has lists of {size} in lists of {values} values, which nobody can count"
+                ))
+            })?;
         levels.push(values);
         inner = item.data_type();
     }
     let advice = match inner {
         _ if inner.is_integer() || inner.is_floating() => return Ok(levels),
         DataType::Dictionary(..) => "is dictionary-encoded; decode it first",
-        DataType::Boolean => "has its truth values packed into bits; cast it to int8 (arrow.bool8), one byte each",
-        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => "is text (utf8); a tensor has numbers of a fixed width, so leave it out or encode it",
-        DataType::Date32 | DataType::Date64 | DataType::Time32(_) | DataType::Time64(_) | DataType::Timestamp(..) | DataType::Duration(_) => {
-            "is a time; cast it to the integers that it stores"
+        DataType::Boolean => {
+            "has its truth values packed into bits; cast it to int8 (arrow.bool8), one byte each"
         }
-        _ => "has no numbers of a fixed width; send integers, floats, fixed-size lists or fixed-shape tensors of them",
+        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
+            "is text (utf8); a tensor has numbers of a fixed width, so leave it out or encode it"
+        }
+        DataType::Date32
+        | DataType::Date64
+        | DataType::Time32(_)
+        | DataType::Time64(_)
+        | DataType::Timestamp(..)
+        | DataType::Duration(_) => "is a time; cast it to the integers that it stores",
+        _ => {
+            "has no numbers of a fixed width; send integers, floats, fixed-size lists or fixed-shape tensors of them"
+        }
     };
     Err(refused(format!("{advice} (its Arrow type is {inner})")))
 }
@@ -96,7 +115,9 @@ struct Columns(Vec<ColumnPlan>);
 impl Columns {
     fn of(schema: arrow_ipc::Schema<'_>) -> Result<Self, Status> {
         if schema.endianness() != Endianness::Little {
-            return Err(bad_tensor("the schema's numbers are big-endian; send them little-endian".to_owned()));
+            return Err(bad_tensor(
+                "the schema's numbers are big-endian; send them little-endian".to_owned(),
+            ));
         }
         let schema = arrow_ipc::convert::try_fb_to_schema(schema)
             .map_err(|error| bad_tensor(format!("the schema is not valid Arrow: {error}")))?;
@@ -104,7 +125,9 @@ impl Columns {
         let mut fields = Vec::with_capacity(schema.fields.len());
         for field in &schema.fields {
             let mut metadata = field.metadata().clone();
-            let is_0d = metadata.remove(SHAPE_KEY).is_some_and(|shape| shape == SHAPE_0D);
+            let is_0d = metadata
+                .remove(SHAPE_KEY)
+                .is_some_and(|shape| shape == SHAPE_0D);
             fields.push(field.as_ref().clone().with_metadata(metadata));
             plans.push((is_0d, levels(field)?));
         }
@@ -127,9 +150,15 @@ impl Columns {
     }
 
     /// Where each column's values lie in a batch's `body`, and its rows.
-    fn batch(&self, batch: arrow_ipc::RecordBatch<'_>, body: &[u8]) -> Result<(u64, Vec<Range<usize>>), Status> {
+    fn batch(
+        &self,
+        batch: arrow_ipc::RecordBatch<'_>,
+        body: &[u8],
+    ) -> Result<(u64, Vec<Range<usize>>), Status> {
         if batch.compression().is_some() {
-            return Err(bad_tensor("the batch is compressed; send it uncompressed: the copy is local".to_owned()));
+            return Err(bad_tensor(
+                "the batch is compressed; send it uncompressed: the copy is local".to_owned(),
+            ));
         }
         let rows = u64::try_from(batch.length())
             .map_err(|_| bad_tensor(format!("a batch of {} rows", batch.length())))?;
@@ -139,7 +168,9 @@ impl Columns {
         for column in &self.0 {
             let wrong = |what: String| bad_tensor(format!("column `{}`: {what}", column.name));
             for (level, values) in column.levels.iter().enumerate() {
-                let node = nodes.next().ok_or_else(|| wrong("the batch has too few nodes for it".to_owned()))?;
+                let node = nodes
+                    .next()
+                    .ok_or_else(|| wrong("the batch has too few nodes for it".to_owned()))?;
                 if node.null_count() != 0 {
                     return Err(wrong(format!(
                         "it has {} nulls; a tensor has none: fill or drop them, or pass a mask of its own",
@@ -147,15 +178,29 @@ impl Columns {
                     )));
                 }
                 let needed = rows.checked_mul(*values);
-                let enough = u64::try_from(node.length())
-                    .is_ok_and(|length| needed.is_some_and(|needed| if level == 0 { length == needed } else { length >= needed }));
+                let enough = u64::try_from(node.length()).is_ok_and(|length| {
+                    needed.is_some_and(|needed| {
+                        if level == 0 {
+                            length == needed
+                        } else {
+                            length >= needed
+                        }
+                    })
+                });
                 if !enough {
-                    return Err(wrong(format!("{} values where {rows} rows of {values} belong", node.length())));
+                    return Err(wrong(format!(
+                        "{} values where {rows} rows of {values} belong",
+                        node.length()
+                    )));
                 }
                 // Its validity: nothing is null, so it says nothing.
-                buffers.next().ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
+                buffers
+                    .next()
+                    .ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
             }
-            let buffer = buffers.next().ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
+            let buffer = buffers
+                .next()
+                .ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
             let range = values_range(buffer, rows, column.row_bytes, body.len())
                 .ok_or_else(|| {
                     wrong(format!(
@@ -169,23 +214,35 @@ impl Columns {
             if column.dtype == Dtype::Bool8
                 && let Some(at) = body[range.clone()].iter().position(|byte| *byte > 1)
             {
-                return Err(wrong(format!("truth value {at} of a batch is the byte {}; bool8 has 0 and 1", body[range][at])));
+                return Err(wrong(format!(
+                    "truth value {at} of a batch is the byte {}; bool8 has 0 and 1",
+                    body[range][at]
+                )));
             }
             ranges.push(range);
         }
         if nodes.next().is_some() || buffers.next().is_some() {
-            return Err(bad_tensor("a batch has more nodes or buffers than its schema".to_owned()));
+            return Err(bad_tensor(
+                "a batch has more nodes or buffers than its schema".to_owned(),
+            ));
         }
         Ok((rows, ranges))
     }
 }
 
 /// The part of a body that `rows` rows take, if `buffer` holds them.
-fn values_range(buffer: &arrow_ipc::Buffer, rows: u64, row_bytes: u64, body_bytes: usize) -> Option<Range<usize>> {
+fn values_range(
+    buffer: &arrow_ipc::Buffer,
+    rows: u64,
+    row_bytes: u64,
+    body_bytes: usize,
+) -> Option<Range<usize>> {
     let start = usize::try_from(buffer.offset()).ok()?;
     let length = usize::try_from(buffer.length()).ok()?;
     let needed = usize::try_from(rows.checked_mul(row_bytes)?).ok()?;
-    let inside = start.checked_add(length).is_some_and(|end| end <= body_bytes);
+    let inside = start
+        .checked_add(length)
+        .is_some_and(|end| end <= body_bytes);
     (inside && needed <= length).then(|| start..start + needed)
 }
 
@@ -196,7 +253,11 @@ fn empty_file(schema: Schema) -> Result<Vec<u8>, Status> {
         writer.write(&RecordBatch::new_empty(Arc::new(schema.clone())))?;
         writer.into_inner()
     };
-    write().map_err(|error| bad_tensor(format!("the schema cannot be written as an Arrow file: {error}")))
+    write().map_err(|error| {
+        bad_tensor(format!(
+            "the schema cannot be written as an Arrow file: {error}"
+        ))
+    })
 }
 
 /// A batch as it arrived.
@@ -225,31 +286,59 @@ impl Arriving {
             if data.data_body.is_empty() {
                 return Ok(()); // application metadata alone
             }
-            return Err(bad_request(format!("a message with a body of {} bytes and no header", data.data_body.len())));
+            return Err(bad_request(format!(
+                "a message with a body of {} bytes and no header",
+                data.data_body.len()
+            )));
         }
         let message = arrow_ipc::root_as_message(&data.data_header).map_err(|error| {
             let found = error.to_string();
-            bad_request(format!("a message's metadata is corrupt: {}", found.lines().next().unwrap_or_default()))
+            bad_request(format!(
+                "a message's metadata is corrupt: {}",
+                found.lines().next().unwrap_or_default()
+            ))
         })?;
         match (message.header_type(), &self.columns) {
             (MessageHeader::Schema, None) => {
-                let schema = message.header_as_schema().ok_or_else(|| bad_request("a schema message without a schema"))?;
+                let schema = message
+                    .header_as_schema()
+                    .ok_or_else(|| bad_request("a schema message without a schema"))?;
                 self.columns = Some(Columns::of(schema)?);
                 Ok(())
             }
             (MessageHeader::RecordBatch, Some(columns)) => {
-                let bytes = (data.data_header.len() + data.data_body.len()) as u64 + MESSAGE_OVERHEAD_BYTES;
-                let charge = self.host.budget().try_reserve(bytes).map_err(MemoryError::from)?;
-                let batch = message.header_as_record_batch().ok_or_else(|| bad_request("a batch message without a batch"))?;
+                let bytes =
+                    (data.data_header.len() + data.data_body.len()) as u64 + MESSAGE_OVERHEAD_BYTES;
+                let charge = self
+                    .host
+                    .budget()
+                    .try_reserve(bytes)
+                    .map_err(MemoryError::from)?;
+                let batch = message
+                    .header_as_record_batch()
+                    .ok_or_else(|| bad_request("a batch message without a batch"))?;
                 let (rows, ranges) = columns.batch(batch, &data.data_body)?;
-                self.rows = self.rows.checked_add(rows).ok_or_else(|| bad_tensor("more than 2^64 rows".to_owned()))?;
+                self.rows = self
+                    .rows
+                    .checked_add(rows)
+                    .ok_or_else(|| bad_tensor("more than 2^64 rows".to_owned()))?;
                 if rows > 0 {
-                    self.batches.push(Batch { rows, body: data.data_body, ranges, _charge: charge });
+                    self.batches.push(Batch {
+                        rows,
+                        body: data.data_body,
+                        ranges,
+                        _charge: charge,
+                    });
                 }
                 Ok(())
             }
-            (MessageHeader::Schema, Some(_)) => Err(bad_request("a second schema; one upload is one table")),
-            (MessageHeader::DictionaryBatch, _) => Err(bad_tensor("a dictionary batch; tensors are not dictionary-encoded, decode them first".to_owned())),
+            (MessageHeader::Schema, Some(_)) => {
+                Err(bad_request("a second schema; one upload is one table"))
+            }
+            (MessageHeader::DictionaryBatch, _) => Err(bad_tensor(
+                "a dictionary batch; tensors are not dictionary-encoded, decode them first"
+                    .to_owned(),
+            )),
             (other, _) => Err(bad_request(format!(
                 "a message of kind {}; an upload is a schema and then record batches",
                 other.variant_name().unwrap_or("unknown")
@@ -259,8 +348,15 @@ impl Arriving {
 
     /// Copies what arrived into a segment and publishes it. Blocks.
     fn finish(self) -> Result<Arc<LiveSegment>, Status> {
-        let Self { host, upload, columns, rows, batches } = self;
-        let Columns(plans) = columns.ok_or_else(|| bad_request("the upload ended before its schema"))?;
+        let Self {
+            host,
+            upload,
+            columns,
+            rows,
+            batches,
+        } = self;
+        let Columns(plans) =
+            columns.ok_or_else(|| bad_request("the upload ended before its schema"))?;
         let columns = plans
             .iter()
             .map(|plan| Ok(Column::new(&plan.name, plan.spec(rows)?)?))
@@ -301,14 +397,19 @@ fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
 
 /// The flight that the stream's first message names.
 fn name(first: &FlightData) -> Result<&str, Status> {
-    let descriptor = first.flight_descriptor.as_ref().map(|descriptor| descriptor.path.as_slice());
+    let descriptor = first
+        .flight_descriptor
+        .as_ref()
+        .map(|descriptor| descriptor.path.as_slice());
     match descriptor {
         Some([name]) => Ok(name),
         Some(path) => Err(bad_request(format!(
             "the upload's descriptor has a path of {} parts; it must be [name]",
             path.len()
         ))),
-        None => Err(bad_request("the upload's first message has no descriptor; it must be the path [name]")),
+        None => Err(bad_request(
+            "the upload's first message has no descriptor; it must be the path [name]",
+        )),
     }
 }
 
@@ -325,9 +426,19 @@ pub(super) async fn receive(
 ) -> Result<Arc<LiveSegment>, Status> {
     let message_bytes_max = host.config().message_bytes_max();
     let ended = |status: tonic::Status| broken_off(&status, message_bytes_max);
-    let first = messages.next().await.ok_or_else(|| bad_request("an upload without messages"))?.map_err(ended)?;
+    let first = messages
+        .next()
+        .await
+        .ok_or_else(|| bad_request("an upload without messages"))?
+        .map_err(ended)?;
     let upload = host.begin_upload(principal, name(&first)?, replace)?;
-    let mut arriving = Arriving { host, upload, columns: None, rows: 0, batches: Vec::new() };
+    let mut arriving = Arriving {
+        host,
+        upload,
+        columns: None,
+        rows: 0,
+        batches: Vec::new(),
+    };
     arriving.take(first)?;
     while let Some(message) = messages.next().await {
         arriving.take(message.map_err(ended)?)?;

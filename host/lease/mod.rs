@@ -64,7 +64,9 @@ pub enum LeaseError {
     #[error("this session has no lease on segment {0}; map it first")]
     NoLease(SegmentId),
     /// The session's lease on the segment ran out.
-    #[error("lease {lease} on segment {segment} expired {late_ms} ms ago; renew leases sooner, or map the tensor again")]
+    #[error(
+        "lease {lease} on segment {segment} expired {late_ms} ms ago; renew leases sooner, or map the tensor again"
+    )]
     Expired {
         /// The lease.
         lease: LeaseId,
@@ -87,7 +89,9 @@ pub struct Leases {
 
 impl Leases {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.inner
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Makes a segment known by its id, for [`Leases::count_segments`].
@@ -112,7 +116,11 @@ impl Leases {
         let id = inner.last;
         inner.live.insert(
             id,
-            Lease { session, segment: Arc::clone(segment), expires: now + life },
+            Lease {
+                session,
+                segment: Arc::clone(segment),
+                expires: now + life,
+            },
         );
         id
     }
@@ -163,7 +171,11 @@ impl Leases {
         let mut ended = Vec::new();
         let mut inner = self.lock();
         for id in leases {
-            if inner.live.get(id).is_some_and(|lease| lease.session == session) {
+            if inner
+                .live
+                .get(id)
+                .is_some_and(|lease| lease.session == session)
+            {
                 ended.extend(inner.live.remove(id));
             }
         }
@@ -195,12 +207,17 @@ impl Leases {
                     });
                 }
                 _ => {
-                    let old = inner.expired.iter().find(|o| o.session == session && o.lease == *id);
-                    return Err(old.map_or(LeaseError::NotYours(*id), |old| LeaseError::Expired {
-                        lease: *id,
-                        segment: old.segment,
-                        late_ms: now.saturating_duration_since(old.at).as_millis(),
-                    }));
+                    let old = inner
+                        .expired
+                        .iter()
+                        .find(|o| o.session == session && o.lease == *id);
+                    return Err(
+                        old.map_or(LeaseError::NotYours(*id), |old| LeaseError::Expired {
+                            lease: *id,
+                            segment: old.segment,
+                            late_ms: now.saturating_duration_since(old.at).as_millis(),
+                        }),
+                    );
                 }
             }
         }
@@ -216,15 +233,30 @@ impl Leases {
     /// result among them is never recycled.
     pub fn expire(&self, now: Instant) -> Vec<Gone> {
         let mut inner = self.lock();
-        let over: Vec<LeaseId> =
-            inner.live.iter().filter(|(_, l)| l.expires <= now).map(|(id, _)| *id).collect();
+        let over: Vec<LeaseId> = inner
+            .live
+            .iter()
+            .filter(|(_, l)| l.expires <= now)
+            .map(|(id, _)| *id)
+            .collect();
         let mut ended = Vec::with_capacity(over.len());
         let mut gone = Vec::with_capacity(over.len());
         for lease in over {
-            let Some(old) = inner.live.remove(&lease) else { continue };
+            let Some(old) = inner.live.remove(&lease) else {
+                continue;
+            };
             let segment = old.segment.id();
-            gone.push(Gone { session: old.session, lease, segment });
-            inner.expired.push_back(Expired { session: old.session, lease, segment, at: old.expires });
+            gone.push(Gone {
+                session: old.session,
+                lease,
+                segment,
+            });
+            inner.expired.push_back(Expired {
+                session: old.session,
+                lease,
+                segment,
+                at: old.expires,
+            });
             ended.push(old);
         }
         let surplus = inner.expired.len().saturating_sub(EXPIRED_KEPT);
@@ -240,8 +272,12 @@ impl Leases {
     /// live on in a forked child, so a result among them is never recycled.
     pub fn end_session(&self, session: SessionId) -> usize {
         let mut inner = self.lock();
-        let ids: Vec<LeaseId> =
-            inner.live.iter().filter(|(_, l)| l.session == session).map(|(id, _)| *id).collect();
+        let ids: Vec<LeaseId> = inner
+            .live
+            .iter()
+            .filter(|(_, l)| l.session == session)
+            .map(|(id, _)| *id)
+            .collect();
         let ended: Vec<Lease> = ids.iter().filter_map(|id| inner.live.remove(id)).collect();
         inner.expired.retain(|old| old.session != session);
         drop(inner);
@@ -259,14 +295,26 @@ impl Leases {
     /// Live leases: all, and those of `session`.
     pub fn count(&self, session: SessionId) -> (usize, usize) {
         let inner = self.lock();
-        let own = inner.live.values().filter(|lease| lease.session == session).count();
+        let own = inner
+            .live
+            .values()
+            .filter(|lease| lease.session == session)
+            .count();
         (inner.live.len(), own)
     }
 
     /// Live segments and their bytes.
     pub fn count_segments(&self) -> (usize, u64) {
-        let live: Vec<_> = self.lock().segments.values().filter_map(Weak::upgrade).collect();
-        (live.len(), live.iter().map(|segment| segment.capacity()).sum())
+        let live: Vec<_> = self
+            .lock()
+            .segments
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect();
+        (
+            live.len(),
+            live.iter().map(|segment| segment.capacity()).sum(),
+        )
     }
 
     /// Segments that `session` has leases on.

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use strait_memory::{
-    Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment, Sealed,
-    Segment,
+    Charge, Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment,
+    Sealed, Segment,
 };
 use strait_tensor::{FileLayout, TensorPlace};
 
@@ -111,7 +111,9 @@ pub enum SealError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// Header or footer are not what the host wrote.
-    #[error("the client changed the host's own bytes of segment {0} (header or footer); write the tensors only")]
+    #[error(
+        "the client changed the host's own bytes of segment {0} (header or footer); write the tensors only"
+    )]
     Tampered(SegmentId),
     /// An earlier failure lost it.
     #[error("segment {0} was lost in an earlier failure; create a new one")]
@@ -129,13 +131,16 @@ pub struct LiveSegment {
     tensors: Vec<TensorPlace>,
     framing: Option<Framing>,
     lot: Arc<ParkingLot>,
+    // Its place among the host's segments, given back with it.
+    _place: Charge,
     // Locked for seal, park and chunk copies; never while a kernel runs.
     body: Mutex<Body>,
 }
 
 impl LiveSegment {
     /// A segment of `owner` with `tensors` in its first `bytes` bytes. `framing` is what the host
-    /// wrote around them, where a client could have overwritten it.
+    /// wrote around them, where a client could have overwritten it; `place` is its place in the host's
+    /// budget of segments.
     ///
     /// # Errors
     /// If Linux gives no random bytes for the id.
@@ -146,6 +151,7 @@ impl LiveSegment {
         tensors: Vec<TensorPlace>,
         framing: Option<Framing>,
         lot: &Arc<ParkingLot>,
+        place: Charge,
     ) -> std::io::Result<Arc<Self>> {
         let (inode, capacity) = match &body {
             Body::Open(s) => (s.inode(), s.bytes()),
@@ -163,6 +169,7 @@ impl LiveSegment {
             tensors,
             framing,
             lot: Arc::clone(lot),
+            _place: place,
             body: Mutex::new(body),
         }))
     }
@@ -199,7 +206,9 @@ impl LiveSegment {
 
     /// Access to the state.
     pub fn body(&self) -> MutexGuard<'_, Body> {
-        self.body.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.body
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// A read-only descriptor to send out.
@@ -291,7 +300,12 @@ impl LiveSegment {
     ///
     /// # Errors
     /// [`MemoryError`] if the range is outside the segment.
-    pub fn read_at(&self, offset: u64, into: &mut [u8], copied: &Copied) -> Result<(), MemoryError> {
+    pub fn read_at(
+        &self,
+        offset: u64,
+        into: &mut [u8],
+        copied: &Copied,
+    ) -> Result<(), MemoryError> {
         match &*self.body() {
             Body::Open(s) => s.read_at(offset, into, copied),
             Body::Client(s) => s.read_at(offset, into, copied),
@@ -313,6 +327,8 @@ fn lost(id: SegmentId) -> MemoryError {
     MemoryError::System {
         operation: "use of a lost segment",
         bytes: 0,
-        source: std::io::Error::other(format!("segment {id} was lost in an earlier failure; create a new one")),
+        source: std::io::Error::other(format!(
+            "segment {id} was lost in an earlier failure; create a new one"
+        )),
     }
 }

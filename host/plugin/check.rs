@@ -98,7 +98,11 @@ pub struct Invocable<T> {
 
 fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: Vec<_> = names.map(|n| format!("`{n}`")).collect();
-    if names.is_empty() { "none".to_owned() } else { names.join(", ") }
+    if names.is_empty() {
+        "none".to_owned()
+    } else {
+        names.join(", ")
+    }
 }
 
 impl Kernel {
@@ -112,7 +116,10 @@ impl Kernel {
         spec: impl Fn(&T) -> TensorSpec,
         parameters: &BTreeMap<String, Json>,
     ) -> Result<Invocable<T>, CheckError> {
-        if let Some(port) = inputs.keys().find(|k| self.inputs.iter().all(|p| p.name != **k)) {
+        if let Some(port) = inputs
+            .keys()
+            .find(|k| self.inputs.iter().all(|p| p.name != **k))
+        {
             return Err(CheckError::UnknownInput {
                 kernel: self.name.clone(),
                 port: port.clone(),
@@ -121,20 +128,26 @@ impl Kernel {
         }
         let mut ordered = Vec::with_capacity(self.inputs.len());
         for port in &self.inputs {
-            let input = inputs.remove(&port.name).ok_or_else(|| CheckError::MissingInput {
-                kernel: self.name.clone(),
-                port: port.name.clone(),
-            })?;
-            port.fits(&spec(&input)).map_err(|reason| CheckError::BadInput {
-                kernel: self.name.clone(),
-                port: port.name.clone(),
-                reason,
-            })?;
+            let input = inputs
+                .remove(&port.name)
+                .ok_or_else(|| CheckError::MissingInput {
+                    kernel: self.name.clone(),
+                    port: port.name.clone(),
+                })?;
+            port.fits(&spec(&input))
+                .map_err(|reason| CheckError::BadInput {
+                    kernel: self.name.clone(),
+                    port: port.name.clone(),
+                    reason,
+                })?;
             ordered.push(input);
         }
         let rank = ordered.first().map(|first| spec(first).shape.len());
         let parameters = self.parameters(parameters, rank)?;
-        Ok(Invocable { inputs: ordered, parameters })
+        Ok(Invocable {
+            inputs: ordered,
+            parameters,
+        })
     }
 
     /// # Errors
@@ -160,7 +173,10 @@ impl Kernel {
         given: &BTreeMap<String, Json>,
         rank: Option<usize>,
     ) -> Result<Vec<(String, Value)>, CheckError> {
-        if let Some(name) = given.keys().find(|k| self.parameters.iter().all(|p| p.name != **k)) {
+        if let Some(name) = given
+            .keys()
+            .find(|k| self.parameters.iter().all(|p| p.name != **k))
+        {
             return Err(CheckError::UnknownParameter {
                 kernel: self.name.clone(),
                 name: name.clone(),
@@ -175,17 +191,18 @@ impl Kernel {
                     name: declaration.name.clone(),
                     reason,
                 };
-                let value = match given.get(&declaration.name) {
-                    Some(json) => declaration.convert(json).map_err(bad)?,
-                    None => declaration.default.clone().ok_or_else(|| {
-                        CheckError::MissingParameter {
-                            kernel: self.name.clone(),
-                            name: declaration.name.clone(),
-                            kind: declaration.kind.name(),
-                            doc: declaration.doc.clone(),
-                        }
-                    })?,
-                };
+                let value =
+                    match given.get(&declaration.name) {
+                        Some(json) => declaration.convert(json).map_err(bad)?,
+                        None => declaration.default.clone().ok_or_else(|| {
+                            CheckError::MissingParameter {
+                                kernel: self.name.clone(),
+                                name: declaration.name.clone(),
+                                kind: declaration.kind.name(),
+                                doc: declaration.doc.clone(),
+                            }
+                        })?,
+                    };
                 declaration.in_range(&value, rank).map_err(bad)?;
                 Ok((declaration.name.clone(), value))
             })
@@ -228,8 +245,13 @@ impl ParameterDeclaration {
             ParameterKind::Axis => integer(json)
                 .and_then(|v| u32::try_from(v).ok())
                 .map(Value::Axis)
-                .ok_or_else(|| format!("{json} is not an axis: a whole number from 0 (the slowest)")),
-            ParameterKind::Text => json.as_str().map(|v| Value::Text(v.to_owned())).ok_or_else(wrong),
+                .ok_or_else(|| {
+                    format!("{json} is not an axis: a whole number from 0 (the slowest)")
+                }),
+            ParameterKind::Text => json
+                .as_str()
+                .map(|v| Value::Text(v.to_owned()))
+                .ok_or_else(wrong),
             ParameterKind::Reals => json
                 .as_array()
                 .and_then(|v| v.iter().map(real).collect::<Option<Vec<_>>>())
@@ -241,10 +263,16 @@ impl ParameterDeclaration {
     fn in_range(&self, value: &Value, rank: Option<usize>) -> Result<(), String> {
         let check = |v: f64| {
             if self.minimum.is_some_and(|minimum| v < minimum) {
-                return Err(format!("{v} is below the minimum {}", self.minimum.unwrap_or(v)));
+                return Err(format!(
+                    "{v} is below the minimum {}",
+                    self.minimum.unwrap_or(v)
+                ));
             }
             if self.maximum.is_some_and(|maximum| v > maximum) {
-                return Err(format!("{v} is above the maximum {}", self.maximum.unwrap_or(v)));
+                return Err(format!(
+                    "{v} is above the maximum {}",
+                    self.maximum.unwrap_or(v)
+                ));
             }
             Ok(())
         };
@@ -259,10 +287,12 @@ impl ParameterDeclaration {
                 )),
                 _ => check(f64::from(*v)),
             },
-            Value::Text(v) if !self.choices.is_empty() && !self.choices.contains(v) => Err(format!(
-                "`{v}` is not one of {}",
-                list(self.choices.iter().map(String::as_str))
-            )),
+            Value::Text(v) if !self.choices.is_empty() && !self.choices.contains(v) => {
+                Err(format!(
+                    "`{v}` is not one of {}",
+                    list(self.choices.iter().map(String::as_str))
+                ))
+            }
             Value::Text(_) | Value::Boolean(_) => Ok(()),
         }
     }
@@ -294,7 +324,10 @@ fn real(json: &Json) -> Option<f64> {
 /// Whether a description makes sense in itself.
 pub(super) fn description(description: &Description) -> Result<(), String> {
     if description.abi != 1 {
-        return Err(format!("contract revision {}, this host speaks 1", description.abi));
+        return Err(format!(
+            "contract revision {}, this host speaks 1",
+            description.abi
+        ));
     }
     word("plugin name", &description.name)?;
     word("plugin version", &description.version)?;
@@ -302,7 +335,10 @@ pub(super) fn description(description: &Description) -> Result<(), String> {
     if description.kernels.is_empty() {
         return Err("it has no kernels".to_owned());
     }
-    unique("kernel", description.kernels.iter().map(|k| k.name.as_str()))?;
+    unique(
+        "kernel",
+        description.kernels.iter().map(|k| k.name.as_str()),
+    )?;
     for kernel in &description.kernels {
         kernel_makes_sense(kernel).map_err(|e| format!("kernel `{}`: {e}", kernel.name))?;
     }
@@ -315,7 +351,10 @@ fn kernel_makes_sense(kernel: &Kernel) -> Result<(), String> {
     count("parameters", kernel.parameters.len(), ITEMS_MAX)?;
     unique("input", kernel.inputs.iter().map(|p| p.name.as_str()))?;
     unique("output", kernel.outputs.iter().map(|p| p.name.as_str()))?;
-    unique("parameter", kernel.parameters.iter().map(|p| p.name.as_str()))?;
+    unique(
+        "parameter",
+        kernel.parameters.iter().map(|p| p.name.as_str()),
+    )?;
     if kernel.outputs.is_empty() {
         return Err("it has no outputs".to_owned());
     }
@@ -324,14 +363,22 @@ fn kernel_makes_sense(kernel: &Kernel) -> Result<(), String> {
             return Err(format!("port `{}` takes no dtype", port.name));
         }
         if port.rank_min > port.rank_max {
-            return Err(format!("port `{}` takes ranks {} to {}", port.name, port.rank_min, port.rank_max));
+            return Err(format!(
+                "port `{}` takes ranks {} to {}",
+                port.name, port.rank_min, port.rank_max
+            ));
         }
         if port.role == Role::Mask && port.dtypes != [strait_tensor::Dtype::Bool8] {
-            return Err(format!("mask port `{}` must take bool8 and nothing else", port.name));
+            return Err(format!(
+                "mask port `{}` must take bool8 and nothing else",
+                port.name
+            ));
         }
     }
     for parameter in &kernel.parameters {
-        let Some(default) = &parameter.default else { continue };
+        let Some(default) = &parameter.default else {
+            continue;
+        };
         let kind = match default {
             Value::Boolean(_) => ParameterKind::Boolean,
             Value::Integer(_) => ParameterKind::Integer,
@@ -356,13 +403,19 @@ fn kernel_makes_sense(kernel: &Kernel) -> Result<(), String> {
 }
 
 fn count(what: &str, n: usize, max: usize) -> Result<(), String> {
-    if n > max { Err(format!("{n} {what}, at most {max} are allowed")) } else { Ok(()) }
+    if n > max {
+        Err(format!("{n} {what}, at most {max} are allowed"))
+    } else {
+        Ok(())
+    }
 }
 
 fn word(what: &str, text: &str) -> Result<(), String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
     if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
-        return Err(format!("{what} {text:?}: 1 to 64 characters from A-Z a-z 0-9 . _ - +"));
+        return Err(format!(
+            "{what} {text:?}: 1 to 64 characters from A-Z a-z 0-9 . _ - +"
+        ));
     }
     Ok(())
 }

@@ -97,7 +97,16 @@ impl Value {
     pub fn to_json(&self) -> serde_json::Value {
         let real = |v: f64| {
             serde_json::Number::from_f64(v).map_or_else(
-                || if v.is_nan() { "nan" } else if v > 0.0 { "inf" } else { "-inf" }.into(),
+                || {
+                    if v.is_nan() {
+                        "nan"
+                    } else if v > 0.0 {
+                        "inf"
+                    } else {
+                        "-inf"
+                    }
+                    .into()
+                },
                 serde_json::Value::Number,
             )
         };
@@ -192,7 +201,11 @@ impl Plugin {
             plugin: description.name.clone(),
             reason,
         })?;
-        Ok(Self { hash: Self::hash(&bytes), bytes, description })
+        Ok(Self {
+            hash: Self::hash(&bytes),
+            bytes,
+            description,
+        })
     }
 }
 
@@ -200,7 +213,9 @@ impl Plugin {
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum PluginError {
     /// The description contradicts itself.
-    #[error("plugin `{plugin}` describes itself wrongly: {reason}; its author must mend `describe`")]
+    #[error(
+        "plugin `{plugin}` describes itself wrongly: {reason}; its author must mend `describe`"
+    )]
     Description {
         /// The plugin's name.
         plugin: String,
@@ -275,8 +290,10 @@ impl Plugins {
         let mut all: Vec<KernelRef> = by_name
             .values()
             .flat_map(|plugin| {
-                (0..plugin.description.kernels.len())
-                    .map(|index| KernelRef { plugin: Arc::clone(plugin), index })
+                (0..plugin.description.kernels.len()).map(|index| KernelRef {
+                    plugin: Arc::clone(plugin),
+                    index,
+                })
             })
             .collect();
         all.sort_by(|a, b| {
@@ -292,7 +309,8 @@ impl Plugins {
     /// [`PluginError::KernelNotFound`], [`PluginError::Ambiguous`].
     pub fn find(&self, name: &str) -> Result<KernelRef, PluginError> {
         let kernels = self.kernels();
-        let qualified = |k: &KernelRef| format!("{}/{}", k.plugin.description.name, k.kernel().name);
+        let qualified =
+            |k: &KernelRef| format!("{}/{}", k.plugin.description.name, k.kernel().name);
         let mut matches: Vec<&KernelRef> = kernels
             .iter()
             .filter(|k| k.kernel().name == name || qualified(k) == name)
@@ -301,11 +319,19 @@ impl Plugins {
             1 => Ok(matches.remove(0).clone()),
             0 => Err(PluginError::KernelNotFound {
                 kernel: name.to_owned(),
-                known: kernels.iter().map(|k| format!("`{}`", k.kernel().name)).collect::<Vec<_>>().join(", "),
+                known: kernels
+                    .iter()
+                    .map(|k| format!("`{}`", k.kernel().name))
+                    .collect::<Vec<_>>()
+                    .join(", "),
             }),
             _ => Err(PluginError::Ambiguous {
                 kernel: name.to_owned(),
-                choices: matches.into_iter().map(qualified).collect::<Vec<_>>().join(", "),
+                choices: matches
+                    .into_iter()
+                    .map(qualified)
+                    .collect::<Vec<_>>()
+                    .join(", "),
             }),
         }
     }

@@ -62,9 +62,10 @@ impl Answers {
     pub(super) fn finish(&self, key: &Key, result: &Result<Arc<Invoked>, Status>) {
         let mut entries = self.lock();
         let entry = match result {
-            Ok(invoked) => {
-                entries.insert(key.clone(), Entry::Done(Arc::clone(invoked), Instant::now()))
-            }
+            Ok(invoked) => entries.insert(
+                key.clone(),
+                Entry::Done(Arc::clone(invoked), Instant::now()),
+            ),
             Err(_) => entries.remove(key),
         };
         drop(entries);

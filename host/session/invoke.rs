@@ -50,7 +50,9 @@ pub struct Answer(Option<Callback>);
 
 impl std::fmt::Debug for Answer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Answer").field("given", &self.0.is_none()).finish()
+        f.debug_struct("Answer")
+            .field("given", &self.0.is_none())
+            .finish()
     }
 }
 
@@ -166,7 +168,12 @@ impl Host {
     }
 
     fn run(&self, checked: Checked, queue_seconds: f64) -> Result<Invoked, Status> {
-        let Checked { request, publish, replace, principal } = checked;
+        let Checked {
+            request,
+            publish,
+            replace,
+            principal,
+        } = checked;
         let request_id = Arc::clone(&request.request_id);
         let kernel = request.kernel.kernel().name.clone();
         if request.cancel.is_cancelled() {
@@ -190,18 +197,43 @@ impl Host {
                 "invocation failed"
             ),
         }
-        let Outcome { outputs, notes, copied_bytes, pages, minor_faults, seconds } = result?;
+        let Outcome {
+            outputs,
+            notes,
+            copied_bytes,
+            pages,
+            minor_faults,
+            seconds,
+        } = result?;
         let mut results = Vec::with_capacity(outputs.len());
         for output in outputs {
-            let segment = self.live(principal, output.body, output.layout.bytes, output.layout.tensors, None)?;
-            results.push(InvokedResult { name: publish.get(&output.port).cloned(), port: output.port, segment });
+            let segment = self.live(
+                principal,
+                output.body,
+                output.layout.bytes,
+                output.layout.tensors,
+                None,
+            )?;
+            results.push(InvokedResult {
+                name: publish.get(&output.port).cloned(),
+                port: output.port,
+                segment,
+            });
         }
         for result in &results {
             if let Some(name) = &result.name {
                 self.publish(principal, &result.segment, name, replace)?;
             }
         }
-        Ok(Invoked { results, notes, copied_bytes, pages, minor_faults, seconds, queue_seconds })
+        Ok(Invoked {
+            results,
+            notes,
+            copied_bytes,
+            pages,
+            minor_faults,
+            seconds,
+            queue_seconds,
+        })
     }
 
     fn check(
@@ -220,11 +252,16 @@ impl Host {
             let (segment, place) = self.resolve(principal, session, input)?;
             inputs.insert(port, (segment, place));
         }
-        let checked = declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
+        let checked =
+            declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
         declared.check_outputs(invoke.publish.keys().map(String::as_str))?;
         for (port, name) in &invoke.publish {
             check_name(name)?;
-            if invoke.publish.iter().any(|(other, n)| other != port && n == name) {
+            if invoke
+                .publish
+                .iter()
+                .any(|(other, n)| other != port && n == name)
+            {
                 return Err(Status::new(
                     Code::InvalidArgument,
                     "BAD_NAME",
@@ -239,14 +276,23 @@ impl Host {
         let settings = &self.config.limits;
         let deadline_ms = invoke.deadline_ms.unwrap_or(settings.deadline_ms_default);
         if deadline_ms > settings.deadline_ms_max {
-            return Err(bad_limit("deadline_ms", deadline_ms, settings.deadline_ms_max));
+            return Err(bad_limit(
+                "deadline_ms",
+                deadline_ms,
+                settings.deadline_ms_max,
+            ));
         }
         let limits = tightened(settings.limits(), invoke.limits.unwrap_or_default())?;
         let inputs = declared
             .inputs
             .iter()
             .zip(checked.inputs)
-            .map(|(port, (segment, place))| Input { port: port.name.clone(), role: port.role, place, segment })
+            .map(|(port, (segment, place))| Input {
+                port: port.name.clone(),
+                role: port.role,
+                place,
+                segment,
+            })
             .collect();
         let request = Request {
             inputs,
@@ -261,7 +307,12 @@ impl Host {
             request_id,
             kernel,
         };
-        Ok(Checked { request, publish: invoke.publish, replace: invoke.replace, principal })
+        Ok(Checked {
+            request,
+            publish: invoke.publish,
+            replace: invoke.replace,
+            principal,
+        })
     }
 
     fn resolve(
@@ -291,7 +342,13 @@ impl Host {
             }
         };
         let tensors = segment.tensors();
-        let names = || tensors.iter().map(|t| format!("`{}`", t.name)).collect::<Vec<_>>().join(", ");
+        let names = || {
+            tensors
+                .iter()
+                .map(|t| format!("`{}`", t.name))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         let place = match &column {
             Some(column) => tensors.iter().find(|t| t.name == *column).ok_or_else(|| {
                 Status::new(
@@ -305,7 +362,11 @@ impl Host {
                 return Err(Status::new(
                     Code::InvalidArgument,
                     "BAD_INPUT",
-                    format!("`{shown}` has {} columns; say which, as `{shown}#column`: {}", tensors.len(), names()),
+                    format!(
+                        "`{shown}` has {} columns; say which, as `{shown}#column`: {}",
+                        tensors.len(),
+                        names()
+                    ),
                 ));
             }
         };

@@ -56,11 +56,17 @@ pub struct FlightEntry {
 
 impl FlightEntry {
     fn whole(segment: Arc<LiveSegment>) -> Arc<Self> {
-        Arc::new(Self { state: StateWord::uploaded(), segment: Mutex::new(Some(segment)) })
+        Arc::new(Self {
+            state: StateWord::uploaded(),
+            segment: Mutex::new(Some(segment)),
+        })
     }
 
     fn segment(&self) -> Option<Arc<LiveSegment>> {
-        self.segment.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        self.segment
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .clone()
     }
 
     /// Its state and the number of inline readers.
@@ -78,6 +84,8 @@ pub struct Host {
     id: String,
     directory: PathBuf,
     budget: Arc<Budget>,
+    /// One for each segment, since each holds a descriptor.
+    places: Arc<Budget>,
     engine: Arc<Engine>,
     plugins: Plugins,
     leases: Leases,
@@ -137,7 +145,11 @@ pub struct Upload {
 
 /// `getrandom` failed.
 fn no_random(error: std::io::Error) -> Status {
-    Status::new(Code::Internal, "HOST", format!("no random bytes for an id: {error}"))
+    Status::new(
+        Code::Internal,
+        "HOST",
+        format!("no random bytes for an id: {error}"),
+    )
 }
 
 impl Host {
@@ -146,12 +158,21 @@ impl Host {
     /// # Errors
     /// If this machine cannot run it or a plugin does not load; names what.
     pub fn start(config: Config, directory: &Path) -> anyhow::Result<Arc<Self>> {
-        let budget = Budget::new("segments", config.budget_bytes());
+        let budget = Budget::new("segment bytes", config.budget_bytes());
         let engine = Engine::new(config.engine(), &budget).map_err(anyhow::Error::msg)?;
         let workers = Workers::new(config.workers(), config.engine.queue_len)?;
         let random = SegmentId::random()?.to_string();
-        let id = [&random[..8], &random[8..12], &random[12..16], &random[16..20], &random[20..]].join("-");
+        let id = [
+            &random[..8],
+            &random[8..12],
+            &random[12..16],
+            &random[16..20],
+            &random[20..],
+        ]
+        .join("-");
+        let places = Budget::new("segments", config.segments_max());
         let host = Arc::new(Self {
+            places,
             id,
             directory: directory.to_owned(),
             budget,
@@ -170,12 +191,20 @@ impl Host {
             draining: AtomicBool::new(false),
             config,
         });
-        host.load_plugin(crate::STANDARD_PLUGIN)
+        let read = |path: &PathBuf| {
+            std::fs::read(path).map_err(|e| anyhow::anyhow!("plugin {}: {e}", path.display()))
+        };
+        let standard = host
+            .config
+            .server
+            .standard_plugin
+            .as_ref()
+            .map(read)
+            .transpose()?;
+        host.load_plugin(standard.as_deref().unwrap_or(crate::STANDARD_PLUGIN))
             .map_err(|e| anyhow::anyhow!("the standard plugin does not load: {e}"))?;
         for path in &host.config.server.plugins {
-            let bytes = std::fs::read(path)
-                .map_err(|e| anyhow::anyhow!("plugin {}: {e}", path.display()))?;
-            host.load_plugin(&bytes)
+            host.load_plugin(&read(path)?)
                 .map_err(|e| anyhow::anyhow!("plugin {}: {}", path.display(), e.message))?;
         }
         Ok(host)
@@ -231,14 +260,20 @@ impl Host {
     }
 
     fn flights(&self) -> MutexGuard<'_, Flights> {
-        self.flights.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.flights
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// A session for a connection of `principal`.
     pub fn open_session(self: &Arc<Self>, principal: Principal) -> Session {
         self.sessions.fetch_add(1, Ordering::Relaxed);
         let id = self.last_session.fetch_add(1, Ordering::Relaxed) + 1;
-        Session { host: Arc::clone(self), id, principal }
+        Session {
+            host: Arc::clone(self),
+            id,
+            principal,
+        }
     }
 
     /// The caller's request id, checked, or a new one.
@@ -280,11 +315,20 @@ impl Host {
     /// The life of a lease for which `asked` milliseconds were asked.
     pub fn lease_life(&self, asked: Option<u64>) -> Duration {
         let settings = &self.config.lease;
-        Duration::from_millis(asked.unwrap_or(settings.lease_ms_default).min(settings.lease_ms_max))
+        Duration::from_millis(
+            asked
+                .unwrap_or(settings.lease_ms_default)
+                .min(settings.lease_ms_max),
+        )
     }
 
     /// Whole flights of `principal` after `after`, at most `count`, by name.
-    pub fn list(&self, principal: Principal, after: Option<&str>, count: usize) -> Vec<(String, Arc<LiveSegment>)> {
+    pub fn list(
+        &self,
+        principal: Principal,
+        after: Option<&str>,
+        count: usize,
+    ) -> Vec<(String, Arc<LiveSegment>)> {
         let after = after.unwrap_or("").to_owned();
         self.flights()
             .range((Bound::Excluded((principal, after)), Bound::Unbounded))
@@ -295,14 +339,19 @@ impl Host {
     }
 
     fn entry(&self, principal: Principal, name: &str) -> Result<Arc<FlightEntry>, Status> {
-        self.flights().get(&(principal, name.to_owned())).cloned().ok_or_else(|| {
-            Status::new(
-                Code::NotFound,
-                "TENSOR_NOT_FOUND",
-                format!("there is no tensor `{name}` of {principal}; `list` shows those there are"),
-            )
-            .with("name", name)
-        })
+        self.flights()
+            .get(&(principal, name.to_owned()))
+            .cloned()
+            .ok_or_else(|| {
+                Status::new(
+                    Code::NotFound,
+                    "TENSOR_NOT_FOUND",
+                    format!(
+                        "there is no tensor `{name}` of {principal}; `list` shows those there are"
+                    ),
+                )
+                .with("name", name)
+            })
     }
 
     /// The segment behind a name.
@@ -312,7 +361,11 @@ impl Host {
     pub fn lookup(&self, principal: Principal, name: &str) -> Result<Arc<LiveSegment>, Status> {
         let entry = self.entry(principal, name)?;
         entry.segment().ok_or_else(|| {
-            WrongState { from: entry.state.get().0, to: FlightState::Streaming }.into()
+            WrongState {
+                from: entry.state.get().0,
+                to: FlightState::Streaming,
+            }
+            .into()
         })
     }
 
@@ -320,7 +373,11 @@ impl Host {
     ///
     /// # Errors
     /// `TENSOR_NOT_FOUND`.
-    pub fn flight_state(&self, principal: Principal, name: &str) -> Result<(FlightState, u32), Status> {
+    pub fn flight_state(
+        &self,
+        principal: Principal,
+        name: &str,
+    ) -> Result<(FlightState, u32), Status> {
         Ok(self.entry(principal, name)?.state())
     }
 
@@ -336,7 +393,11 @@ impl Host {
             Some(segment) => Ok(Reading { entry, segment }),
             None => {
                 entry.state.end_read();
-                Err(Status::new(Code::Internal, "HOST", format!("flight `{name}` is whole and has no segment")))
+                Err(Status::new(
+                    Code::Internal,
+                    "HOST",
+                    format!("flight `{name}` is whole and has no segment"),
+                ))
             }
         }
     }
@@ -345,17 +406,29 @@ impl Host {
     ///
     /// # Errors
     /// `BAD_NAME`, `NAME_TAKEN` unless `replace`, `WRONG_STATE` if another upload has the name.
-    pub fn begin_upload(self: &Arc<Self>, principal: Principal, name: &str, replace: bool) -> Result<Upload, Status> {
+    pub fn begin_upload(
+        self: &Arc<Self>,
+        principal: Principal,
+        name: &str,
+        replace: bool,
+    ) -> Result<Upload, Status> {
         check_name(name)?;
         self.admit()?;
         let key = (principal, name.to_owned());
-        let entry = Arc::new(FlightEntry { state: StateWord::default(), segment: Mutex::new(None) });
+        let entry = Arc::new(FlightEntry {
+            state: StateWord::default(),
+            segment: Mutex::new(None),
+        });
         let mut flights = self.flights();
         let replaces = flights.get(&key).cloned();
         if let Some(old) = &replaces {
             let (state, _) = old.state.get();
             if matches!(state, FlightState::Uploading | FlightState::Idle) {
-                return Err(WrongState { from: state, to: FlightState::Uploading }.into());
+                return Err(WrongState {
+                    from: state,
+                    to: FlightState::Uploading,
+                }
+                .into());
             }
             if !replace {
                 return Err(name_taken(name));
@@ -367,14 +440,26 @@ impl Host {
             flights.insert(key.clone(), Arc::clone(&entry));
         }
         drop(flights);
-        Ok(Upload { host: Arc::clone(self), key, entry, replaces, done: false })
+        Ok(Upload {
+            host: Arc::clone(self),
+            key,
+            entry,
+            replaces,
+            done: false,
+        })
     }
 
     /// Gives a whole segment a name.
     ///
     /// # Errors
     /// `BAD_NAME`, `NAME_TAKEN`, `STILL_WRITABLE`, `BAD_SEGMENT`, `WRONG_STATE`.
-    pub fn publish(&self, principal: Principal, segment: &Arc<LiveSegment>, name: &str, replace: bool) -> Result<(), Status> {
+    pub fn publish(
+        &self,
+        principal: Principal,
+        segment: &Arc<LiveSegment>,
+        name: &str,
+        replace: bool,
+    ) -> Result<(), Status> {
         check_name(name)?;
         segment.seal()?;
         let mut flights = self.flights();
@@ -402,7 +487,10 @@ impl Host {
         entry.state.complete()?;
         let mut flights = self.flights();
         let key = (principal, name.to_owned());
-        if flights.get(&key).is_some_and(|now| Arc::ptr_eq(now, &entry)) {
+        if flights
+            .get(&key)
+            .is_some_and(|now| Arc::ptr_eq(now, &entry))
+        {
             flights.remove(&key);
         }
         Ok(())
@@ -415,12 +503,13 @@ impl Host {
     pub fn allocate(&self, columns: &[Column]) -> Result<(Segment<Open>, FileLayout), Status> {
         self.admit()?;
         let layout = FileLayout::plan(columns)?;
-        let made = Segment::create(layout.capacity, &self.budget).and_then(|segment: Segment<Open>| {
-            let uncounted = Copied::new();
-            segment.write_at(0, &layout.header, &uncounted)?;
-            segment.write_at(layout.footer_offset, &layout.footer, &uncounted)?;
-            Ok(segment)
-        });
+        let made =
+            Segment::create(layout.capacity, &self.budget).and_then(|segment: Segment<Open>| {
+                let uncounted = Copied::new();
+                segment.write_at(0, &layout.header, &uncounted)?;
+                segment.write_at(layout.footer_offset, &layout.footer, &uncounted)?;
+                Ok(segment)
+            });
         let segment = made.map_err(|e| status::memory("no segment could be made", e))?;
         Ok((segment, layout))
     }
@@ -429,22 +518,50 @@ impl Host {
     ///
     /// # Errors
     /// `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
-    pub fn create(&self, principal: Principal, tensors: Vec<wire::NewTensor>) -> Result<(Arc<LiveSegment>, OwnedFd), Status> {
+    pub fn create(
+        &self,
+        principal: Principal,
+        tensors: Vec<wire::NewTensor>,
+    ) -> Result<(Arc<LiveSegment>, OwnedFd), Status> {
         let columns = tensors
             .into_iter()
-            .map(|t| Column::new(t.name, strait_tensor::TensorSpec { dtype: t.dtype, shape: t.shape }))
+            .map(|t| {
+                Column::new(
+                    t.name,
+                    strait_tensor::TensorSpec {
+                        dtype: t.dtype,
+                        shape: t.shape,
+                    },
+                )
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let (segment, layout) = self.allocate(&columns)?;
-        let fd = segment.client_fd().map_err(|e: MemoryError| status::memory("no descriptor", e))?;
+        let fd = segment
+            .client_fd()
+            .map_err(|e: MemoryError| status::memory("no descriptor", e))?;
         let framing = Framing::from(&layout);
-        Ok((self.live(principal, Body::Open(segment), layout.bytes, layout.tensors, Some(framing))?, fd))
+        Ok((
+            self.live(
+                principal,
+                Body::Open(segment),
+                layout.bytes,
+                layout.tensors,
+                Some(framing),
+            )?,
+            fd,
+        ))
     }
 
     /// Takes over a client's memfd.
     ///
     /// # Errors
     /// `BAD_SEGMENT` with the reason, `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
-    pub fn adopt(&self, principal: Principal, fd: OwnedFd, tensors: Vec<TensorPlace>) -> Result<Arc<LiveSegment>, Status> {
+    pub fn adopt(
+        &self,
+        principal: Principal,
+        fd: OwnedFd,
+        tensors: Vec<TensorPlace>,
+    ) -> Result<Arc<LiveSegment>, Status> {
         self.admit()?;
         let bad = |message: String| Status::new(Code::InvalidArgument, "BAD_TENSOR", message);
         if tensors.is_empty() {
@@ -459,12 +576,16 @@ impl Host {
                     tensor.name, tensor.length
                 )));
             }
-            if tensors[..index].iter().any(|other| other.name == tensor.name) {
+            if tensors[..index]
+                .iter()
+                .any(|other| other.name == tensor.name)
+            {
                 return Err(bad(format!("two tensors are named `{}`", tensor.name)));
             }
-            let end = tensor.offset.checked_add(bytes).ok_or_else(|| {
-                bad(format!("tensor `{}` ends beyond 2^64 bytes", tensor.name))
-            })?;
+            let end = tensor
+                .offset
+                .checked_add(bytes)
+                .ok_or_else(|| bad(format!("tensor `{}` ends beyond 2^64 bytes", tensor.name)))?;
             ranges.push(tensor.offset..end);
         }
         let body = match strait_memory::adopt(fd, &ranges, &self.budget)? {
@@ -487,7 +608,20 @@ impl Host {
         tensors: Vec<TensorPlace>,
         framing: Option<Framing>,
     ) -> Result<Arc<LiveSegment>, Status> {
-        let segment = LiveSegment::new(principal, body, bytes, tensors, framing, self.engine.lot()).map_err(no_random)?;
+        let place = self
+            .places
+            .try_reserve(1)
+            .map_err(|e| Status::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", e.to_string()))?;
+        let segment = LiveSegment::new(
+            principal,
+            body,
+            bytes,
+            tensors,
+            framing,
+            self.engine.lot(),
+            place,
+        )
+        .map_err(no_random)?;
         self.leases.register(&segment);
         Ok(segment)
     }
@@ -513,7 +647,11 @@ impl Host {
 
     /// Ends the worker threads after what is queued. Blocks.
     pub fn join_workers(&self) {
-        let workers = self.workers.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let workers = self
+            .workers
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .take();
         drop(workers);
     }
 
@@ -564,13 +702,21 @@ impl Session {
         &self.host
     }
 
+    /// Leases that this session has.
+    pub fn lease_count(&self) -> usize {
+        self.host.leases.count(self.id).1
+    }
+
     /// A lease for this session.
     pub fn grant(&self, segment: &Arc<LiveSegment>, lease_ms: Option<u64>) -> (LeaseId, u64) {
         let life = self.host.lease_life(lease_ms);
         if segment.owner() != self.principal {
             segment.never_recycle();
         }
-        let lease = self.host.leases.grant(self.id, segment, life, Instant::now());
+        let lease = self
+            .host
+            .leases
+            .grant(self.id, segment, life, Instant::now());
         (lease, u64::try_from(life.as_millis()).unwrap_or(u64::MAX))
     }
 
@@ -580,7 +726,10 @@ impl Session {
     /// `BAD_REQUEST` if `id` is no segment id; `SEGMENT_NOT_FOUND`, `LEASE_EXPIRED`.
     pub fn segment(&self, id: &str) -> Result<Arc<LiveSegment>, Status> {
         self.host.leased(self.id, id).or_else(|missing| {
-            let kept = id.parse().ok().and_then(|id| self.host.undelivered(self.principal, id).ok());
+            let kept = id
+                .parse()
+                .ok()
+                .and_then(|id| self.host.undelivered(self.principal, id).ok());
             kept.ok_or(missing)
         })
     }
@@ -596,15 +745,18 @@ impl Session {
     /// `LEASE_EXPIRED`.
     pub fn renew(&self, leases: &[LeaseId], lease_ms: Option<u64>) -> Result<u64, Status> {
         let life = self.host.lease_life(lease_ms);
-        self.host.leases.renew(self.id, leases, life, Instant::now())?;
+        self.host
+            .leases
+            .renew(self.id, leases, life, Instant::now())?;
         Ok(u64::try_from(life.as_millis()).unwrap_or(u64::MAX))
     }
 }
 
 impl Host {
     fn leased(&self, session: SessionId, id: &str) -> Result<Arc<LiveSegment>, Status> {
-        let id: SegmentId =
-            id.parse().map_err(|e: String| Status::new(Code::InvalidArgument, "BAD_REQUEST", e))?;
+        let id: SegmentId = id
+            .parse()
+            .map_err(|e: String| Status::new(Code::InvalidArgument, "BAD_REQUEST", e))?;
         Ok(self.leases.find(session, id, Instant::now())?)
     }
 }
@@ -614,9 +766,21 @@ impl Upload {
     ///
     /// # Errors
     /// `WRONG_STATE` if the flight that it replaces is itself being replaced; what `Host::live` says.
-    pub fn finish(mut self, segment: Segment<Open>, layout: FileLayout) -> Result<Arc<LiveSegment>, Status> {
-        let sealed = segment.seal().map_err(|refused| Status::from(refused.error))?;
-        let live = self.host.live(self.key.0, Body::Sealed(sealed), layout.bytes, layout.tensors, None)?;
+    pub fn finish(
+        mut self,
+        segment: Segment<Open>,
+        layout: FileLayout,
+    ) -> Result<Arc<LiveSegment>, Status> {
+        let sealed = segment
+            .seal()
+            .map_err(|refused| Status::from(refused.error))?;
+        let live = self.host.live(
+            self.key.0,
+            Body::Sealed(sealed),
+            layout.bytes,
+            layout.tensors,
+            None,
+        )?;
         *self.entry.segment.lock().unwrap_or_else(|e| e.into_inner()) = Some(Arc::clone(&live));
         self.entry.state.finish_upload()?;
         let mut flights = self.host.flights();
@@ -643,7 +807,10 @@ impl Drop for Upload {
         // From Uploaded (when `finish` failed late) there is no way back to Idle, and no need.
         let _ = self.entry.state.fail_upload();
         let mut flights = self.host.flights();
-        if flights.get(&self.key).is_some_and(|now| Arc::ptr_eq(now, &self.entry)) {
+        if flights
+            .get(&self.key)
+            .is_some_and(|now| Arc::ptr_eq(now, &self.entry))
+        {
             flights.remove(&self.key);
         }
     }
@@ -680,14 +847,19 @@ pub fn check_name(name: &str) -> Result<(), Status> {
     Err(Status::new(
         Code::InvalidArgument,
         "BAD_NAME",
-        format!("{shown:?} ({} bytes) is not a name: 1 to {NAME_BYTES_MAX} bytes without `#` and control characters", name.len()),
+        format!(
+            "{shown:?} ({} bytes) is not a name: 1 to {NAME_BYTES_MAX} bytes without `#` and control characters",
+            name.len()
+        ),
     ))
 }
 
 fn check_id(what: &str, id: &str) -> Result<(), Status> {
     let fine = !id.is_empty()
         && id.len() <= ID_CHARS_MAX
-        && id.chars().all(|c| c.is_ascii_alphanumeric() || "._:-".contains(c));
+        && id
+            .chars()
+            .all(|c| c.is_ascii_alphanumeric() || "._:-".contains(c));
     if fine {
         return Ok(());
     }

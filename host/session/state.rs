@@ -77,13 +77,21 @@ impl StateWord {
         (state(word), word >> READERS_SHIFT)
     }
 
-    fn step(&self, to: FlightState, next: impl Fn(FlightState, u32) -> Option<(FlightState, u32)>) -> Result<(), WrongState> {
+    fn step(
+        &self,
+        to: FlightState,
+        next: impl Fn(FlightState, u32) -> Option<(FlightState, u32)>,
+    ) -> Result<(), WrongState> {
         self.0
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, |word| {
-                next(state(word), word >> READERS_SHIFT).map(|(s, readers)| s as u32 | readers << READERS_SHIFT)
+                next(state(word), word >> READERS_SHIFT)
+                    .map(|(s, readers)| s as u32 | readers << READERS_SHIFT)
             })
             .map(|_| ())
-            .map_err(|word| WrongState { from: state(word), to })
+            .map_err(|word| WrongState {
+                from: state(word),
+                to,
+            })
     }
 
     /// Idle → Uploading.
@@ -91,7 +99,9 @@ impl StateWord {
     /// # Errors
     /// [`WrongState`] from any other state.
     pub fn begin_upload(&self) -> Result<(), WrongState> {
-        self.step(FlightState::Uploading, |s, n| (s == FlightState::Idle).then_some((FlightState::Uploading, n)))
+        self.step(FlightState::Uploading, |s, n| {
+            (s == FlightState::Idle).then_some((FlightState::Uploading, n))
+        })
     }
 
     /// Uploading → Uploaded.
@@ -99,7 +109,9 @@ impl StateWord {
     /// # Errors
     /// [`WrongState`] from any other state.
     pub fn finish_upload(&self) -> Result<(), WrongState> {
-        self.step(FlightState::Uploaded, |s, n| (s == FlightState::Uploading).then_some((FlightState::Uploaded, n)))
+        self.step(FlightState::Uploaded, |s, n| {
+            (s == FlightState::Uploading).then_some((FlightState::Uploaded, n))
+        })
     }
 
     /// Uploading → Idle.
@@ -107,7 +119,9 @@ impl StateWord {
     /// # Errors
     /// [`WrongState`] from any other state.
     pub fn fail_upload(&self) -> Result<(), WrongState> {
-        self.step(FlightState::Idle, |s, n| (s == FlightState::Uploading).then_some((FlightState::Idle, n)))
+        self.step(FlightState::Idle, |s, n| {
+            (s == FlightState::Uploading).then_some((FlightState::Idle, n))
+        })
     }
 
     /// Uploaded or Streaming → Streaming with one reader more.
@@ -136,7 +150,9 @@ impl StateWord {
     /// # Errors
     /// [`WrongState`] while it is Uploading: only the upload itself ends that.
     pub fn complete(&self) -> Result<(), WrongState> {
-        self.step(FlightState::Completed, |s, n| (s != FlightState::Uploading).then_some((FlightState::Completed, n)))
+        self.step(FlightState::Completed, |s, n| {
+            (s != FlightState::Uploading).then_some((FlightState::Completed, n))
+        })
     }
 }
 
@@ -148,16 +164,46 @@ mod tests {
     fn the_table_of_moves() {
         use FlightState::{Completed, Idle, Streaming, Uploaded, Uploading};
         let word = StateWord::default();
-        assert_eq!(word.begin_read(), Err(WrongState { from: Idle, to: Streaming }));
+        assert_eq!(
+            word.begin_read(),
+            Err(WrongState {
+                from: Idle,
+                to: Streaming
+            })
+        );
         word.begin_upload().expect("from Idle");
-        assert_eq!(word.begin_upload(), Err(WrongState { from: Uploading, to: Uploading }));
-        assert_eq!(word.begin_read(), Err(WrongState { from: Uploading, to: Streaming }));
-        assert_eq!(word.complete(), Err(WrongState { from: Uploading, to: Completed }));
+        assert_eq!(
+            word.begin_upload(),
+            Err(WrongState {
+                from: Uploading,
+                to: Uploading
+            })
+        );
+        assert_eq!(
+            word.begin_read(),
+            Err(WrongState {
+                from: Uploading,
+                to: Streaming
+            })
+        );
+        assert_eq!(
+            word.complete(),
+            Err(WrongState {
+                from: Uploading,
+                to: Completed
+            })
+        );
         word.fail_upload().expect("from Uploading");
         assert_eq!(word.get(), (Idle, 0));
         word.begin_upload().expect("again");
         word.finish_upload().expect("from Uploading");
-        assert_eq!(word.fail_upload(), Err(WrongState { from: Uploaded, to: Idle }));
+        assert_eq!(
+            word.fail_upload(),
+            Err(WrongState {
+                from: Uploaded,
+                to: Idle
+            })
+        );
         word.begin_read().expect("first reader");
         word.begin_read().expect("second reader");
         assert_eq!(word.get(), (Streaming, 2));
@@ -166,7 +212,13 @@ mod tests {
         assert_eq!(word.get(), (Uploaded, 0));
         word.begin_read().expect("reader");
         word.complete().expect("while streaming");
-        assert_eq!(word.begin_read(), Err(WrongState { from: Completed, to: Streaming }));
+        assert_eq!(
+            word.begin_read(),
+            Err(WrongState {
+                from: Completed,
+                to: Streaming
+            })
+        );
         assert_eq!(word.get(), (Completed, 1));
         word.end_read();
         assert_eq!(word.get(), (Completed, 0));

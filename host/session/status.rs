@@ -116,12 +116,16 @@ impl From<InvokeError> for Status {
         let status = |code, reason| Self::new(code, reason, message.clone());
         match error {
             InvokeError::Load(error) => (*error).into(),
-            InvokeError::Trap { during, backtrace, .. } => {
+            InvokeError::Trap {
+                during, backtrace, ..
+            } => {
                 let mut status = status(Code::Internal, "GUEST_TRAP").with("during", during);
                 status.backtrace = backtrace;
                 status
             }
-            InvokeError::InputWritten { port, backtrace, .. } => {
+            InvokeError::InputWritten {
+                port, backtrace, ..
+            } => {
                 let mut status = status(Code::Internal, "INPUT_WRITTEN").with("port", port);
                 status.backtrace = backtrace;
                 status
@@ -138,21 +142,31 @@ impl From<InvokeError> for Status {
                 status(Code::DeadlineExceeded, "DEADLINE").with("deadline_ms", deadline_ms)
             }
             InvokeError::Cancelled(_) => status(Code::Cancelled, "CANCELLED"),
-            InvokeError::GuestBytes { asked, limit, .. } => {
-                limited(status(Code::ResourceExhausted, "LIMIT_GUEST_BYTES"), asked, limit)
-            }
-            InvokeError::WindowBytes { asked, limit, .. } => {
-                limited(status(Code::ResourceExhausted, "LIMIT_WINDOW_BYTES"), asked, limit)
-            }
-            InvokeError::ResultBytes { asked, limit, .. } => {
-                limited(status(Code::ResourceExhausted, "LIMIT_RESULT_BYTES"), asked, limit)
-            }
-            InvokeError::LogBytes { asked, limit, .. } => {
-                limited(status(Code::ResourceExhausted, "LIMIT_LOG_BYTES"), asked, limit)
-            }
-            InvokeError::Wasm32 { asked, .. } => {
-                limited(status(Code::ResourceExhausted, "LIMIT_WASM32"), asked, 1 << 32)
-            }
+            InvokeError::GuestBytes { asked, limit, .. } => limited(
+                status(Code::ResourceExhausted, "LIMIT_GUEST_BYTES"),
+                asked,
+                limit,
+            ),
+            InvokeError::WindowBytes { asked, limit, .. } => limited(
+                status(Code::ResourceExhausted, "LIMIT_WINDOW_BYTES"),
+                asked,
+                limit,
+            ),
+            InvokeError::ResultBytes { asked, limit, .. } => limited(
+                status(Code::ResourceExhausted, "LIMIT_RESULT_BYTES"),
+                asked,
+                limit,
+            ),
+            InvokeError::LogBytes { asked, limit, .. } => limited(
+                status(Code::ResourceExhausted, "LIMIT_LOG_BYTES"),
+                asked,
+                limit,
+            ),
+            InvokeError::Wasm32 { asked, .. } => limited(
+                status(Code::ResourceExhausted, "LIMIT_WASM32"),
+                asked,
+                1 << 32,
+            ),
             InvokeError::Memory { error, .. } => {
                 let inner = Self::from(error);
                 Self { message, ..inner }
@@ -169,5 +183,8 @@ fn limited(status: Status, asked: u64, limit: u64) -> Status {
 /// A segment that Linux would not make: ours to explain, not the caller's fault.
 pub(super) fn memory(what: &str, error: MemoryError) -> Status {
     let inner = Status::from(error);
-    Status { message: format!("{what}: {}", inner.message), ..inner }
+    Status {
+        message: format!("{what}: {}", inner.message),
+        ..inner
+    }
 }

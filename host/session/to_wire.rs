@@ -50,7 +50,10 @@ impl Invoked {
     /// The outcome on the wire; what a client may do with `results` is the edge's to say.
     #[must_use]
     pub fn to_wire(&self, results: Vec<wire::ResultEntry>, request_id: &str) -> wire::Invoked {
-        let note = |(key, text): &(String, String)| wire::Note { key: key.clone(), text: text.clone() };
+        let note = |(key, text): &(String, String)| wire::Note {
+            key: key.clone(),
+            text: text.clone(),
+        };
         let seconds = &self.seconds;
         wire::Invoked {
             results,

@@ -23,7 +23,9 @@ pub(super) struct Undelivered {
 
 impl Undelivered {
     fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Kept>> {
-        self.kept.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.kept
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     pub(super) fn expire(&self, now: Instant) {
@@ -44,7 +46,10 @@ impl Host {
     /// Keeps a result alive for `lease.undelivered_ms` from now on, and answers that time.
     pub fn keep_undelivered(&self, segment: &Arc<LiveSegment>) -> Duration {
         let life = Duration::from_millis(self.config().lease.undelivered_ms);
-        let kept = Kept { segment: Arc::clone(segment), expires: Instant::now() + life };
+        let kept = Kept {
+            segment: Arc::clone(segment),
+            expires: Instant::now() + life,
+        };
         self.undelivered.lock().insert(segment.id(), kept);
         life
     }
@@ -53,7 +58,11 @@ impl Host {
     ///
     /// # Errors
     /// `SEGMENT_NOT_FOUND` if it is not kept (any more), or another principal's.
-    pub fn undelivered(&self, principal: Principal, id: SegmentId) -> Result<Arc<LiveSegment>, Status> {
+    pub fn undelivered(
+        &self,
+        principal: Principal,
+        id: SegmentId,
+    ) -> Result<Arc<LiveSegment>, Status> {
         let kept = self.undelivered.lock();
         kept.get(&id)
             .filter(|kept| kept.segment.owner() == principal && kept.expires > Instant::now())
@@ -74,7 +83,9 @@ impl Host {
     /// Lets go of a result before its time; answers whether it was kept.
     pub fn forget_undelivered(&self, principal: Principal, id: SegmentId) -> bool {
         let mut kept = self.undelivered.lock();
-        let own = kept.get(&id).is_some_and(|kept| kept.segment.owner() == principal);
+        let own = kept
+            .get(&id)
+            .is_some_and(|kept| kept.segment.owner() == principal);
         let gone = own.then(|| kept.remove(&id)).flatten();
         drop(kept);
         gone.is_some()

@@ -23,7 +23,9 @@ struct Shared {
 
 /// The queue is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{queue_len} invocations are waiting already, as many as the host's queue takes; try again later")]
+#[error(
+    "{queue_len} invocations are waiting already, as many as the host's queue takes; try again later"
+)]
 pub(super) struct QueueFull {
     /// Its length.
     pub queue_len: usize,
@@ -38,7 +40,9 @@ pub(super) struct Workers {
 
 impl std::fmt::Debug for Workers {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Workers").field("threads", &self.threads.len()).finish_non_exhaustive()
+        f.debug_struct("Workers")
+            .field("threads", &self.threads.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -66,7 +70,11 @@ impl Workers {
     /// If Linux gives no threads.
     pub(super) fn new(threads: usize, queue_len_max: usize) -> std::io::Result<Self> {
         let shared = Arc::new(Shared::default());
-        let mut workers = Self { shared, threads: Vec::new(), queue_len_max };
+        let mut workers = Self {
+            shared,
+            threads: Vec::new(),
+            queue_len_max,
+        };
         for index in 0..threads.max(1) {
             let shared = Arc::clone(&workers.shared);
             let thread = std::thread::Builder::new()
@@ -98,20 +106,33 @@ pub(super) struct Place(Arc<Shared>);
 impl Place {
     /// Runs `job` when a thread is free.
     pub(super) fn submit(self, job: impl FnOnce() + Send + 'static) {
-        self.0.queue.lock().unwrap_or_else(|e| e.into_inner()).jobs.push_back(Box::new(job));
+        self.0
+            .queue
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .jobs
+            .push_back(Box::new(job));
         self.0.more.notify_one();
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.queue.lock().unwrap_or_else(|e| e.into_inner()).reserved -= 1;
+        self.0
+            .queue
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .reserved -= 1;
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.shared.queue.lock().unwrap_or_else(|e| e.into_inner()).ending = true;
+        self.shared
+            .queue
+            .lock()
+            .unwrap_or_else(|e| e.into_inner())
+            .ending = true;
         self.shared.more.notify_all();
         let own = std::thread::current().id();
         for thread in self.threads.drain(..) {

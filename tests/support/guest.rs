@@ -11,43 +11,67 @@ use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 /// Function name, what it is unless the guest file defines it.
 const DEFAULTS: [(&str, &str); 9] = [
     ("$describe", "(func $describe (result i32) i32.const 1024)"),
-    ("$open", r#"(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
+    (
+        "$open",
+        r#"(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
         (global.set $shape (i32.load offset=4 (local.get 4)))
         (global.set $rank (i32.load offset=8 (local.get 4)))
         (i32.store8 (i32.const 512) (i32.const 0))
         (i32.store (i32.const 516) (local.get 4))
         (i32.store (i32.const 520) (local.get 5))
-        i32.const 512)"#),
-    ("$reserve", r#"(func $reserve (param i64) (result i64)
-        (i64.mul (i64.extend_i32_u (memory.grow (i32.wrap_i64 (i64.div_u (i64.add (local.get 0) (i64.const 65535)) (i64.const 65536))))) (i64.const 65536)))"#),
-    ("$bind", r#"(func $bind (param i32 i32 i32 i32) (result i32)
+        i32.const 512)"#,
+    ),
+    (
+        "$reserve",
+        r#"(func $reserve (param i64) (result i64)
+        (i64.mul (i64.extend_i32_u (memory.grow (i32.wrap_i64 (i64.div_u (i64.add (local.get 0) (i64.const 65535)) (i64.const 65536))))) (i64.const 65536)))"#,
+    ),
+    (
+        "$bind",
+        r#"(func $bind (param i32 i32 i32 i32) (result i32)
         (global.set $x (i64.load (local.get 0)))
         (global.set $bytes (i64.load offset=8 (local.get 0)))
         (global.set $in (i64.load offset=16 (local.get 0)))
         (global.set $y (i64.load (local.get 2)))
         (global.set $out (i64.load offset=16 (local.get 2)))
         (i32.store8 (i32.const 528) (i32.const 0))
-        i32.const 528)"#),
-    ("$run", r#"(func $run (param i32) (result i32)
+        i32.const 528)"#,
+    ),
+    (
+        "$run",
+        r#"(func $run (param i32) (result i32)
         (memory.copy (i32.wrap_i64 (global.get $y)) (i32.wrap_i64 (global.get $x)) (i32.wrap_i64 (global.get $bytes)))
-        i32.const 0)"#),
-    ("$extents", r#"(func $extents (result i32)
+        i32.const 0)"#,
+    ),
+    (
+        "$extents",
+        r#"(func $extents (result i32)
         (i32.store (i32.const 560) (global.get $shape))
         (i32.store (i32.const 564) (global.get $rank))
         (i32.store (i32.const 552) (i32.const 560))
         (i32.store (i32.const 556) (i32.const 1))
-        i32.const 552)"#),
-    ("$notes", "(func $notes (result i32) (i64.store (i32.const 568) (i64.const 0)) i32.const 568)"),
-    ("$last_error", r#"(func $last_error (result i32)
+        i32.const 552)"#,
+    ),
+    (
+        "$notes",
+        "(func $notes (result i32) (i64.store (i32.const 568) (i64.const 0)) i32.const 568)",
+    ),
+    (
+        "$last_error",
+        r#"(func $last_error (result i32)
         (i32.store8 (i32.const 576) (i32.const 2))
         (i32.store (i32.const 580) (i32.const 700))
         (i32.store (i32.const 584) (i32.const 9))
-        i32.const 576)"#),
-    ("$realloc", r#"(func $realloc (param i32 i32 i32 i32) (result i32)
+        i32.const 576)"#,
+    ),
+    (
+        "$realloc",
+        r#"(func $realloc (param i32 i32 i32 i32) (result i32)
         (local $at i32)
         (local.set $at (i32.and (i32.add (global.get $heap) (i32.sub (local.get 2) (i32.const 1))) (i32.sub (i32.const 0) (local.get 2))))
         (global.set $heap (i32.add (local.get $at) (local.get 3)))
-        local.get $at)"#),
+        local.get $at)"#,
+    ),
 ];
 
 /// Records of the canonical ABI in one data segment.
@@ -92,7 +116,10 @@ impl Data {
 /// A description with the kernel `k`; its record is the first thing in the segment.
 fn description(plugin: &str) -> Vec<u8> {
     const DESCRIPTION_BYTES: usize = 28;
-    let mut data = Data { base: 1024, bytes: vec![0; 32] };
+    let mut data = Data {
+        base: 1024,
+        bytes: vec![0; 32],
+    };
     let (x, y) = (data.port("x"), data.port("y"));
     let mut kernel = Vec::new();
     kernel.extend(data.text("k"));
@@ -109,21 +136,35 @@ fn description(plugin: &str) -> Vec<u8> {
     record.extend(data.text(plugin));
     record.extend(data.text("0.0.1"));
     record.extend(data.list(&kernel, 1));
-    assert_eq!(record.len(), DESCRIPTION_BYTES, "the canonical ABI's size of a description");
+    assert_eq!(
+        record.len(),
+        DESCRIPTION_BYTES,
+        "the canonical ABI's size of a description"
+    );
     data.bytes[..DESCRIPTION_BYTES].copy_from_slice(&record);
     data.bytes
 }
 
 /// The component of a guest file's text. `plugin` is the name that it gives itself.
 pub fn component(plugin: &str, text: &str) -> Vec<u8> {
-    let escaped: String = description(plugin).iter().map(|b| format!("\\{b:02x}")).collect();
+    let escaped: String = description(plugin)
+        .iter()
+        .map(|b| format!("\\{b:02x}"))
+        .collect();
     let defaults: String = DEFAULTS
         .iter()
         .filter(|(name, _)| !text.contains(&format!("(func {name} ")))
         .map(|(_, body)| *body)
         .collect();
-    let imports: String = text.lines().filter(|line| line.starts_with("(import")).collect();
-    let rest: String = text.lines().filter(|line| !line.starts_with("(import")).map(|l| format!("{l}\n")).collect();
+    let imports: String = text
+        .lines()
+        .filter(|line| line.starts_with("(import"))
+        .collect();
+    let rest: String = text
+        .lines()
+        .filter(|line| !line.starts_with("(import"))
+        .map(|l| format!("{l}\n"))
+        .collect();
     let wat = format!(
         r#"(module
         {imports}
@@ -151,5 +192,10 @@ pub fn component(plugin: &str, text: &str) -> Vec<u8> {
     let (package, _) = resolve.push_path("wit").unwrap();
     let world = resolve.select_world(&[package], Some("plugin")).unwrap();
     embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
-    ComponentEncoder::default().module(&module).unwrap().validate(true).encode().unwrap()
+    ComponentEncoder::default()
+        .module(&module)
+        .unwrap()
+        .validate(true)
+        .encode()
+        .unwrap()
 }

@@ -1,5 +1,9 @@
 //! What the tests of the host share: a host without sockets, and hostile plugins from WAT.
-#![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "each test file uses a part of it"
+)]
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 pub mod guest;
@@ -33,22 +37,40 @@ impl Rig {
     }
 
     pub fn with(change: impl FnOnce(&mut Config)) -> Self {
-        let turn = TURN.lock().unwrap_or_else(|failed_test| failed_test.into_inner());
+        let turn = TURN
+            .lock()
+            .unwrap_or_else(|failed_test| failed_test.into_inner());
         let mut config = Config::default();
         config.memory.budget_bytes = Some(4 << 30);
         config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
         config.engine.workers = Some(2);
+        // Set where plugins were built by another compiler than the prebuilt ones (xtask's step `rebuilt`).
+        config.server.standard_plugin =
+            std::env::var_os("STRAIT__SERVER__STANDARD_PLUGIN").map(Into::into);
         change(&mut config);
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
         Self { host, _turn: turn }
     }
 
     pub fn put(&self, name: &str, dtype: Dtype, shape: &[u64], bytes: &[u8]) -> Arc<LiveSegment> {
-        let column = Column::new("x", TensorSpec { dtype, shape: shape.to_vec() }).unwrap();
-        assert_eq!(column.reserve_bytes, bytes.len() as u64, "the test's own arithmetic");
+        let column = Column::new(
+            "x",
+            TensorSpec {
+                dtype,
+                shape: shape.to_vec(),
+            },
+        )
+        .unwrap();
+        assert_eq!(
+            column.reserve_bytes,
+            bytes.len() as u64,
+            "the test's own arithmetic"
+        );
         let upload = self.host.begin_upload(ME, name, true).unwrap();
         let (segment, layout) = self.host.allocate(&[column]).unwrap();
-        segment.write_at(layout.tensors[0].offset, bytes, &Copied::new()).unwrap();
+        segment
+            .write_at(layout.tensors[0].offset, bytes, &Copied::new())
+            .unwrap();
         upload.finish(segment, layout).unwrap()
     }
 
@@ -57,7 +79,13 @@ impl Rig {
         self.put(name, Dtype::Float64, &[values.len() as u64], &bytes)
     }
 
-    pub fn start(&self, invoke: Value) -> (strait::engine::CancelToken, mpsc::Receiver<Result<Arc<Invoked>, Status>>) {
+    pub fn start(
+        &self,
+        invoke: Value,
+    ) -> (
+        strait::engine::CancelToken,
+        mpsc::Receiver<Result<Arc<Invoked>, Status>>,
+    ) {
         let invoke: wire::Invoke = serde_json::from_value(invoke).unwrap();
         let (send, receive) = mpsc::channel();
         let id = self.host.request_id(None).unwrap();
@@ -77,14 +105,21 @@ impl Rig {
 
 /// The bytes of a segment's only tensor.
 pub fn bytes_of(segment: &LiveSegment) -> Vec<u8> {
-    let [place] = segment.tensors() else { panic!("{} tensors", segment.tensors().len()) };
+    let [place] = segment.tensors() else {
+        panic!("{} tensors", segment.tensors().len())
+    };
     let mut bytes = vec![0; usize::try_from(place.length).unwrap()];
-    segment.read_at(place.offset, &mut bytes, &Copied::new()).unwrap();
+    segment
+        .read_at(place.offset, &mut bytes, &Copied::new())
+        .unwrap();
     bytes
 }
 
 pub fn f64s(bytes: &[u8]) -> Vec<f64> {
-    bytes.chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect()
+    bytes
+        .chunks_exact(8)
+        .map(|b| f64::from_le_bytes(b.try_into().unwrap()))
+        .collect()
 }
 
 /// What must be the same before and after: nothing is left behind.

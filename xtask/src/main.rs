@@ -2,10 +2,12 @@
 
 mod bindings;
 mod plugins;
+mod test;
 mod toolchain;
 mod tools;
 
 use anyhow::{Result, bail};
+use std::process::ExitCode;
 
 const USAGE: &str = "\
 cargo xtask COMMAND
@@ -15,9 +17,24 @@ cargo xtask COMMAND
                             (--check: into target/plugins only, and fail if plugins/prebuilt does not fit)
   check-prebuilt            fail if plugins/prebuilt does not fit the sources; needs no toolchain
   bindings [--check]        generate the SDK's bindings from wit/ (--check: fail if they differ)
+  test [STEP...]            set up what the tests need under target/ and run them, all or these steps:
 ";
 
-fn main() -> Result<()> {
+fn usage() -> String {
+    USAGE.to_string() + &test::list()
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     match arguments[..] {
@@ -27,10 +44,11 @@ fn main() -> Result<()> {
         ["check-prebuilt"] => plugins::check_prebuilt(),
         ["bindings"] => bindings::write(),
         ["bindings", "--check"] => bindings::check(),
+        ["test", ref steps @ ..] => test::test(steps),
         [] | ["help" | "--help" | "-h"] => {
-            print!("{USAGE}");
+            print!("{}", usage());
             Ok(())
         }
-        _ => bail!("unknown command: {}\n\n{USAGE}", arguments.join(" ")),
+        _ => bail!("unknown command: {}\n\n{}", arguments.join(" "), usage()),
     }
 }

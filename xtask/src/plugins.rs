@@ -19,7 +19,11 @@ struct Plugin {
 }
 
 const PLUGINS: &[Plugin] = &[
-    Plugin { package: "standard", folder: "kernels", component: "standard.wasm" },
+    Plugin {
+        package: "standard",
+        folder: "kernels",
+        component: "standard.wasm",
+    },
     Plugin {
         package: "moving-average",
         folder: "examples/moving-average",
@@ -55,19 +59,26 @@ pub(crate) fn build(mode: Mode) -> Result<()> {
     let toolchain = toolchain::find()?;
     let modules = compile(&root, &toolchain)?;
     for plugin in PLUGINS {
-        let module = tools::read(&modules.join(format!("{}.wasm", plugin.package.replace('-', "_"))))?;
+        let module =
+            tools::read(&modules.join(format!("{}.wasm", plugin.package.replace('-', "_"))))?;
         let component = ComponentEncoder::default()
             .module(&module)
             .and_then(|encoder| encoder.validate(true).encode())
             .with_context(|| format!("{} is no component for wit/kernel.wit", plugin.package))?;
         check_paths(plugin, &toolchain, &component)?;
-        tools::write(&root.join("target/plugins").join(plugin.component), &component)?;
+        tools::write(
+            &root.join("target/plugins").join(plugin.component),
+            &component,
+        )?;
         let origin = plugin.origin(&root, &toolchain.version, &component)?;
         match mode {
             Mode::Install => install(&root, plugin, &component, &origin)?,
             Mode::Check => compare(&root, plugin, &origin)?,
         }
-        println!("{}: {} bytes, sha256 {}", plugin.component, origin.component_bytes, origin.component_sha256);
+        println!(
+            "{}: {} bytes, sha256 {}",
+            plugin.component, origin.component_bytes, origin.component_sha256
+        );
     }
     Ok(())
 }
@@ -88,10 +99,19 @@ fn compile(root: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
     let mut flags = plugin_flags(root)?;
     flags.extend(toolchain.remap(root));
     // Toolchains do not share folders: cargo would not notice a private one that changed in place.
-    let target = root.join("target/plugins-build").join(&tools::sha256(toolchain.to_string().as_bytes())[..16]);
+    let target = root
+        .join("target/plugins-build")
+        .join(&tools::sha256(toolchain.to_string().as_bytes())[..16]);
     let mut cargo = toolchain.cargo(&root.join("plugins"), &flags);
     cargo
-        .args(["build", "--quiet", "--locked", "--release", "--target", "wasm32-unknown-unknown"])
+        .args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--release",
+            "--target",
+            "wasm32-unknown-unknown",
+        ])
         .env("CARGO_TARGET_DIR", &target);
     for plugin in PLUGINS {
         cargo.args(["--package", plugin.package]);
@@ -105,9 +125,15 @@ fn compile(root: &Path, toolchain: &Toolchain) -> Result<PathBuf> {
 fn plugin_flags(root: &Path) -> Result<Vec<String>> {
     let path = root.join("plugins/.cargo/config.toml");
     let text = String::from_utf8(tools::read(&path)?)?;
-    let quoted = text.lines().filter_map(|line| line.trim().strip_prefix('"')?.strip_suffix("\","));
+    let quoted = text
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix('"')?.strip_suffix("\","));
     let flags: Vec<String> = quoted.map(str::to_string).collect();
-    ensure!(!flags.is_empty(), "{}: expected rustflags, one quoted flag a line", path.display());
+    ensure!(
+        !flags.is_empty(),
+        "{}: expected rustflags, one quoted flag a line",
+        path.display()
+    );
     Ok(flags)
 }
 
@@ -115,8 +141,15 @@ fn plugin_flags(root: &Path) -> Result<Vec<String>> {
 fn check_paths(plugin: &Plugin, toolchain: &Toolchain, component: &[u8]) -> Result<()> {
     let home = std::env::var("HOME").unwrap_or_default();
     let root = tools::root();
-    for path in [root.to_string_lossy(), toolchain.sysroot.to_string_lossy(), home.into()] {
-        let found = path.len() > 1 && component.windows(path.len()).any(|bytes| bytes == path.as_bytes());
+    for path in [
+        root.to_string_lossy(),
+        toolchain.sysroot.to_string_lossy(),
+        home.into(),
+    ] {
+        let found = path.len() > 1
+            && component
+                .windows(path.len())
+                .any(|bytes| bytes == path.as_bytes());
         ensure!(!found, "{} contains the path {path}", plugin.component);
     }
     Ok(())
@@ -126,7 +159,10 @@ fn install(root: &Path, plugin: &Plugin, component: &[u8], origin: &Origin) -> R
     tools::write(&plugin.prebuilt(root), component)?;
     let mut json = serde_json::to_string_pretty(origin)?;
     json.push('\n');
-    tools::write(&plugin.prebuilt(root).with_extension("json"), json.as_bytes())
+    tools::write(
+        &plugin.prebuilt(root).with_extension("json"),
+        json.as_bytes(),
+    )
 }
 
 fn compare(root: &Path, plugin: &Plugin, built: &Origin) -> Result<()> {
@@ -135,8 +171,17 @@ fn compare(root: &Path, plugin: &Plugin, built: &Origin) -> Result<()> {
     let same_tools = installed.rustc == built.rustc;
     let expected = Origin {
         rustc: installed.rustc.clone(),
-        component_sha256: if same_tools { &built.component_sha256 } else { &installed.component_sha256 }.clone(),
-        component_bytes: if same_tools { built.component_bytes } else { installed.component_bytes },
+        component_sha256: if same_tools {
+            &built.component_sha256
+        } else {
+            &installed.component_sha256
+        }
+        .clone(),
+        component_bytes: if same_tools {
+            built.component_bytes
+        } else {
+            installed.component_bytes
+        },
         source_sha256: built.source_sha256.clone(),
         wit_sha256: built.wit_sha256.clone(),
         wit_bindgen: built.wit_bindgen.clone(),
@@ -153,7 +198,8 @@ impl Plugin {
     fn installed_origin(&self, root: &Path) -> Result<Origin> {
         let path = self.prebuilt(root).with_extension("json");
         let json = tools::read(&path).context(MEND)?;
-        serde_json::from_slice(&json).with_context(|| format!("cannot read {}: {MEND}", path.display()))
+        serde_json::from_slice(&json)
+            .with_context(|| format!("cannot read {}: {MEND}", path.display()))
     }
 
     fn origin(&self, root: &Path, rustc: &str, component: &[u8]) -> Result<Origin> {
@@ -171,11 +217,16 @@ impl Plugin {
 
     fn sources(&self, root: &Path) -> Result<Vec<PathBuf>> {
         let plugins = Path::new("plugins");
-        let mut files: Vec<PathBuf> =
-            ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"].iter().map(|name| plugins.join(name)).collect();
+        let mut files: Vec<PathBuf> = ["Cargo.toml", "Cargo.lock", ".cargo/config.toml"]
+            .iter()
+            .map(|name| plugins.join(name))
+            .collect();
         for package in ["sdk", self.folder] {
             files.push(plugins.join(package).join("Cargo.toml"));
-            files.extend(tools::files_under(root, &plugins.join(package).join("src"))?);
+            files.extend(tools::files_under(
+                root,
+                &plugins.join(package).join("src"),
+            )?);
         }
         Ok(files)
     }
@@ -183,16 +234,30 @@ impl Plugin {
     /// Fails with the first thing in which they differ.
     fn fits(&self, installed: &Origin, expected: &Origin) -> Result<()> {
         let pairs = [
-            ("the sources", &installed.source_sha256, &expected.source_sha256),
+            (
+                "the sources",
+                &installed.source_sha256,
+                &expected.source_sha256,
+            ),
             ("wit/", &installed.wit_sha256, &expected.wit_sha256),
             ("wit-bindgen", &installed.wit_bindgen, &expected.wit_bindgen),
-            ("wit-component", &installed.wit_component, &expected.wit_component),
-            ("the component", &installed.component_sha256, &expected.component_sha256),
+            (
+                "wit-component",
+                &installed.wit_component,
+                &expected.wit_component,
+            ),
+            (
+                "the component",
+                &installed.component_sha256,
+                &expected.component_sha256,
+            ),
         ];
         for (what, installed, expected) in pairs {
             if installed != expected {
                 let component = self.component;
-                bail!("plugins/prebuilt/{component} does not fit {what}: {installed} recorded, {expected} found; {MEND}");
+                bail!(
+                    "plugins/prebuilt/{component} does not fit {what}: {installed} recorded, {expected} found; {MEND}"
+                );
             }
         }
         Ok(())
@@ -202,7 +267,11 @@ impl Plugin {
 /// The exact version of a dependency of this very crate.
 fn pinned(dependency: &str) -> Result<String> {
     let line = include_str!("../Cargo.toml").lines().find_map(|line| {
-        line.strip_prefix(dependency)?.trim().strip_prefix("= \"=")?.strip_suffix('"').map(str::to_string)
+        line.strip_prefix(dependency)?
+            .trim()
+            .strip_prefix("= \"=")?
+            .strip_suffix('"')
+            .map(str::to_string)
     });
     line.with_context(|| format!("xtask/Cargo.toml pins no exact version of {dependency}"))
 }

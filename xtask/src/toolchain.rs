@@ -36,7 +36,12 @@ struct Private {
 
 impl std::fmt::Display for Toolchain {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "wasm toolchain: {} in {}", self.version, self.sysroot.display())
+        write!(
+            f,
+            "wasm toolchain: {} in {}",
+            self.version,
+            self.sysroot.display()
+        )
     }
 }
 
@@ -46,7 +51,12 @@ impl Toolchain {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.current_dir(folder);
         // They would take precedence over what is set here, or end up in the output.
-        for name in ["RUSTFLAGS", "CARGO_BUILD_RUSTFLAGS", "CARGO_BUILD_TARGET", "RUSTC_WRAPPER"] {
+        for name in [
+            "RUSTFLAGS",
+            "CARGO_BUILD_RUSTFLAGS",
+            "CARGO_BUILD_TARGET",
+            "RUSTC_WRAPPER",
+        ] {
             cargo.env_remove(name);
         }
         cargo.env("CARGO_ENCODED_RUSTFLAGS", rustflags.join("\u{1f}"));
@@ -54,18 +64,27 @@ impl Toolchain {
             cargo
                 .env("RUSTC", &private.rustc)
                 .env("LD_LIBRARY_PATH", &private.libraries)
-                .env("CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER", &private.linker);
+                .env(
+                    "CARGO_TARGET_WASM32_UNKNOWN_UNKNOWN_LINKER",
+                    &private.linker,
+                );
         }
         cargo
     }
 
     /// Flags that take this machine's paths out of what is compiled in `folder`.
     pub(crate) fn remap(&self, folder: &Path) -> Vec<String> {
-        let mut paths = vec![(folder.to_path_buf(), "/strait"), (self.sysroot.clone(), "/rust")];
+        let mut paths = vec![
+            (folder.to_path_buf(), "/strait"),
+            (self.sysroot.clone(), "/rust"),
+        ];
         let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
         let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
         paths.extend(cargo_home.or(home).map(|path| (path, "/cargo")));
-        paths.iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display())).collect()
+        paths
+            .iter()
+            .map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()))
+            .collect()
     }
 }
 
@@ -82,7 +101,9 @@ pub(crate) fn setup() -> Result<Toolchain> {
     if let Ok(toolchain) = find() {
         return Ok(toolchain);
     }
-    let by_rustup = Command::new("rustup").args(["target", "add", TARGET]).output();
+    let by_rustup = Command::new("rustup")
+        .args(["target", "add", TARGET])
+        .output();
     let why_not = match &by_rustup {
         Ok(output) if output.status.success() => return find(),
         Ok(output) => String::from_utf8_lossy(&output.stderr).trim().to_string(),
@@ -106,7 +127,11 @@ fn find_rustup() -> Result<Option<Toolchain>> {
         return Ok(None);
     }
     let sysroot = output(rustc().args(["--print", "sysroot"]))?.trim().into();
-    Ok(Some(Toolchain { version: version(&mut rustc())?, sysroot, private: None }))
+    Ok(Some(Toolchain {
+        version: version(&mut rustc())?,
+        sysroot,
+        private: None,
+    }))
 }
 
 fn version(rustc: &mut Command) -> Result<String> {
@@ -121,30 +146,46 @@ fn find_private() -> Result<Option<Toolchain>> {
     let Ok(entries) = std::fs::read_dir(private_folder()) else {
         return Ok(None);
     };
-    let complete = entries.flatten().map(|entry| entry.path()).filter(|path| path.join(COMPLETE).is_file());
-    let newest = complete.max_by_key(|path| version_key(&path.file_name().unwrap_or_default().to_string_lossy()));
+    let complete = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.join(COMPLETE).is_file());
+    let newest = complete
+        .max_by_key(|path| version_key(&path.file_name().unwrap_or_default().to_string_lossy()));
     newest.map(|prefix| private_at(&prefix)).transpose()
 }
 
 /// "1.96.0+dfsg1-1~deb12u2" as numbers, so that 1.100 is newer than 1.96.
 fn version_key(version: &str) -> Vec<u32> {
-    version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse().ok()).collect()
+    version
+        .split(|c: char| !c.is_ascii_digit())
+        .filter_map(|part| part.parse().ok())
+        .collect()
 }
 
 fn private_at(prefix: &Path) -> Result<Toolchain> {
     let private = Private {
         rustc: prefix.join("usr/bin/rustc"),
-        libraries: prefix.join("usr/lib").join(format!("{}-linux-gnu", std::env::consts::ARCH)),
+        libraries: prefix
+            .join("usr/lib")
+            .join(format!("{}-linux-gnu", std::env::consts::ARCH)),
         linker: find_linker()?,
     };
     let version = version(Command::new(&private.rustc).env("LD_LIBRARY_PATH", &private.libraries))?;
-    Ok(Toolchain { version, sysroot: prefix.join("usr"), private: Some(private) })
+    Ok(Toolchain {
+        version,
+        sysroot: prefix.join("usr"),
+        private: Some(private),
+    })
 }
 
 /// Debian's rustc has no linker for wasm; rustup's toolchains do, whatever targets they have.
 fn find_linker() -> Result<PathBuf> {
     let sysroot = output(Command::new("rustc").args(["--print", "sysroot"]))?;
-    let host = format!("lib/rustlib/{}-unknown-linux-gnu/bin/rust-lld", std::env::consts::ARCH);
+    let host = format!(
+        "lib/rustlib/{}-unknown-linux-gnu/bin/rust-lld",
+        std::env::consts::ARCH
+    );
     let bundled = Path::new(sysroot.trim()).join(host);
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::iter::once(bundled)
@@ -158,8 +199,11 @@ fn install_private() -> Result<()> {
     let folder = private_folder();
     let prefix = folder.join(&packages.version);
     let partial = folder.join(format!("partial-{}", std::process::id()));
-    std::fs::create_dir_all(&partial).with_context(|| format!("cannot create {}", partial.display()))?;
-    let installed = packages.extract_into(&partial).and_then(|()| build_std(&partial));
+    std::fs::create_dir_all(&partial)
+        .with_context(|| format!("cannot create {}", partial.display()))?;
+    let installed = packages
+        .extract_into(&partial)
+        .and_then(|()| build_std(&partial));
     if let Err(error) = installed {
         // What is left would only take up room; the error is what matters.
         let _ = std::fs::remove_dir_all(&partial);
@@ -167,9 +211,11 @@ fn install_private() -> Result<()> {
     }
     tools::write(&partial.join(COMPLETE), packages.version.as_bytes())?;
     if prefix.exists() {
-        std::fs::remove_dir_all(&prefix).with_context(|| format!("cannot replace {}", prefix.display()))?;
+        std::fs::remove_dir_all(&prefix)
+            .with_context(|| format!("cannot replace {}", prefix.display()))?;
     }
-    std::fs::rename(&partial, &prefix).with_context(|| format!("cannot create {}", prefix.display()))
+    std::fs::rename(&partial, &prefix)
+        .with_context(|| format!("cannot create {}", prefix.display()))
 }
 
 /// Debian packages of one rustc.
@@ -220,7 +266,8 @@ impl Packages {
         std::fs::create_dir_all(&downloads)?;
         let download = || {
             let mut apt = Command::new("apt-get");
-            apt.args(["download", "-qq", "-o", "APT::Sandbox::User=root"]).args(&self.names);
+            apt.args(["download", "-qq", "-o", "APT::Sandbox::User=root"])
+                .args(&self.names);
             run(apt.current_dir(&downloads))
         };
         if let Err(error) = download() {
@@ -230,7 +277,10 @@ impl Packages {
         }
         for entry in std::fs::read_dir(&downloads)? {
             let package = entry?.path();
-            if package.file_name().is_some_and(|name| name.to_string_lossy().starts_with("rust-web-src_")) {
+            if package
+                .file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("rust-web-src_"))
+            {
                 unpack_library_source(&package, prefix)?;
             } else {
                 run(Command::new("dpkg-deb").arg("-x").arg(&package).arg(prefix))?;
@@ -243,10 +293,19 @@ impl Packages {
 
 /// The version of a package that apt would install.
 fn candidate(package: &str) -> Result<Option<String>> {
-    let policy = output(Command::new("apt-cache").args(["policy", package]).env("LC_ALL", "C"))
-        .context("this needs apt")?;
-    let line = policy.lines().find_map(|line| line.trim().strip_prefix("Candidate:"));
-    Ok(line.map(str::trim).filter(|version| *version != "(none)").map(str::to_string))
+    let policy = output(
+        Command::new("apt-cache")
+            .args(["policy", package])
+            .env("LC_ALL", "C"),
+    )
+    .context("this needs apt")?;
+    let line = policy
+        .lines()
+        .find_map(|line| line.trim().strip_prefix("Candidate:"));
+    Ok(line
+        .map(str::trim)
+        .filter(|version| *version != "(none)")
+        .map(str::to_string))
 }
 
 fn update_lists() -> Result<()> {
@@ -268,7 +327,13 @@ fn unpack_library_source(package: &Path, prefix: &Path) -> Result<()> {
         .context("cannot start dpkg-deb")?;
     let stream = archive.stdout.take().context("dpkg-deb has no output")?;
     let patterns = ["./usr/src/rustc-*/library", "./usr/lib/rustlib/src"];
-    run(Command::new("tar").arg("-x").arg("-C").arg(prefix).arg("--wildcards").args(patterns).stdin(stream))?;
+    run(Command::new("tar")
+        .arg("-x")
+        .arg("-C")
+        .arg(prefix)
+        .arg("--wildcards")
+        .args(patterns)
+        .stdin(stream))?;
     if !archive.wait()?.success() {
         bail!("dpkg-deb could not unpack {}", package.display());
     }
@@ -278,17 +343,28 @@ fn unpack_library_source(package: &Path, prefix: &Path) -> Result<()> {
 /// Builds the standard library for wasm and puts it where rustc looks for it.
 fn build_std(prefix: &Path) -> Result<()> {
     let work = prefix.join("std");
-    let manifest = "[package]\nname = \"empty\"\nedition = \"2024\"\n[lib]\npath = \"lib.rs\"\n[workspace]\n";
+    let manifest =
+        "[package]\nname = \"empty\"\nedition = \"2024\"\n[lib]\npath = \"lib.rs\"\n[workspace]\n";
     tools::write(&work.join("Cargo.toml"), manifest.as_bytes())?;
     tools::write(&work.join("lib.rs"), b"#![no_std]\n")?;
     let toolchain = private_at(prefix)?;
     eprintln!("building the standard library for wasm (once, about a minute)");
     // Plugins are linked with LTO, which needs the bitcode.
-    let mut flags = vec!["-Ctarget-feature=+simd128,+bulk-memory".to_string(), "-Cembed-bitcode=yes".to_string()];
+    let mut flags = vec![
+        "-Ctarget-feature=+simd128,+bulk-memory".to_string(),
+        "-Cembed-bitcode=yes".to_string(),
+    ];
     flags.extend(toolchain.remap(&work));
     let mut cargo = toolchain.cargo(&work, &flags);
     cargo
-        .args(["build", "--quiet", "--release", "--target", TARGET, "-Zbuild-std=std,panic_abort"])
+        .args([
+            "build",
+            "--quiet",
+            "--release",
+            "--target",
+            TARGET,
+            "-Zbuild-std=std,panic_abort",
+        ])
         .env("CARGO_TARGET_DIR", work.join("target"))
         // Building the library needs an unstable option; plugins use none.
         .env("RUSTC_BOOTSTRAP", "1");

@@ -8,13 +8,18 @@ use std::process::{Command, Stdio};
 /// The checkout.
 pub(crate) fn root() -> PathBuf {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
-    xtask.parent().expect("xtask is a folder of the checkout").to_path_buf()
+    xtask
+        .parent()
+        .expect("xtask is a folder of the checkout")
+        .to_path_buf()
 }
 
 /// Runs a command whose output the user sees.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
     let shown = show(command);
-    let status = command.status().with_context(|| format!("cannot start: {shown}"))?;
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start: {shown}"))?;
     if !status.success() {
         bail!("failed ({status}): {shown}");
     }
@@ -24,7 +29,10 @@ pub(crate) fn run(command: &mut Command) -> Result<()> {
 /// Runs a command and gives what it prints.
 pub(crate) fn output(command: &mut Command) -> Result<String> {
     let shown = show(command);
-    let output = command.stdin(Stdio::null()).output().with_context(|| format!("cannot start: {shown}"))?;
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .with_context(|| format!("cannot start: {shown}"))?;
     if !output.status.success() {
         let said = String::from_utf8_lossy(&output.stderr);
         bail!("failed ({}): {shown}\n{}", output.status, said.trim());
@@ -34,7 +42,10 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 fn show(command: &Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
@@ -44,7 +55,8 @@ pub(crate) fn read(path: &Path) -> Result<Vec<u8>> {
 /// Writes a file, with the folders above it.
 pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
+        std::fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create {}", folder.display()))?;
     }
     std::fs::write(path, bytes).with_context(|| format!("cannot write {}", path.display()))
 }

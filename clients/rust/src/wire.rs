@@ -431,15 +431,32 @@ pub struct PlacedTensor {
 
 impl From<PlacedTensor> for TensorPlace {
     fn from(placed: PlacedTensor) -> Self {
-        let PlacedTensor { name, dtype, shape, offset, length } = placed;
-        Self { name, spec: TensorSpec { dtype, shape }, offset, length }
+        let PlacedTensor {
+            name,
+            dtype,
+            shape,
+            offset,
+            length,
+        } = placed;
+        Self {
+            name,
+            spec: TensorSpec { dtype, shape },
+            offset,
+            length,
+        }
     }
 }
 
 impl From<&TensorPlace> for PlacedTensor {
     fn from(place: &TensorPlace) -> Self {
         let TensorSpec { dtype, shape } = place.spec.clone();
-        Self { name: place.name.clone(), dtype, shape, offset: place.offset, length: place.length }
+        Self {
+            name: place.name.clone(),
+            dtype,
+            shape,
+            offset: place.offset,
+            length: place.length,
+        }
     }
 }
 

@@ -21,8 +21,15 @@ pub(super) struct Child {
 
 impl Child {
     pub(super) fn spawn(name: &'static str, arguments: &[String]) -> Result<Self, Failure> {
-        let failed = |error: std::io::Error| Failure::other("LINUX", format!("the {name} cannot be started: {error}"));
-        let missing = || Failure::other("LINUX", format!("the {name} has no stdin, stdout or process id"));
+        let failed = |error: std::io::Error| {
+            Failure::other("LINUX", format!("the {name} cannot be started: {error}"))
+        };
+        let missing = || {
+            Failure::other(
+                "LINUX",
+                format!("the {name} has no stdin, stdout or process id"),
+            )
+        };
         let program = std::env::current_exe().map_err(failed)?;
         let mut process = Command::new(program)
             .args(arguments)
@@ -34,7 +41,13 @@ impl Child {
         let stdin = process.stdin.take().ok_or_else(missing)?;
         let stdout = process.stdout.take().ok_or_else(missing)?;
         let pid = process.id().ok_or_else(missing)?;
-        Ok(Self { name, process, pid, stdin, stdout: BufReader::new(stdout).lines() })
+        Ok(Self {
+            name,
+            process,
+            pid,
+            stdin,
+            stdout: BufReader::new(stdout).lines(),
+        })
     }
 
     pub(super) fn pid(&self) -> u32 {
@@ -46,16 +59,26 @@ impl Child {
         match tokio::time::timeout(patience, self.stdout.next_line()).await {
             Ok(Ok(Some(line))) => Ok(line),
             Ok(Ok(None)) => Err(self.ended_early().await),
-            Ok(Err(error)) => Err(Failure::other("LINUX", format!("the {} cannot be heard: {error}", self.name))),
+            Ok(Err(error)) => Err(Failure::other(
+                "LINUX",
+                format!("the {} cannot be heard: {error}", self.name),
+            )),
             Err(_) => Err(self.too_slow(patience)),
         }
     }
 
     /// Its next answer.
-    pub(super) async fn reply<T: DeserializeOwned>(&mut self, patience: Duration) -> Result<T, Failure> {
+    pub(super) async fn reply<T: DeserializeOwned>(
+        &mut self,
+        patience: Duration,
+    ) -> Result<T, Failure> {
         let line = self.line(patience).await?;
-        serde_json::from_str(&line)
-            .map_err(|error| Failure::other("HOST", format!("the {} answered {line:?}: {error}", self.name)))
+        serde_json::from_str(&line).map_err(|error| {
+            Failure::other(
+                "HOST",
+                format!("the {} answered {line:?}: {error}", self.name),
+            )
+        })
     }
 
     /// Its answer to `question`.
@@ -64,7 +87,8 @@ impl Child {
         question: &impl Serialize,
         patience: Duration,
     ) -> Result<T, Failure> {
-        let mut line = serde_json::to_string(question).map_err(|error| Failure::other("HOST", error.to_string()))?;
+        let mut line = serde_json::to_string(question)
+            .map_err(|error| Failure::other("HOST", error.to_string()))?;
         line.push('\n');
         if self.stdin.write_all(line.as_bytes()).await.is_err() {
             return Err(self.ended_early().await);
@@ -77,11 +101,24 @@ impl Child {
             Ok(status) => status.to_string(),
             Err(error) => error.to_string(),
         };
-        Failure::other("DEMO", format!("the {} ended early ({how}); what it said stands above", self.name))
+        Failure::other(
+            "DEMO",
+            format!(
+                "the {} ended early ({how}); what it said stands above",
+                self.name
+            ),
+        )
     }
 
     fn too_slow(&self, patience: Duration) -> Failure {
-        Failure::other("DEMO", format!("the {} did not answer within {} s", self.name, patience.as_secs()))
+        Failure::other(
+            "DEMO",
+            format!(
+                "the {} did not answer within {} s",
+                self.name,
+                patience.as_secs()
+            ),
+        )
     }
 
     /// Ends it at once.
@@ -92,15 +129,30 @@ impl Child {
 
     /// Ends it by the end of its stdin, and sees that it ends well.
     pub(super) async fn end(self, patience: Duration) -> Result<(), Failure> {
-        let Self { name, mut process, stdin, stdout, .. } = self;
+        let Self {
+            name,
+            mut process,
+            stdin,
+            stdout,
+            ..
+        } = self;
         drop(stdin);
         let ended = tokio::time::timeout(patience, process.wait()).await;
         drop(stdout);
         match ended {
             Ok(Ok(status)) if status.success() => Ok(()),
-            Ok(Ok(status)) => Err(Failure::other("DEMO", format!("the {name} ended badly: {status}"))),
-            Ok(Err(error)) => Err(Failure::other("LINUX", format!("the {name} cannot be waited for: {error}"))),
-            Err(_) => Err(Failure::other("DEMO", format!("the {name} did not end within {} s", patience.as_secs()))),
+            Ok(Ok(status)) => Err(Failure::other(
+                "DEMO",
+                format!("the {name} ended badly: {status}"),
+            )),
+            Ok(Err(error)) => Err(Failure::other(
+                "LINUX",
+                format!("the {name} cannot be waited for: {error}"),
+            )),
+            Err(_) => Err(Failure::other(
+                "DEMO",
+                format!("the {name} did not end within {} s", patience.as_secs()),
+            )),
         }
     }
 }

@@ -35,7 +35,8 @@ impl Reader {
             .enable_all()
             .build()
             .map_err(|error| failed("connecting", &error))?;
-        let endpoint = Endpoint::try_from(address.to_owned()).map_err(|error| failed("connecting", &error))?;
+        let endpoint =
+            Endpoint::try_from(address.to_owned()).map_err(|error| failed("connecting", &error))?;
         let channel = runtime
             .block_on(
                 endpoint
@@ -51,21 +52,37 @@ impl Reader {
     /// Reads a float64 tensor with one axis; how long that took, and how it compares.
     pub(super) fn read(&self, name: &str, formula: Formula) -> Result<(f64, Compared), Failure> {
         let read = self.runtime.block_on(async {
-            let mut client = FlightClient::new_from_inner(FlightServiceClient::new(self.channel.clone()));
-            let info = client.get_flight_info(FlightDescriptor::new_path(vec![name.to_owned()])).await?;
-            let ticket = info.endpoint.into_iter().find_map(|endpoint| endpoint.ticket);
+            let mut client =
+                FlightClient::new_from_inner(FlightServiceClient::new(self.channel.clone()));
+            let info = client
+                .get_flight_info(FlightDescriptor::new_path(vec![name.to_owned()]))
+                .await?;
+            let ticket = info
+                .endpoint
+                .into_iter()
+                .find_map(|endpoint| endpoint.ticket);
             let start = Instant::now();
-            let batches: Vec<RecordBatch> = client.do_get(ticket.unwrap_or_default()).await?.try_collect().await?;
+            let batches: Vec<RecordBatch> = client
+                .do_get(ticket.unwrap_or_default())
+                .await?
+                .try_collect()
+                .await?;
             Ok((start.elapsed().as_secs_f64(), batches))
         });
-        let (seconds, batches) = read.map_err(|error: arrow_flight::error::FlightError| failed("reading", &error))?;
+        let (seconds, batches) =
+            read.map_err(|error: arrow_flight::error::FlightError| failed("reading", &error))?;
         let mut compared = Compared::default();
         for batch in &batches {
             let column = batch
                 .columns()
                 .first()
                 .and_then(|column| column.as_primitive_opt::<Float64Type>())
-                .ok_or_else(|| failed("reading", &format_args!("`{name}` came as {:?}, not as float64", batch.schema())))?;
+                .ok_or_else(|| {
+                    failed(
+                        "reading",
+                        &format_args!("`{name}` came as {:?}, not as float64", batch.schema()),
+                    )
+                })?;
             compared.add(column.values(), formula);
         }
         Ok((seconds, compared))

@@ -53,8 +53,12 @@ pub(super) struct DemoArgs {
 }
 
 pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
-    let linux = |error: std::io::Error| Failure::other("LINUX", format!("the demo cannot begin: {error}"));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(linux)?;
+    let linux =
+        |error: std::io::Error| Failure::other("LINUX", format!("the demo cannot begin: {error}"));
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(linux)?;
     let shown = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(linux)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(linux)?;
@@ -66,7 +70,10 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
             _ = terminate.recv() => Err(Failure::signal(SignalKind::terminate())),
         };
         // Those that a failed show left; only then the directory can go.
-        for child in [cast.consumer, cast.producer, cast.host].into_iter().flatten() {
+        for child in [cast.consumer, cast.producer, cast.host]
+            .into_iter()
+            .flatten()
+        {
             child.kill().await;
         }
         shown
@@ -81,7 +88,10 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
             if report.problems().is_empty() {
                 return Ok(());
             }
-            let message = format!("the demo found what should not be: {}", report.problems().join("; "));
+            let message = format!(
+                "the demo found what should not be: {}",
+                report.problems().join("; ")
+            );
             Err(Failure::other("NOT_VERIFIED", message).answered())
         }
         Err(failure) if args.json => {
@@ -100,7 +110,8 @@ impl PrivateDirectory {
         use std::os::unix::fs::DirBuilderExt;
         let mut random = [0; 8];
         getrandom(&mut random, GetRandomFlags::empty())?;
-        let path = std::env::temp_dir().join(format!("strait-demo-{:016x}", u64::from_le_bytes(random)));
+        let path =
+            std::env::temp_dir().join(format!("strait-demo-{:016x}", u64::from_le_bytes(random)));
         std::fs::DirBuilder::new().mode(0o700).create(&path)?;
         Ok(Self(path))
     }
@@ -123,27 +134,58 @@ struct Cast {
 
 async fn show(args: &DemoArgs, directory: &Path, cast: &mut Cast) -> Result<Report, Failure> {
     enough_memory(args.bytes)?;
-    let host = cast.host.insert(Child::spawn("host", &host_arguments(directory))?);
+    let host = cast
+        .host
+        .insert(Child::spawn("host", &host_arguments(directory))?);
     host.line(READY_MAX).await?;
-    let producer = Child::spawn("producer", &role_arguments("demo-producer", directory, args.bytes))?;
+    let producer = Child::spawn(
+        "producer",
+        &role_arguments("demo-producer", directory, args.bytes),
+    )?;
     let producer = cast.producer.insert(producer);
     let filled: Filled = producer.reply(STEP_MAX).await?;
-    let consumer = Child::spawn("consumer", &role_arguments("demo-consumer", directory, args.bytes))?;
+    let consumer = Child::spawn(
+        "consumer",
+        &role_arguments("demo-consumer", directory, args.bytes),
+    )?;
     let consumer = cast.consumer.insert(consumer);
 
-    let mut report = Report::new(args.bytes, filled, [host.pid(), producer.pid(), consumer.pid()]);
+    let mut report = Report::new(
+        args.bytes,
+        filled,
+        [host.pid(), producer.pid(), consumer.pid()],
+    );
     for number in 0..WARM_UP + usize::from(args.calls) {
         let warm_up = number < WARM_UP;
         let formula = Formula::of_round(number);
         // Looking at the maps takes time of its own, so the measured calls go without.
-        let called: Called = producer.ask(&ToProducer::Call { formula, verify: warm_up }, STEP_MAX).await?;
-        let checked: Checked = consumer.ask(&ToConsumer::Check { formula }, STEP_MAX).await?;
-        let looped: Looped = producer.ask(&ToProducer::Native { formula }, STEP_MAX).await?;
-        report.add(Round { warm_up, called, checked, looped });
+        let called: Called = producer
+            .ask(
+                &ToProducer::Call {
+                    formula,
+                    verify: warm_up,
+                },
+                STEP_MAX,
+            )
+            .await?;
+        let checked: Checked = consumer
+            .ask(&ToConsumer::Check { formula }, STEP_MAX)
+            .await?;
+        let looped: Looped = producer
+            .ask(&ToProducer::Native { formula }, STEP_MAX)
+            .await?;
+        report.add(Round {
+            warm_up,
+            called,
+            checked,
+            looped,
+        });
     }
     let formula = Formula::of_round(WARM_UP + usize::from(args.calls) - 1);
     for number in 0..INLINE_READS {
-        let inlined: Inlined = consumer.ask(&ToConsumer::Inline { formula }, STEP_MAX).await?;
+        let inlined: Inlined = consumer
+            .ask(&ToConsumer::Inline { formula }, STEP_MAX)
+            .await?;
         report.add_inline(number == 0, inlined);
     }
     for child in [&mut cast.consumer, &mut cast.producer, &mut cast.host] {
@@ -172,9 +214,24 @@ fn enough_memory(bytes: u64) -> Result<(), Failure> {
 
 fn host_arguments(directory: &Path) -> Vec<String> {
     let directory = directory.display().to_string();
-    ["serve", "--directory", &directory, "--log-level", "warn", "--until-stdin-ends"].map(str::to_owned).into()
+    [
+        "serve",
+        "--directory",
+        &directory,
+        "--log-level",
+        "warn",
+        "--until-stdin-ends",
+    ]
+    .map(str::to_owned)
+    .into()
 }
 
 fn role_arguments(role: &str, directory: &Path, bytes: u64) -> Vec<String> {
-    vec![role.to_owned(), "--directory".to_owned(), directory.display().to_string(), "--bytes".to_owned(), bytes.to_string()]
+    vec![
+        role.to_owned(),
+        "--directory".to_owned(),
+        directory.display().to_string(),
+        "--bytes".to_owned(),
+        bytes.to_string(),
+    ]
 }

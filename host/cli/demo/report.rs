@@ -33,7 +33,15 @@ pub(super) struct Report {
 impl Report {
     pub(super) fn new(bytes: u64, filled: Filled, pids: [u32; 3]) -> Self {
         let bytes = bytes - bytes % size_of::<f64>() as u64;
-        Self { bytes, filled, pids, rounds: Vec::new(), inline: Vec::new(), elements_checked: 0, problems: Vec::new() }
+        Self {
+            bytes,
+            filled,
+            pids,
+            rounds: Vec::new(),
+            inline: Vec::new(),
+            elements_checked: 0,
+            problems: Vec::new(),
+        }
     }
 
     /// Whether tensors of this size are moved into the guest, not copied.
@@ -46,19 +54,26 @@ impl Report {
         self.compared(&format!("call {number}"), &round.checked.compared);
         if let (Some(seen), true) = (round.called.guest, self.is_moved()) {
             let [x, y] = seen;
-            for (what, guest, other) in
-                [("x", x, ("producer", self.filled.pages)), ("y", y, ("consumer", round.checked.pages))]
-            {
+            for (what, guest, other) in [
+                ("x", x, ("producer", self.filled.pages)),
+                ("y", y, ("consumer", round.checked.pages)),
+            ] {
                 let (who, pages) = other;
                 if pages != Some(guest) {
                     let pages = pages.map_or_else(|| "no memfd".to_owned(), shown);
-                    let problem = format!("call {number}: the guest saw {} for {what}, the {who} {pages}", shown(guest));
+                    let problem = format!(
+                        "call {number}: the guest saw {} for {what}, the {who} {pages}",
+                        shown(guest)
+                    );
                     self.problems.push(problem);
                 }
             }
         }
         if self.is_moved() && round.called.copied_bytes != 0 {
-            self.problems.push(format!("call {number}: {} bytes were copied", round.called.copied_bytes));
+            self.problems.push(format!(
+                "call {number}: {} bytes were copied",
+                round.called.copied_bytes
+            ));
         }
         self.rounds.push(round);
     }
@@ -74,11 +89,16 @@ impl Report {
         self.elements_checked += compared.elements;
         let elements = self.bytes / size_of::<f64>() as u64;
         if compared.elements != elements {
-            self.problems.push(format!("{what}: {} of {elements} elements came", compared.elements));
+            self.problems.push(format!(
+                "{what}: {} of {elements} elements came",
+                compared.elements
+            ));
         }
         if let Some((index, value, expected)) = compared.first_wrong {
             let wrong = compared.wrong;
-            self.problems.push(format!("{what}: {wrong} elements are wrong, first {index}: {value} is not {expected}"));
+            self.problems.push(format!(
+                "{what}: {wrong} elements are wrong, first {index}: {value} is not {expected}"
+            ));
         }
     }
 
@@ -101,7 +121,10 @@ impl Report {
 
     /// Whether producer, guest and consumer had the same pages, in every call where the host looked.
     fn same_pages(&self) -> bool {
-        let mut looked = self.rounds.iter().filter_map(|round| Some((round.called.guest?, round.checked.pages)));
+        let mut looked = self
+            .rounds
+            .iter()
+            .filter_map(|round| Some((round.called.guest?, round.checked.pages)));
         looked.clone().next().is_some()
             && looked.all(|([x, y], consumer)| self.filled.pages == Some(x) && consumer == Some(y))
     }
@@ -110,7 +133,11 @@ impl Report {
         let call = Path {
             name: "mapped call",
             seconds: self.median(|round| round.called.seconds),
-            copied_bytes: self.measured().map(|round| round.called.copied_bytes).max().unwrap_or(0),
+            copied_bytes: self
+                .measured()
+                .map(|round| round.called.copied_bytes)
+                .max()
+                .unwrap_or(0),
             same_pages: self.same_pages(),
             minor_faults: Some(self.median(|round| count(round.called.minor_faults))),
             sandbox_seconds: Some(self.median(|round| round.called.instantiate_seconds)),
@@ -118,7 +145,12 @@ impl Report {
         let inline = Path {
             name: "inline Flight",
             seconds: median(self.inline.iter().map(|inlined| inlined.seconds)),
-            copied_bytes: self.inline.iter().map(|inlined| inlined.copied_bytes).max().unwrap_or(0),
+            copied_bytes: self
+                .inline
+                .iter()
+                .map(|inlined| inlined.copied_bytes)
+                .max()
+                .unwrap_or(0),
             same_pages: false,
             minor_faults: None,
             sandbox_seconds: None,
@@ -179,15 +211,40 @@ impl Report {
             row
         };
         let none = || "-".to_owned();
-        let mut rows = vec![row("native loop (*)", native, [none(), none(), none(), none()])];
+        let mut rows = vec![row(
+            "native loop (*)",
+            native,
+            [none(), none(), none(), none()],
+        )];
         for path in self.paths() {
             let same = if path.same_pages { "yes" } else { "no" };
-            let faults = path.minor_faults.map_or_else(none, |faults| format!("{faults:.0}"));
-            let sandbox = path.sandbox_seconds.map_or_else(none, |seconds| format!("{:.0} us", seconds * 1e6));
-            rows.push(row(path.name, path.seconds, [path.copied_bytes.to_string(), same.to_owned(), faults, sandbox]));
+            let faults = path
+                .minor_faults
+                .map_or_else(none, |faults| format!("{faults:.0}"));
+            let sandbox = path
+                .sandbox_seconds
+                .map_or_else(none, |seconds| format!("{:.0} us", seconds * 1e6));
+            rows.push(row(
+                path.name,
+                path.seconds,
+                [
+                    path.copied_bytes.to_string(),
+                    same.to_owned(),
+                    faults,
+                    sandbox,
+                ],
+            ));
         }
-        let heading =
-            ["PATH", "GB/s>", "ms>", "x NATIVE>", "BYTES COPIED>", "SAME MEMFD", "MINOR FAULTS>", "SANDBOX READY>"];
+        let heading = [
+            "PATH",
+            "GB/s>",
+            "ms>",
+            "x NATIVE>",
+            "BYTES COPIED>",
+            "SAME MEMFD",
+            "MINOR FAULTS>",
+            "SANDBOX READY>",
+        ];
         let [host, producer, consumer] = self.pids;
         let size = output::bytes(self.bytes);
         let calls = self.measured().count();
@@ -202,7 +259,11 @@ impl Report {
             self.median(|round| round.checked.attach_seconds) * 1e6,
             self.elements_checked
         );
-        text += if self.problems.is_empty() { "all equal.\nverified" } else { "see below.\nNOT verified" };
+        text += if self.problems.is_empty() {
+            "all equal.\nverified"
+        } else {
+            "see below.\nNOT verified"
+        };
         for problem in &self.problems {
             text += &format!("\n  {problem}");
         }
@@ -216,7 +277,11 @@ impl Report {
                 output::bytes(self.filled.move_min_bytes)
             );
         }
-        let looked = self.rounds.iter().filter_map(|round| Some((round.called.guest?, round.checked.pages?))).last();
+        let looked = self
+            .rounds
+            .iter()
+            .filter_map(|round| Some((round.called.guest?, round.checked.pages?)))
+            .next_back();
         match (looked, self.filled.pages) {
             (Some(([x, y], consumer)), Some(producer)) => format!(
                 "Memory (device:inode by Linux's maps): x is {} in the producer and {} in the guest, y is {} in the guest and {} in the consumer.\n",
@@ -244,7 +309,10 @@ fn shown(pages: Pages) -> String {
     format!("{}:{}", pages.device, pages.inode)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "for a rate or a median of counts")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "for a rate or a median of counts"
+)]
 fn count(number: u64) -> f64 {
     number as f64
 }
@@ -265,24 +333,60 @@ fn median(values: impl Iterator<Item = f64>) -> f64 {
 mod tests {
     use super::*;
 
-    const X: Pages = Pages { device: 1, inode: 10 };
-    const Y: Pages = Pages { device: 1, inode: 11 };
+    const X: Pages = Pages {
+        device: 1,
+        inode: 10,
+    };
+    const Y: Pages = Pages {
+        device: 1,
+        inode: 11,
+    };
 
     fn report(change: impl Fn(&mut Round), inline_elements: u64) -> Report {
-        let filled = Filled { pages: Some(X), move_min_bytes: 8 };
+        let filled = Filled {
+            pages: Some(X),
+            move_min_bytes: 8,
+        };
         let mut report = Report::new(80, filled, [1, 2, 3]);
-        let compared = || Compared { elements: 10, ..Default::default() };
+        let compared = || Compared {
+            elements: 10,
+            ..Default::default()
+        };
         for warm_up in [true, false, false] {
-            let called =
-                Called { seconds: 2.0, instantiate_seconds: 1e-5, copied_bytes: 0, minor_faults: 4, guest: Some([X, Y]) };
-            let checked = Checked { attach_seconds: 1e-4, pages: Some(Y), compared: compared() };
-            let mut round = Round { warm_up, called, checked, looped: Looped { seconds: 1.0 } };
+            let called = Called {
+                seconds: 2.0,
+                instantiate_seconds: 1e-5,
+                copied_bytes: 0,
+                minor_faults: 4,
+                guest: Some([X, Y]),
+            };
+            let checked = Checked {
+                attach_seconds: 1e-4,
+                pages: Some(Y),
+                compared: compared(),
+            };
+            let mut round = Round {
+                warm_up,
+                called,
+                checked,
+                looped: Looped { seconds: 1.0 },
+            };
             change(&mut round);
             report.add(round);
         }
         for warm_up in [true, false] {
-            let compared = Compared { elements: inline_elements, ..Default::default() };
-            report.add_inline(warm_up, Inlined { seconds: 4.0, copied_bytes: 80, compared });
+            let compared = Compared {
+                elements: inline_elements,
+                ..Default::default()
+            };
+            report.add_inline(
+                warm_up,
+                Inlined {
+                    seconds: 4.0,
+                    copied_bytes: 80,
+                    compared,
+                },
+            );
         }
         report
     }
@@ -307,15 +411,42 @@ mod tests {
         let wrong = |change: fn(&mut Round), inline_elements, says: &str| {
             let report = report(change, inline_elements);
             assert_eq!(report.to_json()["verified"], false, "{says}");
-            assert!(report.problems().iter().any(|problem| problem.contains(says)), "{:?}", report.problems());
+            assert!(
+                report
+                    .problems()
+                    .iter()
+                    .any(|problem| problem.contains(says)),
+                "{:?}",
+                report.problems()
+            );
             assert!(report.to_text().contains("NOT verified"));
         };
-        wrong(|round| round.checked.compared.first_wrong = Some((3, 1.0, 2.0)), 10, "first 3: 1 is not 2");
-        wrong(|round| round.checked.compared.elements = 9, 10, "9 of 10 elements");
-        wrong(|round| round.checked.pages = Some(X), 10, "the guest saw 1:11 for y, the consumer 1:10");
+        wrong(
+            |round| round.checked.compared.first_wrong = Some((3, 1.0, 2.0)),
+            10,
+            "first 3: 1 is not 2",
+        );
+        wrong(
+            |round| round.checked.compared.elements = 9,
+            10,
+            "9 of 10 elements",
+        );
+        wrong(
+            |round| round.checked.pages = Some(X),
+            10,
+            "the guest saw 1:11 for y, the consumer 1:10",
+        );
         wrong(|round| round.checked.pages = None, 10, "no memfd");
-        wrong(|round| round.called.guest = Some([Y, Y]), 10, "for x, the producer 1:10");
-        wrong(|round| round.called.copied_bytes = 160, 10, "160 bytes were copied");
+        wrong(
+            |round| round.called.guest = Some([Y, Y]),
+            10,
+            "for x, the producer 1:10",
+        );
+        wrong(
+            |round| round.called.copied_bytes = 160,
+            10,
+            "160 bytes were copied",
+        );
         wrong(|_| (), 9, "inline Flight: 9 of 10");
     }
 

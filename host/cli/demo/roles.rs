@@ -43,7 +43,10 @@ pub(super) struct Formula {
 impl Formula {
     #[expect(clippy::cast_precision_loss, reason = "rounds are few")]
     pub(super) fn of_round(number: usize) -> Self {
-        Self { a: 2.0 + number as f64 / 4.0, b: 1.0 - number as f64 }
+        Self {
+            a: 2.0 + number as f64 / 4.0,
+            b: 1.0 - number as f64,
+        }
     }
 
     /// What element `index` of the result must be, from nothing but the rule for x.
@@ -67,7 +70,8 @@ pub(super) struct Pages {
 
 impl Pages {
     fn at(bytes: &[u8]) -> Result<Option<Self>, Failure> {
-        let unread = |error: io::Error| Failure::other("LINUX", format!("/proc/self/maps: {error}"));
+        let unread =
+            |error: io::Error| Failure::other("LINUX", format!("/proc/self/maps: {error}"));
         let found = process::inode_at(bytes.as_ptr().addr()).map_err(unread)?;
         Ok(found.map(|(Inode { device, inode }, _)| Self { device, inode }))
     }
@@ -147,7 +151,8 @@ impl Compared {
             let expected = formula.expected(index);
             if value.to_bits() != expected.to_bits() {
                 self.wrong += 1;
-                self.first_wrong.get_or_insert((index as u64, *value, expected));
+                self.first_wrong
+                    .get_or_insert((index as u64, *value, expected));
             }
         }
         self.elements += values.len() as u64;
@@ -155,11 +160,14 @@ impl Compared {
 }
 
 /// Answers each question on stdin, until stdin ends.
-fn serve<Q: DeserializeOwned>(mut answer: impl FnMut(Q) -> Result<(), Failure>) -> Result<(), Failure> {
+fn serve<Q: DeserializeOwned>(
+    mut answer: impl FnMut(Q) -> Result<(), Failure>,
+) -> Result<(), Failure> {
     for line in io::stdin().lock().lines() {
         let line = line.map_err(|error| Failure::other("LINUX", format!("stdin: {error}")))?;
-        let question = serde_json::from_str(&line)
-            .map_err(|error| Failure::usage(format!("{line:?} is not a question of the demo: {error}")))?;
+        let question = serde_json::from_str(&line).map_err(|error| {
+            Failure::usage(format!("{line:?} is not a question of the demo: {error}"))
+        })?;
         answer(question)?;
     }
     Ok(())
@@ -170,7 +178,11 @@ fn connect(directory: &Path) -> Result<Client, Failure> {
 }
 
 fn tensor(name: &str, elements: u64) -> NewTensor {
-    NewTensor { name: name.to_owned(), dtype: Dtype::Float64, shape: vec![elements] }
+    NewTensor {
+        name: name.to_owned(),
+        dtype: Dtype::Float64,
+        shape: vec![elements],
+    }
 }
 
 pub(in super::super) fn producer(args: &RoleArgs) -> Result<(), Failure> {
@@ -181,7 +193,10 @@ pub(in super::super) fn producer(args: &RoleArgs) -> Result<(), Failure> {
     }
     let pages = Pages::at(x.bytes_mut(X)?)?;
     x.publish(X, false)?;
-    output::json(&Filled { pages, move_min_bytes: client.welcome().move_min_bytes })?;
+    output::json(&Filled {
+        pages,
+        move_min_bytes: client.welcome().move_min_bytes,
+    })?;
     // Of the same kind as a result: shared memory, warm after the first round.
     let mut native = client.create(&[tensor(Y, args.elements())])?;
     serve(|question| match question {
@@ -204,7 +219,10 @@ fn call(client: &Client, Formula { a, b }: Formula, verify: bool) -> Result<Call
     let seconds = start.elapsed().as_secs_f64();
     let pages = |port: &str| {
         let of_port = result.pages.iter().find(|pages| pages.port == port)?;
-        Some(Pages { device: of_port.device, inode: of_port.inode })
+        Some(Pages {
+            device: of_port.device,
+            inode: of_port.inode,
+        })
     };
     Ok(Called {
         seconds,
@@ -216,12 +234,18 @@ fn call(client: &Client, Formula { a, b }: Formula, verify: bool) -> Result<Call
 }
 
 /// The same computation over the very pages that the kernel reads, without sandbox or host.
-fn native_loop(x: &OpenSegment, native: &mut OpenSegment, formula: Formula) -> Result<Looped, Failure> {
+fn native_loop(
+    x: &OpenSegment,
+    native: &mut OpenSegment,
+    formula: Formula,
+) -> Result<Looped, Failure> {
     let x = x.tensor(X)?.as_slice::<f64>()?;
     let y = native.tensor_mut::<f64>(Y)?;
     let start = Instant::now();
     scale_shift(x, y, formula);
-    Ok(Looped { seconds: start.elapsed().as_secs_f64() })
+    Ok(Looped {
+        seconds: start.elapsed().as_secs_f64(),
+    })
 }
 
 // A function of its own, so that nothing of it can be moved out of the measured time. With the
@@ -243,7 +267,11 @@ pub(in super::super) fn consumer(args: &RoleArgs) -> Result<(), Failure> {
             let before = client.stats()?.copied_bytes;
             let (seconds, compared) = flight.read(Y, formula)?;
             let copied_bytes = client.stats()?.copied_bytes - before;
-            output::json(&Inlined { seconds, copied_bytes, compared })
+            output::json(&Inlined {
+                seconds,
+                copied_bytes,
+                compared,
+            })
         }
     })
 }
@@ -255,7 +283,11 @@ fn check(client: &Client, formula: Formula) -> Result<Checked, Failure> {
     let y = segment.tensor(Y)?;
     let mut compared = Compared::default();
     compared.add(y.as_slice::<f64>()?, formula);
-    Ok(Checked { attach_seconds, pages: Pages::at(y.bytes())?, compared })
+    Ok(Checked {
+        attach_seconds,
+        pages: Pages::at(y.bytes())?,
+        compared,
+    })
 }
 
 #[cfg(test)]
@@ -283,6 +315,9 @@ mod tests {
 
     #[test]
     fn rounds_differ() {
-        assert_ne!(Formula::of_round(0).expected(5).to_bits(), Formula::of_round(1).expected(5).to_bits());
+        assert_ne!(
+            Formula::of_round(0).expected(5).to_bits(),
+            Formula::of_round(1).expected(5).to_bits()
+        );
     }
 }

@@ -28,7 +28,8 @@ pub struct Cast;
 
 impl Kernel for Cast {
     const NAME: &str = "cast";
-    const DOC: &str = "The same values as dtype `to`; float to integer cuts towards zero and saturates.";
+    const DOC: &str =
+        "The same values as dtype `to`; float to integer cuts towards zero and saturates.";
     const INPUTS: &[Port] = &[Port::new("x", dtypes::ALL, "Any shape.")];
     const OUTPUTS: &[Port] = &[Port::new("y", dtypes::ALL, "Shape of x, dtype `to`.")];
     const SPLIT_AXIS: Option<u32> = Some(0);
@@ -43,7 +44,9 @@ impl Kernel for Cast {
             let (from, to) = (x.dtype.name(), to.name());
             return Err(Error::bad_argument(
                 "to",
-                format!("{from} to {to} would lose the imaginary part: give x.real or x.imag instead"),
+                format!(
+                    "{from} to {to} would lose the imaginary part: give x.real or x.imag instead"
+                ),
             ));
         }
         Ok((Self, vec![x.with_dtype(to)]))
@@ -82,13 +85,16 @@ fn from_real<S: Widen>(call: &mut Call<'_>, to: Dtype) -> Result<(), Error> {
 
 const BLOCK: usize = 1024;
 
+/// Takes the next elements of the result, before their conversion.
+type Writer<'a, W> = &'a mut dyn FnMut(&[W]);
+
 /// A type that holds several dtypes exactly.
 trait Wide: Copy + Default {
-    /// Fills the output, which is of dtype `to`: `produce` gets a function that takes the next elements.
+    /// Fills the output, which is of dtype `to`, with what `produce` hands to the writer.
     fn write(
         call: &mut Call<'_>,
         to: Dtype,
-        produce: &mut dyn FnMut(&mut dyn FnMut(&[Self])),
+        produce: &mut dyn FnMut(Writer<'_, Self>),
     ) -> Result<(), Error>;
 }
 
@@ -99,7 +105,7 @@ macro_rules! wide {
                 fn write(
                     call: &mut Call<'_>,
                     to: Dtype,
-                    produce: &mut dyn FnMut(&mut dyn FnMut(&[Self])),
+                    produce: &mut dyn FnMut(Writer<'_, Self>),
                 ) -> Result<(), Error> {
                     dispatch!(to, D in all => {
                         let mut y = call.output::<D>(0)?;
@@ -199,7 +205,10 @@ trait FromWide<W>: Copy {
 impl<W, T: FromWide<W> + Default> FromWide<W> for Complex<T> {
     #[inline]
     fn from_wide(value: W) -> Self {
-        Self { re: T::from_wide(value), im: T::default() }
+        Self {
+            re: T::from_wide(value),
+            im: T::default(),
+        }
     }
 }
 

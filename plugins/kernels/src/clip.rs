@@ -33,11 +33,17 @@ impl Kernel for Clip {
         let Parameters { lo, hi } = parameters;
         for (name, bound) in [("lo", lo), ("hi", hi)] {
             if bound.is_nan() {
-                return Err(Error::bad_argument(name, "it is NaN: give a number, or leave it out for no bound"));
+                return Err(Error::bad_argument(
+                    name,
+                    "it is NaN: give a number, or leave it out for no bound",
+                ));
             }
         }
         if lo > hi {
-            return Err(Error::bad_argument("lo", format!("{lo} is above hi, {hi}: give lo <= hi")));
+            return Err(Error::bad_argument(
+                "lo",
+                format!("{lo} is above hi, {hi}: give lo <= hi"),
+            ));
         }
         dispatch!(inputs[0].dtype, T in reals => {
             let (low, high) = T::bounds(lo, hi);
@@ -159,7 +165,11 @@ mod tests {
     }
 
     fn check<T: Element>(x: &[T], lo: f64, hi: f64, expected: &[T]) {
-        assert_eq!(clip(x, lo, hi).expect("valid bounds"), expected, "{lo} {hi}");
+        assert_eq!(
+            clip(x, lo, hi).expect("valid bounds"),
+            expected,
+            "{lo} {hi}"
+        );
     }
 
     fn reason(outcome: Result<Vec<impl Element>, Error>) -> String {
@@ -172,9 +182,24 @@ mod tests {
     #[test]
     fn integers_are_exact() {
         let big = 1i64 << 62;
-        check(&[i64::MIN, big - 1, big, big + 1, i64::MAX], -1.0, big as f64, &[-1, big - 1, big, big, big]);
-        check(&[0u64, u64::MAX, u64::MAX - 1], 1.0, f64::INFINITY, &[1, u64::MAX, u64::MAX - 1]);
-        check(&[0u64, 1 << 63, (1 << 63) + 1], 0.0, 9_223_372_036_854_775_808.0, &[0, 1 << 63, 1 << 63]);
+        check(
+            &[i64::MIN, big - 1, big, big + 1, i64::MAX],
+            -1.0,
+            big as f64,
+            &[-1, big - 1, big, big, big],
+        );
+        check(
+            &[0u64, u64::MAX, u64::MAX - 1],
+            1.0,
+            f64::INFINITY,
+            &[1, u64::MAX, u64::MAX - 1],
+        );
+        check(
+            &[0u64, 1 << 63, (1 << 63) + 1],
+            0.0,
+            9_223_372_036_854_775_808.0,
+            &[0, 1 << 63, 1 << 63],
+        );
         check(&[-3i8, -2, 0, 2, 3], -2.5, 2.5, &[-2, -2, 0, 2, 2]);
         check(&[-3i32, 0, 3], 0.5, 1.5, &[1, 1, 1]);
     }
@@ -185,7 +210,12 @@ mod tests {
         check(&[0u8, 100, 255], -400.0, -300.0, &[0, 0, 0]);
         check(&[-128i8, 0, 127], -1e300, 1e300, &[-128, 0, 127]);
         check(&[i64::MIN, i64::MAX], -1e19, 1e19, &[i64::MIN, i64::MAX]);
-        check(&[Bool8(0), Bool8(1), Bool8(7)], 0.0, 5.0, &[Bool8(0), Bool8(1), Bool8(1)]);
+        check(
+            &[Bool8(0), Bool8(1), Bool8(7)],
+            0.0,
+            5.0,
+            &[Bool8(0), Bool8(1), Bool8(1)],
+        );
         check(&[Bool8(0), Bool8(1)], 0.5, 5.0, &[Bool8(1), Bool8(1)]);
     }
 
@@ -193,29 +223,68 @@ mod tests {
     fn floats_keep_nan_and_take_the_bound_at_equality() {
         let y = clip(&[f64::NAN, -0.0, 0.0, -5.0, f64::INFINITY], 0.0, 2.0).expect("valid");
         assert!(y[0].is_nan());
-        assert_eq!(y[1..].iter().map(|y| y.to_bits()).collect::<Vec<_>>(), [0.0, 0.0, 0.0, 2.0].map(f64::to_bits));
+        assert_eq!(
+            y[1..].iter().map(|y| y.to_bits()).collect::<Vec<_>>(),
+            [0.0, 0.0, 0.0, 2.0].map(f64::to_bits)
+        );
         check(&[-1.0f32, 0.0, 1.0], 0.1, 1e300, &[0.1, 0.1, 1.0]);
-        check(&[f32::NEG_INFINITY, 1.0], f64::NEG_INFINITY, 0.5, &[f32::NEG_INFINITY, 0.5]);
+        check(
+            &[f32::NEG_INFINITY, 1.0],
+            f64::NEG_INFINITY,
+            0.5,
+            &[f32::NEG_INFINITY, 0.5],
+        );
     }
 
     #[test]
     fn narrow_floats() {
         let f16 = |value| F16::from_f64(value);
-        check(&[f16(-3.0), f16(0.25), F16(0x7c01), f16(9.0)], -1.0, 1e9, &[f16(-1.0), f16(0.25), F16(0x7c01), f16(9.0)]);
+        check(
+            &[f16(-3.0), f16(0.25), F16(0x7c01), f16(9.0)],
+            -1.0,
+            1e9,
+            &[f16(-1.0), f16(0.25), F16(0x7c01), f16(9.0)],
+        );
         let f8 = |value| F8E4m3fn::from_f64(value);
-        check(&[f8(-3.0), F8E4m3fn(0x7f), F8E4m3fn(0xff), f8(448.0)], -1e9, 1e9, &[f8(-3.0), F8E4m3fn(0x7f), F8E4m3fn(0xff), f8(448.0)]);
-        check(&[f8(1.0), F8E4m3fn(0x7f)], 1e9, f64::INFINITY, &[f8(448.0), F8E4m3fn(0x7f)]);
-        check(&[Bf16::from_f64(5.0), Bf16(0x8000)], 0.0, 2.0, &[Bf16::from_f64(2.0), Bf16(0)]);
-        check(&[F8E5m2::from_f64(5.0), F8E5m2(0xfc)], -2.0, 2.0, &[F8E5m2::from_f64(2.0), F8E5m2::from_f64(-2.0)]);
+        check(
+            &[f8(-3.0), F8E4m3fn(0x7f), F8E4m3fn(0xff), f8(448.0)],
+            -1e9,
+            1e9,
+            &[f8(-3.0), F8E4m3fn(0x7f), F8E4m3fn(0xff), f8(448.0)],
+        );
+        check(
+            &[f8(1.0), F8E4m3fn(0x7f)],
+            1e9,
+            f64::INFINITY,
+            &[f8(448.0), F8E4m3fn(0x7f)],
+        );
+        check(
+            &[Bf16::from_f64(5.0), Bf16(0x8000)],
+            0.0,
+            2.0,
+            &[Bf16::from_f64(2.0), Bf16(0)],
+        );
+        check(
+            &[F8E5m2::from_f64(5.0), F8E5m2(0xfc)],
+            -2.0,
+            2.0,
+            &[F8E5m2::from_f64(2.0), F8E5m2::from_f64(-2.0)],
+        );
     }
 
     #[test]
     fn impossible_bounds_are_refused() {
-        assert_eq!(reason(clip(&[1.0], 2.0, 1.0)), "lo: 2 is above hi, 1: give lo <= hi");
+        assert_eq!(
+            reason(clip(&[1.0], 2.0, 1.0)),
+            "lo: 2 is above hi, 1: give lo <= hi"
+        );
         assert_eq!(
             reason(clip(&[1.0], f64::NAN, 1.0)),
             "lo: it is NaN: give a number, or leave it out for no bound"
         );
-        assert_eq!(reason(clip(&[1i16], 0.25, 0.75)), "lo: no int16 lies between 0.25 and 0.75");
+        assert_eq!(
+            reason(clip(&[1i16], 0.25, 0.75)),
+            "lo: no int16 lies between 0.25 and 0.75"
+        );
     }
 }

@@ -10,8 +10,12 @@ impl Kernel for FilterFinite {
     const NAME: &str = "filter-finite";
     const DOC: &str = "Drops NaN and infinities; the note `dropped` counts them.";
     const INPUTS: &[Port] = &[Port::new("x", dtypes::ALL, "One axis.").rank(1, 1)];
-    const OUTPUTS: &[Port] =
-        &[Port::new("y", dtypes::ALL, "The finite elements, at most as many as x has.").rank(1, 1)];
+    const OUTPUTS: &[Port] = &[Port::new(
+        "y",
+        dtypes::ALL,
+        "The finite elements, at most as many as x has.",
+    )
+    .rank(1, 1)];
     const COST_HINT: f64 = 1.0;
     type Parameters = ();
 
@@ -103,7 +107,9 @@ mod tests {
     #[test]
     fn keeps_the_order_at_every_density() {
         for every in [1usize, 2, 3, 7, 63, 64, 65, 1000] {
-            let x: Vec<f64> = (0..777).map(|i| if i % every == 0 { f64::NAN } else { i as f64 }).collect();
+            let x: Vec<f64> = (0..777)
+                .map(|i| if i % every == 0 { f64::NAN } else { i as f64 })
+                .collect();
             let expected: Vec<f64> = x.iter().copied().filter(|x| x.is_finite()).collect();
             let (y, dropped) = filtered(&x);
             assert_eq!(y, expected, "{every}");
@@ -116,12 +122,29 @@ mod tests {
         assert_eq!(filtered(&[1i64, i64::MAX]), (vec![1, i64::MAX], "0".into()));
         assert_eq!(filtered::<f32>(&[]), (vec![], "0".into()));
         assert_eq!(filtered(&[f32::NEG_INFINITY, 1.0]), (vec![1.0], "1".into()));
-        assert_eq!(filtered(&[F16(0x7c00), F16(0xfbff), F16(0xfe00)]), (vec![F16(0xfbff)], "2".into()));
-        assert_eq!(filtered(&[F8E4m3fn(0x7f), F8E4m3fn(0x7e)]), (vec![F8E4m3fn(0x7e)], "1".into()));
-        assert_eq!(filtered(&[F8E5m2(0x7c), F8E5m2(0x7b), F8E5m2(0xff)]), (vec![F8E5m2(0x7b)], "2".into()));
-        assert_eq!(filtered(&[Bf16(0x7f80), Bf16(0x7f7f)]), (vec![Bf16(0x7f7f)], "1".into()));
+        assert_eq!(
+            filtered(&[F16(0x7c00), F16(0xfbff), F16(0xfe00)]),
+            (vec![F16(0xfbff)], "2".into())
+        );
+        assert_eq!(
+            filtered(&[F8E4m3fn(0x7f), F8E4m3fn(0x7e)]),
+            (vec![F8E4m3fn(0x7e)], "1".into())
+        );
+        assert_eq!(
+            filtered(&[F8E5m2(0x7c), F8E5m2(0x7b), F8E5m2(0xff)]),
+            (vec![F8E5m2(0x7b)], "2".into())
+        );
+        assert_eq!(
+            filtered(&[Bf16(0x7f80), Bf16(0x7f7f)]),
+            (vec![Bf16(0x7f7f)], "1".into())
+        );
         let complex = |re, im| Complex { re, im };
-        let x = [complex(1.0, 2.0), complex(f64::NAN, 0.0), complex(0.0, f64::INFINITY), complex(3.0, 4.0)];
+        let x = [
+            complex(1.0, 2.0),
+            complex(f64::NAN, 0.0),
+            complex(0.0, f64::INFINITY),
+            complex(3.0, 4.0),
+        ];
         assert_eq!(filtered(&x), (vec![x[0], x[3]], "2".into()));
     }
 }

@@ -25,7 +25,11 @@ struct Columns {
 
 impl Columns {
     fn new(width: usize) -> Self {
-        Self { rows: 0, mean: vec![0.0; width], squares: vec![0.0; width] }
+        Self {
+            rows: 0,
+            mean: vec![0.0; width],
+            squares: vec![0.0; width],
+        }
     }
 
     /// Never allocates: `width` is at most what `new` was given.
@@ -36,7 +40,10 @@ impl Columns {
 
     /// Moments of the rows of both.
     fn merge(&mut self, other: &Self) {
-        merge((self.rows, &mut self.mean, &mut self.squares), (other.rows, &other.mean, &other.squares));
+        merge(
+            (self.rows, &mut self.mean, &mut self.squares),
+            (other.rows, &other.mean, &other.squares),
+        );
         self.rows += other.rows;
     }
 }
@@ -107,7 +114,12 @@ impl Moments {
 
     /// Mean and sum of squared deviations of each column; `rows` is not 0.
     pub(crate) fn of<T: Real>(&mut self, view: View<'_, T>) -> (&[f64], &[f64]) {
-        let View { elements, rows, stride, width } = view;
+        let View {
+            elements,
+            rows,
+            stride,
+            width,
+        } = view;
         let block_rows = block_rows(width);
         self.resize(width);
         for (index, first) in (0..rows).step_by(block_rows).enumerate() {
@@ -125,13 +137,22 @@ impl Moments {
     }
 
     /// Moments of a matrix of `rows` rows (not 0) that is one tile; `fill` writes its elements.
-    pub(crate) fn of_tile(&mut self, rows: usize, width: usize, fill: impl FnOnce(&mut [f64])) -> Tile<'_> {
+    pub(crate) fn of_tile(
+        &mut self,
+        rows: usize,
+        width: usize,
+        fill: impl FnOnce(&mut [f64]),
+    ) -> Tile<'_> {
         self.sums.resize(width, 0.0);
         self.block.resize(width);
         let elements = &mut self.tile[..rows * width];
         fill(elements);
         reduce(elements, &mut self.sums, &mut self.block);
-        Tile { elements, mean: &self.block.mean, squares: &mut self.block.squares }
+        Tile {
+            elements,
+            mean: &self.block.mean,
+            squares: &mut self.block.squares,
+        }
     }
 
     fn resize(&mut self, width: usize) {
@@ -172,7 +193,11 @@ fn block_rows(width: usize) -> usize {
 /// the last bits.
 fn reduce(tile: &[f64], sums: &mut [f64], moments: &mut Columns) {
     let width = sums.len();
-    let Columns { rows, mean, squares } = moments;
+    let Columns {
+        rows,
+        mean,
+        squares,
+    } = moments;
     *rows = tile.len() / width;
     // Deviations from the first row: equal values add up to exactly 0.
     mean.copy_from_slice(&tile[..width]);
@@ -219,7 +244,11 @@ pub(crate) fn fold(rows: usize, mean: &mut [f64], squares: &mut [f64], inner: us
             let (a_mean, b_mean) = mean.split_at_mut(b);
             let (a_squares, b_squares) = squares.split_at_mut(b);
             merge(
-                (weights[index], &mut a_mean[a..a + inner], &mut a_squares[a..a + inner]),
+                (
+                    weights[index],
+                    &mut a_mean[a..a + inner],
+                    &mut a_squares[a..a + inner],
+                ),
                 (weights[index + kept], &b_mean[..inner], &b_squares[..inner]),
             );
             weights[index] += weights[index + kept];

@@ -21,8 +21,16 @@ pub struct ScaleShift(Parameters);
 impl Kernel for ScaleShift {
     const NAME: &str = "scale-shift";
     const DOC: &str = "y = a*x + b, in the precision of x.";
-    const INPUTS: &[Port] = &[Port::new("x", &[Dtype::Float32, Dtype::Float64], "Any shape.")];
-    const OUTPUTS: &[Port] = &[Port::new("y", &[Dtype::Float32, Dtype::Float64], "Dtype and shape of x.")];
+    const INPUTS: &[Port] = &[Port::new(
+        "x",
+        &[Dtype::Float32, Dtype::Float64],
+        "Any shape.",
+    )];
+    const OUTPUTS: &[Port] = &[Port::new(
+        "y",
+        &[Dtype::Float32, Dtype::Float64],
+        "Dtype and shape of x.",
+    )];
     const SPLIT_AXIS: Option<u32> = Some(0);
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;
@@ -54,11 +62,13 @@ mod tests {
         // With a fused multiply-add the first would be 2^-60, and f32 arithmetic differs from f64 in the second.
         let (a, x) = (1.0 + f64::EPSILON, 1.0 - f64::EPSILON);
         let parameters = [("a", Value::Real(a)), ("b", Value::Real(-1.0))];
-        let y = testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[x, 1.0])]).expect("valid");
+        let y =
+            testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[x, 1.0])]).expect("valid");
         assert_eq!(y.outputs[0].values::<f64>(), [a * x - 1.0, f64::EPSILON]);
 
         let parameters = [("a", Value::Real(0.1)), ("b", Value::Real(0.2))];
-        let y = testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[0.3f32])]).expect("valid");
+        let y =
+            testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[0.3f32])]).expect("valid");
         assert_eq!(y.outputs[0].values::<f32>(), [0.1f32 * 0.3 + 0.2]);
     }
 
@@ -78,7 +88,12 @@ mod tests {
     #[test]
     fn other_dtypes_are_refused() {
         let refused = testing::invoke::<ScaleShift>(&[], &[Tensor::new(&[1i32])]);
-        let Err(Error::BadArgument(bad)) = refused else { panic!("{refused:?}") };
-        assert_eq!((bad.name.as_str(), bad.reason.as_str()), ("x", "it takes float32, float64; given: int32"));
+        let Err(Error::BadArgument(bad)) = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(
+            (bad.name.as_str(), bad.reason.as_str()),
+            ("x", "it takes float32, float64; given: int32")
+        );
     }
 }

@@ -24,18 +24,34 @@ pub struct ZScore {
 
 impl Kernel for ZScore {
     const NAME: &str = "zscore";
-    const DOC: &str = "(x - mean) / population standard deviation along `axis`; integers give float64.";
-    const INPUTS: &[Port] = &[Port::new("x", dtypes::REALS, "At least one axis.").rank(1, Port::RANK_MAX)];
-    const OUTPUTS: &[Port] = &[Port::new("y", dtypes::FLOATS, "Shape of x; its dtype if that is a float, else float64.")
-        .rank(1, Port::RANK_MAX)];
+    const DOC: &str =
+        "(x - mean) / population standard deviation along `axis`; integers give float64.";
+    const INPUTS: &[Port] =
+        &[Port::new("x", dtypes::REALS, "At least one axis.").rank(1, Port::RANK_MAX)];
+    const OUTPUTS: &[Port] = &[Port::new(
+        "y",
+        dtypes::FLOATS,
+        "Shape of x; its dtype if that is a float, else float64.",
+    )
+    .rank(1, Port::RANK_MAX)];
     const COST_HINT: f64 = 3.0;
     type Parameters = Parameters;
 
     fn open(parameters: Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
         let x = &inputs[0];
         let split = parameters.axis.split("x", x)?;
-        let dtype = if dtypes::FLOATS.contains(&x.dtype) { x.dtype } else { Dtype::Float64 };
-        Ok((Self { split, scratch: Scratch::new(split) }, vec![x.with_dtype(dtype)]))
+        let dtype = if dtypes::FLOATS.contains(&x.dtype) {
+            x.dtype
+        } else {
+            Dtype::Float64
+        };
+        Ok((
+            Self {
+                split,
+                scratch: Scratch::new(split),
+            },
+            vec![x.with_dtype(dtype)],
+        ))
     }
 
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
@@ -54,7 +70,11 @@ impl ZScore {
     fn standardise<T: Real, O: Real>(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         let x = call.input::<T>(0)?;
         let mut y = call.output::<O>(0)?;
-        let AxisSplit { outer, length, inner } = self.split;
+        let AxisSplit {
+            outer,
+            length,
+            inner,
+        } = self.split;
         if x.is_empty() {
             return Ok(());
         }
@@ -112,7 +132,11 @@ impl Scratch {
             let flat = &mut self.flat[..x.len()];
             map(x, flat, T::to_f64);
             let fill = |tile: &mut [f64]| swap_axes(flat, tile, blocks, length, inner);
-            let Tile { elements, mean, squares } = self.moments.of_tile(length, blocks * inner, fill);
+            let Tile {
+                elements,
+                mean,
+                squares,
+            } = self.moments.of_tile(length, blocks * inner, fill);
             to_deviations(squares, length);
             for row in elements.chunks_exact_mut(blocks * inner) {
                 for (x, (mean, deviation)) in row.iter_mut().zip(mean.iter().zip(&*squares)) {
@@ -128,13 +152,23 @@ impl Scratch {
     fn wide<T: Real, O: Real>(&mut self, x: &[T], y: &mut [O], length: usize, inner: usize) {
         for start in (0..inner).step_by(WIDTH_MAX) {
             let width = WIDTH_MAX.min(inner - start);
-            let view = View { elements: &x[start..], rows: length, stride: inner, width };
+            let view = View {
+                elements: &x[start..],
+                rows: length,
+                stride: inner,
+                width,
+            };
             let (mean, squares) = self.moments.of(view);
             let deviation = &mut self.deviation[..width];
             deviation.copy_from_slice(squares);
             to_deviations(deviation, length);
             for (x, y) in x.chunks(inner).zip(y.chunks_mut(inner)) {
-                scores(&x[start..start + width], &mut y[start..start + width], mean, deviation);
+                scores(
+                    &x[start..start + width],
+                    &mut y[start..start + width],
+                    mean,
+                    deviation,
+                );
             }
         }
     }
@@ -145,15 +179,28 @@ impl Scratch {
         let width = taken * inner;
         let (mean, deviation) = (&mut self.mean[..width], &mut self.deviation[..width]);
         let rows = length / taken;
-        let (m, s) = self.moments.of(View { elements: x, rows, stride: width, width });
+        let (m, s) = self.moments.of(View {
+            elements: x,
+            rows,
+            stride: width,
+            width,
+        });
         mean.copy_from_slice(m);
         deviation.copy_from_slice(s);
         fold(rows, mean, deviation, inner);
         let rest = length % taken;
         if rest > 0 {
-            let view = View { elements: &x[rows * width..], rows: rest, stride: inner, width: inner };
+            let view = View {
+                elements: &x[rows * width..],
+                rows: rest,
+                stride: inner,
+                width: inner,
+            };
             let (m, s) = self.moments.of(view);
-            merge((rows * taken, &mut mean[..inner], &mut deviation[..inner]), (rest, m, s));
+            merge(
+                (rows * taken, &mut mean[..inner], &mut deviation[..inner]),
+                (rest, m, s),
+            );
         }
         to_deviations(&mut deviation[..inner], length);
         for column in inner..width {
@@ -205,6 +252,10 @@ fn scores<T: Real, O: Real>(x: &[T], y: &mut [O], mean: &[f64], deviation: &[f64
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the tests' tensors are small"
+)]
 mod tests {
     use super::*;
 
@@ -217,12 +268,16 @@ mod tests {
             let (mut sum, mut lost) = (0.0f64, 0.0f64);
             for value in values {
                 let next = sum + value;
-                lost += if sum.abs() >= value.abs() { (sum - next) + value } else { (value - next) + sum };
+                lost += if sum.abs() >= value.abs() {
+                    (sum - next) + value
+                } else {
+                    (value - next) + sum
+                };
                 sum = next;
             }
             sum + lost
         };
-        for start in (0..x.len()).filter(|i| i / inner % length == 0) {
+        for start in (0..x.len()).filter(|i| (i / inner).is_multiple_of(length)) {
             let at = |k: usize| start + k * inner;
             let values: Vec<f64> = (0..length).map(|k| x[at(k)]).collect();
             let mean = sum(&values) / length as f64;
@@ -236,7 +291,8 @@ mod tests {
     }
 
     fn zscore<T: Element>(x: &[T], shape: &[u64], axis: u32) -> Tensor {
-        let outcome = testing::invoke::<ZScore>(&[("axis", Value::Axis(axis))], &[Tensor::shaped(x, shape)]);
+        let outcome =
+            testing::invoke::<ZScore>(&[("axis", Value::Axis(axis))], &[Tensor::shaped(x, shape)]);
         outcome.expect("valid").outputs.remove(0)
     }
 
@@ -244,7 +300,9 @@ mod tests {
         let mut state = 1u64;
         (0..count)
             .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
                 (state >> 11) as f64 / (1u64 << 53) as f64 * 3.0 + 10.0
             })
             .collect()
@@ -253,17 +311,46 @@ mod tests {
     #[test]
     fn every_way_through_the_tiles() {
         let shapes: &[&[u64]] = &[
-            &[1], &[2], &[63], &[64], &[65], &[4096], &[10_000], &[7, 1], &[1, 7], &[500, 3], &[3, 500], &[9, 513],
-            &[17, 1025], &[100, 63], &[100, 64], &[300, 33], &[2, 70, 3], &[2, 3, 70], &[70, 2, 3], &[3, 65, 2, 40],
-            &[2, 129, 64], &[5000, 3], &[3000, 2, 2], &[9, 512], &[9, 256, 2], &[300, 5, 63],
+            &[1],
+            &[2],
+            &[63],
+            &[64],
+            &[65],
+            &[4096],
+            &[10_000],
+            &[7, 1],
+            &[1, 7],
+            &[500, 3],
+            &[3, 500],
+            &[9, 513],
+            &[17, 1025],
+            &[100, 63],
+            &[100, 64],
+            &[300, 33],
+            &[2, 70, 3],
+            &[2, 3, 70],
+            &[70, 2, 3],
+            &[3, 65, 2, 40],
+            &[2, 129, 64],
+            &[5000, 3],
+            &[3000, 2, 2],
+            &[9, 512],
+            &[9, 256, 2],
+            &[300, 5, 63],
         ];
         for shape in shapes {
             let x = numbers(shape.iter().product::<u64>() as usize);
             for axis in 0..shape.len() {
-                let (y, expected) = (zscore(&x, shape, axis as u32).values::<f64>(), reference(&x, shape, axis));
+                let (y, expected) = (
+                    zscore(&x, shape, axis as u32).values::<f64>(),
+                    reference(&x, shape, axis),
+                );
                 for (i, (y, expected)) in y.iter().zip(&expected).enumerate() {
                     let close = (y - expected).abs() <= 1e-12 * expected.abs().max(1.0);
-                    assert!(close || (y.is_nan() && expected.is_nan()), "{shape:?} axis {axis}: y[{i}] = {y}, {expected}");
+                    assert!(
+                        close || (y.is_nan() && expected.is_nan()),
+                        "{shape:?} axis {axis}: y[{i}] = {y}, {expected}"
+                    );
                 }
             }
         }
@@ -272,21 +359,41 @@ mod tests {
     #[test]
     fn far_from_zero() {
         // Next to 2^40 numbers are 2^-12 apart: the mean cannot be had better than that, in no way.
-        let x: Vec<f64> = numbers(100_000).iter().map(|x| x + 2.0f64.powi(40)).collect();
-        let (y, expected) = (zscore(&x, &[100_000], 0).values::<f64>(), reference(&x, &[100_000], 0));
+        let x: Vec<f64> = numbers(100_000)
+            .iter()
+            .map(|x| x + 2.0f64.powi(40))
+            .collect();
+        let (y, expected) = (
+            zscore(&x, &[100_000], 0).values::<f64>(),
+            reference(&x, &[100_000], 0),
+        );
         let deviation = 3.0 / 12.0f64.sqrt();
         for (y, expected) in y.iter().zip(&expected) {
-            assert!((y - expected).abs() <= 2.0 * 2.0f64.powi(-12) / deviation, "{y} {expected}");
+            assert!(
+                (y - expected).abs() <= 2.0 * 2.0f64.powi(-12) / deviation,
+                "{y} {expected}"
+            );
         }
     }
 
     #[test]
     fn equal_values_are_nan_whatever_the_value() {
         for value in [0.1, 1e-300, -3.3e17, 1.0 / 3.0] {
-            for shape in [&[3][..], &[1000], &[100_000], &[700, 70], &[70, 700], &[333, 5]] {
+            for shape in [
+                &[3][..],
+                &[1000],
+                &[100_000],
+                &[700, 70],
+                &[70, 700],
+                &[333, 5],
+            ] {
                 let count = shape.iter().product::<u64>() as usize;
                 let y = zscore(&vec![value; count], shape, 0).values::<f64>();
-                assert!(y.iter().all(|y| y.is_nan()), "{value} {shape:?}: {:?}", &y[..3]);
+                assert!(
+                    y.iter().all(|y| y.is_nan()),
+                    "{value} {shape:?}: {:?}",
+                    &y[..3]
+                );
             }
         }
     }
@@ -299,9 +406,15 @@ mod tests {
         assert!(close(f64s(zscore(&[1i8, 2, 3], &[3], 0))));
         assert!(close(f64s(zscore(&[10u64, 20, 30], &[3], 0))));
         assert_eq!(f64s(zscore(&[Bool8(0), Bool8(9)], &[2], 0)), [-1.0, 1.0]);
-        assert_eq!(zscore(&[1.0f32, 2.0, 3.0], &[3], 0).values::<f32>(), expected.map(|y| y as f32));
+        assert_eq!(
+            zscore(&[1.0f32, 2.0, 3.0], &[3], 0).values::<f32>(),
+            expected.map(|y| y as f32)
+        );
         let narrow = |values: [f64; 3]| values.map(Bf16::from_f64);
-        assert_eq!(zscore(&narrow([1.0, 2.0, 3.0]), &[3], 0).values::<Bf16>(), narrow(expected));
+        assert_eq!(
+            zscore(&narrow([1.0, 2.0, 3.0]), &[3], 0).values::<Bf16>(),
+            narrow(expected)
+        );
         assert_eq!(zscore::<f64>(&[], &[0, 4], 0).values::<f64>(), []);
         assert_eq!(zscore::<f64>(&[], &[4, 0], 0).values::<f64>(), []);
     }
@@ -317,8 +430,16 @@ mod tests {
 
     #[test]
     fn an_axis_that_is_not_there_is_refused() {
-        let refused = testing::invoke::<ZScore>(&[("axis", Value::Axis(2))], &[Tensor::shaped(&[0.0; 4], &[2, 2])]);
-        let Err(Error::BadArgument(bad)) = refused else { panic!("{refused:?}") };
-        assert_eq!((bad.name.as_str(), bad.reason.as_str()), ("axis", "axis 2 of x, which has 2 axes: give one below 2"));
+        let refused = testing::invoke::<ZScore>(
+            &[("axis", Value::Axis(2))],
+            &[Tensor::shaped(&[0.0; 4], &[2, 2])],
+        );
+        let Err(Error::BadArgument(bad)) = refused else {
+            panic!("{refused:?}")
+        };
+        assert_eq!(
+            (bad.name.as_str(), bad.reason.as_str()),
+            ("axis", "axis 2 of x, which has 2 axes: give one below 2")
+        );
     }
 }

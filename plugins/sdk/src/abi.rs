@@ -27,7 +27,11 @@ impl<P: Plugin> Guest for Exports<P> {
         Instance::describe::<P>()
     }
 
-    fn open(kernel: String, parameters: Vec<Parameter>, inputs: Vec<Spec>) -> Result<Vec<Spec>, Error> {
+    fn open(
+        kernel: String,
+        parameters: Vec<Parameter>,
+        inputs: Vec<Spec>,
+    ) -> Result<Vec<Spec>, Error> {
         let mut instance = INSTANCE.0.borrow_mut();
         instance.set_kernels(P::KERNELS);
         instance.open(&kernel, parameters, inputs)
@@ -55,7 +59,10 @@ impl<P: Plugin> Guest for Exports<P> {
         INSTANCE.0.borrow_mut().bind(inputs, outputs)
     }
 
-    #[expect(unsafe_code, reason = "the host calls `run` when the windows are in, and only then")]
+    #[expect(
+        unsafe_code,
+        reason = "the host calls `run` when the windows are in, and only then"
+    )]
     fn run(mode: u32) -> u32 {
         // SAFETY: the contract in wit/kernel.wit: while `run` is running the tensors are at the bound addresses.
         // All of that memory is inside linear memory, so that a host that breaks the contract harms

@@ -2471,7 +2471,7 @@ un\x01\x17\x01p\x09\x01@\0\0\x18\x04\0\x07extents\x01\x19\x01p\x0b\x01@\0\0\x1a\
 \0\x05notes\x01\x1b\x01@\0\0\x0d\x04\0\x0alast-error\x01\x1c\x04\0\x1bstrait:ker\
 nel/kernels@0.1.0\x05\x09\x04\0\x1astrait:kernel/plugin@0.1.0\x04\0\x0b\x0c\x01\0\
 \x06plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070\
-.254.0\x10wit-bindgen-rust\x060.60.0";
+.254.2\x10wit-bindgen-rust\x060.60.0";
         };
     };
 }
@@ -2511,7 +2511,7 @@ t\x03\0&\x01q\x03\x0cbad-argument\x01'\0\x0bunsupported\x01s\0\x06failed\x01s\0\
 \0\x05error\x03\0(\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x04\0:strait:kerne\
 l/plugin-with-all-of-its-exports-removed@0.1.0\x04\0\x0b,\x01\0&plugin-with-all-\
 of-its-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-co\
-mponent\x070.254.0\x10wit-bindgen-rust\x060.60.0";
+mponent\x070.254.2\x10wit-bindgen-rust\x060.60.0";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

@@ -28,11 +28,22 @@ impl Window {
         spec: Spec,
         reserved: &Range<usize>,
     ) -> Self {
-        let elements = spec.elements().expect("`open` refuses specs that are too large");
+        let elements = spec
+            .elements()
+            .expect("`open` refuses specs that are too large");
         let expected = elements as u64 * spec.dtype.bytes();
-        assert!(bytes == expected, "{port}: bound {bytes} bytes, its spec has {expected}");
-        assert!(address.is_multiple_of(64), "{port}: address {address} is no multiple of 64");
-        assert!(control.is_multiple_of(8), "{port}: control {control} is no multiple of 8");
+        assert!(
+            bytes == expected,
+            "{port}: bound {bytes} bytes, its spec has {expected}"
+        );
+        assert!(
+            address.is_multiple_of(64),
+            "{port}: address {address} is no multiple of 64"
+        );
+        assert!(
+            control.is_multiple_of(8),
+            "{port}: control {control} is no multiple of 8"
+        );
         let inside = |start: u64, bytes: u64| {
             let end = start.checked_add(bytes)?;
             let start = usize::try_from(start).ok()?;
@@ -42,7 +53,13 @@ impl Window {
             .unwrap_or_else(|| panic!("{port}: {address} + {bytes} is outside {reserved:?}"));
         let control = inside(control, CONTROL_BYTES as u64)
             .unwrap_or_else(|| panic!("{port}: control {control} is outside {reserved:?}"));
-        Self { port, address, elements, control, spec }
+        Self {
+            port,
+            address,
+            elements,
+            control,
+            spec,
+        }
     }
 
     pub(crate) fn spec(&self) -> &Spec {
@@ -50,7 +67,8 @@ impl Window {
     }
 
     pub(crate) fn tensor_range(&self) -> Range<usize> {
-        self.address..self.address + self.elements * usize::try_from(self.spec.dtype.bytes()).unwrap_or(0)
+        self.address
+            ..self.address + self.elements * usize::try_from(self.spec.dtype.bytes()).unwrap_or(0)
     }
 
     pub(crate) fn control_range(&self) -> Range<usize> {
@@ -58,7 +76,10 @@ impl Window {
     }
 
     /// Writes a chunk record's first two words.
-    #[expect(unsafe_code, reason = "the record lies in memory that only the host and this function use")]
+    #[expect(
+        unsafe_code,
+        reason = "the record lies in memory that only the host and this function use"
+    )]
     fn record(&self, elements_in: u64, elements_out: u64) {
         let record = core::ptr::with_exposed_provenance_mut::<[u64; 2]>(self.control);
         // SAFETY: `new` checked alignment and that 64 bytes from `control` lie in the reserved range, which
@@ -72,7 +93,9 @@ impl Window {
             return Ok(());
         }
         let (port, is, asked) = (self.port, self.spec.dtype.name(), asked.name());
-        Err(Error::failed(format!("{port} is {is}, the kernel asks for {asked}")))
+        Err(Error::failed(format!(
+            "{port} is {is}, the kernel asks for {asked}"
+        )))
     }
 }
 
@@ -99,7 +122,13 @@ impl<'w> Call<'w> {
         notes: &'w mut Vec<Note>,
     ) -> Self {
         assert!(outputs.len() <= 64, "a kernel has at most 64 outputs");
-        Self { inputs, outputs, extents, notes, taken: 0 }
+        Self {
+            inputs,
+            outputs,
+            extents,
+            notes,
+            taken: 0,
+        }
     }
 
     /// Spec of input `index`.
@@ -132,14 +161,20 @@ impl<'w> Call<'w> {
         let window = &self.inputs[index];
         window.check(T::DTYPE)?;
         if window.elements == 0 {
-            return Ok(Input { elements: &[], shape: &window.spec.shape });
+            return Ok(Input {
+                elements: &[],
+                shape: &window.spec.shape,
+            });
         }
         let address = core::ptr::with_exposed_provenance::<T>(window.address);
         // SAFETY: not null (the reserved range does not start at 0) and aligned (a multiple of 64);
         // `elements` of `T`'s size lie in the range (`Window::new`); mapped, and not written by this
         // instance while `'w` lasts (`Call::new`).
         let elements = unsafe { core::slice::from_raw_parts(address, window.elements) };
-        Ok(Input { elements, shape: &window.spec.shape })
+        Ok(Input {
+            elements,
+            shape: &window.spec.shape,
+        })
     }
 
     /// The elements of output `index`, row-major, with arbitrary values in them. Once for each `run`.
@@ -153,13 +188,19 @@ impl<'w> Call<'w> {
     pub fn output<T: Element>(&mut self, index: usize) -> Result<Output<'w, T>, Error> {
         let window = self.take_output(index, T::DTYPE)?;
         if window.elements == 0 {
-            return Ok(Output { elements: &mut [], shape: &window.spec.shape });
+            return Ok(Output {
+                elements: &mut [],
+                shape: &window.spec.shape,
+            });
         }
         let address = core::ptr::with_exposed_provenance_mut::<T>(window.address);
         // SAFETY: as in `input`; and this is the only reference to the range: it meets no other
         // (`Call::new`), and `take_output` lets it be made once.
         let elements = unsafe { core::slice::from_raw_parts_mut(address, window.elements) };
-        Ok(Output { elements, shape: &window.spec.shape })
+        Ok(Output {
+            elements,
+            shape: &window.spec.shape,
+        })
     }
 
     #[inline(never)]
@@ -167,7 +208,10 @@ impl<'w> Call<'w> {
         let window = &self.outputs[index];
         window.check(asked)?;
         if self.taken & (1 << index) != 0 {
-            return Err(Error::failed(format!("{} was handed out already", window.port)));
+            return Err(Error::failed(format!(
+                "{} was handed out already",
+                window.port
+            )));
         }
         self.taken |= 1 << index;
         Ok(window)
@@ -184,7 +228,10 @@ impl<'w> Call<'w> {
         let window = &self.outputs[index];
         let bound = &window.spec.shape;
         if shape.len() != bound.len() || shape.iter().zip(bound).any(|(size, bound)| size > bound) {
-            return Err(Error::failed(format!("{}: {shape:?} is not within {bound:?}", window.port)));
+            return Err(Error::failed(format!(
+                "{}: {shape:?} is not within {bound:?}",
+                window.port
+            )));
         }
         self.extents[index] = shape.into();
         Ok(())
@@ -192,7 +239,10 @@ impl<'w> Call<'w> {
 
     /// Adds a warning or a figure to the result's metadata.
     pub fn note(&mut self, key: impl Into<String>, text: impl Into<String>) {
-        self.notes.push(Note { key: key.into(), text: text.into() });
+        self.notes.push(Note {
+            key: key.into(),
+            text: text.into(),
+        });
     }
 
     /// Writes the chunk records: everything was read, and this many elements were written.

@@ -9,16 +9,51 @@ pub mod dtypes {
 
     /// Every dtype.
     pub const ALL: &[Dtype] = &[
-        Bool8, Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64, Float16, Bfloat16, Float8E4m3fn,
-        Float8E5m2, Float32, Float64, Complex64, Complex128,
+        Bool8,
+        Int8,
+        Int16,
+        Int32,
+        Int64,
+        Uint8,
+        Uint16,
+        Uint32,
+        Uint64,
+        Float16,
+        Bfloat16,
+        Float8E4m3fn,
+        Float8E5m2,
+        Float32,
+        Float64,
+        Complex64,
+        Complex128,
     ];
     /// All but the complex ones.
     pub const REALS: &[Dtype] = &[
-        Bool8, Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64, Float16, Bfloat16, Float8E4m3fn,
-        Float8E5m2, Float32, Float64,
+        Bool8,
+        Int8,
+        Int16,
+        Int32,
+        Int64,
+        Uint8,
+        Uint16,
+        Uint32,
+        Uint64,
+        Float16,
+        Bfloat16,
+        Float8E4m3fn,
+        Float8E5m2,
+        Float32,
+        Float64,
     ];
     /// Real floating point, 8 to 64 bits.
-    pub const FLOATS: &[Dtype] = &[Float16, Bfloat16, Float8E4m3fn, Float8E5m2, Float32, Float64];
+    pub const FLOATS: &[Dtype] = &[
+        Float16,
+        Bfloat16,
+        Float8E4m3fn,
+        Float8E5m2,
+        Float32,
+        Float64,
+    ];
     /// Signed and unsigned integers without `bool8`.
     pub const INTEGERS: &[Dtype] = &[Int8, Int16, Int32, Int64, Uint8, Uint16, Uint32, Uint64];
 }
@@ -51,7 +86,10 @@ impl Dtype {
     /// The dtype with that [`name`](Self::name).
     #[must_use]
     pub fn by_name(name: &str) -> Option<Self> {
-        dtypes::ALL.iter().copied().find(|dtype| dtype.name() == name)
+        dtypes::ALL
+            .iter()
+            .copied()
+            .find(|dtype| dtype.name() == name)
     }
 
     /// Bytes of one element.
@@ -71,13 +109,20 @@ impl Spec {
     /// A data tensor of that dtype and shape.
     #[must_use]
     pub fn new(dtype: Dtype, shape: impl Into<Vec<u64>>) -> Self {
-        Self { dtype, role: Role::Data, shape: shape.into() }
+        Self {
+            dtype,
+            role: Role::Data,
+            shape: shape.into(),
+        }
     }
 
     /// The same shape with another dtype.
     #[must_use]
     pub fn with_dtype(&self, dtype: Dtype) -> Self {
-        Self { dtype, ..self.clone() }
+        Self {
+            dtype,
+            ..self.clone()
+        }
     }
 
     /// Number of elements; `None` if it, or the size in bytes, does not fit this machine's addresses.
@@ -87,7 +132,10 @@ impl Spec {
         if self.shape.contains(&0) {
             return Some(0);
         }
-        let count = self.shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size))?;
+        let count = self
+            .shape
+            .iter()
+            .try_fold(1u64, |product, &size| product.checked_mul(size))?;
         isize::try_from(count.checked_mul(self.dtype.bytes())?).ok()?;
         usize::try_from(count).ok()
     }
@@ -96,7 +144,10 @@ impl Spec {
 impl Error {
     /// The caller's mistake: what is wrong with which parameter or port, and what to do.
     pub fn bad_argument(name: impl Into<String>, reason: impl Into<String>) -> Self {
-        Self::BadArgument(crate::BadArgument { name: name.into(), reason: reason.into() })
+        Self::BadArgument(crate::BadArgument {
+            name: name.into(),
+            reason: reason.into(),
+        })
     }
 
     /// A wish that this kernel does not fulfil.
@@ -112,7 +163,10 @@ impl Error {
     #[doc(hidden)]
     #[must_use]
     pub fn unhandled(dtype: Dtype) -> Self {
-        Self::Failed(format!("the kernel's declaration allows {}, its code does not handle it", dtype.name()))
+        Self::Failed(format!(
+            "the kernel's declaration allows {}, its code does not handle it",
+            dtype.name()
+        ))
     }
 }
 

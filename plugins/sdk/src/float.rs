@@ -15,14 +15,19 @@ pub fn sqrt(value: f64) -> f64 {
         f64x2_extract_lane::<0>(f64x2_sqrt(f64x2_splat(value)))
     }
     #[cfg(all(target_arch = "wasm32", not(target_feature = "simd128")))]
-    compile_error!("strait-plugin needs -Ctarget-feature=+simd128 (see plugins/.cargo/config.toml)");
+    compile_error!(
+        "strait-plugin needs -Ctarget-feature=+simd128 (see plugins/.cargo/config.toml)"
+    );
     #[cfg(not(target_arch = "wasm32"))]
     value.sqrt()
 }
 
 /// `value` as `f32`, exact or with the last bit set, whichever way it was cut.
 #[inline]
-#[expect(clippy::cast_possible_truncation, reason = "the rounding is what this function mends")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the rounding is what this function mends"
+)]
 fn to_odd_f32(value: f64) -> f32 {
     let nearest = value as f32;
     let back = f64::from(nearest);
@@ -36,7 +41,10 @@ fn to_odd_f32(value: f64) -> f32 {
 
 /// `value` as `f64` so that rounding that to 24 bits or fewer is the same as rounding `value`.
 #[inline]
-#[expect(clippy::cast_precision_loss, reason = "at most 53 significant bits are left")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "at most 53 significant bits are left"
+)]
 fn to_sticky_f64(value: u64) -> f64 {
     const LOW: u64 = (1 << 11) - 1;
     let sticky = u64::from(value & LOW != 0) << 11;
@@ -48,7 +56,13 @@ fn to_sticky_f64(value: u64) -> f64 {
 ///
 /// Codes above `FINITE_MAX` become `OVERFLOW` (infinity, or NaN where there is none).
 #[inline]
-fn encode<const MANTISSA: u32, const BIAS: u32, const FINITE_MAX: u32, const OVERFLOW: u32, const NAN: u32>(
+fn encode<
+    const MANTISSA: u32,
+    const BIAS: u32,
+    const FINITE_MAX: u32,
+    const OVERFLOW: u32,
+    const NAN: u32,
+>(
     value: f32,
 ) -> u32 {
     let shift = 23 - MANTISSA;
@@ -58,9 +72,19 @@ fn encode<const MANTISSA: u32, const BIAS: u32, const FINITE_MAX: u32, const OVE
     // Below the smallest normal: adding a number whose last bit has the weight of the format's smallest
     // step leaves the rounded multiple of that step in the sum's last bits.
     let step = f32::from_bits((127 + 1 - BIAS + 23 - MANTISSA) << 23);
-    let subnormal = (f32::from_bits(absolute) + step).to_bits().wrapping_sub(step.to_bits());
-    let code = if absolute < (127 - BIAS + 1) << 23 { subnormal } else { normal };
-    let code = if (code > FINITE_MAX) | (absolute >= 0x7f80_0000) { OVERFLOW } else { code };
+    let subnormal = (f32::from_bits(absolute) + step)
+        .to_bits()
+        .wrapping_sub(step.to_bits());
+    let code = if absolute < (127 - BIAS + 1) << 23 {
+        subnormal
+    } else {
+        normal
+    };
+    let code = if (code > FINITE_MAX) | (absolute >= 0x7f80_0000) {
+        OVERFLOW
+    } else {
+        code
+    };
     if absolute > 0x7f80_0000 { NAN } else { code }
 }
 
@@ -129,7 +153,10 @@ narrow_float! {
     F8E5m2(u8)
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "codes are as wide as their type")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "codes are as wide as their type"
+)]
 impl F16 {
     /// Rounded to the nearest (even); too large is infinity; a NaN is the quiet NaN of its sign.
     #[inline]
@@ -145,11 +172,16 @@ impl F16 {
     pub fn to_f32(self) -> f32 {
         let code = u32::from(self.0 & 0x7fff);
         let special = if code >= 0x7c00 { 0x7f80_0000 } else { 0 };
-        f32::from_bits(decode::<10, 15>(code).to_bits() | special | (u32::from(self.0 & 0x8000) << 16))
+        f32::from_bits(
+            decode::<10, 15>(code).to_bits() | special | (u32::from(self.0 & 0x8000) << 16),
+        )
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "codes are as wide as their type")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "codes are as wide as their type"
+)]
 impl Bf16 {
     /// Rounded to the nearest (even); too large is infinity; a NaN is the quiet NaN of its sign.
     #[inline]
@@ -158,7 +190,13 @@ impl Bf16 {
         let bits = value.to_bits();
         let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1))) >> 16;
         let nan = 0x7fc0 | ((bits >> 16) & 0x8000);
-        Self((if bits & 0x7fff_ffff > 0x7f80_0000 { nan } else { rounded }) as u16)
+        Self(
+            (if bits & 0x7fff_ffff > 0x7f80_0000 {
+                nan
+            } else {
+                rounded
+            }) as u16,
+        )
     }
 
     /// Exact.
@@ -169,7 +207,10 @@ impl Bf16 {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "codes are as wide as their type")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "codes are as wide as their type"
+)]
 impl F8E4m3fn {
     /// Rounded to the nearest (even); beyond 464, infinity and NaN are NaN.
     #[inline]
@@ -189,7 +230,10 @@ impl F8E4m3fn {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "codes are as wide as their type")]
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "codes are as wide as their type"
+)]
 impl F8E5m2 {
     /// Rounded to the nearest (even); too large is infinity; a NaN is the quiet NaN of its sign.
     #[inline]

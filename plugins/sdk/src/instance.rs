@@ -28,7 +28,10 @@ struct Opened {
 
 impl core::fmt::Debug for Opened {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        f.debug_struct("Opened").field("kernel", &self.entry.name).field("bound", &self.bound).finish_non_exhaustive()
+        f.debug_struct("Opened")
+            .field("kernel", &self.entry.name)
+            .field("bound", &self.bound)
+            .finish_non_exhaustive()
     }
 }
 
@@ -42,7 +45,12 @@ impl Instance {
     /// An instance in which nothing is open.
     #[must_use]
     pub const fn new(kernels: &'static [Entry]) -> Self {
-        Self { kernels, reserved: 0..0, opened: None, last_error: None }
+        Self {
+            kernels,
+            reserved: 0..0,
+            opened: None,
+            last_error: None,
+        }
     }
 
     #[cfg(target_arch = "wasm32")]
@@ -73,15 +81,29 @@ impl Instance {
     ) -> Result<Vec<Spec>, Error> {
         self.opened = None;
         self.last_error = None;
-        let entry = self.kernels.iter().find(|entry| entry.name == kernel).ok_or_else(|| {
-            let names: Vec<&str> = self.kernels.iter().map(|entry| entry.name).collect();
-            Error::unsupported(format!("no kernel {kernel:?}: this plugin has {}", names.join(", ")))
-        })?;
+        let entry = self
+            .kernels
+            .iter()
+            .find(|entry| entry.name == kernel)
+            .ok_or_else(|| {
+                let names: Vec<&str> = self.kernels.iter().map(|entry| entry.name).collect();
+                Error::unsupported(format!(
+                    "no kernel {kernel:?}: this plugin has {}",
+                    names.join(", ")
+                ))
+            })?;
         if inputs.len() != entry.inputs.len() {
             let (takes, given) = (entry.inputs.len(), inputs.len());
-            return Err(Error::bad_argument(kernel, format!("it takes {takes} inputs; given: {given}")));
+            return Err(Error::bad_argument(
+                kernel,
+                format!("it takes {takes} inputs; given: {given}"),
+            ));
         }
-        entry.inputs.iter().zip(&inputs).try_for_each(|(port, spec)| port.check(spec))?;
+        entry
+            .inputs
+            .iter()
+            .zip(&inputs)
+            .try_for_each(|(port, spec)| port.check(spec))?;
         let (kernel, outputs) = (entry.open)(parameters, &inputs)?;
         check_outputs(entry, &outputs)?;
         self.opened = Some(Opened {
@@ -115,10 +137,18 @@ impl Instance {
     /// If an address is not what the host promises: unaligned, outside the reserved memory, or in the way of
     /// another one.
     pub fn bind(&mut self, inputs: Vec<Tensor>, outputs: Vec<Tensor>) -> Result<(), Error> {
-        let opened = self.opened.as_mut().ok_or_else(|| Error::failed("bind: nothing is open"))?;
+        let opened = self
+            .opened
+            .as_mut()
+            .ok_or_else(|| Error::failed("bind: nothing is open"))?;
         let bound = Bound {
             inputs: windows(opened.entry.inputs, &opened.inputs, inputs, &self.reserved)?,
-            outputs: windows(opened.entry.outputs, &opened.outputs, outputs, &self.reserved)?,
+            outputs: windows(
+                opened.entry.outputs,
+                &opened.outputs,
+                outputs,
+                &self.reserved,
+            )?,
         };
         assert_apart(&bound);
         opened.bound = Some(bound);
@@ -144,18 +174,35 @@ impl Instance {
 
     #[expect(unsafe_code, reason = "see `run`")]
     unsafe fn try_run(&mut self, mode: u32) -> Result<(), Error> {
-        let opened = self.opened.as_mut().ok_or_else(|| Error::failed("run: nothing is open"))?;
-        let bound = opened.bound.as_ref().ok_or_else(|| Error::failed("run: nothing is bound"))?;
+        let opened = self
+            .opened
+            .as_mut()
+            .ok_or_else(|| Error::failed("run: nothing is open"))?;
+        let bound = opened
+            .bound
+            .as_ref()
+            .ok_or_else(|| Error::failed("run: nothing is bound"))?;
         if mode & 1 == 0 {
-            return Err(Error::unsupported(format!("{} takes its input in one piece", opened.entry.name)));
+            return Err(Error::unsupported(format!(
+                "{} takes its input in one piece",
+                opened.entry.name
+            )));
         }
         opened.notes.clear();
         opened.extents.clear();
-        opened.extents.extend(opened.outputs.iter().map(|spec| spec.shape.clone()));
+        opened
+            .extents
+            .extend(opened.outputs.iter().map(|spec| spec.shape.clone()));
         // SAFETY: mapped and unused by others: the caller's promise. Outputs meet no other range, and all
         // lie in memory reserved for this: `bind`. Inputs are only read: `Call` yields `&[T]` of them.
-        let mut call =
-            unsafe { Call::new(&bound.inputs, &bound.outputs, &mut opened.extents, &mut opened.notes) };
+        let mut call = unsafe {
+            Call::new(
+                &bound.inputs,
+                &bound.outputs,
+                &mut opened.extents,
+                &mut opened.notes,
+            )
+        };
         opened.kernel.run(&mut call)?;
         call.finish();
         Ok(())
@@ -165,19 +212,30 @@ impl Instance {
     #[must_use]
     pub fn extents(&self) -> Vec<Extent> {
         let opened = self.opened.iter();
-        opened.flat_map(|opened| &opened.extents).map(|shape| Extent { shape: shape.clone() }).collect()
+        opened
+            .flat_map(|opened| &opened.extents)
+            .map(|shape| Extent {
+                shape: shape.clone(),
+            })
+            .collect()
     }
 
     /// What the kernel noted in its last `run`.
     #[must_use]
     pub fn notes(&self) -> Vec<Note> {
-        self.opened.iter().flat_map(|opened| &opened.notes).cloned().collect()
+        self.opened
+            .iter()
+            .flat_map(|opened| &opened.notes)
+            .cloned()
+            .collect()
     }
 
     /// Why `run` answered 1.
     #[must_use]
     pub fn last_error(&self) -> Error {
-        self.last_error.clone().unwrap_or_else(|| Error::failed("no error has happened"))
+        self.last_error
+            .clone()
+            .unwrap_or_else(|| Error::failed("no error has happened"))
     }
 }
 
@@ -189,7 +247,11 @@ fn check_outputs(entry: &Entry, outputs: &[Spec]) -> Result<(), Error> {
             entry.name
         )));
     }
-    entry.outputs.iter().zip(outputs).try_for_each(|(port, spec)| port.check(spec))
+    entry
+        .outputs
+        .iter()
+        .zip(outputs)
+        .try_for_each(|(port, spec)| port.check(spec))
 }
 
 fn windows(
@@ -200,19 +262,31 @@ fn windows(
 ) -> Result<Vec<Window>, Error> {
     if tensors.len() != specs.len() {
         let (has, given) = (specs.len(), tensors.len());
-        return Err(Error::failed(format!("bind: {given} tensors where `open` had {has}")));
+        return Err(Error::failed(format!(
+            "bind: {given} tensors where `open` had {has}"
+        )));
     }
     ports
         .iter()
         .zip(specs)
         .zip(tensors)
         .map(|((port, spec), tensor)| {
-            let Tensor { address, bytes, control, spec: bound } = tensor;
+            let Tensor {
+                address,
+                bytes,
+                control,
+                spec: bound,
+            } = tensor;
             if bound.dtype != spec.dtype || bound.shape != spec.shape {
                 let reason = format!("bind: {bound:?} where `open` had {spec:?}");
                 return Err(Error::bad_argument(port.name(), reason));
             }
-            Ok(Window::new(port.name(), (address, bytes, control), bound, reserved))
+            Ok(Window::new(
+                port.name(),
+                (address, bytes, control),
+                bound,
+                reserved,
+            ))
         })
         .collect()
 }
@@ -229,11 +303,265 @@ fn assert_apart(bound: &Bound) {
     }
     for record in all().map(Window::control_range) {
         for tensor in all().map(Window::tensor_range) {
-            assert!(!meet(&record, &tensor), "chunk record at {record:?} meets the tensor at {tensor:?}");
+            assert!(
+                !meet(&record, &tensor),
+                "chunk record at {record:?} meets the tensor at {tensor:?}"
+            );
         }
     }
 }
 
 fn meet(a: &Range<usize>, b: &Range<usize>) -> bool {
     a.start.max(b.start) < a.end.min(b.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Dtype, Kernel, Port};
+    use alloc::{string::String, vec};
+
+    /// Copies its first input; fails when that starts with 0.
+    struct Copy;
+
+    impl Kernel for Copy {
+        const NAME: &str = "copy";
+        const DOC: &str = "y = x";
+        const INPUTS: &[Port] = &[Port::new("x", &[Dtype::Uint8], "").rank(1, 1)];
+        const OUTPUTS: &[Port] = &[Port::new("y", &[Dtype::Uint8], "").rank(1, 1)];
+        type Parameters = ();
+
+        fn open((): (), inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
+            Ok((Self, inputs.to_vec()))
+        }
+
+        fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+            let x = call.input::<u8>(0)?;
+            let mut y = call.output::<u8>(0)?;
+            if x.first() == Some(&0) {
+                return Err(Error::failed("it starts with 0"));
+            }
+            y.copy_from_slice(&x);
+            assert!(
+                matches!(call.input::<i8>(0), Err(Error::Failed(_))),
+                "another dtype"
+            );
+            assert!(
+                matches!(call.output::<u8>(0), Err(Error::Failed(_))),
+                "a second time"
+            );
+            assert!(
+                call.set_shape(0, &[x.len() as u64 + 1]).is_err(),
+                "beyond the bound"
+            );
+            call.set_shape(0, &[x.len() as u64 - 1])?;
+            call.note("seen", "all");
+            Ok(())
+        }
+    }
+
+    const KERNELS: &[Entry] = &[Entry::of::<Copy>()];
+
+    #[repr(C, align(64))]
+    struct Memory([u8; 512]);
+
+    /// An instance with `copy` open on 100 bytes, and its memory: records at 0 and 64, tensors at 128 and 256.
+    struct Bench {
+        instance: Instance,
+        memory: alloc::boxed::Box<Memory>,
+    }
+
+    impl Bench {
+        #[expect(unsafe_code, reason = "this is the host's part")]
+        fn new() -> Self {
+            let mut memory = alloc::boxed::Box::new(Memory([7; 512]));
+            let start = memory.0.as_mut_ptr().expose_provenance();
+            let mut instance = Instance::new(KERNELS);
+            // SAFETY: the tests use the memory only between runs.
+            unsafe { instance.set_reserved(start..start + 512) };
+            instance
+                .open("copy", vec![], vec![Spec::new(Dtype::Uint8, [100])])
+                .expect("valid");
+            Self { instance, memory }
+        }
+
+        fn tensor(&self, address: u64, control: u64) -> Tensor {
+            let start = self.memory.0.as_ptr().addr() as u64;
+            let spec = Spec::new(Dtype::Uint8, [100]);
+            Tensor {
+                address: start + address,
+                bytes: 100,
+                control: start + control,
+                spec,
+            }
+        }
+
+        fn bind(&mut self, x: Tensor, y: Tensor) -> Result<(), Error> {
+            self.instance.bind(vec![x], vec![y])
+        }
+
+        #[expect(unsafe_code, reason = "this is the host's part")]
+        fn run(&mut self, mode: u32) -> u32 {
+            // SAFETY: all windows lie in `memory`, which nothing uses meanwhile.
+            unsafe { self.instance.run(mode) }
+        }
+
+        fn word(&self, at: usize) -> u64 {
+            u64::from_le_bytes(*self.memory.0[at..].first_chunk().expect("inside"))
+        }
+    }
+
+    fn failure(error: &Error) -> String {
+        match error {
+            Error::Failed(reason) | Error::Unsupported(reason) => reason.clone(),
+            Error::BadArgument(bad) => format!("{}: {}", bad.name, bad.reason),
+        }
+    }
+
+    #[test]
+    fn a_whole_invocation_twice() {
+        let mut bench = Bench::new();
+        bench
+            .bind(bench.tensor(128, 0), bench.tensor(256, 64))
+            .expect("all in place");
+        for round in 1..3 {
+            bench.memory.0[128..228].fill(round);
+            assert_eq!(bench.run(1), 0);
+            assert_eq!(bench.memory.0[256..356], [round; 100]);
+            assert_eq!(bench.instance.extents(), [Extent { shape: vec![99] }]);
+            assert_eq!(
+                bench.instance.notes().len(),
+                1,
+                "notes of earlier runs are gone"
+            );
+            assert_eq!(
+                (bench.word(0), bench.word(8)),
+                (100, 0),
+                "the input's record"
+            );
+            assert_eq!(
+                (bench.word(64), bench.word(72)),
+                (0, 99),
+                "the output's record"
+            );
+        }
+    }
+
+    #[test]
+    fn what_comes_in_the_wrong_order_is_an_error() {
+        let mut bench = Bench::new();
+        assert_eq!(bench.run(1), 1);
+        assert_eq!(
+            failure(&bench.instance.last_error()),
+            "run: nothing is bound"
+        );
+        bench
+            .bind(bench.tensor(128, 0), bench.tensor(256, 64))
+            .expect("all in place");
+        assert_eq!(bench.run(0), 1);
+        assert_eq!(
+            failure(&bench.instance.last_error()),
+            "copy takes its input in one piece"
+        );
+        bench.memory.0[128] = 0;
+        assert_eq!(bench.run(1), 1);
+        assert_eq!(failure(&bench.instance.last_error()), "it starts with 0");
+
+        let unknown = bench
+            .instance
+            .open("paste", vec![], vec![])
+            .expect_err("no such kernel");
+        assert_eq!(
+            failure(&unknown),
+            "no kernel \"paste\": this plugin has copy"
+        );
+        let unbound = bench
+            .bind(bench.tensor(128, 0), bench.tensor(256, 64))
+            .expect_err("not open");
+        assert_eq!(failure(&unbound), "bind: nothing is open");
+    }
+
+    #[test]
+    fn inputs_are_checked_against_the_ports() {
+        let mut bench = Bench::new();
+        let mut refusal = |inputs: Vec<Spec>| {
+            failure(
+                &bench
+                    .instance
+                    .open("copy", vec![], inputs)
+                    .expect_err("refused"),
+            )
+        };
+        assert_eq!(refusal(vec![]), "copy: it takes 1 inputs; given: 0");
+        assert_eq!(
+            refusal(vec![Spec::new(Dtype::Int8, [1])]),
+            "x: it takes uint8; given: int8"
+        );
+        assert_eq!(
+            refusal(vec![Spec::new(Dtype::Uint8, [1, 1])]),
+            "x: it takes tensors of 1 to 1 axes; given: 2"
+        );
+        assert_eq!(
+            refusal(vec![Spec::new(Dtype::Uint8, [u64::MAX])]),
+            "x: [18446744073709551615] of uint8 is more than a plugin can address"
+        );
+    }
+
+    #[test]
+    fn other_tensors_than_opened_are_an_error() {
+        let mut bench = Bench::new();
+        let mut x = bench.tensor(128, 0);
+        x.spec.shape = vec![101];
+        let y = bench.tensor(256, 64);
+        let error = bench.bind(x, y).expect_err("another shape");
+        assert!(failure(&error).starts_with("x: bind: "), "{error:?}");
+        let error = bench.instance.bind(vec![], vec![]).expect_err("no tensors");
+        assert_eq!(failure(&error), "bind: 0 tensors where `open` had 1");
+    }
+
+    #[test]
+    #[should_panic(expected = "is no multiple of 64")]
+    fn an_unaligned_window_panics() {
+        let mut bench = Bench::new();
+        let _ = bench.bind(bench.tensor(136, 0), bench.tensor(256, 64));
+    }
+
+    #[test]
+    #[should_panic(expected = "is outside")]
+    fn a_window_beyond_the_reserved_memory_panics() {
+        let mut bench = Bench::new();
+        let _ = bench.bind(bench.tensor(128, 0), bench.tensor(448, 64));
+    }
+
+    #[test]
+    #[should_panic(expected = "is outside")]
+    fn a_window_at_the_end_of_the_address_space_panics() {
+        let mut bench = Bench::new();
+        let mut y = bench.tensor(256, 64);
+        y.address = u64::MAX - 63;
+        let _ = bench.bind(bench.tensor(128, 0), y);
+    }
+
+    #[test]
+    #[should_panic(expected = "bound 99 bytes, its spec has 100")]
+    fn a_window_of_another_size_panics() {
+        let mut bench = Bench::new();
+        let mut x = bench.tensor(128, 0);
+        x.bytes = 99;
+        let _ = bench.bind(x, bench.tensor(256, 64));
+    }
+
+    #[test]
+    #[should_panic(expected = "meets the tensor")]
+    fn an_output_over_an_input_panics() {
+        let mut bench = Bench::new();
+        let _ = bench.bind(bench.tensor(128, 0), bench.tensor(192, 64));
+    }
+
+    #[test]
+    #[should_panic(expected = "chunk record")]
+    fn a_record_inside_a_window_panics() {
+        let mut bench = Bench::new();
+        let _ = bench.bind(bench.tensor(128, 0), bench.tensor(256, 320));
+    }
 }

@@ -57,19 +57,33 @@ impl Port {
     /// A data port for tensors of every rank.
     #[must_use]
     pub const fn new(name: &'static str, dtypes: &'static [Dtype], doc: &'static str) -> Self {
-        Self { name, dtypes, rank_min: 0, rank_max: Self::RANK_MAX, role: Role::Data, doc }
+        Self {
+            name,
+            dtypes,
+            rank_min: 0,
+            rank_max: Self::RANK_MAX,
+            role: Role::Data,
+            doc,
+        }
     }
 
     /// For tensors with `minimum` to `maximum` axes only.
     #[must_use]
     pub const fn rank(self, minimum: u32, maximum: u32) -> Self {
-        Self { rank_min: minimum, rank_max: maximum, ..self }
+        Self {
+            rank_min: minimum,
+            rank_max: maximum,
+            ..self
+        }
     }
 
     /// The port takes a validity mask.
     #[must_use]
     pub const fn mask(self) -> Self {
-        Self { role: Role::Mask, ..self }
+        Self {
+            role: Role::Mask,
+            ..self
+        }
     }
 
     /// The name that callers use.
@@ -83,11 +97,15 @@ impl Port {
         if !self.dtypes.contains(&spec.dtype) {
             let names: Vec<&str> = self.dtypes.iter().map(|dtype| dtype.name()).collect();
             let (given, names) = (spec.dtype.name(), names.join(", "));
-            return Err(Error::bad_argument(self.name, alloc::format!("it takes {names}; given: {given}")));
+            return Err(Error::bad_argument(
+                self.name,
+                alloc::format!("it takes {names}; given: {given}"),
+            ));
         }
         if rank < self.rank_min as usize || rank > self.rank_max as usize {
             let (minimum, maximum) = (self.rank_min, self.rank_max);
-            let reason = alloc::format!("it takes tensors of {minimum} to {maximum} axes; given: {rank}");
+            let reason =
+                alloc::format!("it takes tensors of {minimum} to {maximum} axes; given: {rank}");
             return Err(Error::bad_argument(self.name, reason));
         }
         if spec.role != self.role {
@@ -131,8 +149,11 @@ pub struct Entry {
     pub(crate) inputs: &'static [Port],
     pub(crate) outputs: &'static [Port],
     pub(crate) describe: fn() -> types::Kernel,
-    pub(crate) open: fn(Vec<Parameter>, &[Spec]) -> Result<(Box<dyn Run>, Vec<Spec>), Error>,
+    pub(crate) open: fn(Vec<Parameter>, &[Spec]) -> Result<OpenedKernel, Error>,
 }
+
+/// A kernel that was opened, and its outputs' specs.
+pub(crate) type OpenedKernel = (Box<dyn Run>, Vec<Spec>);
 
 impl Entry {
     /// The entry for `K`.
@@ -170,7 +191,11 @@ fn describe<K: Kernel>() -> types::Kernel {
         outputs: K::OUTPUTS.iter().map(Port::describe).collect(),
         parameters: K::Parameters::declare(),
         split_axis: K::SPLIT_AXIS,
-        combine: if K::SPLIT_AXIS.is_some() { Combine::Concatenate } else { Combine::None },
+        combine: if K::SPLIT_AXIS.is_some() {
+            Combine::Concatenate
+        } else {
+            Combine::None
+        },
         // This SDK hands a kernel whole tensors, and gives it no slice that is input and output at once.
         streaming: false,
         in_place: false,

@@ -119,8 +119,8 @@ pub mod prelude {
     #[cfg(not(target_arch = "wasm32"))]
     pub use crate::testing::{self, Tensor};
     pub use crate::{
-        Axis, Bf16, Bool8, Call, Complex, Dtype, Element, Error, F8E4m3fn, F8E5m2, F16, Input, Kernel,
-        Output, Port, Real, Spec, Value, dispatch, dtypes, map, parameters,
+        Axis, Bf16, Bool8, Call, Complex, Dtype, Element, Error, F8E4m3fn, F8E5m2, F16, Input,
+        Kernel, Output, Port, Real, Spec, Value, dispatch, dtypes, map, parameters,
     };
     pub use alloc::{boxed::Box, format, string::String, vec, vec::Vec};
 }

@@ -19,7 +19,11 @@ pub enum Level {
 
 /// Logs a message. The host bounds how much one invocation may log.
 pub fn log(level: Level, message: &str) {
-    log_sink::log(level as u32, message.as_ptr().addr() as u64, message.len() as u64);
+    log_sink::log(
+        level as u32,
+        message.as_ptr().addr() as u64,
+        message.len() as u64,
+    );
 }
 
 /// Tells that `done` of `total` units of work are done; `total` 0 means unknown.
@@ -42,15 +46,29 @@ impl Write for Buffer {
         }
         self.bytes[self.used..self.used + end].copy_from_slice(&text.as_bytes()[..end]);
         self.used += end;
-        if end == text.len() { Ok(()) } else { Err(fmt::Error) }
+        if end == text.len() {
+            Ok(())
+        } else {
+            Err(fmt::Error)
+        }
     }
 }
 
-#[cfg_attr(not(target_arch = "wasm32"), allow(dead_code, reason = "the panic handler is wasm's"))]
+#[cfg_attr(
+    not(target_arch = "wasm32"),
+    allow(dead_code, reason = "the panic handler is wasm's")
+)]
 pub(crate) fn panicked(info: &core::panic::PanicInfo<'_>) {
-    let mut buffer = Buffer { bytes: [0; 1024], used: 0 };
+    let mut buffer = Buffer {
+        bytes: [0; 1024],
+        used: 0,
+    };
     // A message that was cut is still worth logging.
     let _ = write!(buffer, "{info}");
     let bytes = &buffer.bytes[..buffer.used];
-    log_sink::log(Level::Error as u32, bytes.as_ptr().addr() as u64, bytes.len() as u64);
+    log_sink::log(
+        Level::Error as u32,
+        bytes.as_ptr().addr() as u64,
+        bytes.len() as u64,
+    );
 }

@@ -19,13 +19,18 @@ mod tests {
 
     #[test]
     fn every_length_and_the_shorter_slice() {
-        for x_len in 0..70usize {
+        for x_len in 0..70u16 {
             for y_len in [x_len, x_len.saturating_sub(9), x_len + 70] {
-                let x: Vec<u16> = (0..x_len as u16).collect();
-                let mut y = alloc::vec![u32::MAX; y_len];
+                let x: Vec<u16> = (0..x_len).collect();
+                let mut y = alloc::vec![u32::MAX; y_len.into()];
                 map(&x, &mut y, |v| u32::from(v) + 1);
-                for (i, &y) in y.iter().enumerate() {
-                    assert_eq!(y, if i < x_len { i as u32 + 1 } else { u32::MAX }, "{x_len} {y_len} {i}");
+                for (i, &y) in (0..).zip(&y) {
+                    let expected = if i < x_len {
+                        u32::from(i) + 1
+                    } else {
+                        u32::MAX
+                    };
+                    assert_eq!(y, expected, "{x_len} {y_len} {i}");
                 }
             }
         }

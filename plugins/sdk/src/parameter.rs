@@ -60,10 +60,15 @@ impl Axis {
                 format!("axis {axis} of {port}, which has {rank} axes: give one below {rank}"),
             ));
         };
-        let too_large = || Error::bad_argument(port, format!("the shape {:?} is too large", spec.shape));
+        let too_large =
+            || Error::bad_argument(port, format!("the shape {:?} is too large", spec.shape));
         let product = |shape: &[u64]| -> Result<usize, Error> {
-            let product = shape.iter().try_fold(1u64, |product, &size| product.checked_mul(size));
-            product.and_then(|product| usize::try_from(product).ok()).ok_or_else(too_large)
+            let product = shape
+                .iter()
+                .try_fold(1u64, |product, &size| product.checked_mul(size));
+            product
+                .and_then(|product| usize::try_from(product).ok())
+                .ok_or_else(too_large)
         };
         Ok(AxisSplit {
             outer: product(&spec.shape[..axis])?,
@@ -142,11 +147,21 @@ fn kind_of(value: &Value) -> ParameterKind {
 }
 
 fn wrong_kind(name: &str, kind: ParameterKind, value: &Value) -> Error {
-    Error::bad_argument(name, format!("it takes: {}; given: {}", kind_name(kind), kind_name(kind_of(value))))
+    Error::bad_argument(
+        name,
+        format!(
+            "it takes: {}; given: {}",
+            kind_name(kind),
+            kind_name(kind_of(value))
+        ),
+    )
 }
 
 fn missing(name: &str, kind: ParameterKind) -> Error {
-    Error::bad_argument(name, format!("it has no default: give it ({})", kind_name(kind)))
+    Error::bad_argument(
+        name,
+        format!("it has no default: give it ({})", kind_name(kind)),
+    )
 }
 
 #[doc(hidden)]
@@ -179,11 +194,16 @@ pub fn doc_text(lines: &[&str]) -> String {
 
 /// Values in the order of the declarations, each given or defaulted and checked against its declaration.
 #[doc(hidden)]
-#[expect(clippy::missing_errors_doc, reason = "hidden; see `Parameters::read`")]
-pub fn resolve(declared: &[ParameterDeclaration], given: Vec<Parameter>) -> Result<Vec<Value>, Error> {
+pub fn resolve(
+    declared: &[ParameterDeclaration],
+    given: Vec<Parameter>,
+) -> Result<Vec<Value>, Error> {
     let mut values: Vec<Option<Value>> = declared.iter().map(|_| None).collect();
     for Parameter { name, value } in given {
-        let Some(index) = declared.iter().position(|declaration| declaration.name == name) else {
+        let Some(index) = declared
+            .iter()
+            .position(|declaration| declaration.name == name)
+        else {
             return Err(Error::bad_argument(name, unknown(declared)));
         };
         check(&declared[index], &value)?;
@@ -206,25 +226,34 @@ fn unknown(declared: &[ParameterDeclaration]) -> String {
     if declared.is_empty() {
         return "unknown: this kernel has no parameters".to_string();
     }
-    let names: Vec<&str> = declared.iter().map(|declaration| declaration.name.as_str()).collect();
+    let names: Vec<&str> = declared
+        .iter()
+        .map(|declaration| declaration.name.as_str())
+        .collect();
     format!("unknown: this kernel's parameters are {}", names.join(", "))
 }
 
-#[expect(clippy::cast_precision_loss, reason = "limits are f64; near 2^53 the comparison is off by less than 1")]
+#[expect(
+    clippy::cast_precision_loss,
+    reason = "limits are f64; near 2^53 the comparison is off by less than 1"
+)]
+#[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN must fail")]
 fn check(declaration: &ParameterDeclaration, value: &Value) -> Result<(), Error> {
     let name = &declaration.name;
     if kind_of(value) != declaration.kind {
         return Err(wrong_kind(name, declaration.kind, value));
     }
     let in_range = |number: f64| {
-        let (minimum, maximum) = (declaration.minimum, declaration.maximum);
-        let limited = minimum.is_some() || maximum.is_some();
-        let (lowest, highest) = (minimum.unwrap_or(f64::NEG_INFINITY), maximum.unwrap_or(f64::INFINITY));
         // Written so that a NaN fails wherever there is a limit.
-        if !limited || (lowest <= number && number <= highest) {
-            return Ok(());
-        }
-        Err(Error::bad_argument(name, format!("{number} is out of range: give one from {lowest} to {highest}")))
+        let remedy = match (declaration.minimum, declaration.maximum) {
+            (Some(minimum), _) if !(number >= minimum) => format!("give at least {minimum}"),
+            (_, Some(maximum)) if !(number <= maximum) => format!("give at most {maximum}"),
+            _ => return Ok(()),
+        };
+        Err(Error::bad_argument(
+            name,
+            format!("{number} is out of range: {remedy}"),
+        ))
     };
     match value {
         Value::Boolean(_) => Ok(()),
@@ -232,10 +261,17 @@ fn check(declaration: &ParameterDeclaration, value: &Value) -> Result<(), Error>
         Value::Real(number) => in_range(*number),
         Value::Axis(axis) => in_range(f64::from(*axis)),
         Value::Reals(numbers) => numbers.iter().try_for_each(|&number| in_range(number)),
-        Value::Text(text) if declaration.choices.is_empty() || declaration.choices.contains(text) => Ok(()),
+        Value::Text(text)
+            if declaration.choices.is_empty() || declaration.choices.contains(text) =>
+        {
+            Ok(())
+        }
         Value::Text(text) => Err(Error::bad_argument(
             name,
-            format!("{text:?} is none of its values: {}", declaration.choices.join(", ")),
+            format!(
+                "{text:?} is none of its values: {}",
+                declaration.choices.join(", ")
+            ),
         )),
     }
 }
@@ -264,7 +300,10 @@ mod tests {
     }
 
     fn given(name: &str, value: Value) -> Parameter {
-        Parameter { name: name.to_string(), value }
+        Parameter {
+            name: name.to_string(),
+            value,
+        }
     }
 
     fn refusal(parameters: Vec<Parameter>) -> (String, String) {
@@ -277,10 +316,19 @@ mod tests {
     #[test]
     fn declarations_carry_everything() {
         let declared = Sample::declare();
-        let names: Vec<&str> = declared.iter().map(|declaration| declaration.name.as_str()).collect();
-        assert_eq!(names, ["count", "factor", "side", "along", "weights", "strict"]);
+        let names: Vec<&str> = declared
+            .iter()
+            .map(|declaration| declaration.name.as_str())
+            .collect();
+        assert_eq!(
+            names,
+            ["count", "factor", "side", "along", "weights", "strict"]
+        );
         assert_eq!(declared[0].doc, "How many.");
-        assert_eq!((declared[0].minimum, declared[0].maximum), (Some(1.0), Some(9.0)));
+        assert_eq!(
+            (declared[0].minimum, declared[0].maximum),
+            (Some(1.0), Some(9.0))
+        );
         assert!(matches!(declared[0].default, Some(Value::Integer(5))));
         assert!(declared[1].default.is_none());
         assert_eq!(declared[2].choices, ["left", "right"]);
@@ -309,33 +357,77 @@ mod tests {
     fn each_mistake_is_named() {
         let factor = || given("factor", Value::Real(2.0));
         let refused = |parameter| refusal(vec![factor(), parameter]);
-        assert_eq!(refusal(vec![]), ("factor".into(), "it has no default: give it (real number)".into()));
-        assert_eq!(refused(factor()), ("factor".into(), "it is given twice: give it once".into()));
+        assert_eq!(
+            refusal(vec![]),
+            (
+                "factor".into(),
+                "it has no default: give it (real number)".into()
+            )
+        );
+        assert_eq!(
+            refused(factor()),
+            ("factor".into(), "it is given twice: give it once".into())
+        );
         assert_eq!(
             refused(given("cuont", Value::Integer(1))),
-            ("cuont".into(), "unknown: this kernel's parameters are count, factor, side, along, weights, strict".into())
+            (
+                "cuont".into(),
+                "unknown: this kernel's parameters are count, factor, side, along, weights, strict"
+                    .into()
+            )
         );
         assert_eq!(
             refused(given("count", Value::Integer(10))),
-            ("count".into(), "10 is out of range: give one from 1 to 9".into())
+            ("count".into(), "10 is out of range: give at most 9".into())
         );
         assert_eq!(
             refused(given("count", Value::Real(2.0))),
-            ("count".into(), "it takes: integer; given: real number".into())
+            (
+                "count".into(),
+                "it takes: integer; given: real number".into()
+            )
         );
         assert_eq!(
             refused(given("side", Value::Text("up".into()))),
-            ("side".into(), "\"up\" is none of its values: left, right".into())
+            (
+                "side".into(),
+                "\"up\" is none of its values: left, right".into()
+            )
         );
     }
 
     #[test]
     fn axes_divide_a_shape() {
         let spec = Spec::new(crate::Dtype::Int8, [2, 3, 4]);
-        let split = |axis| Axis(axis).split("x", &spec).map_err(|error| format!("{error:?}"));
-        assert_eq!(split(0), Ok(AxisSplit { outer: 1, length: 2, inner: 12 }));
-        assert_eq!(split(1), Ok(AxisSplit { outer: 2, length: 3, inner: 4 }));
-        assert_eq!(split(2), Ok(AxisSplit { outer: 6, length: 4, inner: 1 }));
+        let split = |axis| {
+            Axis(axis)
+                .split("x", &spec)
+                .map_err(|error| format!("{error:?}"))
+        };
+        assert_eq!(
+            split(0),
+            Ok(AxisSplit {
+                outer: 1,
+                length: 2,
+                inner: 12
+            })
+        );
+        assert_eq!(
+            split(1),
+            Ok(AxisSplit {
+                outer: 2,
+                length: 3,
+                inner: 4
+            })
+        );
+        assert_eq!(
+            split(2),
+            Ok(AxisSplit {
+                outer: 6,
+                length: 4,
+                inner: 1
+            })
+        );
         assert!(split(3).is_err_and(|error| error.contains("axis 3 of x, which has 3 axes")));
     }
 }

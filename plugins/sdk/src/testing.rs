@@ -30,10 +30,20 @@ impl Tensor {
     #[must_use]
     #[expect(unsafe_code, reason = "elements are seen as bytes")]
     pub fn shaped<T: Element>(elements: &[T], shape: &[u64]) -> Self {
-        assert_eq!(Spec::new(T::DTYPE, shape).elements(), Some(elements.len()), "{shape:?}");
+        assert_eq!(
+            Spec::new(T::DTYPE, shape).elements(),
+            Some(elements.len()),
+            "{shape:?}"
+        );
         // SAFETY: an `Element` has no padding, so all of the slice's bytes are initialised.
-        let bytes = unsafe { core::slice::from_raw_parts(elements.as_ptr().cast::<u8>(), size_of_val(elements)) };
-        Self { dtype: T::DTYPE, shape: shape.into(), bytes: bytes.into() }
+        let bytes = unsafe {
+            core::slice::from_raw_parts(elements.as_ptr().cast::<u8>(), size_of_val(elements))
+        };
+        Self {
+            dtype: T::DTYPE,
+            shape: shape.into(),
+            bytes: bytes.into(),
+        }
     }
 
     /// Its elements.
@@ -71,7 +81,10 @@ struct Line([u8; 64]);
 ///
 /// # Errors
 /// The kernel's or the SDK's.
-pub fn invoke<K: Kernel>(parameters: &[(&str, Value)], inputs: &[Tensor]) -> Result<Outcome, Error> {
+pub fn invoke<K: Kernel>(
+    parameters: &[(&str, Value)],
+    inputs: &[Tensor],
+) -> Result<Outcome, Error> {
     invoke_entry(const { &[Entry::of::<K>()] }, K::NAME, parameters, inputs)
 }
 
@@ -83,9 +96,14 @@ fn invoke_entry(
     inputs: &[Tensor],
 ) -> Result<Outcome, Error> {
     let mut instance = Instance::new(kernels);
-    let given = parameters.iter().map(|(name, value)| Parameter { name: (*name).to_string(), value: value.clone() });
-    let input_specs: Vec<Spec> =
-        inputs.iter().map(|tensor| Spec::new(tensor.dtype, tensor.shape.clone())).collect();
+    let given = parameters.iter().map(|(name, value)| Parameter {
+        name: (*name).to_string(),
+        value: value.clone(),
+    });
+    let input_specs: Vec<Spec> = inputs
+        .iter()
+        .map(|tensor| Spec::new(tensor.dtype, tensor.shape.clone()))
+        .collect();
     let output_specs = instance.open(name, given.collect(), input_specs.clone())?;
 
     // One line for each record, then each tensor on its own lines.
@@ -118,7 +136,10 @@ fn invoke_entry(
         spec: specs[index].clone(),
     };
     let (inputs_bound, outputs_bound) = (0..inputs.len(), inputs.len()..specs.len());
-    instance.bind(inputs_bound.map(tensor).collect(), outputs_bound.clone().map(tensor).collect())?;
+    instance.bind(
+        inputs_bound.map(tensor).collect(),
+        outputs_bound.clone().map(tensor).collect(),
+    )?;
     // SAFETY: all windows lie in `memory`, which nothing else uses during the call.
     if unsafe { instance.run(1) } != 0 {
         return Err(instance.last_error());
@@ -131,12 +152,20 @@ fn invoke_entry(
             let source = unsafe { base.add(starts[index]) }.cast::<u8>();
             // SAFETY: the extent is at most the spec's size; all bytes of `memory` are initialised.
             let bytes = unsafe { core::slice::from_raw_parts(source, bytes) }.to_vec();
-            Tensor { dtype: specs[index].dtype, shape: extent.shape, bytes }
+            Tensor {
+                dtype: specs[index].dtype,
+                shape: extent.shape,
+                bytes,
+            }
         })
         .collect();
-    Ok(Outcome { outputs, notes: instance.notes() })
+    Ok(Outcome {
+        outputs,
+        notes: instance.notes(),
+    })
 }
 
 fn bytes_of(spec: &Spec) -> usize {
-    spec.elements().expect("a test's tensors are small") * usize::try_from(spec.dtype.bytes()).expect("at most 16")
+    spec.elements().expect("a test's tensors are small")
+        * usize::try_from(spec.dtype.bytes()).expect("at most 16")
 }

@@ -30,7 +30,8 @@ impl Kernel for MovingAverage {
     const NAME: &str = "moving-average";
     const DOC: &str = "The mean of each `window` neighbouring elements.";
     const INPUTS: &[Port] = &[Port::new("x", FLOATS, "At least `window` elements.").rank(1, 1)];
-    const OUTPUTS: &[Port] = &[Port::new("y", FLOATS, "n - window + 1 means, in x's dtype.").rank(1, 1)];
+    const OUTPUTS: &[Port] =
+        &[Port::new("y", FLOATS, "n - window + 1 means, in x's dtype.").rank(1, 1)];
     const COST_HINT: f64 = 2.0;
     type Parameters = Parameters;
 
@@ -40,11 +41,19 @@ impl Kernel for MovingAverage {
         match usize::try_from(window) {
             Ok(count) if count as u64 <= length => {
                 let y = Spec::new(x.dtype, [length - count as u64 + 1]);
-                Ok((Self { window: count, to_end: vec![0.0; count] }, vec![y]))
+                Ok((
+                    Self {
+                        window: count,
+                        to_end: vec![0.0; count],
+                    },
+                    vec![y],
+                ))
             }
             _ => Err(Error::bad_argument(
                 "window",
-                format!("{window} is more than the {length} elements of x: give one from 1 to {length}"),
+                format!(
+                    "{window} is more than the {length} elements of x: give one from 1 to {length}"
+                ),
             )),
         }
     }
@@ -90,7 +99,10 @@ mod tests {
     use super::*;
 
     fn invoke(x: &[f64], window: i64) -> Result<Vec<f64>, Error> {
-        let outcome = testing::invoke::<MovingAverage>(&[("window", Value::Integer(window))], &[Tensor::new(x)])?;
+        let outcome = testing::invoke::<MovingAverage>(
+            &[("window", Value::Integer(window))],
+            &[Tensor::new(x)],
+        )?;
         Ok(outcome.outputs[0].values())
     }
 
@@ -100,9 +112,15 @@ mod tests {
         let x: Vec<f64> = (0..50u32).map(|i| f64::from(i * i % 17)).collect();
         for length in 1..=x.len() {
             for window in 1..=length {
-                let expected: Vec<f64> =
-                    x[..length].windows(window).map(|w| w.iter().sum::<f64>() / window as f64).collect();
-                assert_eq!(invoke(&x[..length], window as i64), Ok(expected), "{window} of {length}");
+                let expected: Vec<f64> = x[..length]
+                    .windows(window)
+                    .map(|w| w.iter().sum::<f64>() / window as f64)
+                    .collect();
+                assert_eq!(
+                    invoke(&x[..length], window as i64),
+                    Ok(expected),
+                    "{window} of {length}"
+                );
             }
         }
     }
@@ -119,8 +137,13 @@ mod tests {
 
     #[test]
     fn a_window_longer_than_the_input_is_refused() {
-        let Err(Error::BadArgument(bad)) = invoke(&[1.0, 2.0], 3) else { panic!("3 of 2 was taken") };
+        let Err(Error::BadArgument(bad)) = invoke(&[1.0, 2.0], 3) else {
+            panic!("3 of 2 was taken")
+        };
         assert_eq!(bad.name, "window");
-        assert_eq!(bad.reason, "3 is more than the 2 elements of x: give one from 1 to 2");
+        assert_eq!(
+            bad.reason,
+            "3 is more than the 2 elements of x: give one from 1 to 2"
+        );
     }
 }

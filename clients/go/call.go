@@ -1,0 +1,378 @@
+package strait
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"reflect"
+	"runtime"
+	"slices"
+	"time"
+)
+
+// Input is what goes into a kernel or under a name: a *Tensor or TensorOf (no copy), a Name, an
+// *Adopted, or a Slice, Scalar or Raw (one copy).
+type Input interface {
+	// input is how INVOKE names it, and what to do once that is answered or given up.
+	input(ctx context.Context, c *Client) (any, func(answered bool), error)
+	// tensor is what PUBLISH can name, and whether the caller is to release it.
+	tensor(ctx context.Context, c *Client, name string) (*Tensor, bool, error)
+}
+
+// Inputs of a kernel by port.
+type Inputs map[string]Input
+
+// Name is a flight as an input: "x", or "x#tensor" if it has several.
+type Name string
+
+func (n Name) input(context.Context, *Client) (any, func(bool), error) {
+	return string(n), func(bool) {}, checkText("a flight's name", string(n))
+}
+
+func (n Name) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
+	return nil, false, argumentError("%q is a flight already; Fetch it and publish that", string(n))
+}
+
+func (t *Tensor) input(_ context.Context, c *Client) (any, func(bool), error) {
+	h, err := t.begin()
+	if err != nil {
+		return nil, nil, err
+	}
+	done := func(bool) { h.segment.drop() }
+	if err := c.usable(h); err != nil {
+		done(false)
+		return nil, nil, err
+	}
+	asked := segmentInput{Segment: h.segment.mapping.Segment}
+	if len(h.segment.mapping.Tensors) > 1 {
+		asked.Column = h.place.Name
+	}
+	return asked, done, nil
+}
+
+func (t *Tensor) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
+	return t, false, nil
+}
+
+func (a *Adopted) input(_ context.Context, c *Client) (any, func(bool), error) {
+	switch {
+	case a.released.Load():
+		return nil, nil, fmt.Errorf("strait: %w: an adopted file", ErrReleased)
+	case a.conn != c.conn:
+		return nil, nil, argumentError("an adopted file belongs to another client")
+	}
+	return segmentInput{Segment: a.mapping.Segment}, func(bool) {}, a.conn.leaseError(a.lease)
+}
+
+func (a *Adopted) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
+	return nil, false, argumentError("an adopted file gets its name by Adopt")
+}
+
+// CallOption changes one call: Param, PublishAs, Replace, Seal, Deadline, LeaseFor, WithoutResults,
+// Limits, Verify, IdempotencyKey.
+type CallOption interface {
+	call(*invokeRequest) error
+}
+
+// PublishOption changes one Publish or Adopt: Replace.
+type PublishOption interface {
+	publish(*publishRequest)
+}
+
+// FetchOption changes one Fetch or FetchAll: LeaseFor.
+type FetchOption interface {
+	fetch(*mapRequest)
+}
+
+type callOption func(*invokeRequest) error
+
+func (o callOption) call(r *invokeRequest) error { return o(r) }
+
+func plainOption(set func(*invokeRequest)) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		set(r)
+		return nil
+	})
+}
+
+// Param sets a kernel's parameter: a bool, a number, a string, a DType or a list of numbers.
+func Param(name string, value any) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		said, err := parameter(reflect.ValueOf(value))
+		if err != nil {
+			return argumentError("parameter %q: %w", name, err)
+		}
+		if err := checkText("a parameter's name", name); err != nil {
+			return err
+		}
+		if r.Parameters == nil {
+			r.Parameters = map[string]any{}
+		}
+		r.Parameters[name] = said
+		return nil
+	})
+}
+
+// parameter is a value as the protocol has it.
+func parameter(value reflect.Value) (any, error) {
+	switch kind := value.Kind(); {
+	case kind == reflect.Bool:
+		return value.Bool(), nil
+	case value.CanInt():
+		return value.Int(), nil
+	case value.CanUint():
+		return value.Uint(), nil
+	case value.CanFloat():
+		return real64(value.Float()), nil
+	case kind == reflect.String:
+		return value.String(), checkText("a text", value.String())
+	case kind == reflect.Slice || kind == reflect.Array:
+		all := make([]any, value.Len())
+		for i := range all {
+			element := value.Index(i)
+			if !element.CanInt() && !element.CanUint() && !element.CanFloat() {
+				return nil, fmt.Errorf("a list of %s; lists are of numbers", element.Type())
+			}
+			all[i], _ = parameter(element)
+		}
+		return all, nil
+	case kind == reflect.Invalid:
+		return nil, fmt.Errorf("nil; leave the parameter out to get its default")
+	}
+	return nil, fmt.Errorf("a %s; parameters are bool, numbers, string or lists of numbers", value.Type())
+}
+
+// real64 has the protocol's words for the numbers that JSON lacks.
+func real64(number float64) any {
+	switch {
+	case math.IsNaN(number):
+		return "nan"
+	case math.IsInf(number, 1):
+		return "inf"
+	case math.IsInf(number, -1):
+		return "-inf"
+	}
+	return number
+}
+
+// PublishAs gives an output a name.
+func PublishAs(port, name string) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		if r.Publish == nil {
+			r.Publish = map[string]string{}
+		}
+		r.Publish[port] = name
+		return checkText("a flight's name", name)
+	})
+}
+
+// Replacing is what Replace answers: an option of Call, Publish and Adopt.
+type Replacing struct{}
+
+func (Replacing) call(r *invokeRequest) error { r.Replace = true; return nil }
+func (Replacing) publish(r *publishRequest)   { r.Replace = true }
+
+// Replace takes a name from the flight that has it.
+func Replace() Replacing { return Replacing{} }
+
+// Leasing is what LeaseFor answers: an option of Call, Fetch and FetchAll.
+type Leasing time.Duration
+
+func (l Leasing) call(r *invokeRequest) error { r.LeaseMS = milliseconds(time.Duration(l)); return nil }
+func (l Leasing) fetch(r *mapRequest)         { r.LeaseMS = milliseconds(time.Duration(l)) }
+
+// LeaseFor asks for this life of the leases that come with what is asked for.
+func LeaseFor(life time.Duration) Leasing { return Leasing(life) }
+
+// Seal has the outputs sealed for good, so that not even the host can write to them again. They cost
+// the host new memory each time.
+func Seal() CallOption { return plainOption(func(r *invokeRequest) { r.Seal = true }) }
+
+// Deadline ends the kernel after this time. Without it that is the context's deadline, and without
+// one the host's default.
+func Deadline(after time.Duration) CallOption {
+	return plainOption(func(r *invokeRequest) { r.DeadlineMS = max(milliseconds(after), 1) })
+}
+
+// WithoutResults maps no outputs: every one of them must be published.
+func WithoutResults() CallOption {
+	return plainOption(func(r *invokeRequest) { r.Map = new(bool) })
+}
+
+// Limits of one call, each lower than the host's own; 0 leaves it at that.
+type Limits struct {
+	GuestBytes  int64 `json:"guest_bytes,omitempty"`
+	WindowBytes int64 `json:"window_bytes,omitempty"`
+	ResultBytes int64 `json:"result_bytes,omitempty"`
+	LogBytes    int64 `json:"log_bytes,omitempty"`
+}
+
+func (l Limits) call(r *invokeRequest) error { r.Limits = &l; return nil }
+
+// Verify asks the host which pages the kernel saw: Result.Pages.
+func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
+
+// IdempotencyKey lets a repeat of the call within a minute have the same results without another
+// run. It is of the form of a request id.
+func IdempotencyKey(key string) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		if !isID(key) {
+			return argumentError("idempotency key %q; it needs 1 to 64 characters from A-Z a-z 0-9 . _ : -", key)
+		}
+		r.IdempotencyKey = key
+		return nil
+	})
+}
+
+// Note is what a kernel had to say.
+type Note struct {
+	Key  string `json:"key"`
+	Text string `json:"text"`
+}
+
+// PortPages says which memory file a kernel saw at a port.
+type PortPages struct {
+	Port   string `json:"port"`
+	Device uint64 `json:"device"`
+	Inode  uint64 `json:"inode"`
+}
+
+// Timing is where a call's time went, on the host's side.
+type Timing struct {
+	Queue, Instantiate, Open, Reserve, MoveIn, Run, MoveOut, Total time.Duration
+}
+
+// Result is what a kernel gave back.
+type Result struct {
+	// Tensors are the outputs in the kernel's order, named as their ports. Empty for WithoutResults.
+	Tensors []*Tensor
+	// Published is the outputs that got a name.
+	Published []Flight
+	Notes     []Note
+	// CopiedBytes of this call's tensors, by the host.
+	CopiedBytes int64
+	// Pages is empty without Verify.
+	Pages []PortPages
+	// MinorFaults of the host's process meanwhile.
+	MinorFaults int64
+	Timing      Timing
+	// RequestID names this call in the host's log.
+	RequestID string
+}
+
+// Tensor is the output of a port. If there is none, what it answers fails wherever it is used.
+func (r *Result) Tensor(port string) *Tensor {
+	ports := make([]string, 0, len(r.Tensors))
+	for _, t := range r.Tensors {
+		if t.Name() == port {
+			return t
+		}
+		ports = append(ports, t.Name())
+	}
+	return missingTensor(argumentError("no output %q; there are %q", port, ports))
+}
+
+// Release gives all outputs back. To keep one of them, release the others one by one instead.
+func (r *Result) Release() {
+	if r != nil {
+		releaseAll(r.Tensors)
+	}
+}
+
+// Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one) and waits for its
+// results, which are to be released.
+//
+// When ctx ends, the kernel is cancelled; the error then is ctx's and the host's RemoteError with
+// CANCELLED at once. Call returns when the kernel is over, so that inputs can be written again, or
+// soon if the host does not answer at all. Results that came all the same are answered.
+//
+// The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
+// if an input is of no use any more; ErrDisconnected if the connection ended.
+func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
+	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease)}
+	if deadline, limited := ctx.Deadline(); limited {
+		// The host's clock ends it even if this process does not live to cancel it.
+		asked.DeadlineMS = min(max(milliseconds(time.Until(deadline)), 1), max(c.welcome.DeadlineMSMax, 1))
+	}
+	if err := checkText("a kernel's name", kernel); err != nil {
+		return nil, err
+	}
+	for _, option := range options {
+		if err := option.call(asked); err != nil {
+			return nil, err
+		}
+	}
+	answered := false
+	for port, input := range inputs {
+		if input == nil {
+			return nil, argumentError("input %q is nil", port)
+		}
+		said, done, err := input.input(ctx, c)
+		if err != nil {
+			return nil, fmt.Errorf("input %q: %w", port, err)
+		}
+		defer func() { done(answered) }()
+		asked.Inputs[port] = said
+	}
+	// A forgotten input must not be found before its kernel ran.
+	defer runtime.KeepAlive(inputs)
+	c.conn.calls.Add(1)
+	var reply invokeReply
+	fds, err := c.conn.request(ctx, opInvoke, asked, nil, &reply)
+	answered = err == nil || errors.As(err, new(*RemoteError))
+	if err != nil {
+		return nil, err
+	}
+	return c.results(&reply, fds)
+}
+
+// results takes over the descriptors and leases of a reply to INVOKE.
+func (c *Client) results(reply *invokeReply, fds []int) (*Result, error) {
+	r := &Result{
+		Notes:       reply.Notes,
+		CopiedBytes: reply.CopiedBytes,
+		Pages:       reply.Pages,
+		MinorFaults: reply.MinorFaults,
+		Timing: Timing{
+			Queue:       seconds(reply.Seconds.Queue),
+			Instantiate: seconds(reply.Seconds.Instantiate),
+			Open:        seconds(reply.Seconds.Open),
+			Reserve:     seconds(reply.Seconds.Reserve),
+			MoveIn:      seconds(reply.Seconds.MoveIn),
+			Run:         seconds(reply.Seconds.Run),
+			MoveOut:     seconds(reply.Seconds.MoveOut),
+			Total:       seconds(reply.Seconds.Total),
+		},
+		RequestID: reply.RequestID,
+	}
+	var failed error
+	for _, result := range reply.Results {
+		if result.Name != "" {
+			r.Published = append(r.Published, Flight{result.Name, result.Mapping})
+		}
+		if result.Lease == 0 {
+			continue
+		}
+		if failed == nil && (result.FD == nil || *result.FD < 0 || *result.FD >= len(fds) || fds[*result.FD] < 0) {
+			failed = protocolError("output %q has a lease but no descriptor of its own", result.Port)
+		}
+		if failed != nil {
+			c.conn.later([]uint64{result.Lease}, nil)
+			continue
+		}
+		fd := fds[*result.FD]
+		fds[*result.FD] = -1
+		tensors, err := c.conn.open(&mappedReply{result.Mapping, result.Lease, result.ExpiresMS}, fd, false)
+		failed = err
+		r.Tensors = append(r.Tensors, tensors...)
+	}
+	closeAll(slices.DeleteFunc(fds, func(fd int) bool { return fd < 0 }))
+	if failed != nil {
+		r.Release()
+		return nil, failed
+	}
+	return r, nil
+}
+
+func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

@@ -1,0 +1,446 @@
+package strait
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+)
+
+// Version of this client, as the host's log has it.
+const Version = "0.1.0"
+
+// Client is a connection to a host. Any number of goroutines may use it at once.
+//
+// There is no reconnecting: leases and unpublished tensors end with their connection, so a silent new
+// one could not be what the caller had.
+type Client struct {
+	conn    *conn
+	welcome Welcome
+	lease   time.Duration
+	copies  copies
+}
+
+// Welcome is what the host said when it was connected to.
+type Welcome struct {
+	HostID      string `json:"host_id"`
+	HostVersion string `json:"host_version"`
+	Session     string `json:"session"`
+	// Principal is whose names are seen: uid:1000.
+	Principal string `json:"principal"`
+	Directory string `json:"directory"`
+	// Flight is where the host speaks Arrow Flight.
+	Flight string `json:"flight"`
+	// MoveMinBytes is the size from which tensors are moved into a kernel and not copied.
+	MoveMinBytes      int64 `json:"move_min_bytes"`
+	LeaseMSDefault    int64 `json:"lease_ms_default"`
+	LeaseMSMax        int64 `json:"lease_ms_max"`
+	DeadlineMSDefault int64 `json:"deadline_ms_default"`
+	DeadlineMSMax     int64 `json:"deadline_ms_max"`
+}
+
+type dialOptions struct {
+	renew     bool
+	lease     time.Duration
+	name      string
+	log       *slog.Logger
+	copyBytes int64
+}
+
+// DialOption changes how a client behaves.
+type DialOption func(*dialOptions)
+
+// WithoutRenewal leaves leases alone: each ends when it expires, unless Tensor.Renew is called in
+// time. Without it they are renewed in the background at half of their life.
+func WithoutRenewal() DialOption { return func(o *dialOptions) { o.renew = false } }
+
+// WithLease asks for this life of leases instead of the host's default.
+func WithLease(life time.Duration) DialOption { return func(o *dialOptions) { o.lease = life } }
+
+// WithName sets the name by which the host's log knows this client.
+func WithName(name string) DialOption { return func(o *dialOptions) { o.name = name } }
+
+// WithLogger sets where the client says what no caller hears of: a tensor forgotten without Release,
+// a lease that was not renewed. Without it that is slog.Default.
+func WithLogger(log *slog.Logger) DialOption { return func(o *dialOptions) { o.log = log } }
+
+// WithCopyCache sets how many bytes of segments are kept for inputs that have to be copied (Slice),
+// so that a repeated call finds warm memory; 0 keeps none. Without it that is 256 MiB.
+func WithCopyCache(bytes int64) DialOption { return func(o *dialOptions) { o.copyBytes = bytes } }
+
+// Dial connects to the host whose directory address names (unix:///run/strait), or for an empty
+// address to the one that Directory finds. ctx is for the dialling only.
+//
+// The error is ErrNoHost if nobody answers, ErrArgument for an address that is none, a RemoteError
+// if the host speaks another version.
+func Dial(ctx context.Context, address string, options ...DialOption) (*Client, error) {
+	directory, err := Directory(address)
+	if err != nil {
+		return nil, err
+	}
+	var dialer net.Dialer
+	path := filepath.Join(directory, dataSocket)
+	socket, err := dialer.DialContext(ctx, "unixpacket", path)
+	if err != nil {
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		return nil, fmt.Errorf("strait: %w at %s: %w; start one with `strait serve`", ErrNoHost, path, err)
+	}
+	return greet(ctx, socket.(*net.UnixConn), options)
+}
+
+func greet(ctx context.Context, socket *net.UnixConn, options []DialOption) (*Client, error) {
+	o := dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20}
+	for _, option := range options {
+		option(&o)
+	}
+	c := &Client{conn: newConn(socket, o.renew, o.log), lease: o.lease}
+	c.copies.bytesMax = o.copyBytes
+	hello := &helloRequest{Protocol: protocolVersion, Client: o.name}
+	if err := c.conn.ask(ctx, opHello, hello, &c.welcome); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return c, nil
+}
+
+// Close ends the connection. Requests under way fail with ErrDisconnected, kernels are cancelled and
+// names stay. Slices of mapped tensors stay valid until their Release.
+func (c *Client) Close() error {
+	c.copies.clear()
+	c.conn.finish(fmt.Errorf("strait: %w: it was closed here", ErrDisconnected))
+	return nil
+}
+
+// Welcome is what the host said when it was connected to.
+func (c *Client) Welcome() Welcome { return c.welcome }
+
+// Draining says when the host ends, once it announced that. It takes no more calls then.
+func (c *Client) Draining() (time.Time, bool) {
+	c.conn.mu.Lock()
+	defer c.conn.mu.Unlock()
+	return c.conn.drain, !c.conn.drain.IsZero()
+}
+
+// Ping asks whether the host is there.
+func (c *Client) Ping(ctx context.Context) error {
+	return c.conn.ask(ctx, opPing, &emptyRequest{}, nil)
+}
+
+// Create makes tensors to fill in one segment: for tensors of an element type that Go lacks, or
+// several that are to be published under one name. All must have the same leading size.
+func (c *Client) Create(ctx context.Context, specs ...Spec) ([]*Tensor, error) {
+	if len(specs) == 0 {
+		return nil, argumentError("Create without a tensor to make")
+	}
+	// The wire's empty shape is a list and not null.
+	asked := make([]Spec, len(specs))
+	for i, spec := range specs {
+		if _, err := byteSize(spec.DType, spec.Shape); err != nil {
+			return nil, argumentError("tensor %q: %w", spec.Name, err)
+		}
+		if err := checkText("a tensor's name", spec.Name); err != nil {
+			return nil, err
+		}
+		asked[i] = Spec{spec.Name, spec.DType, append([]int{}, spec.Shape...)}
+	}
+	var made mappedReply
+	fds, err := c.conn.request(ctx, opCreate, &createRequest{Tensors: asked, LeaseMS: milliseconds(c.lease)}, nil, &made)
+	if err != nil {
+		return nil, err
+	}
+	tensors, err := c.open(&made, fds, true)
+	if err == nil && len(tensors) != len(specs) {
+		releaseAll(tensors)
+		err = protocolError("%d tensors in a segment made for %d", len(tensors), len(specs))
+	}
+	return tensors, err
+}
+
+// open is conn.open for a reply that must have one descriptor.
+func (c *Client) open(reply *mappedReply, fds []int, write bool) ([]*Tensor, error) {
+	if len(fds) != 1 {
+		closeAll(fds)
+		c.conn.later([]uint64{reply.Lease}, nil)
+		return nil, protocolError("%d descriptors beside a reply that has one", len(fds))
+	}
+	return c.conn.open(reply, fds[0], write)
+}
+
+func releaseAll(tensors []*Tensor) {
+	for _, t := range tensors {
+		t.Release()
+	}
+}
+
+// Fetch maps a flight of one tensor, or one tensor of it ("flight#tensor"), read-only. Nothing is
+// copied: the slice that As lends lies on the same pages for everyone.
+//
+// A RemoteError with TENSOR_NOT_FOUND says that there is no such flight.
+func (c *Client) Fetch(ctx context.Context, name string, options ...FetchOption) (*Tensor, error) {
+	flight, column, named := strings.Cut(name, "#")
+	tensors, err := c.FetchAll(ctx, flight, options...)
+	if err != nil {
+		return nil, err
+	}
+	if !named && len(tensors) == 1 {
+		return tensors[0], nil
+	}
+	var found *Tensor
+	names := make([]string, 0, len(tensors))
+	for _, t := range tensors {
+		names = append(names, t.Name())
+		if named && t.Name() == column && found == nil {
+			found = t
+		} else {
+			t.Release()
+		}
+	}
+	if found != nil {
+		return found, nil
+	}
+	return nil, argumentError("flight %q has the tensors %q; name one of them as \"%s#TENSOR\"", flight, names, flight)
+}
+
+// FetchAll maps all tensors of a flight, read-only, in their order. Each has to be released.
+func (c *Client) FetchAll(ctx context.Context, name string, options ...FetchOption) ([]*Tensor, error) {
+	asked := mapRequest{Name: name, LeaseMS: milliseconds(c.lease)}
+	for _, option := range options {
+		option.fetch(&asked)
+	}
+	if err := checkText("a flight's name", name); err != nil {
+		return nil, err
+	}
+	var mapped mappedReply
+	fds, err := c.conn.request(ctx, opMap, &asked, nil, &mapped)
+	if err != nil {
+		return nil, err
+	}
+	return c.open(&mapped, fds, false)
+}
+
+// Flight is a name and what it stands for.
+type Flight struct {
+	Name    string  `json:"name"`
+	Mapping Mapping `json:"mapping"`
+}
+
+// Publish gives a tensor a name under which others find it; it then lives on without this client.
+// A tensor that was made to be filled becomes read-only by that, at the same address, even if the
+// host refuses the name. A Slice is copied. The other tensors of a segment go along.
+//
+// A RemoteError with NAME_TAKEN says that another flight has the name; see Replace.
+func (c *Client) Publish(ctx context.Context, name string, t Input, options ...PublishOption) (Flight, error) {
+	asked := publishRequest{Name: name}
+	for _, option := range options {
+		option.publish(&asked)
+	}
+	if err := checkText("a flight's name", name); err != nil {
+		return Flight{}, err
+	}
+	tensor, owned, err := t.tensor(ctx, c, name)
+	if err != nil {
+		return Flight{}, err
+	}
+	if owned {
+		defer tensor.Release()
+	}
+	h, err := tensor.begin()
+	if err != nil {
+		return Flight{}, err
+	}
+	defer h.segment.drop()
+	if err := c.usable(h); err != nil {
+		return Flight{}, err
+	}
+	if err := h.segment.freeze(); err != nil {
+		return Flight{}, err
+	}
+	asked.Segment = h.segment.mapping.Segment
+	var published mappedReply
+	if err := c.conn.ask(ctx, opPublish, &asked, &published); err != nil {
+		return Flight{}, err
+	}
+	return Flight{name, published.Mapping}, nil
+}
+
+// usable says whether the host would take a tensor of this client.
+func (c *Client) usable(h *handle) error {
+	if h.segment.conn != c.conn {
+		return argumentError("tensor %q belongs to another client; publish it there and use its name", h.place.Name)
+	}
+	return c.conn.leaseError(h.segment.lease)
+}
+
+// Adopted is a memory file of one's own that the host took over.
+type Adopted struct {
+	conn     *conn
+	lease    uint64
+	mapping  Mapping
+	released atomic.Bool
+}
+
+// Adopt hands over a memory file (memfd_create) that is sealed as the protocol asks: against
+// shrinking and growing, and against writing or future writing. Each place starts on a multiple of
+// 65536 and has no holes. With a name it is published; that needs the seal against writing.
+// The file may be closed afterwards.
+//
+// A RemoteError with BAD_SEGMENT has the reason why the host does not take it.
+func (c *Client) Adopt(ctx context.Context, file *os.File, places []Place, name string, options ...PublishOption) (*Adopted, error) {
+	named := publishRequest{Name: name}
+	for _, option := range options {
+		option.publish(&named)
+	}
+	if err := checkText("a flight's name", name); err != nil {
+		return nil, err
+	}
+	asked := adoptRequest{Name: name, Replace: named.Replace, LeaseMS: milliseconds(c.lease)}
+	for _, place := range places {
+		place.Shape = append([]int{}, place.Shape...)
+		asked.Tensors = append(asked.Tensors, place)
+	}
+	var adopted mappedReply
+	raw, err := file.SyscallConn()
+	if err != nil {
+		return nil, argumentError("a file without a descriptor: %w", err)
+	}
+	var requestErr error
+	err = raw.Control(func(fd uintptr) {
+		var fds []int
+		fds, requestErr = c.conn.request(ctx, opAdopt, &asked, []int{int(fd)}, &adopted)
+		closeAll(fds)
+	})
+	if err := errors.Join(err, requestErr); err != nil {
+		return nil, err
+	}
+	c.conn.hold(adopted.Lease, time.Duration(adopted.ExpiresMS)*time.Millisecond)
+	return &Adopted{conn: c.conn, lease: adopted.Lease, mapping: adopted.Mapping}, nil
+}
+
+// Mapping is what the host said about the file.
+func (a *Adopted) Mapping() Mapping { return a.mapping }
+
+// Release gives the lease back; a published file lives on. A second Release does nothing.
+func (a *Adopted) Release() {
+	if !a.released.Swap(true) {
+		a.conn.release(a.lease)
+	}
+}
+
+// Lookup is what a flight is, without mapping it.
+func (c *Client) Lookup(ctx context.Context, name string) (Flight, error) {
+	if err := checkText("a flight's name", name); err != nil {
+		return Flight{}, err
+	}
+	var found mappedReply
+	err := c.conn.ask(ctx, opLookup, &nameRequest{Name: name}, &found)
+	return Flight{name, found.Mapping}, err
+}
+
+// List is the flights of this principal, sorted by name. One that comes or goes meanwhile may be
+// seen or not.
+func (c *Client) List(ctx context.Context) ([]Flight, error) {
+	var all []Flight
+	asked := listRequest{}
+	for {
+		var page listReply
+		if err := c.conn.ask(ctx, opList, &asked, &page); err != nil {
+			return nil, err
+		}
+		all = append(all, page.Flights...)
+		if !page.More {
+			return all, nil
+		}
+		if len(page.Flights) == 0 {
+			return nil, protocolError("an empty page of flights that says there are more")
+		}
+		asked.After = page.Flights[len(page.Flights)-1].Name
+	}
+}
+
+// Delete takes a flight's name away; its memory goes when the last lease ends.
+//
+// A RemoteError with TENSOR_NOT_FOUND says that there is no such flight.
+func (c *Client) Delete(ctx context.Context, name string) error {
+	if err := checkText("a flight's name", name); err != nil {
+		return err
+	}
+	return c.conn.ask(ctx, opDrop, &nameRequest{Name: name}, nil)
+}
+
+// checkText refuses what JSON would silently change.
+func checkText(what, text string) error {
+	if !utf8.ValidString(text) {
+		return argumentError("%s that is not UTF-8: %q", what, text)
+	}
+	return nil
+}
+
+// Kernel is one that the host has, with its documentation.
+type Kernel struct {
+	Name    string `json:"name"`
+	Plugin  string `json:"plugin"`
+	Version string `json:"version"`
+	// Doc begins with a sentence of its own line.
+	Doc        string      `json:"doc"`
+	Inputs     []Port      `json:"inputs"`
+	Outputs    []Port      `json:"outputs"`
+	Parameters []Parameter `json:"parameters"`
+	// SplitAxis is the axis along which the host may split the work; nil: none.
+	SplitAxis *int `json:"split_axis"`
+	Streaming bool `json:"streaming"`
+	InPlace   bool `json:"in_place"`
+}
+
+// Port is an input or an output of a kernel.
+type Port struct {
+	Name    string  `json:"name"`
+	DTypes  []DType `json:"dtypes"`
+	RankMin int     `json:"rank_min"`
+	RankMax int     `json:"rank_max"`
+	// Role is "data" or "mask".
+	Role string `json:"role"`
+	Doc  string `json:"doc"`
+}
+
+// Parameter of a kernel.
+type Parameter struct {
+	Name string `json:"name"`
+	// Kind is boolean, integer, real, axis (0-based, row-major), text or reals.
+	Kind string `json:"kind"`
+	// Default is nil if the caller must give the parameter.
+	Default any      `json:"default"`
+	Minimum *float64 `json:"minimum"`
+	Maximum *float64 `json:"maximum"`
+	// Choices are the allowed texts; empty allows any.
+	Choices []string `json:"choices"`
+	Doc     string   `json:"doc"`
+}
+
+// Kernels is what can be called, sorted by plugin and name.
+func (c *Client) Kernels(ctx context.Context) ([]Kernel, error) {
+	var all []Kernel
+	asked := kernelsRequest{}
+	for {
+		var page kernelsReply
+		if err := c.conn.ask(ctx, opKernels, &asked, &page); err != nil {
+			return nil, err
+		}
+		all = append(all, page.Kernels...)
+		if !page.More {
+			return all, nil
+		}
+		if len(page.Kernels) == 0 {
+			return nil, protocolError("an empty page of kernels that says there are more")
+		}
+		last := page.Kernels[len(page.Kernels)-1]
+		asked.After = last.Plugin + "/" + last.Name
+	}
+}

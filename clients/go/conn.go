@@ -1,0 +1,621 @@
+package strait
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// How long a cancelled call waits for the host to say that the kernel is over. Kernels stop within
+// milliseconds; after this time the host is taken to be stuck.
+const cancelGrace = 2 * time.Second
+
+// How long Release may wait for a socket that the host does not read, before the upkeep goroutine
+// does it.
+const releaseGrace = 100 * time.Millisecond
+
+// conn is one connection, shared by any number of goroutines.
+//
+//	request ── write ─▶ host ── reader goroutine ─▶ waiting[sequence] ─▶ request
+//	                                  └─ GONE ─▶ leases ◀─ upkeep goroutine: renewals, lost tensors
+type conn struct {
+	socket *net.UnixConn
+	log    *slog.Logger
+	// Held to write one frame. A channel, so that a context can end the wait for it.
+	writing chan struct{}
+
+	// Held for short: over maps, never over a write or a wait.
+	mu       sync.Mutex
+	sequence uint32
+	waiting  map[uint32]*waiter
+	leases   leases
+	drain    time.Time
+	// Tensors that the garbage collector found, and leases that could not be released at once.
+	lost    []*handle
+	pending []uint64
+	// Why the connection is over; set once, before done is closed.
+	err  error
+	done chan struct{}
+	// Wakes upkeep; has room for one.
+	wake chan struct{}
+
+	copiedBytes atomic.Int64
+	calls       atomic.Int64
+	mappings    atomic.Int64
+	lostTensors atomic.Int64
+}
+
+// waiter is a request that is not answered yet. Once nobody waits for it, what its reply grants is
+// given back.
+type waiter struct {
+	reply     chan reply
+	abandoned bool
+}
+
+// reply is a frame with its descriptors, which its holder closes.
+type reply struct {
+	op   op
+	body []byte
+	fds  []int
+}
+
+func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) *conn {
+	c := &conn{
+		socket:  socket,
+		log:     log,
+		writing: make(chan struct{}, 1),
+		waiting: map[uint32]*waiter{},
+		leases:  newLeases(renew),
+		done:    make(chan struct{}),
+		wake:    make(chan struct{}, 1),
+	}
+	go c.read()
+	go c.upkeep()
+	return c
+}
+
+// request sends body and reads the reply into into (a pointer, or nil). The descriptors that came
+// with the reply are the caller's to close.
+//
+// When ctx ends, a running INVOKE is cancelled and its end waited for; other requests are abandoned.
+func (c *conn) request(ctx context.Context, op op, body request, fds []int, into any) ([]int, error) {
+	answer, err := c.exchange(ctx, op, body, fds)
+	if err != nil {
+		return nil, err
+	}
+	if answer.op == opError {
+		closeAll(answer.fds)
+		remote := &RemoteError{}
+		if err := decodeBody(answer.body, remote); err != nil {
+			return nil, err
+		}
+		return nil, remote
+	}
+	if into != nil {
+		if err := decodeBody(answer.body, into); err != nil {
+			c.giveBack(answer)
+			return nil, err
+		}
+	}
+	return answer.fds, nil
+}
+
+// ask is request for a reply without descriptors.
+func (c *conn) ask(ctx context.Context, op op, body request, into any) error {
+	fds, err := c.request(ctx, op, body, nil, into)
+	closeAll(fds)
+	return err
+}
+
+func (c *conn) exchange(ctx context.Context, op op, body request, fds []int) (reply, error) {
+	if err := ctx.Err(); err != nil {
+		return reply{}, context.Cause(ctx)
+	}
+	id, err := requestID(ctx)
+	if err != nil {
+		return reply{}, err
+	}
+	body.trace(id)
+	sequence, waiter, err := c.expect()
+	if err != nil {
+		return reply{}, err
+	}
+	if err := c.send(ctx, op, sequence, body, fds); err != nil {
+		c.forget(sequence)
+		return reply{}, err
+	}
+	select {
+	case answer := <-waiter.reply:
+		return answer, nil
+	case <-c.done:
+		return c.answered(waiter)
+	case <-ctx.Done():
+	}
+	if op == opInvoke {
+		if answer, ok := c.cancel(sequence, waiter); ok {
+			if answer.op == opError {
+				return reply{}, cancelled(ctx, answer)
+			}
+			return answer, nil
+		}
+	}
+	c.abandon(sequence, waiter)
+	return reply{}, context.Cause(ctx)
+}
+
+// answered is for the end of the connection, which a reply may have preceded.
+func (c *conn) answered(w *waiter) (reply, error) {
+	select {
+	case answer := <-w.reply:
+		return answer, nil
+	default:
+		return reply{}, c.end()
+	}
+}
+
+// cancel ends a running INVOKE and waits for its reply; false if none came in time.
+func (c *conn) cancel(sequence uint32, w *waiter) (reply, bool) {
+	ctx, stop := context.WithTimeout(context.Background(), cancelGrace)
+	defer stop()
+	c.tell(ctx, opCancel, &cancelRequest{Sequence: sequence})
+	select {
+	case answer := <-w.reply:
+		return answer, true
+	case <-c.done:
+		answer, err := c.answered(w)
+		return answer, err == nil
+	case <-ctx.Done():
+		return reply{}, false
+	}
+}
+
+// cancelled has both the host's word and the context's, so that errors.Is finds either.
+func cancelled(ctx context.Context, answer reply) error {
+	closeAll(answer.fds)
+	remote := &RemoteError{}
+	if err := decodeBody(answer.body, remote); err != nil {
+		return err
+	}
+	return fmt.Errorf("%w: %w", context.Cause(ctx), remote)
+}
+
+// tell sends a request whose answer does not matter.
+func (c *conn) tell(ctx context.Context, op op, body request) error {
+	sequence, waiter, err := c.expect()
+	if err != nil {
+		return err
+	}
+	if err := c.send(ctx, op, sequence, body, nil); err != nil {
+		c.forget(sequence)
+		return err
+	}
+	c.abandon(sequence, waiter)
+	return nil
+}
+
+// expect takes a sequence that no request under way has.
+func (c *conn) expect() (uint32, *waiter, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return 0, nil, c.err
+	}
+	for {
+		c.sequence++
+		if _, taken := c.waiting[c.sequence]; c.sequence != 0 && !taken {
+			w := &waiter{reply: make(chan reply, 1)}
+			c.waiting[c.sequence] = w
+			return c.sequence, w, nil
+		}
+	}
+}
+
+// forget is for a request that was not sent.
+func (c *conn) forget(sequence uint32) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.waiting, sequence)
+}
+
+// abandon is for a request whose reply nobody waits for any more.
+func (c *conn) abandon(sequence uint32, w *waiter) {
+	c.mu.Lock()
+	w.abandoned = true
+	c.mu.Unlock()
+	select {
+	case answer := <-w.reply:
+		c.giveBack(answer)
+	default:
+		// Its sequence stays taken until the host answers.
+	}
+}
+
+// giveBack closes a reply's descriptors and releases its leases.
+func (c *conn) giveBack(answer reply) {
+	closeAll(answer.fds)
+	if answer.op == opError {
+		return
+	}
+	var granted grantedLeases
+	if json.Unmarshal(answer.body, &granted) != nil {
+		return
+	}
+	leases := []uint64{}
+	if granted.Lease != 0 {
+		leases = append(leases, granted.Lease)
+	}
+	for _, result := range granted.Results {
+		if result.Lease != 0 {
+			leases = append(leases, result.Lease)
+		}
+	}
+	if len(leases) > 0 {
+		// By upkeep: this may be the reader, which must not wait for the socket.
+		c.later(leases, nil)
+	}
+}
+
+// send writes one frame. A SEQPACKET socket takes all of it or nothing, so a context that ends the
+// wait leaves the connection whole.
+func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, fds []int) error {
+	frame, err := encodeFrame(op, sequence, body)
+	if err != nil {
+		return err
+	}
+	var rights []byte
+	if len(fds) > 0 {
+		rights = unix.UnixRights(fds...)
+	}
+	select {
+	case c.writing <- struct{}{}:
+		defer func() { <-c.writing }()
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-c.done:
+		return c.end()
+	}
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		// It fails only on a closed socket, on which the write does not wait.
+		_ = c.socket.SetWriteDeadline(time.Unix(1, 0))
+	})
+	_, _, err = c.socket.WriteMsgUnix(frame, rights, nil)
+	if !stop() {
+		<-interrupted
+		_ = c.socket.SetWriteDeadline(time.Time{})
+	}
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return context.Cause(ctx)
+	}
+	c.finish(fmt.Errorf("strait: %w: %w", ErrDisconnected, err))
+	return c.end()
+}
+
+// read hands every reply to whoever waits for it, until the connection is over.
+func (c *conn) read() {
+	// One byte more than a frame may have, so that a longer one is noticed.
+	packet := make([]byte, headerBytes+bodyBytesMax+1)
+	control := make([]byte, unix.CmsgSpace(4*fdsMax))
+	for {
+		n, controlled, flags, _, err := c.socket.ReadMsgUnix(packet, control)
+		fds, rightsErr := descriptors(control[:controlled])
+		switch {
+		case err == io.EOF:
+			err = fmt.Errorf("strait: %w: the host closed it", ErrDisconnected)
+		case err != nil:
+			err = fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
+		case rightsErr != nil:
+			err = rightsErr
+		case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
+			err = protocolError("a frame of more than %d bytes, or with more than %d descriptors or more than this process may open",
+				headerBytes+bodyBytesMax, fdsMax)
+		default:
+			err = c.dispatch(packet[:n], fds)
+		}
+		if err != nil {
+			closeAll(fds)
+			c.finish(err)
+			return
+		}
+	}
+}
+
+func descriptors(control []byte) ([]int, error) {
+	if len(control) == 0 {
+		return nil, nil
+	}
+	messages, err := unix.ParseSocketControlMessage(control)
+	if err != nil {
+		return nil, protocolError("control data of a frame: %w", err)
+	}
+	var fds []int
+	for i := range messages {
+		// Other kinds of control data are not asked for and carry no descriptors.
+		if rights, err := unix.ParseUnixRights(&messages[i]); err == nil {
+			fds = append(fds, rights...)
+		}
+	}
+	return fds, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		// Closing a descriptor of a memory file has nothing to fail at.
+		_ = unix.Close(fd)
+	}
+}
+
+// dispatch takes over fds unless it answers an error, which ends the connection.
+func (c *conn) dispatch(packet []byte, fds []int) error {
+	op, sequence, body, err := decodeFrame(packet)
+	if err != nil {
+		return err
+	}
+	switch {
+	case op == opGone:
+		var gone gonePush
+		if err := decodeBody(body, &gone); err != nil {
+			return err
+		}
+		c.mu.Lock()
+		c.leases.gone(gone.Lease, gone.Reason)
+		c.mu.Unlock()
+	case op == opShutdown:
+		var shutdown shutdownPush
+		if err := decodeBody(body, &shutdown); err != nil {
+			return err
+		}
+		c.mu.Lock()
+		c.drain = time.Now().Add(time.Duration(shutdown.DrainMS) * time.Millisecond)
+		c.mu.Unlock()
+	case op == opError && sequence == 0:
+		// About a frame that the host could not read; it closes the connection after that.
+		var remote RemoteError
+		if err := decodeBody(body, &remote); err != nil {
+			return err
+		}
+		return protocolError("it refused a frame: %w", &remote)
+	case op == opOK || op == opWelcome || op == opError:
+		c.deliver(sequence, reply{op, append([]byte(nil), body...), fds})
+		return nil
+	default:
+		return protocolError("op %d is not for clients", op)
+	}
+	closeAll(fds)
+	return nil
+}
+
+func (c *conn) deliver(sequence uint32, answer reply) {
+	c.mu.Lock()
+	w, known := c.waiting[sequence]
+	delete(c.waiting, sequence)
+	wanted := known && !w.abandoned
+	if wanted {
+		w.reply <- answer
+	}
+	c.mu.Unlock()
+	if !wanted {
+		c.giveBack(answer)
+	}
+}
+
+// finish ends the connection for everybody who waits. The first reason stands.
+func (c *conn) finish(why error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return
+	}
+	c.err = why
+	close(c.done)
+	// Whatever it answers, the connection is over.
+	_ = c.socket.Close()
+}
+
+// end is why the connection is over; nil while it is not.
+func (c *conn) end() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// hold begins the upkeep of a lease.
+func (c *conn) hold(lease uint64, life time.Duration) {
+	c.mu.Lock()
+	sooner := c.leases.insert(lease, life, time.Now())
+	c.mu.Unlock()
+	if sooner {
+		c.rouse()
+	}
+}
+
+// release gives leases back without waiting for the answer.
+func (c *conn) release(leases ...uint64) {
+	c.mu.Lock()
+	held := leases[:0]
+	for _, lease := range leases {
+		if c.leases.remove(lease) {
+			held = append(held, lease)
+		}
+	}
+	c.mu.Unlock()
+	if len(held) == 0 {
+		return
+	}
+	ctx, stop := context.WithTimeout(context.Background(), releaseGrace)
+	defer stop()
+	if err := c.tell(ctx, opRelease, &leasesRequest{Leases: held}); errors.Is(err, context.DeadlineExceeded) {
+		c.later(held, nil)
+	}
+}
+
+// leaseError says whether, and why, a lease is over, or the connection.
+func (c *conn) leaseError(lease uint64) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		return c.err
+	}
+	if why, gone := c.leases.why(lease); gone {
+		return fmt.Errorf("strait: %w: lease %d (%s); its pages stay readable until Release, for anything else fetch the tensor again",
+			ErrLeaseExpired, lease, why)
+	}
+	return nil
+}
+
+// later hands leases to release, or a tensor that the garbage collector found, to upkeep.
+func (c *conn) later(leases []uint64, lost *handle) {
+	c.mu.Lock()
+	over := c.err != nil
+	if !over {
+		c.pending = append(c.pending, leases...)
+		if lost != nil {
+			c.lost = append(c.lost, lost)
+		}
+	}
+	c.mu.Unlock()
+	switch {
+	case !over:
+		c.rouse()
+	case lost != nil:
+		// Upkeep may have ended, and without a connection there is nothing to wait for.
+		lost.found()
+	}
+}
+
+func (c *conn) rouse() {
+	select {
+	case c.wake <- struct{}{}:
+	default:
+	}
+}
+
+// upkeep renews leases, releases what nobody wants, and gives back what the garbage collector found.
+func (c *conn) upkeep() {
+	timer := time.NewTimer(time.Hour)
+	defer timer.Stop()
+	for {
+		c.mu.Lock()
+		lost, pending := c.lost, c.pending
+		c.lost, c.pending = nil, nil
+		due := c.leases.due(time.Now())
+		next := c.leases.next
+		c.mu.Unlock()
+		for _, handle := range lost {
+			handle.found()
+		}
+		for len(pending) > 0 {
+			some := pending[:min(len(pending), renewMax)]
+			pending = pending[len(some):]
+			// Only the end of the connection hinders this, and that ends the leases as well.
+			_ = c.tell(context.Background(), opRelease, &leasesRequest{Leases: some})
+		}
+		for _, renewal := range due {
+			c.renewAll(renewal)
+		}
+		wait := time.Hour
+		if !next.IsZero() {
+			wait = time.Until(next)
+		}
+		timer.Reset(wait)
+		select {
+		case <-timer.C:
+		case <-c.wake:
+		case <-c.done:
+			c.mu.Lock()
+			lost := c.lost
+			c.lost = nil
+			c.mu.Unlock()
+			for _, handle := range lost {
+				handle.found()
+			}
+			return
+		}
+	}
+}
+
+func (c *conn) renewAll(r renewal) {
+	ctx, stop := context.WithTimeout(context.Background(), max(r.life/4, time.Second))
+	defer stop()
+	_, err := c.renew(ctx, r.leases, r.life)
+	switch {
+	case err == nil || c.end() != nil:
+	case errors.Is(err, ErrLeaseExpired) && len(r.leases) == 1:
+		c.mu.Lock()
+		c.leases.gone(r.leases[0], err.Error())
+		c.mu.Unlock()
+	case errors.Is(err, ErrLeaseExpired):
+		// One of them is over and none was renewed: find out which.
+		for _, lease := range r.leases {
+			c.renewAll(renewal{[]uint64{lease}, r.life})
+		}
+	default:
+		// Not repeated: the leases end on their own then, and GONE tells.
+		c.log.Warn("strait: leases were not renewed", "leases", r.leases, "error", err)
+	}
+}
+
+// renew gives leases a new life; 0 asks for the host's default.
+func (c *conn) renew(ctx context.Context, leases []uint64, life time.Duration) (time.Duration, error) {
+	var renewed renewReply
+	if err := c.ask(ctx, opRenew, &leasesRequest{Leases: leases, LeaseMS: milliseconds(life)}, &renewed); err != nil {
+		return 0, err
+	}
+	granted := time.Duration(renewed.ExpiresMS) * time.Millisecond
+	c.mu.Lock()
+	sooner := c.leases.renewed(leases, granted, time.Now())
+	c.mu.Unlock()
+	if sooner {
+		c.rouse()
+	}
+	return granted, nil
+}
+
+// milliseconds rounds up, so that a short time does not become none; 0 stays 0.
+func milliseconds(d time.Duration) int64 {
+	return int64((max(d, 0) + time.Millisecond - 1) / time.Millisecond)
+}
+
+type requestIDKey struct{}
+
+// WithRequestID makes every request under the context carry this id: into the host's log lines, its
+// replies and its errors. It needs 1 to 64 characters from A-Z a-z 0-9 . _ : - or the requests fail
+// with ErrArgument.
+func WithRequestID(ctx context.Context, id string) context.Context {
+	return context.WithValue(ctx, requestIDKey{}, id)
+}
+
+func requestID(ctx context.Context) (string, error) {
+	id, named := ctx.Value(requestIDKey{}).(string)
+	if !named {
+		return "", nil
+	}
+	if !isID(id) {
+		return "", argumentError("request id %q; it needs 1 to 64 characters from A-Z a-z 0-9 . _ : -", id)
+	}
+	return id, nil
+}
+
+func isID(id string) bool {
+	for _, r := range []byte(id) {
+		letter := r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z' || r >= '0' && r <= '9'
+		if !letter && r != '.' && r != '_' && r != ':' && r != '-' {
+			return false
+		}
+	}
+	return len(id) >= 1 && len(id) <= 64
+}

@@ -1,0 +1,179 @@
+// Package shm is the home of everything unsafe in the Go client: mappings of memory files and the
+// casts from their bytes to elements.
+//
+// A mapping is outside the Go heap. The garbage collector does not see who still reads it, so
+// nothing here unmaps by itself.
+package shm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Pages is a mapping of the first Len bytes of a memory file. The zero value maps nothing.
+type Pages struct {
+	base   unsafe.Pointer
+	length int
+}
+
+// Map maps the first length bytes of the file behind fd, shared, readable, and writable if write.
+// Children of this process do not inherit the pages.
+//
+// It fails if the file is shorter than length: an access past its end would be a SIGBUS.
+func Map(fd int, length int64, write bool) (Pages, error) {
+	if err := checkLength(fd, length); err != nil {
+		return Pages{}, err
+	}
+	return mapAt(fd, nil, int(length), write)
+}
+
+func checkLength(fd int, length int64) error {
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return fmt.Errorf("fstat of a segment: %w", err)
+	}
+	if length <= 0 || length > stat.Size || int64(int(length)) != length {
+		return fmt.Errorf("a mapping of %d bytes of a segment that has %d", length, stat.Size)
+	}
+	return nil
+}
+
+func mapAt(fd int, at unsafe.Pointer, length int, write bool) (Pages, error) {
+	protection, flags := unix.PROT_READ, 0
+	if write {
+		protection |= unix.PROT_WRITE
+	}
+	if at != nil {
+		flags = unix.MAP_FIXED
+	}
+	base, err := unix.MmapPtr(fd, 0, at, uintptr(length), protection, flags|unix.MAP_SHARED)
+	// Some versions of Linux refuse to map a write-sealed file shared. Private is the same for a
+	// reader, as nobody can write to such a file any more.
+	if err != nil && !write {
+		base, err = unix.MmapPtr(fd, 0, at, uintptr(length), protection, flags|unix.MAP_PRIVATE)
+	}
+	if err != nil {
+		return Pages{}, fmt.Errorf("mmap of %d bytes: %w", length, err)
+	}
+	pages := Pages{base, length}
+	if err := unix.Madvise(pages.Bytes(), unix.MADV_DONTFORK); err != nil {
+		// At a fixed address the caller's mapping is replaced already and stays the caller's.
+		if at == nil {
+			err = errors.Join(err, pages.Unmap())
+		}
+		return Pages{}, fmt.Errorf("madvise of %d bytes: %w", length, err)
+	}
+	return pages, nil
+}
+
+// Bytes is the mapped memory. It is valid until Unmap or Resize.
+func (p Pages) Bytes() []byte {
+	return unsafe.Slice((*byte)(p.base), p.length)
+}
+
+// Len is the mapping's length in bytes.
+func (p Pages) Len() int { return p.length }
+
+// Freeze replaces a writable mapping of the file behind fd by a read-only one at the same address.
+// Afterwards this process cannot write to it, and does not keep others from sealing it.
+func (p Pages) Freeze(fd int) error {
+	if err := checkLength(fd, int64(p.length)); err != nil {
+		return err
+	}
+	// A shared mapping made from a descriptor that can write counts as writable in older versions
+	// of Linux, whatever its protection.
+	readOnly, err := unix.Open("/proc/self/fd/"+strconv.Itoa(fd), unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("opening a segment read-only: %w", err)
+	}
+	_, err = mapAt(readOnly, p.base, p.length, false)
+	return errors.Join(err, unix.Close(readOnly))
+}
+
+// Resize gives the mapping another length, which the file has. The pages may move to grow.
+func (p *Pages) Resize(length int) error {
+	base, err := unix.MremapPtr(p.base, uintptr(p.length), nil, uintptr(length), unix.MREMAP_MAYMOVE)
+	if err != nil {
+		return fmt.Errorf("mremap from %d to %d bytes: %w", p.length, length, err)
+	}
+	p.base, p.length = base, length
+	return nil
+}
+
+// Unmap ends the mapping. Whoever reads its bytes afterwards crashes.
+func (p *Pages) Unmap() error {
+	if p.base == nil {
+		return nil
+	}
+	if err := unix.MunmapPtr(p.base, uintptr(p.length)); err != nil {
+		return fmt.Errorf("munmap of %d bytes: %w", p.length, err)
+	}
+	*p = Pages{}
+	return nil
+}
+
+// NewFile makes an empty memory file that can be sealed. Its name is for people who read
+// /proc/PID/maps.
+func NewFile(name string) (*os.File, error) {
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	return os.NewFile(uintptr(fd), name), nil
+}
+
+// Allocate gives the file real pages for its first length bytes: a host takes no file with holes.
+func Allocate(fd int, length int64) error {
+	if err := unix.Fallocate(fd, 0, 0, length); err != nil {
+		return fmt.Errorf("fallocate of %d bytes of shared memory: %w", length, err)
+	}
+	return nil
+}
+
+// SealLent forbids resizing, and every writable mapping but those that exist.
+func SealLent(fd int) error {
+	return seal(fd, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_FUTURE_WRITE)
+}
+
+// SealWrite forbids resizing and writing. It fails while anybody maps the file writable.
+func SealWrite(fd int) error {
+	return seal(fd, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_WRITE)
+}
+
+func seal(fd, seals int) error {
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_ADD_SEALS, seals); err != nil {
+		return fmt.Errorf("sealing a memory file: %w", err)
+	}
+	return nil
+}
+
+// View is bytes as elements. The caller has checked that bytes is a whole number of elements at an
+// address that is aligned for them; every bit pattern must be a valid T.
+func View[T any](bytes []byte) []T {
+	var zero T
+	if len(bytes) == 0 {
+		return []T{}
+	}
+	return unsafe.Slice((*T)(unsafe.Pointer(unsafe.SliceData(bytes))), len(bytes)/int(unsafe.Sizeof(zero)))
+}
+
+// Raw is elements as bytes. T has no pointers.
+func Raw[T any](elements []T) []byte {
+	var zero T
+	return unsafe.Slice((*byte)(unsafe.Pointer(unsafe.SliceData(elements))), len(elements)*int(unsafe.Sizeof(zero)))
+}
+
+// Offset is how far slice begins behind the beginning of within, and whether all of slice lies in it.
+func Offset(within, slice []byte) (int, bool) {
+	base := uintptr(unsafe.Pointer(unsafe.SliceData(within)))
+	at := uintptr(unsafe.Pointer(unsafe.SliceData(slice)))
+	if at < base || at-base > uintptr(len(within)) || uintptr(len(slice)) > uintptr(len(within))-(at-base) {
+		return 0, false
+	}
+	return int(at - base), true
+}

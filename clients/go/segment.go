@@ -1,0 +1,199 @@
+package strait
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"strait/internal/shm"
+)
+
+// Mapping is what the host says about a segment.
+type Mapping struct {
+	// Version of the mapping's format: 1.
+	Version int `json:"strait-mmap"`
+	// HostID is of the host that has the segment: a mapping of another host cannot be mapped.
+	HostID string `json:"host_id"`
+	// Socket is that host's data socket.
+	Socket string `json:"socket"`
+	// Segment is the segment's id, 32 hexadecimal digits.
+	Segment    string `json:"segment"`
+	Generation uint64 `json:"generation"`
+	// Bytes is the segment's length.
+	Bytes int64 `json:"bytes"`
+	// Seal says who can still write: "write" nobody; "host-write" the host, which does not while
+	// anyone holds a lease; "client-write" the client that made it; "none" whoever has the descriptor.
+	Seal    string  `json:"seal"`
+	Tensors []Place `json:"tensors"`
+}
+
+// Spec is a tensor to be made.
+type Spec struct {
+	Name  string `json:"name"`
+	DType DType  `json:"dtype"`
+	// Shape is row-major: the last size is the fastest. Empty is one element.
+	Shape []int `json:"shape"`
+}
+
+// Place is a tensor in a segment.
+type Place struct {
+	Spec
+	// Offset from the segment's start in bytes.
+	Offset int64 `json:"offset"`
+	// Length in bytes.
+	Length int64 `json:"length"`
+}
+
+const (
+	sealNone       = "none"
+	sealClientOnly = "client-write"
+	// Tensors start on page boundaries. This much of it is enough for every element type.
+	alignBytes = 64
+)
+
+// check holds the host's word against itself, so that later no tensor reaches out of its segment.
+func (m *Mapping) check() error {
+	if m.Version != 1 {
+		return protocolError("mapping of segment %s: its version is %d, known is 1", m.Segment, m.Version)
+	}
+	for _, place := range m.Tensors {
+		bytes, err := byteSize(place.DType, place.Shape)
+		switch {
+		case err != nil:
+			return protocolError("tensor %q of segment %s: %w", place.Name, m.Segment, err)
+		case bytes != place.Length:
+			return protocolError("tensor %q of segment %s is %s with %d bytes, not %d", place.Name, m.Segment,
+				spec(place.DType, place.Shape), bytes, place.Length)
+		case place.Offset < 0 || place.Offset > m.Bytes || place.Length > m.Bytes-place.Offset:
+			return protocolError("tensor %q of segment %s has %d bytes at %d, the segment %d in all", place.Name, m.Segment,
+				place.Length, place.Offset, m.Bytes)
+		case place.Length > 0 && place.Offset%alignBytes != 0:
+			return protocolError("tensor %q of segment %s is at %d, no multiple of %d", place.Name, m.Segment, place.Offset, alignBytes)
+		}
+	}
+	return nil
+}
+
+// segment is shared memory that this process maps, and the lease that holds it. Its tensors have a
+// handle each.
+type segment struct {
+	conn  *conn
+	lease uint64
+	// What the host said last; replaced by Publish.
+	mapping Mapping
+
+	mu    sync.Mutex
+	pages shm.Pages
+	// The descriptor to map anew from, as long as the segment can be written to; else -1.
+	fd int
+	// Handles that are not released, and uses of the pages under way. At 0 they are unmapped.
+	holders int
+}
+
+// open maps a segment and makes a tensor of each of its places. It takes over fd and the lease, also
+// when it fails.
+func (c *conn) open(reply *mappedReply, fd int, write bool) ([]*Tensor, error) {
+	c.hold(reply.Lease, time.Duration(reply.ExpiresMS)*time.Millisecond)
+	s := &segment{conn: c, lease: reply.Lease, mapping: reply.Mapping, fd: -1}
+	err := s.mapping.check()
+	if err == nil && !write && (s.mapping.Seal == sealNone || s.mapping.Seal == sealClientOnly) {
+		err = fmt.Errorf("strait: segment %s is %q: its maker can still write to it; it must be published first",
+			s.mapping.Segment, s.mapping.Seal)
+	}
+	if err == nil {
+		s.pages, err = shm.Map(fd, s.mapping.Bytes, write)
+	}
+	if err == nil && write {
+		s.fd = fd
+	} else {
+		closeAll([]int{fd})
+	}
+	if err != nil {
+		c.release(reply.Lease)
+		return nil, err
+	}
+	c.mappings.Add(1)
+	s.holders = len(s.mapping.Tensors)
+	tensors := make([]*Tensor, 0, s.holders)
+	for i := range s.mapping.Tensors {
+		tensors = append(tensors, newTensor(s, &s.mapping.Tensors[i]))
+	}
+	if s.holders == 0 {
+		s.holders = 1
+		s.drop()
+	}
+	return tensors, nil
+}
+
+// use keeps the pages mapped until drop; false if they are unmapped already.
+func (s *segment) use() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.holders == 0 {
+		return false
+	}
+	s.holders++
+	return true
+}
+
+// drop ends a handle's life or a use: the last one unmaps, then releases the lease.
+func (s *segment) drop() {
+	s.mu.Lock()
+	s.holders--
+	last := s.holders == 0
+	var err error
+	if last {
+		err = s.pages.Unmap()
+		s.closeFD()
+	}
+	s.mu.Unlock()
+	if !last {
+		return
+	}
+	defer s.conn.mappings.Add(-1)
+	if err != nil {
+		// Then the host must not use the pages for anything else, so the lease is kept.
+		s.conn.log.Error("strait: a segment could not be unmapped", "segment", s.mapping.Segment, "error", err)
+		return
+	}
+	s.conn.release(s.lease)
+}
+
+// closeFD is called with the lock held.
+func (s *segment) closeFD() {
+	if s.fd >= 0 {
+		_ = unix.Close(s.fd)
+		s.fd = -1
+	}
+}
+
+// freeze gives up writing, which the host needs to see before it can seal.
+func (s *segment) freeze() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return nil
+	}
+	if err := s.pages.Freeze(s.fd); err != nil {
+		return err
+	}
+	s.closeFD()
+	return nil
+}
+
+func (s *segment) writable() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.fd >= 0
+}
+
+// bytes is the memory of a place; its caller has a handle or a use.
+func (s *segment) bytes(place *Place) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	// Clipped, so that no append writes into what lies behind.
+	return slices.Clip(s.pages.Bytes()[place.Offset : place.Offset+place.Length])
+}

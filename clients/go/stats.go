@@ -1,0 +1,74 @@
+package strait
+
+import (
+	"context"
+	"encoding/json"
+)
+
+// Stats is the host's counts at one moment.
+type Stats struct {
+	Process struct {
+		FDs           int64 `json:"fds"`
+		Mappings      int64 `json:"mappings"`
+		Threads       int64 `json:"threads"`
+		MinorFaults   int64 `json:"minor_faults"`
+		ResidentBytes int64 `json:"resident_bytes"`
+	} `json:"process"`
+	Segments     int64 `json:"segments"`
+	SegmentBytes int64 `json:"segment_bytes"`
+	// Flights are this principal's.
+	Flights  int64 `json:"flights"`
+	Leases   int64 `json:"leases"`
+	Sessions int64 `json:"sessions"`
+	// Invocations since the host's start, and those under way.
+	Invocations int64 `json:"invocations"`
+	Running     int64 `json:"running"`
+	// CopiedBytes of tensors since the host's start, and by place.
+	CopiedBytes int64            `json:"copied_bytes"`
+	Copied      map[string]int64 `json:"copied"`
+	// Pool is the segments that results are taken from.
+	Pool struct {
+		Segments     int64 `json:"segments"`
+		Bytes        int64 `json:"bytes"`
+		IdleSegments int64 `json:"idle_segments"`
+		IdleBytes    int64 `json:"idle_bytes"`
+	} `json:"pool"`
+	// Own is this session's share.
+	Own struct {
+		Leases   int64 `json:"leases"`
+		Segments int64 `json:"segments"`
+	} `json:"own"`
+	// JSON is the whole answer.
+	JSON json.RawMessage `json:"-"`
+}
+
+// Stats asks the host for its counts. ClientStats has this client's own.
+func (c *Client) Stats(ctx context.Context) (Stats, error) {
+	var stats Stats
+	if err := c.conn.ask(ctx, opStats, &emptyRequest{}, &stats.JSON); err != nil {
+		return Stats{}, err
+	}
+	return stats, decodeBody(stats.JSON, &stats)
+}
+
+// ClientStats is what one client did.
+type ClientStats struct {
+	// CopiedBytes of tensors that were copied on this side: Slice inputs.
+	CopiedBytes int64
+	// Calls that were sent.
+	Calls int64
+	// Mappings that live, those in the cache for copies among them.
+	Mappings int64
+	// Forgotten tensors: they lent a slice and were never released. They stay mapped.
+	Forgotten int64
+}
+
+// ClientStats is this client's own counts since Dial.
+func (c *Client) ClientStats() ClientStats {
+	return ClientStats{
+		CopiedBytes: c.conn.copiedBytes.Load(),
+		Calls:       c.conn.calls.Load(),
+		Mappings:    c.conn.mappings.Load(),
+		Forgotten:   c.conn.lostTensors.Load(),
+	}
+}

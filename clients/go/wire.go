@@ -1,0 +1,244 @@
+package strait
+
+import (
+	"encoding/binary"
+	"encoding/json"
+)
+
+// The data socket's frames and JSON bodies, as docs/protocol.md states them.
+
+type op uint8
+
+const (
+	opHello    op = 1
+	opWelcome  op = 2
+	opOK       op = 3
+	opError    op = 4
+	opKernels  op = 5
+	opLookup   op = 6
+	opList     op = 7
+	opPublish  op = 8
+	opDrop     op = 9
+	opStats    op = 10
+	opCreate   op = 11
+	opAdopt    op = 13
+	opMap      op = 14
+	opRelease  op = 15
+	opRenew    op = 16
+	opInvoke   op = 17
+	opCancel   op = 20
+	opPing     op = 22
+	opGone     op = 65
+	opShutdown op = 66
+)
+
+const (
+	protocolVersion = 1
+	headerBytes     = 16
+	bodyBytesMax    = 61440
+	fdsMax          = 16
+)
+
+// encodeFrame is the packet of a request.
+func encodeFrame(op op, sequence uint32, body any) ([]byte, error) {
+	text, err := json.Marshal(body)
+	if err != nil {
+		return nil, argumentError("a request that JSON cannot say: %w", err)
+	}
+	if len(text) > bodyBytesMax {
+		return nil, argumentError("a request of %d bytes; at most %d fit into a frame: shorten its lists or names", len(text), bodyBytesMax)
+	}
+	frame := make([]byte, headerBytes, headerBytes+len(text))
+	frame[0], frame[1], frame[2], frame[3] = 'S', 'T', protocolVersion, byte(op)
+	binary.LittleEndian.PutUint32(frame[4:], sequence)
+	binary.LittleEndian.PutUint32(frame[8:], uint32(len(text)))
+	return append(frame, text...), nil
+}
+
+// decodeFrame takes a packet apart; the body is part of it.
+func decodeFrame(packet []byte) (op, uint32, []byte, error) {
+	if len(packet) < headerBytes {
+		return 0, 0, nil, protocolError("a frame of %d bytes is shorter than its header of %d", len(packet), headerBytes)
+	}
+	if packet[0] != 'S' || packet[1] != 'T' {
+		return 0, 0, nil, protocolError("a frame starts with %x and not with \"ST\"", packet[:2])
+	}
+	if packet[2] != protocolVersion {
+		return 0, 0, nil, protocolError("a frame of version %d; this client speaks %d", packet[2], protocolVersion)
+	}
+	body := packet[headerBytes:]
+	if said := binary.LittleEndian.Uint32(packet[8:]); uint64(said) != uint64(len(body)) || len(body) > bodyBytesMax {
+		return 0, 0, nil, protocolError("a header says %d body bytes of at most %d, the packet has %d", said, bodyBytesMax, len(body))
+	}
+	if flags := binary.LittleEndian.Uint32(packet[12:]); flags != 0 {
+		return 0, 0, nil, protocolError("flags %#x in a header; none is known", flags)
+	}
+	return op(packet[3]), binary.LittleEndian.Uint32(packet[4:]), body, nil
+}
+
+// decodeBody reads a reply's JSON; an empty body stands for {}.
+func decodeBody(body []byte, into any) error {
+	if len(body) == 0 {
+		body = []byte("{}")
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return protocolError("a reply that is not what was asked for: %w", err)
+	}
+	return nil
+}
+
+// traced is in every request.
+type traced struct {
+	RequestID string `json:"request_id,omitempty"`
+}
+
+func (t *traced) trace(id string) { t.RequestID = id }
+
+type request interface{ trace(id string) }
+
+type helloRequest struct {
+	traced
+	Protocol int    `json:"protocol"`
+	Client   string `json:"client"`
+}
+
+type emptyRequest struct{ traced }
+
+type kernelsRequest struct {
+	traced
+	After  string `json:"after,omitempty"`
+	Kernel string `json:"kernel,omitempty"`
+}
+
+type nameRequest struct {
+	traced
+	Name string `json:"name"`
+}
+
+type listRequest struct {
+	traced
+	After string `json:"after,omitempty"`
+}
+
+type createRequest struct {
+	traced
+	Tensors []Spec `json:"tensors"`
+	LeaseMS int64  `json:"lease_ms,omitempty"`
+}
+
+type publishRequest struct {
+	traced
+	Segment string `json:"segment"`
+	Name    string `json:"name"`
+	Replace bool   `json:"replace,omitempty"`
+}
+
+type adoptRequest struct {
+	traced
+	Tensors []Place `json:"tensors"`
+	Name    string  `json:"name,omitempty"`
+	Replace bool    `json:"replace,omitempty"`
+	LeaseMS int64   `json:"lease_ms,omitempty"`
+}
+
+type mapRequest struct {
+	traced
+	Name    string `json:"name,omitempty"`
+	LeaseMS int64  `json:"lease_ms,omitempty"`
+}
+
+type leasesRequest struct {
+	traced
+	Leases  []uint64 `json:"leases"`
+	LeaseMS int64    `json:"lease_ms,omitempty"`
+}
+
+type cancelRequest struct {
+	traced
+	Sequence uint32 `json:"sequence"`
+}
+
+type invokeRequest struct {
+	traced
+	Kernel         string            `json:"kernel"`
+	Inputs         map[string]any    `json:"inputs"`
+	Parameters     map[string]any    `json:"parameters,omitempty"`
+	Publish        map[string]string `json:"publish,omitempty"`
+	Replace        bool              `json:"replace,omitempty"`
+	Seal           bool              `json:"seal,omitempty"`
+	DeadlineMS     int64             `json:"deadline_ms,omitempty"`
+	LeaseMS        int64             `json:"lease_ms,omitempty"`
+	Map            *bool             `json:"map,omitempty"`
+	Limits         *Limits           `json:"limits,omitempty"`
+	Verify         bool              `json:"verify,omitempty"`
+	IdempotencyKey string            `json:"idempotency_key,omitempty"`
+}
+
+type segmentInput struct {
+	Segment string `json:"segment"`
+	Column  string `json:"column,omitempty"`
+}
+
+// mappedReply is the OK to CREATE, ADOPT, MAP, LOOKUP and PUBLISH.
+type mappedReply struct {
+	Mapping   Mapping `json:"mapping"`
+	Lease     uint64  `json:"lease"`
+	ExpiresMS int64   `json:"expires_ms"`
+}
+
+type listReply struct {
+	Flights []Flight `json:"flights"`
+	More    bool     `json:"more"`
+}
+
+type kernelsReply struct {
+	Kernels []Kernel `json:"kernels"`
+	More    bool     `json:"more"`
+}
+
+type renewReply struct {
+	ExpiresMS int64 `json:"expires_ms"`
+}
+
+type invokeReply struct {
+	Results []struct {
+		Port      string  `json:"port"`
+		Mapping   Mapping `json:"mapping"`
+		Lease     uint64  `json:"lease"`
+		ExpiresMS int64   `json:"expires_ms"`
+		FD        *int    `json:"fd"`
+		Name      string  `json:"name"`
+	} `json:"results"`
+	Notes       []Note      `json:"notes"`
+	CopiedBytes int64       `json:"copied_bytes"`
+	Pages       []PortPages `json:"pages"`
+	MinorFaults int64       `json:"minor_faults"`
+	Seconds     struct {
+		Queue       float64 `json:"queue"`
+		Instantiate float64 `json:"instantiate"`
+		Open        float64 `json:"open"`
+		Reserve     float64 `json:"reserve"`
+		MoveIn      float64 `json:"move_in"`
+		Run         float64 `json:"run"`
+		MoveOut     float64 `json:"move_out"`
+		Total       float64 `json:"total"`
+	} `json:"seconds"`
+	RequestID string `json:"request_id"`
+}
+
+// grantedLeases is what any reply may say about leases, for replies that nobody waits for any more.
+type grantedLeases struct {
+	Lease   uint64 `json:"lease"`
+	Results []struct {
+		Lease uint64 `json:"lease"`
+	} `json:"results"`
+}
+
+type gonePush struct {
+	Lease  uint64 `json:"lease"`
+	Reason string `json:"reason"`
+}
+
+type shutdownPush struct {
+	DrainMS int64 `json:"drain_ms"`
+}

@@ -1,0 +1,359 @@
+# Calling kernels.
+
+"""
+    Strait.CancelToken()
+
+Ends a call from another task: give it to [`call`](@ref) or [`invocation`](@ref) as option `cancel`, and
+[`cancel!`](@ref) it. One token serves one call.
+"""
+mutable struct CancelToken
+    lock::ReentrantLock
+    cancelled::Bool
+    running::Union{Nothing,Tuple{Connection,UInt32}}
+end
+CancelToken() = CancelToken(ReentrantLock(), false, nothing)
+
+"""
+    Strait.cancel!(token)
+
+Asks the host to end the call that has this token; the call then throws a [`RemoteError`](@ref) with reason
+`CANCELLED`. Without effect on a call that was answered already; a call that has not begun will not begin.
+"""
+function cancel!(token::CancelToken)
+    running = lock(token.lock) do
+        token.cancelled = true
+        token.running
+    end
+    running === nothing || quietly(() -> tell(running[1], CANCEL, (sequence = running[2],)))
+    return nothing
+end
+
+"""
+    Strait.Invocation
+
+What a kernel gave back, in full:
+- `outputs`: `NamedTuple` of `Array`s by port; empty with `map = false`
+- `published`: names of the outputs that were published, by port
+- `notes`: what the kernel had to say, `key => text`
+- `copied_bytes`: bytes of this call's tensors that the host copied, `client_copied_bytes`: and those that this side copied
+- `pages`: with `verify = true`, the pages that the kernel saw: `(port, device, inode)`
+- `minor_faults`, `seconds`: what it cost the host (a `Dict`: queue, instantiate, open, reserve, move_in, run, move_out, total)
+- `request_id`: names this call in the host's log
+"""
+struct Invocation
+    outputs::NamedTuple
+    published::Dict{String,String}
+    notes::Vector{Pair{String,String}}
+    copied_bytes::Int
+    client_copied_bytes::Int
+    pages::Vector{NamedTuple{(:port, :device, :inode),Tuple{String,Int,Int}}}
+    minor_faults::Int
+    seconds::Dict{String,Float64}
+    request_id::String
+end
+
+Base.show(io::IO, i::Invocation) = print(io, "Strait.Invocation(", join(("$port = $(summary(y))" for (port, y) in pairs(i.outputs)), ", "),
+    "; copied_bytes = ", i.copied_bytes, ", request_id = ", repr(i.request_id), ')')
+
+"""
+    call(session, kernel, x; parameters...)
+    call(session, kernel, ("x" => a, "m" => b); parameters...)
+    call(session, kernel; x = a, m = b, parameters...)
+    call(f, session, kernel, ...; parameters...)
+
+Runs a kernel and answers its output: an `Array` over the pages of the result, read-only; a `NamedTuple` of them by port
+if the kernel has several outputs, `nothing` if none was mapped.
+
+```julia
+x = zeros(s, Float64, 1000, 1000)       # an Array inside a segment
+x .= rand.()
+y = call(s, "zscore", x; axis = 1)      # no copy in either direction
+```
+
+*Inputs* are arrays, numbers (0-dimensional), or names of flights (`"name"`, `"name#tensor"`). Given by position they
+belong to the kernel's input ports in order. An `Array` of this session (from `zeros(session, ...)`, `similar`, `call` or
+`fetch`) goes in as it is; of any other one copy is made, counted in [`stats`](@ref). Do not write to an input while
+the call runs.
+
+*Dimensions.* Tensors are row-major outside of Julia, `Array`s column-major. The same bytes are seen with the dimensions
+from back to front: an `Array` of `size` `(c, r)` is the host's tensor of shape `[r, c]`. Nothing is ever transposed or
+moved. So `axis` counts as everywhere in Julia: from 1 (the fastest) to `ndims(x)`, and `axis = k` is the host's axis
+`ndims(x) - k`. It refers to the first input port. And a matrix product of two inputs `a`, `b` computes `b * a` in
+Julia's terms, since each matrix is seen transposed: swap the inputs.
+
+*Parameters* are keywords: `Bool`s, numbers, text (a `String`, a `Symbol`, or an element type, as in `to = BFloat16`), vectors of
+numbers. What a kernel takes: `kernels(session, name)`.
+
+*`options = (...)`*, a `NamedTuple`, is about the call itself; see [`invocation`](@ref), which also tells what the call
+cost: `options = (deadline_ms = 500,)`.
+
+*Lifetime.* A result's pages are given back when the `Array` is garbage, by [`release!`](@ref), or, with a function first,
+after that was called with the output: `call(sum, s, "zscore", x; axis = 1)`; keep nothing of it then.
+
+Throws a [`RemoteError`](@ref) if the host refuses or the kernel fails.
+"""
+function call(s::Session, kernel::AbstractString, inputs...; options::NamedTuple = NamedTuple(), parameters...)
+    found = declaration(s, kernel)
+    given, kept = split_keywords(found, values(parameters))
+    outputs = invocation(s, kernel, merge_inputs(found, kernel, inputs, given), kept; options...).outputs
+    return length(outputs) == 1 ? outputs[1] : isempty(outputs) ? nothing : outputs
+end
+
+function call(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...)
+    output = call(s, kernel, inputs...; parameters...)
+    try
+        return f(output)
+    finally
+        output === nothing || release!(s, output)
+    end
+end
+
+"The kernel's declaration, kept by the session; `nothing` if there is none or more than one: the host then says so."
+function declaration(s::Session, kernel::AbstractString)
+    found = lock(() -> get(s.kernels, kernel, nothing), s.lock)
+    if found === nothing
+        found = kernels(s, kernel)
+        length(found) == 1 && lock(() -> s.kernels[String(kernel)] = found, s.lock)
+    end
+    return length(found) == 1 ? found[1] : nothing
+end
+
+"Keywords that are input ports, and those that are parameters."
+function split_keywords(found::Union{Nothing,Kernel}, keywords)
+    inputs = Pair{String,Any}[]
+    parameters = Pair{String,Any}[]
+    for (key, value) in pairs(keywords)
+        port = found === nothing ? value isa AbstractArray && !(value isa AbstractVector) :
+               any(port -> port.name == dashed(found.inputs, key), found.inputs)
+        names = found === nothing ? () : port ? found.inputs : found.parameters
+        push!(port ? inputs : parameters, dashed(names, key) => value)
+    end
+    return inputs, parameters
+end
+
+"A keyword cannot contain a dash; a port or parameter can."
+function dashed(declared, key::Symbol)
+    name = String(key)
+    any(entry -> entry.name == name, declared) && return name
+    other = replace(name, '_' => '-')
+    return any(entry -> entry.name == other, declared) ? other : name
+end
+
+const Given = Union{AbstractArray,Number,AbstractString}
+
+function merge_inputs(found::Union{Nothing,Kernel}, kernel, inputs::Tuple, given::Vector{Pair{String,Any}})
+    if all(input -> input isa Given, inputs)
+        # Without a declaration the host has the last word, and says that it knows no such kernel.
+        ports = found === nothing ? ["x$i" for i in eachindex(inputs)] : [port.name for port in found.inputs]
+        length(inputs) <= length(ports) || throw(ArgumentError(
+            "$(length(inputs)) inputs; $kernel takes $(length(ports)): $(join(ports, ", "))"))
+        return vcat(Pair{String,Any}[port => input for (port, input) in zip(ports, inputs)], given)
+    end
+    length(inputs) == 1 || throw(ArgumentError("inputs are either arrays in the order of the kernel's ports, or one collection of port => array"))
+    return vcat(named(inputs[1]), given)
+end
+
+named(entries::Union{NamedTuple,AbstractDict}) = Pair{String,Any}[String(key) => value for (key, value) in pairs(entries)]
+named(entry::Pair) = named((entry,))
+function named(entries::Union{Tuple,AbstractVector})
+    all(entry -> entry isa Pair, entries) || throw(ArgumentError("several inputs are given as port => array: (\"x\" => a, \"m\" => b)"))
+    return Pair{String,Any}[String(key) => value for (key, value) in entries]
+end
+named(other) = refuse_input(other)
+
+"""
+    Strait.invocation(session, kernel, inputs, parameters = (); options...)
+
+[`call`](@ref) with everything said and everything answered, as an [`Invocation`](@ref). `inputs` and `parameters` are
+collections of `name => value` (named tuples, dictionaries, tuples of pairs). Options:
+
+- `deadline_ms`: wall time for the call, from the host's receipt on
+- `lease_ms`: life of the results' leases
+- `publish`: names for outputs, `(y = "name",)`; `replace = false`: may they take names from other flights
+- `seal = false`: outputs are sealed for good, so that not even the host can write to them again
+- `map = true`: whether the outputs are mapped here; if not, publish each
+- `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
+- `verify = false`: the host tells which pages the kernel saw
+- `idempotency_key`: a repeat of the same key within a minute gets the same results without another run
+- `request_id`: names this call in the host's log and in errors
+- `cancel`: a [`CancelToken`](@ref)
+
+An interrupt (an exception thrown into the calling task) cancels the kernel as well.
+"""
+function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
+    deadline_ms = nothing, lease_ms = nothing, publish = nothing, replace::Bool = false, seal::Bool = false, map::Bool = true,
+    limits = nothing, verify::Bool = false, idempotency_key = nothing, request_id = nothing, cancel::Union{Nothing,CancelToken} = nothing)
+    c = ready!(s)
+    given = named(inputs)
+    body = Dict{String,Any}("kernel" => String(kernel))
+    deadline_ms === nothing || (body["deadline_ms"] = milliseconds(deadline_ms, "deadline_ms"))
+    publish === nothing || (body["publish"] = Dict(named(publish)))
+    limits === nothing || (body["limits"] = Dict(named(limits)))
+    idempotency_key === nothing || (body["idempotency_key"] = String(idempotency_key))
+    for (key, value, usual) in (("replace", replace, false), ("seal", seal, false), ("map", map, true), ("verify", verify, false))
+        value == usual || (body[key] = value)
+    end
+    merge!(body, Dict(String(key) => value for (key, value) in pairs(with_options(s, NamedTuple();
+        lease_ms = something(lease_ms, s.lease_ms, Some(nothing)), request_id = request_id))))
+    body["parameters"] = wire_parameters(s, kernel, named(parameters), given)
+    held = Any[]
+    # The arrays are alive while the kernel runs.
+    return GC.@preserve given begin
+        wires = Dict{String,Any}()
+        for (port, value) in given
+            haskey(wires, port) && throw(ArgumentError("input $(repr(port)) is given twice"))
+            wires[port], copy = wire_input(s, value)
+            copy === nothing || push!(held, copy)
+        end
+        body["inputs"] = wires
+        Threads.atomic_add!(c.calls, 1)
+        reply = try
+            invoke(c, body, cancel)
+        catch e
+            # An answered call does not look at its inputs any more; an interrupted one may for a while.
+            give_back!(s, held, e isa Union{RemoteError,LeaseExpired})
+            rethrow()
+        end
+        give_back!(s, held, true)
+        answered(c, reply, mapreduce(copy -> copy isa Array ? sizeof(copy) : 0, +, held; init = 0))
+    end
+end
+
+function give_back!(s::Session, held::Vector{Any}, reusable::Bool)
+    for copy in held
+        if copy isa UInt64
+            locked(() -> end_lease!(s.connection, copy), s.connection)
+        else
+            reusable ? keep_scratch!(s, copy) : release!(s, copy)
+        end
+    end
+end
+
+function invoke(c::Connection, body::Dict{String,Any}, cancel::Union{Nothing,CancelToken})
+    cancel === nothing && return request(c, INVOKE, body)
+    begun(sequence) = lock(() -> (cancel.running = (c, sequence); cancel.cancelled), cancel.lock) &&
+        tell(c, CANCEL, (sequence = sequence,))
+    early = lock(() -> cancel.cancelled, cancel.lock)
+    early && throw(RemoteError("CANCELLED", "CANCELLED", "the call of $(body["kernel"]) was cancelled before it was sent",
+        get(body, "request_id", "-"), nothing, Dict{String,Any}()))
+    try
+        return request(c, INVOKE, body; begun = begun)
+    finally
+        # A late cancel must not hit another call's sequence.
+        lock(() -> cancel.running = nothing, cancel.lock)
+    end
+end
+
+"An input as the wire has it, and what is to be given back after the call: an array that it was copied to, or a lease."
+function wire_input(s::Session, x::Array)
+    found = find_tensor(s.connection, x)
+    found === nothing && return copied_input(s, x)
+    mapped, index = found
+    check_lease(s.connection, mapped.lease)
+    segment = (segment = mapped.mapping.segment,)
+    several = length(mapped.mapping.places) > 1
+    return ((; segment..., (several ? (column = mapped.mapping.places[index].spec.name,) : NamedTuple())...), nothing)
+end
+wire_input(s::Session, x::AbstractArray) = copied_input(s, x)
+wire_input(s::Session, x::Number) = copied_input(s, fill(x))
+wire_input(::Session, name::AbstractString) = (String(name), nothing)
+wire_input(::Session, x) = refuse_input(x)
+refuse_input(x) = throw(ArgumentError("an input cannot be a $(typeof(x)); it is an array, a number, or a flight's name"))
+
+function copied_input(s::Session, x::AbstractArray{T}) where {T}
+    dtype(T)
+    isempty(x) && return empty_input(s, x)
+    array = fill!!(s, take_scratch!(s, T, size(x)), x)
+    return wire_input(s, array)[1], array
+end
+
+"A tensor without elements: its segment has nothing to map, so all that is held is its lease."
+function empty_input(s::Session, x::AbstractArray{T}) where {T}
+    name = "x"
+    body = (tensors = [(name = name, dtype = dtype(T), shape = reverse(size(x)))],)
+    reply = request(s.connection, CREATE, with_options(s, body; lease_ms = s.lease_ms))
+    foreach(close_fd, reply.fds)
+    return (segment = Mapping(field(reply.body, "mapping", Dict{String,Any})).segment,), first(granted(reply.body)[1])
+end
+
+function wire_parameters(s::Session, kernel, parameters::Vector{Pair{String,Any}}, inputs::Vector{Pair{String,Any}})
+    found = declaration(s, kernel)
+    axes = found === nothing ? String[] : [p.name for p in found.parameters if p.kind == "axis"]
+    return Dict{String,Any}(name => name in axes ? wire_axis(s, found, name, value, inputs) : wire_value(name, value)
+                            for (name, value) in parameters)
+end
+
+function wire_axis(s::Session, kernel::Kernel, name, axis, inputs)
+    axis isa Integer && !(axis isa Bool) || throw(ArgumentError("$name is $(repr(axis)); an axis is an integer from 1 on"))
+    first = isempty(kernel.inputs) ? nothing : findfirst(input -> input.first == kernel.inputs[1].name, inputs)
+    # The host says that the input is missing.
+    first === nothing && return 0
+    rank = rank_of(s, inputs[first].second)
+    1 <= axis <= rank || throw(ArgumentError("$name is $axis; $(inputs[first].first) has $rank dimensions, so it goes from 1 to $rank"))
+    return rank - Int(axis)
+end
+
+rank_of(::Session, x::Union{AbstractArray,Number}) = ndims(x)
+rank_of(::Session, x) = refuse_input(x)
+function rank_of(s::Session, name::AbstractString)
+    flight, column = occursin('#', name) ? split(name, '#'; limit = 2) : (name, nothing)
+    places = Mapping(field(ask(s.connection, LOOKUP, with_options(s, (name = String(flight),))), "mapping", Dict{String,Any})).places
+    found = column === nothing ? 1 : findfirst(place -> place.spec.name == column, places)
+    # The host says that there is no such column.
+    return found === nothing || isempty(places) ? typemax(Int) : ndims(places[found].spec)
+end
+
+wire_value(name, value::Union{Bool,Integer,AbstractString,Symbol}) = value
+wire_value(name, value::Real) = wire_value(name, Float64(value))
+# JSON has no word for these three; the protocol has.
+wire_value(name, value::Float64) = isnan(value) ? "nan" : value == Inf ? "inf" : value == -Inf ? "-inf" : value
+wire_value(name, values::Union{AbstractVector{<:Real},Tuple{Vararg{Real}}}) = Any[wire_value(name, value) for value in values]
+wire_value(name, T::Type) = dtype(T)
+wire_value(name, value) = throw(ArgumentError(
+    "parameter $(repr(String(name))) cannot be a $(typeof(value)); it is a Bool, a number, a text, an element type, or a vector of numbers"))
+
+"Maps what an INVOKE answered."
+function answered(c::Connection, reply::Reply, copied::Int)
+    outputs = Pair{Symbol,Any}[]
+    published = Dict{String,String}()
+    results = try
+        [(field(entry, "port", String), entry, get(entry, "lease", nothing) === nothing ? nothing :
+          (Mapping(field(entry, "mapping", Dict{String,Any})), reply.fds[sized(get(entry, "fd", nothing), "\"fd\"")+1]))
+         for entry in objects(reply.body, "results")]
+    catch e
+        locked(() -> discard!(c, reply), c)
+        e isa BoundsError || rethrow()
+        throw(ProtocolError("a result came without a descriptor of its own"))
+    end
+    taken = Cint[]
+    try
+        for (port, entry, found) in results
+            name = field(entry, "name", String, nothing)
+            name === nothing || (published[port] = name)
+            found === nothing && continue
+            mapping, fd = found
+            fd in taken && throw(ProtocolError("two results came with one descriptor"))
+            push!(taken, fd)
+            arrays = map_reply!(c, mapping, UInt64(entry["lease"]), fd, false)
+            length(arrays) == 1 || throw(ProtocolError("result $(repr(port)) has $(length(arrays)) tensors"))
+            push!(outputs, Symbol(port) => arrays[1])
+        end
+    catch
+        # What was mapped is garbage; the rest was not taken by anybody.
+        foreach(fd -> fd in taken || close_fd(fd), reply.fds)
+        locked(c) do
+            held = Set(mapped.lease for mapped in c.mapped)
+            foreach(((lease, _),) -> lease in held || end_lease!(c, lease), granted(reply.body))
+        end
+        signal_reaper()
+        rethrow()
+    end
+    return Invocation(NamedTuple{Tuple(first.(outputs))}(Tuple(last.(outputs))), published,
+        Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(reply.body, "notes")],
+        field(reply.body, "copied_bytes", Integer, 0), copied,
+        [(port = field(page, "port", String), device = Int(field(page, "device", Integer)), inode = Int(field(page, "inode", Integer)))
+         for page in (haskey(reply.body, "pages") ? objects(reply.body, "pages") : Dict{String,Any}[])],
+        field(reply.body, "minor_faults", Integer, 0),
+        Dict{String,Float64}(key => Float64(value) for (key, value) in field(reply.body, "seconds", Dict{String,Any}, Dict{String,Any}()) if value isa Real),
+        field(reply.body, "request_id", String, "-"))
+end

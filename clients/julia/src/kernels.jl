@@ -1,0 +1,115 @@
+# What kernels there are.
+
+"""
+    Strait.Port
+
+An input or output of a kernel: `name`, the element `types` it takes or gives, `rank_min` and `rank_max` (what
+`ndims` may be), `role` (`"data"` or `"mask"`), `doc`.
+"""
+struct Port
+    name::String
+    types::Vector{DataType}
+    rank_min::Int
+    rank_max::Int
+    role::String
+    doc::String
+end
+
+"""
+    Strait.Parameter
+
+A parameter of a kernel: `name`, `kind` (`"boolean"`, `"integer"`, `"real"`, `"axis"`, `"text"` or `"reals"`),
+`default` (`nothing`: it must be given), `minimum`, `maximum`, `choices` (of a text; empty: any), `doc`.
+
+These are the host's words: an axis' default counts from 0 and row-major. [`call`](@ref) takes an axis as Julia
+counts, from 1 to `ndims(x)`.
+"""
+struct Parameter
+    name::String
+    kind::String
+    default::Any
+    minimum::Union{Nothing,Float64}
+    maximum::Union{Nothing,Float64}
+    choices::Vector{String}
+    doc::String
+end
+
+"""
+    Strait.Kernel
+
+A kernel of the host: `name`, `plugin` and its `version`, `doc`, `inputs` and `outputs` ([`Port`](@ref)s),
+`parameters` ([`Parameter`](@ref)s), `split_axis` (the wire's axis along which the host may cut an invocation, or
+`nothing`), `streaming`, `in_place`. Two plugins may have kernels of one name: then call `"plugin/name"`.
+"""
+struct Kernel
+    name::String
+    plugin::String
+    version::String
+    doc::String
+    inputs::Vector{Port}
+    outputs::Vector{Port}
+    parameters::Vector{Parameter}
+    split_axis::Union{Nothing,Int}
+    streaming::Bool
+    in_place::Bool
+end
+
+objects(body, key) = Dict{String,Any}[entry isa Dict{String,Any} ? entry : throw(ProtocolError("$(repr(key)) holds $(repr(entry))"))
+                                      for entry in field(body, key, Vector{Any})]
+
+function Port(body::Dict{String,Any})
+    # A dtype of a newer host is left out: this client has no arrays of it.
+    types = DataType[TYPE_OF[dtype] for dtype in field(body, "dtypes", Vector{Any}) if haskey(TYPE_OF, dtype)]
+    return Port(field(body, "name", String), types, field(body, "rank_min", Integer), field(body, "rank_max", Integer),
+        field(body, "role", String, "data"), field(body, "doc", String, ""))
+end
+
+function Parameter(body::Dict{String,Any})
+    bound(key) = (value = field(body, key, Real, nothing); value === nothing ? nothing : Float64(value))
+    return Parameter(field(body, "name", String), field(body, "kind", String), get(body, "default", nothing),
+        bound("minimum"), bound("maximum"), String[choice for choice in field(body, "choices", Vector{Any}, Any[])],
+        field(body, "doc", String, ""))
+end
+
+function Kernel(body::Dict{String,Any})
+    split = field(body, "split_axis", Integer, nothing)
+    return Kernel(field(body, "name", String), field(body, "plugin", String), field(body, "version", String),
+        field(body, "doc", String, ""), map(Port, objects(body, "inputs")), map(Port, objects(body, "outputs")),
+        map(Parameter, objects(body, "parameters")), split === nothing ? nothing : Int(split),
+        field(body, "streaming", Bool, false), field(body, "in_place", Bool, false))
+end
+
+function Base.show(io::IO, port::Port)
+    ranks = port.rank_min == port.rank_max ? "$(port.rank_min)" : "$(port.rank_min) to $(port.rank_max)"
+    print(io, port.name, ": Array of ", join(port.types, ", "), "; ndims ", ranks)
+    port.role == "data" || print(io, "; ", port.role)
+    isempty(port.doc) || print(io, "\n        ", replace(port.doc, '\n' => "\n        "))
+end
+
+function Base.show(io::IO, parameter::Parameter)
+    print(io, parameter.name, ": ", parameter.kind)
+    if parameter.default === nothing
+        print(io, ", required")
+    elseif parameter.kind == "axis"
+        print(io, ", default ndims(x)", parameter.default == 0 ? "" : " - $(parameter.default)")
+    else
+        print(io, ", default ", repr(parameter.default))
+    end
+    parameter.minimum === nothing || print(io, ", at least ", parameter.minimum)
+    parameter.maximum === nothing || print(io, ", at most ", parameter.maximum)
+    isempty(parameter.choices) || print(io, ", one of ", join(map(repr, parameter.choices), " "))
+    isempty(parameter.doc) || print(io, "\n        ", replace(parameter.doc, '\n' => "\n        "))
+end
+
+Base.show(io::IO, kernel::Kernel) = print(io, kernel.plugin, '/', kernel.name, ' ', kernel.version, ": ",
+    first(split(kernel.doc, '\n')))
+
+function Base.show(io::IO, ::MIME"text/plain", kernel::Kernel)
+    println(io, kernel.plugin, '/', kernel.name, ' ', kernel.version)
+    isempty(kernel.doc) || println(io, kernel.doc)
+    for (title, entries) in (("inputs", kernel.inputs), ("parameters", kernel.parameters), ("outputs", kernel.outputs))
+        isempty(entries) && continue
+        println(io, title)
+        foreach(entry -> println(io, "    ", entry), entries)
+    end
+end

@@ -1,0 +1,187 @@
+# The system calls: a SEQPACKET socket with descriptors beside its packets, and mappings.
+
+const AF_UNIX = Cint(1)
+const SOCK_SEQPACKET = Cint(5)
+const SOCK_NONBLOCK = Cint(0o4000)
+const SOCK_CLOEXEC = Cint(0o2000000)
+const SOL_SOCKET = Cint(1)
+const SCM_RIGHTS = Cint(1)
+const SHUT_RDWR = Cint(2)
+const MSG_CTRUNC = Cint(0x8)
+const MSG_TRUNC = Cint(0x20)
+const MSG_DONTWAIT = Cint(0x40)
+const MSG_NOSIGNAL = Cint(0x4000)
+const MSG_CMSG_CLOEXEC = Cint(0x40000000)
+const PROT_READ = Cint(1)
+const PROT_WRITE = Cint(2)
+const MAP_SHARED = Cint(1)
+const MAP_PRIVATE = Cint(2)
+const MAP_FIXED = Cint(0x10)
+const MAP_ANONYMOUS = Cint(0x20)
+const MAP_NORESERVE = Cint(0x4000)
+const MAP_FAILED = Ptr{Cvoid}(-1)
+const MADV_DONTFORK = Cint(10)
+const O_CLOEXEC = Cint(0o2000000)
+
+"Descriptors beside one frame, at most."
+const FDS_MAX = 16
+const CMSG_HEADER = 16
+"Bytes of `sun_path`, of which one is the closing zero."
+const SUN_PATH = 108
+
+struct SockaddrUn
+    family::UInt16
+    path::NTuple{SUN_PATH,UInt8}
+end
+struct IOVec
+    base::Ptr{UInt8}
+    len::Csize_t
+end
+struct MsgHdr
+    name::Ptr{Cvoid}
+    namelen::UInt32
+    iov::Ptr{IOVec}
+    iovlen::Csize_t
+    control::Ptr{UInt8}
+    controllen::Csize_t
+    flags::Cint
+end
+struct CmsgHdr
+    len::Csize_t
+    level::Cint
+    type::Cint
+end
+
+getpid_now() = ccall(:getpid, Cint, ())
+close_fd(fd::Cint) = ccall(:close, Cint, (Cint,), fd)
+
+"A connected, non-blocking socket, or the errno why not."
+function connect_seqpacket(path::String)
+    bytes = codeunits(path)
+    length(bytes) < SUN_PATH || throw(ArgumentError(
+        "the socket's path has $(length(bytes)) bytes, a unix socket takes $(SUN_PATH - 1): use a shorter directory; it is $path"))
+    fd = ccall(:socket, Cint, (Cint, Cint, Cint), AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0)
+    systemerror("socket", fd < 0)
+    address = Ref(SockaddrUn(AF_UNIX, ntuple(i -> i <= length(bytes) ? bytes[i] : 0x00, SUN_PATH)))
+    for _ in 1:500
+        ccall(:connect, Cint, (Cint, Ref{SockaddrUn}, UInt32), fd, address, sizeof(SockaddrUn)) == 0 && return (fd, 0)
+        errno = Libc.errno()
+        if errno != Libc.EAGAIN && errno != Libc.EINTR
+            close_fd(fd)
+            return (Cint(-1), errno)
+        end
+        # The host's queue of new connections is full.
+        sleep(0.01)
+    end
+    close_fd(fd)
+    return (Cint(-1), Libc.EAGAIN)
+end
+
+"Sends one packet with descriptors beside it: 0, or the errno."
+function send_packet(fd::Cint, packet::Vector{UInt8}, fds::Vector{Cint} = Cint[])
+    control = zeros(UInt8, isempty(fds) ? 0 : CMSG_HEADER + 8 * cld(4 * length(fds), 8))
+    GC.@preserve packet control begin
+        if !isempty(fds)
+            unsafe_store!(Ptr{CmsgHdr}(pointer(control)), CmsgHdr(CMSG_HEADER + 4 * length(fds), SOL_SOCKET, SCM_RIGHTS))
+            for (index, given) in enumerate(fds)
+                unsafe_store!(Ptr{Cint}(pointer(control) + CMSG_HEADER), given, index)
+            end
+        end
+        iov = Ref(IOVec(pointer(packet), length(packet)))
+        GC.@preserve iov begin
+            message = Ref(MsgHdr(C_NULL, 0, Base.unsafe_convert(Ptr{IOVec}, iov), 1,
+                isempty(fds) ? Ptr{UInt8}(C_NULL) : pointer(control), length(control), 0))
+            while true
+                sent = ccall(:sendmsg, Cssize_t, (Cint, Ref{MsgHdr}, Cint), fd, message, MSG_DONTWAIT | MSG_NOSIGNAL)
+                sent >= 0 && return 0
+                errno = Libc.errno()
+                errno == Libc.EINTR || return errno
+            end
+        end
+    end
+end
+
+"""
+Takes one packet into `buffer`: its length (0 at the end) with its descriptors and the flags, or minus the errno.
+`control` is the caller's too, so that receiving allocates little.
+"""
+function receive_packet!(buffer::Vector{UInt8}, control::Vector{UInt8}, fd::Cint)
+    GC.@preserve buffer control begin
+        iov = Ref(IOVec(pointer(buffer), length(buffer)))
+        GC.@preserve iov begin
+            message = Ref(MsgHdr(C_NULL, 0, Base.unsafe_convert(Ptr{IOVec}, iov), 1, pointer(control), length(control), 0))
+            while true
+                count = ccall(:recvmsg, Cssize_t, (Cint, Ref{MsgHdr}, Cint), fd, message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
+                count >= 0 && return (Int(count), fds_in(control, Int(message[].controllen)), message[].flags)
+                errno = Libc.errno()
+                errno == Libc.EINTR || return (-Int(errno), Cint[], Cint(0))
+            end
+        end
+    end
+end
+
+function fds_in(control::Vector{UInt8}, filled::Int)
+    fds = Cint[]
+    at = 0
+    GC.@preserve control while at + CMSG_HEADER <= filled
+        header = unsafe_load(Ptr{CmsgHdr}(pointer(control) + at))
+        CMSG_HEADER <= header.len <= filled - at || break
+        if header.level == SOL_SOCKET && header.type == SCM_RIGHTS
+            for index in 1:(Int(header.len)-CMSG_HEADER)÷4
+                push!(fds, unsafe_load(Ptr{Cint}(pointer(control) + at + CMSG_HEADER), index))
+            end
+        end
+        at += 8 * cld(Int(header.len), 8)
+    end
+    return fds
+end
+
+mmap(address, bytes, protection, flags, fd) = ccall(:mmap, Ptr{Cvoid},
+    (Ptr{Cvoid}, Csize_t, Cint, Cint, Cint, Int64), address, bytes, protection, flags, fd, 0)
+
+"Keeps a forked child from seeing pages that the host may give to somebody else while the child lives."
+keep_from_children(address, bytes) =
+    systemerror("madvise", ccall(:madvise, Cint, (Ptr{Cvoid}, Csize_t, Cint), address, bytes, MADV_DONTFORK) != 0)
+
+"Maps `bytes` of `fd`, at `address` if that is not null; the mapping there is then replaced in one step."
+function map_fd(fd::Cint, bytes::Int, writable::Bool, address::Ptr{Cvoid} = C_NULL)
+    # Reading beyond the end of a file is a SIGBUS.
+    size = filesize(stat(RawFD(fd)))
+    size >= bytes || throw(MappingError("the segment's file has $size bytes, its mapping $bytes; the host should be asked what is wrong"))
+    fixed = address == C_NULL ? Cint(0) : MAP_FIXED
+    protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
+    found = mmap(address, bytes, protection, MAP_SHARED | fixed, fd)
+    # Some versions of Linux refuse to share what is sealed against writing.
+    if found == MAP_FAILED && !writable
+        found = mmap(address, bytes, protection, MAP_PRIVATE | fixed, fd)
+    end
+    found == MAP_FAILED && throw(MappingError(
+        "cannot map $bytes bytes: $(Libc.strerror()); /proc/sys/vm/max_map_count and the address space limit what a process may map"))
+    keep_from_children(found, bytes)
+    return found
+end
+
+"""
+Replaces a writable mapping by a read-only one of the same pages, in one step. A descriptor of its own: in older
+versions of Linux a shared mapping from one that can write counts as writable, and would hinder sealing.
+"""
+function map_readonly_over(address::Ptr{Cvoid}, bytes::Int, fd::Cint)
+    reading = ccall(:open, Cint, (Cstring, Cint), "/proc/self/fd/$fd", O_CLOEXEC)
+    systemerror("open a segment read-only", reading < 0)
+    try
+        map_fd(reading, bytes, false, address)
+    finally
+        close_fd(reading)
+    end
+    return nothing
+end
+
+"Puts zeros over a mapping, so that its pages are given up while its addresses stay valid."
+function map_zeros_over(address::Ptr{Cvoid}, bytes::Int)
+    found = mmap(address, bytes, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, Cint(-1))
+    systemerror("mmap", found == MAP_FAILED)
+    return nothing
+end
+
+unmap(address::Ptr{Cvoid}, bytes::Int) =
+    systemerror("munmap", ccall(:munmap, Cint, (Ptr{Cvoid}, Csize_t), address, bytes) != 0)

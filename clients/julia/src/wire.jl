@@ -1,0 +1,165 @@
+# Frames, and what stands in their bodies. The protocol itself: docs/protocol.md.
+
+@enum Op::UInt8 begin
+    HELLO = 1
+    WELCOME = 2
+    OK = 3
+    ERROR = 4
+    KERNELS = 5
+    LOOKUP = 6
+    LIST = 7
+    PUBLISH = 8
+    DROP = 9
+    STATS = 10
+    CREATE = 11
+    SEAL = 12
+    ADOPT = 13
+    MAP = 14
+    RELEASE = 15
+    RENEW = 16
+    INVOKE = 17
+    CANCEL = 20
+    PING = 22
+    GONE = 65
+    SHUTDOWN = 66
+end
+
+const HEADER_BYTES = 16
+const BODY_BYTES_MAX = 61440
+const PROTOCOL_VERSION = 1
+"Every tensor of a segment starts on a multiple of this, which is enough for each element type."
+const ALIGN_BYTES = 64
+
+"One frame; throws `ArgumentError` if `body` does not fit into one."
+function encode_frame(op::Op, sequence::UInt32, body)
+    json = codeunits(JSON.encode(body))
+    length(json) <= BODY_BYTES_MAX || throw(ArgumentError(
+        "a request of $(length(json)) bytes; at most $BODY_BYTES_MAX fit into a frame: shorten its lists or names"))
+    packet = IOBuffer(sizehint = HEADER_BYTES + length(json))
+    write(packet, UInt8('S'), UInt8('T'), 0x01, UInt8(op), htol(sequence), htol(UInt32(length(json))), htol(UInt32(0)))
+    write(packet, json)
+    return take!(packet)
+end
+
+"A frame's op, sequence and body; throws [`ProtocolError`](@ref)."
+function decode_frame(packet::AbstractVector{UInt8})
+    wrong(what) = throw(ProtocolError(what))
+    length(packet) >= HEADER_BYTES || wrong("a frame of $(length(packet)) bytes, less than a header")
+    packet[1] == UInt8('S') && packet[2] == UInt8('T') || wrong("a frame without the magic \"ST\"")
+    packet[3] == 1 || wrong("a frame of version $(packet[3]), known is 1")
+    word(at) = UInt32(packet[at]) | UInt32(packet[at+1]) << 8 | UInt32(packet[at+2]) << 16 | UInt32(packet[at+3]) << 24
+    bytes = length(packet) - HEADER_BYTES
+    word(9) == bytes || wrong("a frame whose header says $(word(9)) bytes of body, and that has $bytes")
+    word(13) == 0 || wrong("a frame with flags $(word(13))")
+    op = findfirst(op -> UInt8(op) == packet[4], instances(Op))
+    op === nothing && wrong("a frame with op $(packet[4])")
+    body = try
+        bytes == 0 ? Dict{String,Any}() : JSON.decode(packet[HEADER_BYTES+1:end])
+    catch e
+        e isa JSON.ParseError || rethrow()
+        wrong(sprint(showerror, e))
+    end
+    body isa Dict{String,Any} || wrong("a body that is no object")
+    return (instances(Op)[op], word(5), body)
+end
+
+"`body[key]`, which must be a `T`."
+function field(body::Dict{String,Any}, key::String, ::Type{T}) where {T}
+    found = get(body, key, nothing)
+    found isa T && return found::T
+    throw(ProtocolError(haskey(body, key) ? "$(repr(key)) is $(repr(found)), no $T" : "a reply without $(repr(key))"))
+end
+field(body::Dict{String,Any}, key::String, ::Type{T}, default) where {T} =
+    get(body, key, nothing) === nothing ? default : field(body, key, T)
+
+"A size or count: an integer from 0 to what an address can be."
+function sized(value, what)::Int
+    value isa Integer && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(repr(value)), no size"))
+    return Int(value)
+end
+
+"""
+    TensorSpec
+
+What a tensor is, without its elements.
+
+- `name`: in its segment
+- `type`: of its elements
+- `dims`: Julia's, as `size` gives them: the wire's shape from back to front
+"""
+struct TensorSpec
+    name::String
+    type::DataType
+    dims::Vector{Int}
+end
+Base.:(==)(a::TensorSpec, b::TensorSpec) = (a.name, a.type, a.dims) == (b.name, b.type, b.dims)
+Base.ndims(spec::TensorSpec) = length(spec.dims)
+Base.size(spec::TensorSpec) = Tuple(spec.dims)
+Base.eltype(spec::TensorSpec) = spec.type
+Base.show(io::IO, spec::TensorSpec) =
+    print(io, spec.name, ": ", spec.type, "[", join(spec.dims, ", "), "]")
+
+"A tensor and where it lies in its segment: `bytes` from `offset` on."
+struct Place
+    spec::TensorSpec
+    offset::Int
+    bytes::Int
+end
+
+struct Mapping
+    segment::String
+    bytes::Int
+    seal::String
+    places::Vector{Place}
+end
+
+"Reads a mapping and holds the host's word against itself, so that later no array reaches out of its segment."
+function Mapping(body::Dict{String,Any})
+    version = field(body, "strait-mmap", Integer)
+    version == 1 || throw(ProtocolError("a mapping of version $version, known is 1"))
+    bytes = sized(get(body, "bytes", nothing), "a segment's \"bytes\"")
+    places = Place[place(tensor, bytes) for tensor in field(body, "tensors", Vector{Any})]
+    return Mapping(field(body, "segment", String), bytes, field(body, "seal", String), places)
+end
+
+function place(body, segment_bytes::Int)
+    body isa Dict{String,Any} || throw(ProtocolError("a tensor that is no object"))
+    name = field(body, "name", String)
+    dtype = field(body, "dtype", String)
+    T = get(TYPE_OF, dtype, nothing)
+    T === nothing && throw(MappingError("tensor $(repr(name)) has dtype $(repr(dtype)), which this client does not know: use a newer one"))
+    shape = field(body, "shape", Vector{Any})
+    dims = reverse!(Int[sized(n, "a size in the shape of $(repr(name))") for n in shape])
+    offset = sized(get(body, "offset", nothing), "the offset of $(repr(name))")
+    bytes = sized(get(body, "length", nothing), "the length of $(repr(name))")
+    expected = 0 in dims ? 0 : foldl((a, b) -> widemul(min(a, typemax(Int)), b), dims; init = widen(sizeof(T)))
+    expected == bytes || throw(ProtocolError("tensor $(repr(name)) with shape $shape of $dtype has $expected bytes, not $bytes"))
+    widen(offset) + bytes <= segment_bytes ||
+        throw(ProtocolError("tensor $(repr(name)) has $bytes bytes at $offset, the segment $segment_bytes in all"))
+    bytes == 0 || offset % ALIGN_BYTES == 0 ||
+        throw(ProtocolError("tensor $(repr(name)) is at $offset, no multiple of $ALIGN_BYTES"))
+    return Place(TensorSpec(name, T, dims), offset, bytes)
+end
+
+"What an ERROR says, as an exception."
+function failure(body::Dict{String,Any})
+    reason, message = field(body, "reason", String), field(body, "message", String)
+    request_id = field(body, "request_id", String, "-")
+    reason == "LEASE_EXPIRED" && return LeaseExpired(message, request_id)
+    return RemoteError(field(body, "code", String), reason, message, request_id,
+        field(body, "backtrace", String, nothing), field(body, "details", Dict{String,Any}, Dict{String,Any}()))
+end
+
+"Leases that a reply grants, with their lives in milliseconds."
+function granted(body::Dict{String,Any})
+    found = Pair{UInt64,Int}[]
+    results = get(body, "results", nothing)
+    for entry in vcat(Any[body], results isa Vector{Any} ? results : Any[])
+        entry isa Dict{String,Any} && haskey(entry, "lease") || continue
+        lease = entry["lease"]
+        lease === nothing && continue
+        lease isa Integer && lease > 0 || throw(ProtocolError("lease $(repr(lease))"))
+        push!(found, UInt64(lease) => sized(get(entry, "expires_ms", nothing), "\"expires_ms\""))
+    end
+    return found
+end

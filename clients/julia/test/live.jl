@@ -1,0 +1,149 @@
+# Against a real host, whose program STRAIT_BIN names.
+
+function with_host(f)
+    mktempdir() do directory
+        chmod(directory, 0o700)
+        log = joinpath(directory, "log")
+        host = run(pipeline(`$(ENV["STRAIT_BIN"]) serve --directory $directory`; stdout = log, stderr = log); wait = false)
+        try
+            for _ in 1:600
+                ispath(joinpath(directory, "data.sock")) && break
+                process_running(host) || error("the host ended at once:\n" * read(log, String))
+                sleep(0.05)
+            end
+            f("unix://" * directory, host)
+        finally
+            process_running(host) && kill(host)
+            wait(host)
+        end
+    end
+end
+
+zscored(x, k) = (mean = sum(x; dims = k) ./ size(x, k); (x .- mean) ./ sqrt.(sum(abs2, x .- mean; dims = k) ./ size(x, k)))
+
+with_host() do address, host
+    s = connect(address)
+    own() = stats(s).host["own"]
+
+    @testset "no copy in either direction" begin
+        x = zeros(s, Float64, 400, 300)
+        @test 8 * length(x) >= s.welcome["move_min_bytes"]
+        x .= rand.()
+        for k in 1:2
+            i = Strait.invocation(s, "zscore", (x = x,), (axis = k,); verify = true)
+            y = i.outputs.y
+            @test y ≈ zscored(x, k)
+            @test i.copied_bytes == 0 && i.client_copied_bytes == 0
+            # The kernel saw the very pages that these two arrays lie on.
+            inode(a) = parse(Int, split(first(filter(eachline("/proc/self/maps") |> collect) do line
+                low, high = (parse(UInt, word; base = 16) for word in split(split(line)[1], '-'))
+                low <= UInt(pointer(a)) < high
+            end))[5])
+            @test Dict(page.port => page.inode for page in i.pages) == Dict("x" => inode(x), "y" => inode(y))
+            @test_throws ReadOnlyMemoryError y[1] = 0
+            # A result is an input as it is.
+            @test call(s, "clip", y; lo = -1, hi = 1) == clamp.(y, -1, 1)
+        end
+        @test call(s, "zscore", x) ≈ zscored(x, 2)     # the default is the slowest axis
+        @test stats(s).copied_bytes == 0
+        plain = collect(x)
+        @test call(s, "scale-shift", plain; a = 2, b = 1) ≈ 2 .* x .+ 1
+        @test stats(s).copied_bytes == sizeof(x)
+    end
+
+    @testset "every type and rank goes out and comes back" begin
+        for (_, T) in Strait.DTYPES, dims in ((), (1,), (5,), (3, 2), (2, 3, 4), (0,), (3, 0))
+            # Bits of all kinds, but a Bool has only two.
+            bytes = rand(T === Bool ? (0x00:0x01) : (0x00:0xff), sizeof(T) * prod(dims))
+            x = Array{T}(undef, dims)
+            GC.@preserve x bytes unsafe_copyto!(Ptr{UInt8}(pointer(x)), pointer(bytes), length(bytes))
+            same(y) = y isa typeof(x) && size(y) == dims && GC.@preserve(y, [unsafe_load(Ptr{UInt8}(pointer(y)), n) for n in 1:sizeof(y)]) == bytes
+            before = stats(s).copied_bytes
+            publish!(s, "copied", x; replace = true)
+            @test stats(s).copied_bytes - before == sizeof(x)
+            @test same(fetch(s, "copied"))
+            inside = zeros(s, T, dims)
+            GC.@preserve inside bytes unsafe_copyto!(Ptr{UInt8}(pointer(inside)), pointer(bytes), length(bytes))
+            publish!(s, "inside", inside; replace = true)
+            @test same(fetch(s, "inside")) && same(inside)
+            release!(s, inside)
+        end
+        @test stats(s).copied_bytes > 0
+        @test [name for (name, _) in flights(s)] == ["copied", "inside"]
+        delete!(delete!(s, "copied"), "inside")
+        @test isempty(flights(s))
+        @test thrown(() -> fetch(s, "copied"), RemoteError).reason == "TENSOR_NOT_FOUND"
+    end
+
+    @testset "empty and 0-dimensional inputs, types by name" begin
+        @test call(s, "clip", zeros(0, 3); hi = 1) == zeros(0, 3)
+        @test call(s, "scale-shift", fill(3.0); a = 2)[] == 6 && call(s, "scale-shift", 3.0; a = 2)[] == 6
+        y = call(s, "cast", Float32[1.00390625, -2, NaN, Inf]; to = BFloat16)
+        @test y isa Vector{BFloat16} && isequal(Float32.(y), Float32.(BFloat16.(Float32[1.00390625, -2, NaN, Inf])))
+        for T in (Float8_e4m3fn, Float8_e5m2, Float16, BFloat16)
+            values = vcat(randn(1000) .* exp10.(rand(-6:6, 1000)), 464.0, 464.1, 61440.0)
+            @test reinterpret(sizeof(T) == 1 ? UInt8 : UInt16, collect(call(s, "cast", values; to = T))) ==
+                  reinterpret(sizeof(T) == 1 ? UInt8 : UInt16, T.(values))
+        end
+        i = Strait.invocation(s, "filter-finite", ([1.0, NaN, 2.0],) |> x -> (x = x[1],))
+        @test i.outputs.y == [1, 2] && i.notes == ["dropped" => "1"]
+    end
+
+    @testset "many tasks at once, and nothing is left behind" begin
+        GC.gc()
+        held = own()["leases"]
+        x = zeros(s, Float64, 100)
+        x .= 1:100
+        round(n) = (tasks = [Threads.@spawn(sum(call(s, "scale-shift", x; a = k))) for k in 1:n]; [fetch(task) for task in tasks])
+        @test round(8) == 5050 .* (1:8)
+        settled(n) = collect_until(() -> own()["leases"] <= n)
+        @test settled(held + 1)
+        counts() = (own()["leases"], open_fds(), count(_ -> true, eachline("/proc/self/maps")))
+        GC.gc()
+        before = counts()
+        for n in 1:200
+            call(sum, s, "scale-shift", x; a = n)
+        end
+        @test collect_until(() -> all(counts() .<= before .+ (0, 0, 2)))
+        # Without release! the collector does it.
+        for n in 1:200
+            call(s, "scale-shift", x; a = n)
+        end
+        @test settled(before[1])
+    end
+
+    @testset "errors" begin
+        x = zeros(s, Float64, 4, 3)
+        e = thrown(() -> call(s, "no-such", x), RemoteError)
+        @test e.code == "NOT_FOUND" && e.reason == "KERNEL_NOT_FOUND" && !isempty(e.request_id)
+        @test thrown(() -> call(s, "clip", x; low = 1), RemoteError).reason == "UNKNOWN_PARAMETER"
+        @test thrown(() -> call(s, "cast", x), RemoteError).reason == "MISSING_PARAMETER"
+        @test thrown(() -> call(s, "scale-shift", Int32[1]), RemoteError).reason == "BAD_INPUT"
+        @test thrown(() -> call(s, "clip"), RemoteError).reason == "MISSING_INPUT"
+        @test thrown(() -> call(s, "clip", x; options = (request_id = "mine-7", deadline_ms = 10^9)), RemoteError).request_id == "mine-7"
+        publish!(s, "taken", x)
+        @test thrown(() -> publish!(s, "taken", [1.0]), RemoteError).reason == "NAME_TAKEN"
+        delete!(s, "taken")
+        @test length(kernels(s)) >= 5 && kernels(s, "zscore")[1].parameters[1].kind == "axis" && isempty(kernels(s, "no-such"))
+        connect(address; renew = false, lease_ms = 30) do short
+            y = zeros(short, Float64, 10)
+            sleep(0.3)
+            @test_throws LeaseExpired call(short, "clip", y)
+            @test y == zeros(10) && Strait.ping(short) === nothing
+        end
+    end
+
+    @testset "the host dies" begin
+        x = zeros(s, Float64, 1000)
+        x .= 3
+        y = call(s, "scale-shift", x; a = 2)
+        kill(host, 9)
+        wait(host)
+        @test_throws Disconnected call(s, "scale-shift", x)
+        @test_throws Disconnected stats(s)
+        @test_throws NoHost connect(address)
+        # What is mapped stays.
+        @test all(==(6), y) && all(==(3), x)
+        close(s)
+    end
+end

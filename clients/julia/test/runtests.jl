@@ -1,0 +1,19 @@
+# JULIA_LOAD_PATH="clients/julia:@stdlib" julia clients/julia/test/runtests.jl
+# With STRAIT_BIN=<the host's program> also against a real host.
+
+using Strait
+using Test
+
+include("peer.jl")
+
+@testset "Strait" begin
+    @testset "json" begin include("json.jl") end
+    @testset "dtypes" begin include("dtypes.jl") end
+    @testset "wire" begin include("wire.jl") end
+    @testset "session" begin include("session.jl") end
+    if haskey(ENV, "STRAIT_BIN")
+        @testset "live" begin include("live.jl") end
+    else
+        @info "STRAIT_BIN is not set: nothing is tested against a real host"
+    end
+end

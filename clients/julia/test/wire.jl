@@ -1,0 +1,68 @@
+using Strait: encode_frame, decode_frame, Mapping, Place, TensorSpec, parse_address, find_directory, owned
+
+# Byte for byte.
+frame = encode_frame(PING, UInt32(0x01020304), NamedTuple())
+@test frame == UInt8['S', 'T', 1, 22, 4, 3, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, '{', '}']
+@test decode_frame(frame) == (PING, 0x01020304, Dict{String,Any}())
+@test decode_frame(frame[1:8] |> head -> vcat(head, zeros(UInt8, 8))) == (PING, 0x01020304, Dict{String,Any}())
+
+changed(at, byte) = (copy = Base.copy(frame); copy[at] = byte; copy)
+for (packet, word) in (frame[1:15] => "15 bytes", changed(1, 0x00) => "magic", changed(3, 0x02) => "version 2", changed(4, 0x3f) => "op 63",
+    changed(9, 0x03) => "3 bytes", changed(13, 0x01) => "flags", changed(17, UInt8('[')) => "no JSON")
+    says(thrown(() -> decode_frame(packet), ProtocolError), word)
+end
+says(thrown(() -> decode_frame(encode_frame(OK, UInt32(1), [1])), ProtocolError), "no object")
+says(thrown(() -> encode_frame(PING, UInt32(1), (x = "a"^61440,)), ArgumentError), "at most 61440")
+
+# Mappings: the host's word is held against itself.
+body(tensors...; bytes = 1 << 17, version = 1) = Strait.JSON.decode(Strait.JSON.encode(
+    Dict("strait-mmap" => version, "segment" => "0123", "bytes" => bytes, "seal" => "write", "tensors" => collect(tensors))))
+mapping = Mapping(body(tensor("x", "float64", [2, 3], 65536, 48)))
+@test mapping.places == [Place(TensorSpec("x", Float64, [3, 2]), 65536, 48)] || mapping.places[1].spec.dims == [3, 2]
+@test repr(mapping.places[1].spec) == "x: Float64[3, 2]"
+@test Mapping(body(tensor("x", "bfloat16", [], 65536, 2))).places[1].spec.dims == []
+@test Mapping(body(tensor("x", "complex64", [0, 5], 131071, 0))).places[1].bytes == 0
+for (given, E, word) in (
+    (body(tensor("x", "float64", [8193], 65536, 65544)), ProtocolError, "65544 bytes at 65536, the segment 131072"),
+    (body(tensor("x", "float64", [8192], 65536, 1 << 17)), ProtocolError, "65536 bytes, not 131072"),
+    (body(tensor("x", "float64", [1], 65544, 8)), ProtocolError, "no multiple of 64"),
+    (body(tensor("x", "float64", [1], -8, 8)), ProtocolError, "no size"),
+    (body(tensor("x", "float64", [1.5], 0, 8)), ProtocolError, "no size"),
+    (body(tensor("x", "float64", [typemax(Int), typemax(Int)], 0, 8)), ProtocolError, "not 8"),
+    (body(tensor("x", "float64", [1 << 32, 1 << 32, 1 << 32], 0, 0)), ProtocolError, "not 0"),
+    (body(tensor("x", "decimal", [1], 0, 8)), MappingError, "decimal"),
+    (body(; version = 2), ProtocolError, "version 2"),
+    (body(; bytes = "many"), ProtocolError, "bytes"),
+)
+    says(thrown(() -> Mapping(given), E), word)
+end
+
+# Where the host is.
+@test parse_address("unix:///run/strait") == "/run/strait"
+for wrong in ("", "/run/strait", "unix:/run", "unix://run/strait", "grpc://host:1")
+    says(thrown(() -> parse_address(wrong), ArgumentError), repr(wrong))
+end
+mktempdir() do directory
+    at(name) = (path = joinpath(directory, name); mkpath(path); touch(joinpath(path, "data.sock")); path)
+    runtime, session = at("runtime"), at("session/strait")
+    all = Dict("STRAIT_ADDRESS" => "unix:///named", "RUNTIME_DIRECTORY" => runtime, "XDG_RUNTIME_DIR" => joinpath(directory, "session"))
+    without(names...) = find_directory(filter(entry -> !(entry.first in names), all), 4_000_000_000)
+    @test without() == "/named"
+    @test without("STRAIT_ADDRESS") == runtime
+    @test without("STRAIT_ADDRESS", "RUNTIME_DIRECTORY") == session
+    # A service's own runtime directory without a host in it does not hide the host.
+    rm(joinpath(runtime, "data.sock"))
+    @test without("STRAIT_ADDRESS") == session
+    says(thrown(() -> find_directory(Dict{String,String}(), 4_000_000_000), NoHost), "/tmp/strait-4000000000/data.sock", "strait serve")
+
+    chmod(directory, 0o700)
+    @test owned(directory, Strait.effective_uid()) == directory
+    chmod(directory, 0o777)
+    says(thrown(() -> owned(directory, Strait.effective_uid()), NoHost), "mode 777")
+    chmod(directory, 0o700)
+    says(thrown(() -> owned(directory, Strait.effective_uid() + 1), NoHost), "belongs to uid")
+    symlink(directory, joinpath(directory, "link"))
+    @test_throws NoHost owned(joinpath(directory, "link"), Strait.effective_uid())
+    says(thrown(() -> connect("unix://" * directory), NoHost), "data.sock", "strait serve")
+    says(thrown(() -> connect("unix://" * directory * "/" * "x"^100), ArgumentError), "107")
+end

@@ -1,0 +1,60 @@
+"""Client of a strait host on the same machine: numpy arrays in shared memory, sandboxed kernels by name.
+
+    import strait
+
+    with strait.connect() as s:
+        x = s.empty((1000, 1000))
+        x[:] = 1.5
+        y = s.call("zscore", x, axis=0)
+        print(y.numpy()[:3])
+
+Nothing is copied here: the kernel reads the pages that the program filled, and `y` is a view of the pages that the
+kernel wrote. The protocol is docs/protocol.md of the strait repository.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError(f"strait hosts and clients need Linux; this is {sys.platform}")
+
+from ._array import Array, Columns
+from ._errors import (
+    DisconnectedError,
+    ForkedError,
+    LeaseExpiredError,
+    NoHostError,
+    ProtocolError,
+    ReleasedError,
+    RemoteError,
+    StraitError,
+)
+from ._session import VERSION as __version__
+from ._session import Call, ClientStats, Session, connect
+from ._wire import CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
+
+__all__ = [
+    "Array",
+    "Call",
+    "CallInfo",
+    "ClientStats",
+    "Columns",
+    "DisconnectedError",
+    "Flight",
+    "ForkedError",
+    "Kernel",
+    "LeaseExpiredError",
+    "NoHostError",
+    "Pages",
+    "Parameter",
+    "Port",
+    "ProtocolError",
+    "ReleasedError",
+    "RemoteError",
+    "Session",
+    "StraitError",
+    "Tensor",
+    "__version__",
+    "connect",
+]

@@ -1,0 +1,67 @@
+"""Finding the host: from an address or the environment to the directory of `data.sock`."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import List, Mapping, Optional
+
+from ._errors import NoHostError
+
+DATA_SOCKET = "data.sock"
+
+
+def directory(address: Optional[str], environment: Mapping[str, str] = os.environ, uid: Optional[int] = None) -> Path:
+    """The runtime directory of the host that `address` names, or else of the one that the environment leads to.
+
+    Without an address it is `$STRAIT_ADDRESS` alone if that is set, else the first of `$RUNTIME_DIRECTORY`,
+    `$XDG_RUNTIME_DIR/strait`, `/run/strait` (as root) and `/tmp/strait-UID` that has a `data.sock`.
+
+    Raises `ValueError` for an address of another form, `NoHostError` if none of the places has a host.
+    """
+    uid = os.geteuid() if uid is None else uid
+    if address is None:
+        address = environment.get("STRAIT_ADDRESS") or None
+    if address is not None:
+        return _parse(address)
+    places: List[Path] = []
+    if environment.get("RUNTIME_DIRECTORY"):
+        places.append(Path(environment["RUNTIME_DIRECTORY"]))
+    if environment.get("XDG_RUNTIME_DIR"):
+        places.append(Path(environment["XDG_RUNTIME_DIR"]) / "strait")
+    if uid == 0:
+        places.append(Path("/run/strait"))
+    for place in places:
+        if (place / DATA_SOCKET).exists():
+            return place
+    shared = Path(f"/tmp/strait-{uid}")
+    if (shared / DATA_SOCKET).exists():
+        return _owned(shared, uid)
+    looked_at = ", ".join(str(place / DATA_SOCKET) for place in [*places, shared])
+    raise NoHostError(
+        f"no host found: none of {looked_at} exists; start one with `strait serve`, or name its directory by an "
+        "address (unix:///DIRECTORY) or in STRAIT_ADDRESS"
+    )
+
+
+def _parse(address: str) -> Path:
+    prefix = "unix://"
+    if address.startswith(prefix + "/"):
+        return Path(address[len(prefix) :])
+    raise ValueError(
+        f"address {address!r} is not of the form unix:///DIRECTORY (an absolute path); this client reaches hosts on "
+        "the same machine only"
+    )
+
+
+def _owned(place: Path, uid: int) -> Path:
+    """The one place that anybody can create, hence the check of its owner."""
+    # Not `stat`: a link would answer with the owner of its target.
+    found = place.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == uid and not found.st_mode & 0o022:
+        return place
+    raise NoHostError(
+        f"{place} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}; a host's directory there "
+        f"belongs to uid {uid} and only it can write to it: remove it, or name the host's directory by an address"
+    )

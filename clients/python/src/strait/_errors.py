@@ -1,0 +1,74 @@
+"""What can go wrong between this process and the host.
+
+Three ends are distinct: there is no host (`NoHostError`), the connection is over
+(`DisconnectedError`), a lease is over while the connection is fine (`LeaseExpiredError`).
+An argument that this package refuses by itself is a plain `TypeError` or `ValueError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Optional
+
+
+class StraitError(Exception):
+    """Every error of this package that is not a mistaken argument."""
+
+
+class RemoteError(StraitError):
+    """The host refused, or the kernel failed."""
+
+    def __init__(self, failure: Mapping[str, Any]) -> None:
+        #: A gRPC code's name: `"NOT_FOUND"`.
+        self.code: str = str(failure.get("code", "INTERNAL"))
+        #: The protocol's stable word for the mistake: `"TENSOR_NOT_FOUND"`.
+        self.reason: str = str(failure.get("reason", "HOST"))
+        #: For people: what, which, by how much, what to do.
+        self.message: str = str(failure.get("message", ""))
+        #: Names the request in the host's log.
+        self.request_id: str = str(failure.get("request_id", "-"))
+        #: The guest's stack, for a trap.
+        self.backtrace: Optional[str] = failure.get("backtrace")
+        #: Figures and names.
+        self.details: Mapping[str, Any] = failure.get("details") or {}
+        super().__init__(failure)
+
+    def __str__(self) -> str:
+        text = f"{self.message} [{self.code} {self.reason}, request {self.request_id}]"
+        return text if self.backtrace is None else f"{text}\n{self.backtrace}"
+
+
+class LeaseExpiredError(RemoteError):
+    """A lease on a segment is over; the connection is fine.
+
+    Pages that are mapped already stay readable; for anything else get the tensor again.
+    """
+
+
+class NoHostError(StraitError, ConnectionError):
+    """No host answers at the address, or none was found."""
+
+
+class DisconnectedError(StraitError, ConnectionError):
+    """The connection is over: the host ended or closed it, or this session was closed.
+
+    What is mapped stays readable; everything else needs a new connection.
+    """
+
+
+class ProtocolError(StraitError):
+    """The host said something that the protocol does not allow."""
+
+
+class ReleasedError(StraitError, ValueError):
+    """An array was used after its release."""
+
+
+class ForkedError(StraitError, RuntimeError):
+    """A session or an array of it was used in a forked child; connect again after the fork."""
+
+
+def from_host(failure: Mapping[str, Any]) -> RemoteError:
+    """The exception for the body of an ERROR frame."""
+    if failure.get("reason") == "LEASE_EXPIRED":
+        return LeaseExpiredError(failure)
+    return RemoteError(failure)

@@ -1,0 +1,569 @@
+"""Sessions: what a program does with a host."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from dataclasses import dataclass
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+
+from . import _address, _dtypes
+from ._array import Array, Columns, Placed, Segment, view_of
+from ._connection import Connection, Pending, Reply, milliseconds
+from ._errors import ProtocolError, RemoteError
+from ._pages import Pages
+from ._wire import CallInfo, Flight, Kernel, Op, SegmentMapping, Tensor, leases_in
+
+VERSION = "0.1.0"
+#: Segments that are kept for the next array that has to be copied in: at most so many, of so many bytes in all.
+_SCRATCH_COUNT_MAX = 8
+_SCRATCH_BYTES_MAX = 256 << 20
+#: A segment of which less is left is not used for another call.
+_LEASE_LEFT_MIN = 0.05
+
+
+@dataclass(frozen=True)
+class ClientStats:
+    """What this side of a session counted."""
+
+    #: Tensor bytes that were copied into segments because they were not in one.
+    copied_bytes: int
+    #: Calls that were sent.
+    calls: int
+    #: Segments that are mapped now.
+    mappings: int
+
+
+@dataclass
+class _Scratch:
+    key: Tuple[str, Tuple[int, ...]]
+    segment: Segment
+    array: "np.ndarray[Any, Any]"
+
+
+def connect(
+    address: Optional[str] = None, *, renew: bool = True, lease: Optional[float] = None, name: str = f"strait-python/{VERSION}"
+) -> "Session":
+    """Connects to the host at `address` (`"unix:///DIRECTORY"`), or to the one that the environment leads to.
+
+    `renew`: leases are renewed in the background, so that they end only by release or with the session; without it
+    they end when they expire. `lease`: their life in seconds; the host's default if None. `name`: by which the
+    host's log knows this client.
+
+    Raises `NoHostError`, or `RemoteError` if the host speaks another version of the protocol.
+    """
+    return Session(Connection.connect(_address.directory(address), name, renew), lease)
+
+
+class Session:
+    """A connection to a host, for any number of threads; made by `connect`.
+
+    It belongs to the process that connected: in a forked child everything raises `ForkedError`. It ends with `close`
+    or a `with` block; arrays that are mapped stay readable.
+    """
+
+    def __init__(self, connection: Connection, lease: Optional[float]) -> None:
+        self._connection = connection
+        self._lease = None if lease is None else milliseconds(lease)
+        self._placed = Placed()
+        self._lock = threading.Lock()
+        self._scratch: List[_Scratch] = []
+        self._ports: Dict[str, List[str]] = {}
+        self._copied_bytes = 0
+        self._calls = 0
+
+    # The host
+
+    @property
+    def host_id(self) -> str:
+        """Names the host's process."""
+        return str(self._connection.welcome.get("host_id", ""))
+
+    @property
+    def move_min_bytes(self) -> int:
+        """From this size on a kernel works on a tensor's own pages; smaller ones the host copies, which is faster."""
+        return int(self._connection.welcome.get("move_min_bytes", 0))
+
+    @property
+    def draining(self) -> Optional[float]:
+        """Seconds until the host ends, once it announced that; else None."""
+        return self._connection.draining
+
+    def ping(self) -> None:
+        """Asks whether the host is there."""
+        self._connection.call(Op.PING, {})
+
+    def stats(self) -> Dict[str, Any]:
+        """The host's counts at this moment, as docs/protocol.md lists them under STATS."""
+        return self._connection.call(Op.STATS, {}).body
+
+    def client_stats(self) -> ClientStats:
+        """This side's counts."""
+        return ClientStats(self._copied_bytes, self._calls, len(self._placed.segments))
+
+    def kernels(self, name: Optional[str] = None) -> List[Kernel]:
+        """All kernels with their ports, parameters and docs, sorted by plugin and name; or those of one name."""
+        body = {} if name is None else {"kernel": name}
+        return [Kernel.read(entry) for entry in self._all(Op.KERNELS, "kernels", body, _kernel_key)]
+
+    def close(self) -> None:
+        """Ends the session. What is mapped stays readable; leases and unpublished segments end."""
+        self._connection.close()
+        with self._lock:
+            self._scratch.clear()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # Arrays in segments
+
+    def empty(self, shape: Union[int, Sequence[int]], dtype: Any = np.float64) -> "np.ndarray[Any, Any]":
+        """A numpy array in shared memory, to be filled and given to `call` or `publish` without a copy. It is zero.
+
+        It must be given whole: a slice or reshaped view of it is copied. While a call uses it, do not write to it.
+        `dtype`: numpy's, or one of the protocol's names (`"bfloat16"`).
+        """
+        return self._create([("x", _dtypes.to_name(dtype), _shape(shape))])[1][0]
+
+    def _create(
+        self, tensors: Sequence[Tuple[str, str, Tuple[int, ...]]]
+    ) -> Tuple[Segment, List["np.ndarray[Any, Any]"]]:
+        wanted = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in tensors]
+        reply = self._connection.call(Op.CREATE, self._with_lease({"tensors": wanted}, None))
+        with _Grant(self._connection, reply) as grant:
+            segment, memory = self._place(grant, reply.body, 0, writable=True)
+        arrays = [view_of(memory, tensor) for tensor in segment.mapping.tensors]
+        segment.filling = [weakref.ref(array) for array in arrays]
+        return segment, arrays
+
+    def _place(
+        self, grant: "_Grant", granted: Mapping[str, Any], index: Any, writable: bool
+    ) -> Tuple[Segment, memoryview]:
+        """Maps a segment that a reply grants, of the descriptor with that index."""
+        mapping = SegmentMapping.read(granted.get("mapping"))
+        lease, expires_ms = granted.get("lease"), granted.get("expires_ms")
+        if not isinstance(lease, int) or not isinstance(expires_ms, (int, float)):
+            raise ProtocolError(f"a segment without a lease: {lease!r}, {expires_ms!r}")
+        fd = grant.fd(index)
+        pages = Pages(fd, mapping.bytes, True) if writable else Pages.readonly(fd, mapping.bytes, mapping.seal)
+        segment = Segment(self._connection, self._placed, mapping, lease, pages)
+        memory = pages.lend(segment)
+        grant.leases.discard(lease)
+        if writable:
+            segment.fd = grant.keep(index)
+        self._connection.hold(lease, int(expires_ms))
+        return segment, memory
+
+    def _with_lease(self, body: Dict[str, Any], lease: Optional[float]) -> Dict[str, Any]:
+        lease_ms = self._lease if lease is None else milliseconds(lease)
+        if lease_ms is not None:
+            body["lease_ms"] = lease_ms
+        return body
+
+    # Flights
+
+    def put(self, name: str, x: Any, *, replace: bool = False) -> None:
+        """Gives `x` a name under which other programs find it; it then lives on without this session.
+
+        An array of `empty` or a call's result is published as it is (`publish`); whatever else numpy makes an array
+        of is copied once. A pyarrow RecordBatch or Table becomes a flight with a column each; `"name#column"` names
+        one of them.
+
+        Raises `RemoteError` with `NAME_TAKEN` if there is such a flight and `replace` is false.
+        """
+        if isinstance(x, Array) or (isinstance(x, np.ndarray) and self._placed.find(x) is not None):
+            self.publish(name, x, replace=replace)
+            return
+        if hasattr(x, "schema") and hasattr(x, "column_names"):
+            columns = [(column, _column(column, x[column])) for column in x.column_names]
+        else:
+            columns = [(name, _as_numpy(x))]
+        wanted = [(column, _dtypes.to_name(values.dtype), values.shape) for column, values in columns]
+        segment, arrays = self._create(wanted)
+        for array, (_, values) in zip(arrays, columns):
+            self._copy(array, values)
+        self._publish(name, segment, replace)
+
+    def publish(self, name: str, x: Union[Array, "np.ndarray[Any, Any]"], *, replace: bool = False) -> None:
+        """`put` that never copies: of an array of `empty`, or of a call's result.
+
+        From then on the array of `empty` is read-only. A writable view that was taken of it before does not write to
+        the flight any more.
+        """
+        if isinstance(x, Array):
+            x._usable()
+            self._publish(name, x._segment, replace)
+            return
+        found = self._placed.find(x)
+        if found is None:
+            raise ValueError("only a whole array of Session.empty, or a call's result, can be published; use put")
+        self._publish(name, found[0], replace)
+
+    def _publish(self, name: str, segment: Segment, replace: bool) -> None:
+        if segment.fd is not None:
+            # Sealing ends all writing, so this process must give it up first.
+            self._connection.check()
+            segment.pages.end_writing(segment.fd)
+            segment.close_fd()
+            for reference in segment.filling:
+                array = reference()
+                if array is not None:
+                    array.flags.writeable = False
+        self._connection.call(Op.PUBLISH, {"segment": segment.mapping.segment, "name": name, "replace": replace})
+
+    def get(self, name: str, *, lease: Optional[float] = None) -> Union[Array, Columns]:
+        """The flight of that name, mapped: an `Array`, or `Columns` if it has several; `"name#column"` gives one.
+
+        `lease`: its life in seconds, renewed unless the session was made with `renew=False`.
+
+        Raises `RemoteError` with `TENSOR_NOT_FOUND`.
+        """
+        flight, _, column = name.partition("#")
+        reply = self._connection.call(Op.MAP, self._with_lease({"name": flight}, lease))
+        with _Grant(self._connection, reply) as grant:
+            segment, memory = self._place(grant, reply.body, 0, writable=False)
+        tensors = segment.mapping.tensors
+        if column:
+            return Array(segment, segment.mapping.tensor(column), memory)
+        if len(tensors) == 1:
+            return Array(segment, tensors[0], memory)
+        return Columns([(tensor.name, Array(segment, tensor, memory)) for tensor in tensors])
+
+    def lookup(self, name: str) -> Flight:
+        """What a flight is, without mapping it; `RemoteError` with `TENSOR_NOT_FOUND` if there is none."""
+        body = self._connection.call(Op.LOOKUP, {"name": name}).body
+        return Flight(name, SegmentMapping.read(body.get("mapping")).tensors)
+
+    def list(self) -> List[Flight]:
+        """This user's flights, sorted by name."""
+        entries = self._all(Op.LIST, "flights", {}, lambda entry: entry["name"])
+        return [Flight(entry["name"], SegmentMapping.read(entry["mapping"]).tensors) for entry in entries]
+
+    def delete(self, name: str) -> None:
+        """Takes a flight's name away; its memory goes when the last lease ends."""
+        self._connection.call(Op.DROP, {"name": name})
+
+    def _all(self, op: Op, key: str, body: Dict[str, Any], after: Any) -> Iterable[Dict[str, Any]]:
+        found: List[Dict[str, Any]] = []
+        while True:
+            page = self._connection.call(op, body).body
+            try:
+                found += page[key]
+                if not page.get("more") or not page[key]:
+                    return found
+                body = {**body, "after": after(found[-1])}
+            except (KeyError, TypeError) as error:
+                raise ProtocolError(f"an answer to {op.name} that is none: {error!r}") from None
+
+    # Calls
+
+    def call(self, kernel: str, *inputs: Any, **options: Any) -> Union[Array, Columns]:
+        """Runs a kernel and answers its output: an `Array`, or `Columns` by port if it has not just one.
+
+            y = s.call("zscore", x, axis=0)
+
+        Positional inputs take the kernel's ports in their order; see `start` for everything else.
+        """
+        return self.start(kernel, *inputs, **options).result()
+
+    def start(
+        self,
+        kernel: str,
+        *args: Any,
+        inputs: Optional[Mapping[str, Any]] = None,
+        parameters: Optional[Mapping[str, Any]] = None,
+        publish: Optional[Mapping[str, str]] = None,
+        replace: bool = False,
+        seal: bool = False,
+        map: bool = True,
+        deadline: Optional[float] = None,
+        lease: Optional[float] = None,
+        limits: Optional[Mapping[str, int]] = None,
+        verify: bool = False,
+        request_id: Optional[str] = None,
+        idempotency_key: Optional[str] = None,
+        **more_parameters: Any,
+    ) -> "Call":
+        """Sends a call and answers at once; `Call.result` waits for it, `Call.cancel` ends it.
+
+        Inputs, by position or by port in `inputs`: an array of `empty` or a result (no copy), a flight's name
+        (`"x"`, `"x#column"`), or whatever numpy makes an array of (one copy, counted in `client_stats`).
+
+        Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
+        are. `axis` is 0-based and row-major, as numpy's, and not negative.
+
+        `publish`: names for outputs, by port; `replace`: they may be taken. `seal`: outputs are sealed for good.
+        `map`: whether outputs are mapped here; if not, publish them all. `deadline`: seconds from the host's receipt.
+        `lease`: life of the outputs' leases in seconds. `limits`: lower than the host's own. `verify`: fill
+        `CallInfo.pages`. `request_id`: names the call in the host's log. `idempotency_key`: a repeat within a minute
+        gets the same results without another run.
+
+        Raises `TypeError` or `ValueError` for arguments that no kernel could take; `RemoteError`s come with the result.
+        """
+        self._connection.check()
+        given = dict(inputs or {})
+        if args:
+            given.update(self._by_position(kernel, args, given))
+        scratch: List[_Scratch] = []
+        body: Dict[str, Any] = {"kernel": kernel}
+        body["inputs"] = {port: self._input(port, value, scratch) for port, value in given.items()}
+        both = {**(parameters or {}), **more_parameters}
+        if both:
+            body["parameters"] = {key: _parameter(key, value) for key, value in both.items()}
+        optional = {
+            "publish": dict(publish) if publish else None,
+            "replace": replace or None,
+            "seal": seal or None,
+            "map": None if map else False,
+            "deadline_ms": None if deadline is None else milliseconds(deadline),
+            "limits": dict(limits) if limits else None,
+            "verify": verify or None,
+            "request_id": request_id,
+            "idempotency_key": idempotency_key,
+        }
+        body.update((key, value) for key, value in optional.items() if value is not None)
+        pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease))
+        with self._lock:
+            self._calls += 1
+        return Call(self, kernel, pending, given, scratch)
+
+    def _by_position(self, kernel: str, args: Sequence[Any], given: Mapping[str, Any]) -> Dict[str, Any]:
+        ports = self._ports.get(kernel)
+        if ports is None:
+            kinds = self.kernels(kernel)
+            if not kinds:
+                # The call itself is to say so.
+                return {}
+            ports = [port.name for port in kinds[0].inputs]
+            if any([port.name for port in other.inputs] != ports for other in kinds):
+                known = ", ".join(f"{found.plugin}/{found.name}" for found in kinds)
+                raise ValueError(f"several plugins have a kernel {kernel!r}: name one of {known}")
+            self._ports[kernel] = ports
+        if len(args) > len(ports):
+            raise TypeError(f"kernel {kernel!r} has {len(ports)} inputs ({', '.join(ports)}); {len(args)} were given")
+        twice = [port for port in ports[: len(args)] if port in given]
+        if twice:
+            raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given by position and by name")
+        return dict(zip(ports, args))
+
+    def _input(self, port: str, value: Any, scratch: List[_Scratch]) -> Any:
+        if isinstance(value, str):
+            return value
+        if isinstance(value, Array):
+            value._usable()
+            return self._by_segment(value._segment, value._tensor)
+        array = _as_numpy(value)
+        found = self._placed.find(array)
+        if found is not None:
+            return self._by_segment(*found)
+        try:
+            copy = self._take_scratch(_dtypes.to_name(array.dtype), array.shape)
+        except TypeError as error:
+            raise TypeError(f"input {port!r}: {error}") from None
+        scratch.append(copy)
+        self._copy(copy.array, array)
+        return {"segment": copy.segment.mapping.segment}
+
+    def _by_segment(self, segment: Segment, tensor: Tensor) -> Dict[str, str]:
+        if segment.connection is not self._connection:
+            raise ValueError(
+                f"array {tensor.name!r} is in a segment of another session; publish it there and give its name, or give a copy"
+            )
+        self._connection.check_lease(segment.lease)
+        return {"segment": segment.mapping.segment, "column": tensor.name}
+
+    def _copy(self, into: "np.ndarray[Any, Any]", array: "np.ndarray[Any, Any]") -> None:
+        np.copyto(into, array, casting="equiv")
+        with self._lock:
+            self._copied_bytes += into.nbytes
+
+    def _take_scratch(self, dtype: str, shape: Tuple[int, ...]) -> _Scratch:
+        key = (dtype, shape)
+        with self._lock:
+            for index in range(len(self._scratch) - 1, -1, -1):
+                if self._scratch[index].key == key:
+                    found = self._scratch.pop(index)
+                    if self._connection.expires_in(found.segment.lease) > _LEASE_LEFT_MIN:
+                        return found
+        segment, arrays = self._create([("x", dtype, shape)])
+        return _Scratch(key, segment, arrays[0])
+
+    def _give_scratch(self, scratch: List[_Scratch]) -> None:
+        """The call is answered, so its copies may be written again."""
+        with self._lock:
+            if not self._connection.closed:
+                self._scratch += scratch
+            while self._scratch and (
+                len(self._scratch) > _SCRATCH_COUNT_MAX
+                or sum(kept.segment.mapping.bytes for kept in self._scratch) > _SCRATCH_BYTES_MAX
+            ):
+                self._scratch.pop(0)
+        scratch.clear()
+
+    def _results(self, reply: Reply) -> Union[Array, Columns]:
+        info = CallInfo.read(reply.body)
+        arrays: List[Tuple[str, Array]] = []
+        with _Grant(self._connection, reply) as grant:
+            for result in reply.body["results"]:
+                if result.get("fd") is None:
+                    continue
+                segment, memory = self._place(grant, result, result["fd"], writable=False)
+                tensor = segment.mapping.tensor(str(result["port"]))
+                arrays.append((tensor.name, Array(segment, tensor, memory, info)))
+        return arrays[0][1] if len(arrays) == 1 else Columns(arrays, info)
+
+
+class Call:
+    """A call under way; made by `Session.start`."""
+
+    def __init__(
+        self, session: Session, kernel: str, pending: Pending, inputs: Mapping[str, Any], scratch: List[_Scratch]
+    ) -> None:
+        self._session = session
+        self._kernel = kernel
+        self._pending = pending
+        self._lock = threading.Lock()
+        # Arrays that go in are kept, so that their leases are not given back while the kernel runs.
+        self._inputs: Optional[Mapping[str, Any]] = inputs
+        self._scratch = scratch
+        self._result: Union[Array, Columns, None] = None
+        self._error: Optional[BaseException] = None
+
+    def result(self, timeout: Optional[float] = None) -> Union[Array, Columns]:
+        """Waits for the output, as `Session.call` answers it.
+
+        Raises what the call failed with: `RemoteError` (after `cancel` its code is `CANCELLED`), `LeaseExpiredError`
+        or `DisconnectedError`; `TimeoutError` after that many seconds, and then the call still runs. An interrupt
+        (Ctrl-C) while it waits cancels the call.
+        """
+        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+            raise TimeoutError(f"the call of {self._kernel} is not done after {timeout} s")
+        try:
+            if self._error is None and self._result is None:
+                self._wait(timeout)
+            if self._error is not None:
+                raise self._error
+            assert self._result is not None
+            return self._result
+        finally:
+            self._lock.release()
+
+    def _wait(self, timeout: Optional[float]) -> None:
+        session = self._session
+        try:
+            reply = session._connection.wait(self._pending, timeout)
+        except TimeoutError:
+            raise
+        except RemoteError as error:
+            self._error = error
+            if error.reason in ("UNKNOWN_INPUT", "MISSING_INPUT"):
+                # Another version of the plugin may be loaded by now.
+                session._ports.pop(self._kernel, None)
+            self._done()
+            return
+        except BaseException as error:
+            # The kernel may still read its inputs, so the copies are not used again.
+            self._error = error
+            self._scratch.clear()
+            self._inputs = None
+            return
+        self._done()
+        try:
+            self._result = session._results(reply)
+        except BaseException as error:
+            self._error = error
+
+    def _done(self) -> None:
+        self._session._give_scratch(self._scratch)
+        self._inputs = None
+
+    def __del__(self) -> None:
+        if self._result is None and self._error is None:
+            self._session._connection.forget(self._pending)
+
+    def done(self) -> bool:
+        """Whether `result` would answer at once."""
+        if self._result is not None or self._error is not None:
+            return True
+        self._session._connection.look()
+        return self._pending.reply is not None or self._session._connection.closed
+
+    def cancel(self) -> None:
+        """Asks the host to end the call, from any thread; returns at once. Without effect once it is answered."""
+        if not self.done():
+            self._session._connection.cancel(self._pending)
+
+
+class _Grant:
+    """A reply's descriptors and leases: at the end of the `with` block, those that nobody took are closed and given back."""
+
+    def __init__(self, connection: Connection, reply: Reply) -> None:
+        self._connection = connection
+        self._reply = reply
+        self.leases = set(leases_in(reply.body))
+
+    def fd(self, index: Any) -> int:
+        """The descriptor of that index; it stays the reply's."""
+        if not isinstance(index, int) or not 0 <= index < len(self._reply.fds):
+            raise ProtocolError(f"descriptor {index!r} of a reply that has {len(self._reply.fds)}")
+        return self._reply.fds[index]
+
+    def keep(self, index: int) -> int:
+        """The descriptor of that index; it is the caller's from now on."""
+        fd, self._reply.fds[index] = self._reply.fds[index], -1
+        return fd
+
+    def __enter__(self) -> "_Grant":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reply.close()
+        self._connection.drop(list(self.leases))
+
+
+def _kernel_key(entry: Mapping[str, Any]) -> str:
+    return f"{entry['plugin']}/{entry['name']}"
+
+
+def _shape(shape: Union[int, Sequence[int]]) -> Tuple[int, ...]:
+    sizes = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    return tuple(int(size) for size in sizes)
+
+
+def _as_numpy(value: Any) -> "np.ndarray[Any, Any]":
+    if getattr(value, "null_count", 0):
+        raise ValueError(f"it has {value.null_count} nulls; fill or drop them first, a tensor has none")
+    return np.asarray(value)
+
+
+def _column(name: str, column: Any) -> "np.ndarray[Any, Any]":
+    """A pyarrow column as numpy; of fixed-shape tensors with all their axes."""
+    if column.null_count:
+        raise ValueError(f"column {name!r} has {column.null_count} nulls; fill or drop them first, a tensor has none")
+    if hasattr(column, "combine_chunks"):
+        column = column.combine_chunks()
+    if hasattr(column, "to_numpy_ndarray"):
+        return np.asarray(column.to_numpy_ndarray())
+    return np.asarray(column.to_numpy(zero_copy_only=False))
+
+
+def _parameter(key: str, value: Any) -> Any:
+    """A parameter's value as JSON has it, with the protocol's words for the numbers that JSON lacks."""
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        if value != value:
+            return "nan"
+        return value if abs(value) != float("inf") else ("inf" if value > 0 else "-inf")
+    if isinstance(value, (list, tuple)):
+        return [_parameter(key, item) for item in value]
+    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
+        return _dtypes.to_name(value)
+    raise TypeError(f"parameter {key!r} is {type(value).__name__}; a number, truth value, text or list of numbers is needed")

@@ -1,0 +1,268 @@
+"""Frames of the data socket and what the host says in them (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import enum
+import json
+import math
+import struct
+from dataclasses import dataclass, field
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+from . import _dtypes
+from ._errors import ProtocolError
+
+PROTOCOL = 1
+HEADER = struct.Struct("<2sBBIII")
+MAGIC = b"ST"
+BODY_BYTES_MAX = 61440
+FDS_MAX = 16
+#: Tensors start on page boundaries; this much of it is enough for every element type.
+ALIGN_BYTES = 64
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+class Op(enum.IntEnum):
+    HELLO = 1
+    WELCOME = 2
+    OK = 3
+    ERROR = 4
+    KERNELS = 5
+    LOOKUP = 6
+    LIST = 7
+    PUBLISH = 8
+    DROP = 9
+    STATS = 10
+    CREATE = 11
+    SEAL = 12
+    ADOPT = 13
+    MAP = 14
+    RELEASE = 15
+    RENEW = 16
+    INVOKE = 17
+    CANCEL = 20
+    PING = 22
+    GONE = 65
+    SHUTDOWN = 66
+
+
+def encode(op: int, sequence: int, body: Mapping[str, Any]) -> bytes:
+    """A whole frame; `ValueError` if the body does not fit into one."""
+    text = _ENCODER.encode(body).encode() if body else b""
+    if len(text) > BODY_BYTES_MAX:
+        raise ValueError(
+            f"a request of {len(text)} bytes; at most {BODY_BYTES_MAX} fit into a frame: shorten its lists or names"
+        )
+    return HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), 0) + text
+
+
+def decode(frame: bytes) -> Tuple[int, int, Dict[str, Any]]:
+    """Op, sequence and body of a frame; `ProtocolError` if it is none."""
+    if len(frame) < HEADER.size:
+        raise ProtocolError(f"a frame of {len(frame)} bytes; its header alone has {HEADER.size}")
+    magic, version, op, sequence, body_bytes, _flags = HEADER.unpack_from(frame)
+    if (magic, version) != (MAGIC, PROTOCOL) or body_bytes != len(frame) - HEADER.size:
+        raise ProtocolError(
+            f"a frame of {len(frame)} bytes with magic {magic!r}, version {version} and {body_bytes} bytes of body; "
+            "check that host and client have the same version"
+        )
+    try:
+        body = json.loads(frame[HEADER.size :]) if body_bytes else {}
+    except ValueError as error:
+        raise ProtocolError(f"a frame whose body is not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise ProtocolError(f"a frame whose body is {type(body).__name__}, not an object")
+    return op, sequence, body
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies in its segment; row-major and contiguous."""
+
+    name: str
+    #: The protocol's name: `"float64"`.
+    dtype: str
+    shape: Tuple[int, ...]
+    #: Bytes from the start of the segment.
+    offset: int
+    #: Bytes.
+    length: int
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "Tensor":
+        return cls(
+            str(body["name"]), str(body["dtype"]), tuple(map(int, body["shape"])), int(body["offset"]), int(body["length"])
+        )
+
+
+@dataclass(frozen=True)
+class SegmentMapping:
+    """What the host says about a segment."""
+
+    segment: str
+    bytes: int
+    #: `"write"`, `"host-write"`, `"client-write"` or `"none"`: who can still write.
+    seal: str
+    tensors: Tuple[Tensor, ...]
+
+    @classmethod
+    def read(cls, body: Any) -> "SegmentMapping":
+        """Holds the host's word against itself, so that later no tensor reaches out of its segment."""
+        try:
+            version = body["strait-mmap"]
+            mapping = cls(
+                str(body["segment"]), int(body["bytes"]), str(body["seal"]), tuple(map(Tensor.read, body["tensors"]))
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"a mapping that is none: {error!r}") from None
+        if version != 1:
+            raise ProtocolError(f"mapping of segment {mapping.segment}: its version is {version}, known is 1")
+        for tensor in mapping.tensors:
+            mapping._check(tensor)
+        return mapping
+
+    def _check(self, tensor: Tensor) -> None:
+        wrong = None
+        size = _dtypes.SIZES.get(tensor.dtype)
+        if size is None:
+            wrong = f"its dtype {tensor.dtype!r} is not known"
+        elif min(tensor.shape, default=0) < 0 or tensor.length != math.prod(tensor.shape) * size:
+            wrong = f"{tensor.dtype} {list(tensor.shape)} is not {tensor.length} bytes long"
+        elif tensor.offset < 0 or tensor.offset + tensor.length > self.bytes:
+            wrong = f"{tensor.length} bytes at {tensor.offset}, the segment has {self.bytes} in all"
+        elif tensor.length and tensor.offset % ALIGN_BYTES:
+            wrong = f"it is at {tensor.offset}, no multiple of {ALIGN_BYTES}"
+        if wrong is not None:
+            raise ProtocolError(f"tensor {tensor.name!r} of segment {self.segment}: {wrong}")
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor of that name; `KeyError` with those that there are."""
+        for tensor in self.tensors:
+            if tensor.name == name:
+                return tensor
+        raise KeyError(f"no tensor {name!r} in the segment; it has {', '.join(t.name for t in self.tensors)}")
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A published segment."""
+
+    name: str
+    tensors: Tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a kernel."""
+
+    name: str
+    #: What it takes, or can give.
+    dtypes: Tuple[str, ...]
+    rank_min: int
+    rank_max: int
+    #: `"data"` or `"mask"`.
+    role: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter of a kernel."""
+
+    name: str
+    #: `"boolean"`, `"integer"`, `"real"`, `"axis"` (0-based, row-major), `"text"` or `"reals"`.
+    kind: str
+    #: None: it must be given.
+    default: Any
+    minimum: Optional[float]
+    maximum: Optional[float]
+    #: For text: the allowed values; empty allows any.
+    choices: Tuple[str, ...]
+    doc: str
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel that the host offers."""
+
+    name: str
+    plugin: str
+    version: str
+    doc: str
+    inputs: Tuple[Port, ...]
+    outputs: Tuple[Port, ...]
+    parameters: Tuple[Parameter, ...]
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "Kernel":
+        def ports(key: str) -> Tuple[Port, ...]:
+            return tuple(
+                Port(p["name"], tuple(p["dtypes"]), p["rank_min"], p["rank_max"], p["role"], p["doc"]) for p in body[key]
+            )
+
+        try:
+            parameters = tuple(
+                Parameter(
+                    p["name"], p["kind"], p["default"], p["minimum"], p["maximum"], tuple(p["choices"]), p["doc"]
+                )
+                for p in body["parameters"]
+            )
+            return cls(
+                body["name"], body["plugin"], body["version"], body["doc"], ports("inputs"), ports("outputs"), parameters
+            )
+        except (KeyError, TypeError) as error:
+            raise ProtocolError(f"a kernel that is none: {error!r}") from None
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Which memory a port's window was backed by while the kernel ran."""
+
+    port: str
+    device: int
+    inode: int
+
+
+@dataclass(frozen=True)
+class CallInfo:
+    """What the host said about a call besides its outputs."""
+
+    #: Names the call in the host's log.
+    request_id: str
+    #: Bytes of this call's tensors that the host copied.
+    copied_bytes: int
+    #: What the kernel had to say.
+    notes: Dict[str, str]
+    #: The pages that the kernel saw; filled by `verify=True`.
+    pages: List[Pages]
+    #: Page faults of the host's process during the call that needed no I/O.
+    minor_faults: int
+    #: Where the time went, in seconds.
+    seconds: Dict[str, float]
+    #: Name of the flight, for each output that was published.
+    published: Dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> "CallInfo":
+        try:
+            return cls(
+                request_id=str(body.get("request_id", "-")),
+                copied_bytes=int(body["copied_bytes"]),
+                notes={str(note["key"]): str(note["text"]) for note in body["notes"]},
+                pages=[Pages(str(p["port"]), int(p["device"]), int(p["inode"])) for p in body["pages"]],
+                minor_faults=int(body["minor_faults"]),
+                seconds=dict(body["seconds"]),
+                published={str(r["port"]): str(r["name"]) for r in body["results"] if r.get("name") is not None},
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"an answer to INVOKE that is none: {error!r}") from None
+
+
+def leases_in(body: Mapping[str, Any]) -> Sequence[int]:
+    """The leases that a reply grants, whatever it answers."""
+    entries: List[Any] = [body]
+    results = body.get("results")
+    if isinstance(results, list):
+        entries += results
+    return [e["lease"] for e in entries if isinstance(e, dict) and isinstance(e.get("lease"), int)]

@@ -1,0 +1,38 @@
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+
+import pytest
+
+import strait
+
+
+@pytest.fixture(scope="session")
+def address():
+    """A host of its own; the tests that need one are skipped without STRAIT_BIN."""
+    program = os.environ.get("STRAIT_BIN")
+    if not program:
+        pytest.skip("STRAIT_BIN is not set: name the host's program")
+    directory = tempfile.mkdtemp(prefix="strait-python-")
+    host = subprocess.Popen([program, "serve", "--directory", directory, "--log-level", "warn"])
+    until = time.monotonic() + 30
+    while True:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            if probe.connect_ex(f"{directory}/data.sock") == 0:
+                break
+        assert host.poll() is None and time.monotonic() < until, "the host does not listen"
+        time.sleep(0.02)
+    yield f"unix://{directory}"
+    host.send_signal(signal.SIGTERM)
+    assert host.wait(60) == 0
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def session(address):
+    with strait.connect(address) as session:
+        yield session

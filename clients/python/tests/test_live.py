@@ -1,0 +1,385 @@
+"""Against a real host: run with STRAIT_BIN."""
+
+import gc
+import os
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import strait
+from strait import _dtypes
+
+ml_dtypes = pytest.importorskip("ml_dtypes")
+pa = pytest.importorskip("pyarrow")
+
+
+READONLY_DLPACK = tuple(map(int, np.__version__.split(".")[:2])) >= (2, 1)
+
+
+def address_of(array):
+    return np.asarray(array).__array_interface__["data"][0]
+
+
+def settle(read, wanted):
+    until = time.monotonic() + 10
+    while read() != wanted and time.monotonic() < until:
+        time.sleep(0.02)
+    return read()
+
+
+def filled(session, shape, dtype=np.float64):
+    x = session.empty(shape, dtype)
+    x[...] = np.random.default_rng(1).normal(size=shape).astype(x.dtype)
+    return x
+
+
+def test_the_first_program(session):
+    x = filled(session, (1000, 100))
+    y = session.call("zscore", x, axis=0, verify=True)
+    np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), rtol=1e-9, atol=1e-12)
+    assert y.info.copied_bytes == 0 and {page.port for page in y.info.pages} == {"x", "y"}
+    assert session.client_stats() == strait.ClientStats(copied_bytes=0, calls=1, mappings=2)
+    assert session.move_min_bytes > 0 and session.host_id and session.draining is None
+    session.ping()
+
+
+def test_a_result_acts_as_a_numpy_array(session):
+    x = filled(session, (3, 4))
+    y = session.call("scale-shift", x, a=2)
+    assert (y.shape, y.ndim, y.size, y.nbytes, y.dtype, y.dtype_name, len(y)) == ((3, 4), 2, 12, 96, np.float64, "float64", 3)
+    assert address_of(y) == address_of(y.numpy()) == address_of(np.asarray(y))
+    assert address_of(np.array(y)) != address_of(y)
+    np.testing.assert_array_equal(y + 1, 2 * x + 1)
+    np.testing.assert_array_equal(np.sin(y), np.sin(2 * x))
+    np.testing.assert_array_equal(y[1:, 2], 2 * x[1:, 2])
+    np.testing.assert_array_equal([row.sum() for row in y], (2 * x).sum(1))
+    np.testing.assert_array_equal(np.asarray(y, np.float32), (2 * x).astype(np.float32))
+    assert (y == y.numpy()).all() and np.concatenate([y, y]).shape == (6, 4)
+    x += y
+    with pytest.raises(ValueError, match="read-only"):
+        y += 1
+
+
+def test_results_cannot_be_written(session):
+    y = session.call("scale-shift", filled(session, 10))
+    with pytest.raises(ValueError, match="read-only"):
+        y.numpy()[0] = 1
+    for view in (y.numpy(), y.numpy()[2:], y.numpy().view(np.uint8)):
+        with pytest.raises(ValueError):
+            view.flags.writeable = True
+
+
+def test_views_outlive_the_release(session):
+    leases = lambda: session.stats()["own"]["leases"]
+    x = filled(session, 100000)
+    y = session.call("scale-shift", x, a=3)
+    view = y.numpy()[10:]
+    y.release()
+    y.release()
+    assert y.released and "released" in repr(y)
+    for use in (y.numpy, y.arrow, lambda: y + 1, lambda: len(y), lambda: session.call("clip", y), y.renew, lambda: y.__enter__()):
+        with pytest.raises(strait.ReleasedError, match="was released"):
+            use()
+    assert session.client_stats().mappings == 2 and settle(leases, 2) == 2
+    np.testing.assert_array_equal(view, 3 * x[10:])
+    del view
+    assert session.client_stats().mappings == 1 and settle(leases, 1) == 1
+    with session.call("scale-shift", x) as z:
+        assert session.client_stats().mappings == 2
+    assert z.released and session.client_stats().mappings == 1
+
+
+def test_what_is_dropped_is_given_back(session):
+    kept = [session.call("scale-shift", filled(session, 10)) for _ in range(5)]
+    assert session.client_stats().mappings == 5
+    loop = [kept]
+    loop.append(loop)
+    del kept, loop
+    gc.collect()
+    assert session.client_stats().mappings == 0
+    assert settle(lambda: session.stats()["own"], {"leases": 0, "segments": 0}) == {"leases": 0, "segments": 0}
+
+
+def test_arrays_that_are_not_in_a_segment_are_copied_once(session):
+    x = np.arange(24.0).reshape(2, 3, 4)
+    inputs = [x, x.T, x[:, ::2], x.astype(">f8"), np.asfortranarray(x), x.astype(np.float32), x.tolist(), pa.array([1.0, 2.0])]
+    for given in inputs:
+        before = session.client_stats().copied_bytes
+        y = session.call("scale-shift", given, a=2)
+        wanted = 2 * np.asarray(given)
+        np.testing.assert_array_equal(y, wanted)
+        assert session.client_stats().copied_bytes - before == wanted.nbytes
+    part = filled(session, (10, 10))
+    np.testing.assert_array_equal(session.call("scale-shift", part[2:5]), part[2:5])
+    np.testing.assert_array_equal(session.call("scale-shift", part.reshape(100)), part.reshape(100))
+    np.testing.assert_array_equal(session.call("scale-shift", part.T), part.T)
+
+
+def test_copies_reuse_their_segments(session):
+    x = np.ones((300, 300))
+    for _ in range(20):
+        session.call("scale-shift", x)
+    assert session.client_stats().mappings == 1
+    for size in range(1, 30):
+        session.call("scale-shift", np.ones(size))
+    assert session.client_stats().mappings <= 8
+
+
+def test_inputs_that_no_kernel_could_take(session):
+    with pytest.raises(TypeError, match="input 'x': dtype.*has no place"):
+        session.call("scale-shift", np.array(["a"]))
+    with pytest.raises(ValueError, match="1 nulls"):
+        session.call("scale-shift", pa.array([1.0, None]))
+    with pytest.raises(TypeError, match="1 inputs .x.; 2 were given"):
+        session.call("scale-shift", 1.0, 2.0)
+    with pytest.raises(TypeError, match="by position and by name"):
+        session.call("scale-shift", 1.0, inputs={"x": 2.0})
+    with pytest.raises(TypeError, match="parameter 'a' is dict"):
+        session.call("scale-shift", 1.0, a={})
+    with pytest.raises(ValueError, match="positive"):
+        session.call("scale-shift", 1.0, deadline=0)
+    with pytest.raises(strait.RemoteError, match="KERNEL_NOT_FOUND"):
+        session.call("no-such-kernel", 1.0)
+    with pytest.raises(TypeError):
+        session.empty(3, "M8[s]")
+    assert settle(lambda: session.stats()["running"], 0) == 0
+
+
+def test_an_array_of_another_session(session, address):
+    x = filled(session, 10)
+    y = session.call("scale-shift", x)
+    with strait.connect(address) as other:
+        with pytest.raises(ValueError, match="another session"):
+            other.call("scale-shift", y)
+        # Numpy's own arrays are known only to the session that made them: a copy.
+        np.testing.assert_array_equal(other.call("scale-shift", x), x)
+        assert other.client_stats().copied_bytes == x.nbytes
+
+
+def test_publishing_ends_writing(session):
+    x = filled(session, (50, 50))
+    stale = x[1:]
+    wanted = x.copy()
+    with pytest.raises(ValueError, match="only a whole array"):
+        session.publish("part", x[1:])
+    session.publish("published", x)
+    assert not x.flags.writeable
+    with pytest.raises(ValueError, match="read-only"):
+        x[0] = 1
+    # A view from before does not crash, and does not reach the flight.
+    stale[:] = -1
+    np.testing.assert_array_equal(session.get("published"), wanted)
+    with pytest.raises(strait.RemoteError) as caught:
+        session.put("published", wanted)
+    assert caught.value.reason == "NAME_TAKEN"
+    session.put("published", wanted + 1, replace=True)
+    np.testing.assert_array_equal(session.get("published#published"), wanted + 1)
+    assert [flight.name for flight in session.list()] == ["published"]
+    assert session.lookup("published").tensors[0].shape == (50, 50)
+    session.delete("published")
+    assert session.list() == []
+
+
+def test_a_refused_name_can_be_tried_again(session):
+    x, y = filled(session, 5), filled(session, 5)
+    session.publish("taken", x)
+    with pytest.raises(strait.RemoteError, match="NAME_TAKEN"):
+        session.publish("taken", y)
+    session.publish("free", y)
+    np.testing.assert_array_equal(session.get("free"), y)
+    for name in ("taken", "free"):
+        session.delete(name)
+
+
+def test_results_are_published_as_they_are(session):
+    y = session.call("scale-shift", filled(session, 100000), a=2)
+    before = session.client_stats().copied_bytes
+    session.put("result", y)
+    assert session.client_stats().copied_bytes == before
+    np.testing.assert_array_equal(session.get("result"), y)
+    session.call("scale-shift", "result", publish={"y": "result"}, replace=True, a=2, map=False)
+    np.testing.assert_array_equal(session.get("result"), 2 * y)
+    session.delete("result")
+
+
+def test_record_batches(session):
+    batch = pa.RecordBatch.from_arrays(
+        [
+            pa.array([1, 2, 3], pa.int16()),
+            pa.array([1.5, 2.5, float("nan")]),
+            pa.array([True, False, True]),
+            pa.FixedShapeTensorArray.from_numpy_ndarray(np.arange(12, dtype=np.float32).reshape(3, 2, 2)),
+        ],
+        names=["a", "b", "c", "d"],
+    )
+    session.put("batch", batch)
+    assert session.client_stats().copied_bytes == 6 + 24 + 3 + 48
+    with session.get("batch") as columns:
+        assert list(columns) == ["a", "b", "c", "d"]
+        back = columns.arrow()
+        assert back.num_rows == 3 and back.column(0).equals(batch.column(0)) and back.column(3).equals(batch.column(3))
+        np.testing.assert_array_equal(columns["b"], [1.5, 2.5, np.nan])
+        np.testing.assert_array_equal(columns["c"], [True, False, True])
+        assert back.column(0).buffers()[1].address == address_of(columns["a"])
+        np.testing.assert_array_equal(session.call("scale-shift", columns["b"], a=2), [3.0, 5.0, np.nan])
+        np.testing.assert_array_equal(session.call("scale-shift", "batch#b", a=2), [3.0, 5.0, np.nan])
+    table = pa.table({"a": pa.chunked_array([[1, 2], [3]]), "b": [1.0, 2.0, 3.0]})
+    session.put("batch", table, replace=True)
+    np.testing.assert_array_equal(session.get("batch#a"), [1, 2, 3])
+    with pytest.raises(KeyError, match="it has a, b"):
+        session.get("batch#z")
+    with pytest.raises(ValueError, match="column 'a' has 1 nulls"):
+        session.put("nulls", pa.table({"a": [1, None]}))
+    session.delete("batch")
+
+
+@pytest.mark.parametrize("name", list(_dtypes.SIZES))
+def test_arrow_and_dlpack_see_the_same_pages(session, name):
+    for shape in [(5,), (2, 3), (), (0,), (2, 0, 3)]:
+        x = session.empty(shape, name)
+        x.reshape(-1).view(np.uint8)[:] = 1
+        session.put("pages", x, replace=True)
+        y = session.get("pages")
+        assert y.dtype == x.dtype and y.dtype_name == name
+        column = y.arrow()
+        assert len(column) == (shape[0] if shape else 1)
+        if x.size:
+            leaf = column.buffers()[-1]
+            assert leaf.address == address_of(y) and not leaf.is_mutable
+        if x.dtype.kind in "iuf" and x.size and not name.startswith(("bfloat", "float8")):
+            tensor = y.arrow_tensor()
+            assert tensor.shape == shape and not tensor.is_mutable and address_of(tensor.to_numpy()) == address_of(y)
+        if READONLY_DLPACK and x.dtype.kind in "iufcb" and not name.startswith(("bfloat", "float8")):
+            shared = np.from_dlpack(y)
+            assert address_of(shared) == address_of(y) and shared.shape == shape and not shared.flags.writeable
+        assert y.__dlpack_device__()[0] == 1
+    with pytest.raises(BufferError, match="hand on a copy"):
+        y.__dlpack__()
+    session.delete("pages")
+
+
+def test_arrow_outlives_the_array(session):
+    x = filled(session, 1000)
+    column = session.call("scale-shift", x, a=2).arrow()
+    gc.collect()
+    assert session.client_stats().mappings == 2
+    np.testing.assert_array_equal(column.to_numpy(), 2 * x)
+    del column
+    assert session.client_stats().mappings == 1
+
+
+def test_threads_share_a_session(session):
+    x = filled(session, (200, 20))
+    wrong = []
+
+    def work(index):
+        for number in range(20):
+            given = x if number % 2 else np.array(x)
+            if not np.array_equal(session.call("scale-shift", given, a=index, b=number), index * x + number):
+                wrong.append((index, number))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and session.client_stats().calls == 160
+
+
+def test_calls_under_way(session):
+    x = filled(session, (2000, 1000))
+    calls = [session.start("zscore", x, axis=axis) for axis in (0, 1)]
+    with pytest.raises(TimeoutError):
+        calls[0].result(timeout=1e-6)
+    for axis, call in enumerate(calls):
+        y = call.result()
+        assert call.done() and call.result() is y
+        np.testing.assert_allclose(y.numpy()[:2], ((x - x.mean(axis, keepdims=True)) / x.std(axis, keepdims=True))[:2])
+        call.cancel()
+
+
+def test_kernels_say_what_they_take(session):
+    kernels = {kernel.name: kernel for kernel in session.kernels()}
+    zscore = kernels["zscore"]
+    (axis,) = zscore.parameters
+    assert (axis.name, axis.kind, axis.default) == ("axis", "axis", 0) and axis.doc
+    assert zscore.inputs[0].rank_min == 1 and "bfloat16" in zscore.inputs[0].dtypes and zscore.doc
+    assert [kernel.name for kernel in session.kernels("clip")] == ["clip"]
+
+
+def test_many_flights_are_listed_page_by_page(session):
+    names = [f"{'long name ' * 15}{index:03}" for index in range(150)]
+    for name in names:
+        session.put(name, np.ones(1))
+    assert [flight.name for flight in session.list()] == names
+    for name in names:
+        session.delete(name)
+
+
+def test_leases_without_renewal_end(address):
+    with strait.connect(address, renew=False, lease=0.1) as session:
+        y = session.call("scale-shift", [1.0, 2.0])
+        time.sleep(0.4)
+        with pytest.raises(strait.LeaseExpiredError):
+            y.renew()
+        with pytest.raises(strait.LeaseExpiredError):
+            session.call("scale-shift", y)
+        np.testing.assert_array_equal(y, [1.0, 2.0])
+        # A copy goes into a new segment, for that of the first call has ended.
+        np.testing.assert_array_equal(session.call("scale-shift", [3.0, 4.0]), [3.0, 4.0])
+
+
+def test_arrays_after_the_session(address):
+    with strait.connect(address) as session:
+        y = session.call("scale-shift", [1.0, 2.0])
+    with pytest.raises(strait.DisconnectedError):
+        session.ping()
+    np.testing.assert_array_equal(y, [1.0, 2.0])
+    y.release()
+    del session, y
+
+
+def test_a_fork_is_refused_and_harms_nobody(session):
+    x = filled(session, 1000)
+    y = session.call("scale-shift", x)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = []
+        for use in (session.ping, y.numpy, lambda: session.call("clip", y), lambda: session.empty(3)):
+            try:
+                use()
+            except strait.ForkedError:
+                said.append("forked")
+        y.release()
+        del y, x
+        gc.collect()
+        os.write(writing, ",".join(said).encode())
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 1000) == b"forked,forked,forked,forked"
+    os.close(reading)
+    assert os.waitpid(child, 0)[1] == 0
+    np.testing.assert_array_equal(session.call("scale-shift", y), x)
+
+
+def test_nothing_is_left_behind(address):
+    def counts():
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), sum("memfd" in line for line in open("/proc/self/maps"))
+
+    before = counts()
+    for _ in range(20):
+        with strait.connect(address) as session:
+            x = session.empty(1000)
+            y = session.call("scale-shift", x)
+            session.put("left", y, replace=True)
+            with pytest.raises(strait.RemoteError):
+                session.call("scale-shift", y, slope=1)
+            session.delete("left")
+        del x, y, session
+    assert settle(counts, before) == before
+    threads = lambda: [t for t in threading.enumerate() if t.name == "strait-keeper"]
+    assert len(settle(threads, [])) <= 1

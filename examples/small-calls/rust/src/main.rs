@@ -1,0 +1,62 @@
+//! Times calls of a kernel over 1 KiB: ADDRESS CALLS. See ../../README.md.
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use strait_client::{Client, Dtype, NewTensor, OpenSegment};
+
+const ELEMENTS: u64 = 128;
+const WARM_CALLS: u32 = 200;
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [address, calls] = &arguments[..] else {
+        return Err("usage: small-calls ADDRESS CALLS".into());
+    };
+    let calls: u32 = calls.parse()?;
+    if calls == 0 {
+        return Err("CALLS is a number from 1 on".into());
+    }
+    let client = Client::connect(Some(address))?;
+    let mut x = client.create(&[NewTensor {
+        name: "x".into(),
+        dtype: Dtype::Float64,
+        shape: vec![ELEMENTS],
+    }])?;
+    for i in 0..WARM_CALLS {
+        cycle(&client, &mut x, i.into())?;
+    }
+    let mut times = (0..calls)
+        .map(|i| cycle(&client, &mut x, i.into()))
+        .collect::<Result<Vec<_>, _>>()?;
+    times.sort_unstable();
+    println!(
+        r#"{{"client":"Rust","calls":{calls},"p50_us":{},"p99_us":{}}}"#,
+        percentile(&times, 50),
+        percentile(&times, 99)
+    );
+    Ok(())
+}
+
+/// One whole cycle: the kernel, its result mapped, read and given back.
+fn cycle(client: &Client, x: &mut OpenSegment, first: f64) -> Result<Duration, Box<dyn Error>> {
+    let begun = Instant::now();
+    x.tensor_mut::<f64>("x")?[0] = first;
+    let result = client
+        .call("scale-shift")
+        .input("x", &*x)
+        .param("a", 2)
+        .param("b", 1)
+        .send()?;
+    let (got, want) = (result.tensor("y")?.as_slice::<f64>()?[0], 2.0 * first + 1.0);
+    if got != want {
+        return Err(format!("the first element is {got}, expected {want}").into());
+    }
+    drop(result);
+    Ok(begun.elapsed())
+}
+
+/// Percentile of sorted times, in microseconds.
+fn percentile(times: &[Duration], of: usize) -> f64 {
+    times[(times.len() * of).div_ceil(100) - 1].as_secs_f64() * 1e6
+}

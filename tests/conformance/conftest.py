@@ -1,0 +1,93 @@
+"""One host for the run, one driver for each language, started when first needed and again when it died."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from drivers import Driver, DriverError, Host, languages
+
+
+@pytest.fixture(scope="session")
+def host():
+    host = Host()
+    yield host
+    assert host.stop() == 0, "the host did not end cleanly"
+
+
+@pytest.fixture(scope="session")
+def plugin_host():
+    """Starts a host with one of the test plugins, whose kernel is called `k`."""
+    hosts = {}
+
+    def start(name):
+        directory = os.environ.get("STRAIT_TEST_PLUGINS")
+        if not directory:
+            pytest.skip("STRAIT_TEST_PLUGINS is not set")
+        if name not in hosts:
+            hosts[name] = Host([Path(directory) / f"{name}.wasm"])
+        return hosts[name]
+
+    yield start
+    for host in hosts.values():
+        assert host.stop() == 0, "a host did not end cleanly"
+
+
+class Drivers:
+    def __init__(self, host):
+        self._host = host
+        self._known = {}
+        self._failed = {}
+
+    def __getitem__(self, language):
+        """The language's driver, running and connected to the host of the run."""
+        if language in self._failed:
+            pytest.fail(self._failed[language], pytrace=False)
+        driver = self._known.get(language)
+        if driver is None:
+            driver = Driver(languages()[language])
+            try:
+                driver.build()
+            except DriverError as error:
+                self._failed[language] = str(error)
+                pytest.fail(str(error), pytrace=False)
+            self._known[language] = driver
+        if not driver.alive:
+            driver.start()
+            hello = driver.do("hello")
+            assert hello["language"] == language and hello["fork"] in ("refused", "unsupported"), hello
+            driver.fork = hello["fork"]
+            driver.address = None
+        connect(driver, self._host)
+        return driver
+
+    def stop(self):
+        return {language: driver.stop() for language, driver in self._known.items()}
+
+
+def connect(driver, host, renew=True):
+    """Connects unless it is already: connections are cheap, but the cases are many."""
+    wanted = (host.address, renew)
+    if driver.address != wanted:
+        driver.address = None
+        driver.welcome = driver.do("connect", address=host.address, renew=renew)
+        driver.address = wanted
+
+
+@pytest.fixture(scope="session")
+def drivers(host):
+    drivers = Drivers(host)
+    yield drivers
+    codes = drivers.stop()
+    assert all(code in (0, None) for code in codes.values()), f"exit codes of drivers: {codes}"
+
+
+@pytest.fixture
+def driver(drivers, language):
+    return drivers[language]
+
+
+def pytest_generate_tests(metafunc):
+    for name in ("language", "producer", "consumer"):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, list(languages()))

@@ -1,0 +1,277 @@
+# The conformance driver for Julia: JSON lines in, JSON lines out. See tests/conformance/README.md.
+
+using Strait
+using Strait: JSON, CancelToken, cancel!, client_stats, dtype, invocation, renew!
+
+const TYPES = Dict(Strait.DTYPES)
+
+struct DriverError <: Exception
+    message::String
+end
+Base.showerror(io::IO, e::DriverError) = print(io, e.message)
+
+"What a handle leaves behind when it is released."
+struct ReleasedHandle end
+
+mutable struct Driver
+    session::Union{Nothing,Strait.Session}
+    handles::Dict{String,Any}
+    axes::Dict{String,Vector{String}}         # of each kernel: its parameters of kind axis
+end
+
+session(d::Driver) = something(d.session, Some(nothing)) === nothing ? throw(DriverError("no session")) : d.session
+
+function handle(d::Driver, name)
+    found = get(d.handles, name, nothing)
+    found === nothing && throw(DriverError("no handle $(repr(name))"))
+    found isa ReleasedHandle && throw(Released("handle $(repr(name)) was released"))
+    return found
+end
+
+# ---- what is said about arrays
+
+"Device and inode of the pages at an array's first element, as Linux maps them."
+function place(array::Array)
+    nowhere = (device = 0, inode = 0)
+    isempty(array) && return nowhere
+    address = UInt(pointer(array))
+    for line in eachline("/proc/self/maps")
+        range, _, _, device, inode = split(line; limit = 6)
+        low, high = (parse(UInt, word; base = 16) for word in split(range, '-'))
+        low <= address < high || continue
+        inode == "0" && return nowhere
+        major, minor = (parse(Int, word; base = 16) for word in split(device, ':'))
+        return (device = major << 8 | minor, inode = parse(Int, inode))
+    end
+    return nowhere
+end
+
+describe(array::Array) =
+    (; dtype = dtype(eltype(array)), shape = reverse(size(array)), bytes = sizeof(array), place(array)...)
+
+# Read and written where it lies: a copy would not prove anything.
+function read_into!(array::Array, file)
+    size = filesize(file)
+    size == sizeof(array) || throw(DriverError("$file has $size bytes, the array $(sizeof(array))"))
+    GC.@preserve array open(io -> unsafe_read(io, Ptr{UInt8}(pointer(array)), sizeof(array)), file)
+    return array
+end
+write_from(array::Array, file) = GC.@preserve array open(io -> unsafe_write(io, Ptr{UInt8}(pointer(array)), sizeof(array)), file, "w")
+
+# ---- operations
+
+option(request, key) = get(request, key, nothing)
+
+function connect!(d::Driver, request)
+    d.session === nothing || close(d.session)
+    d.session = nothing
+    s = d.session = connect(request["address"]; renew = something(option(request, "renew"), true))
+    return (host_id = s.welcome["host_id"], move_min_bytes = s.welcome["move_min_bytes"])
+end
+
+function make(d::Driver, request)
+    T, dims = TYPES[request["dtype"]], Tuple(reverse(Int.(request["shape"])))
+    array = request["how"] == "segment" ? zeros(session(d), T, dims) : Array{T}(undef, dims)
+    d.handles[request["as"]] = read_into!(array, request["file"])
+    return describe(array)
+end
+
+function put(d::Driver, request)
+    s = session(d)
+    before = client_stats(s).copied_bytes
+    publish!(s, request["name"], handle(d, request["handle"]); replace = something(option(request, "replace"), false))
+    return (copied_bytes = client_stats(s).copied_bytes - before,)
+end
+
+function get_flight(d::Driver, request)
+    array = fetch(session(d), request["name"]; lease_ms = option(request, "lease_ms"))
+    array isa Array || throw(DriverError("a flight of $(length(array)) tensors"))
+    d.handles[request["as"]] = array
+    return describe(array)
+end
+
+axes_of(d::Driver, kernel) = get!(d.axes, kernel) do
+    [p.name for k in kernels(session(d), kernel) for p in k.parameters if p.kind == "axis"]
+end
+
+"An axis as Julia counts, for a client that counts so."
+function parameters(d::Driver, request, inputs)
+    axes = axes_of(d, request["kernel"])
+    given = something(option(request, "parameters"), Dict{String,Any}())
+    return [name => name in axes ? rank(d, first(values(inputs))) - value : plain(value) for (name, value) in given]
+end
+rank(::Driver, array::Array) = ndims(array)
+function rank(d::Driver, name::String)
+    flight, column = occursin('#', name) ? split(name, '#') : (name, nothing)
+    tensors = Dict(flights(session(d)))[flight]
+    return ndims(column === nothing ? tensors[1] : tensors[findfirst(t -> t.name == column, tensors)])
+end
+plain(values::Vector) = Float64[values...]
+plain(value) = value
+
+function call_once(d::Driver, request, inputs, given)
+    keywords = Dict{Symbol,Any}()
+    for key in ("deadline_ms", "lease_ms", "verify", "replace", "publish", "request_id")
+        option(request, key) === nothing || (keywords[Symbol(key)] = request[key])
+    end
+    after = option(request, "cancel_after_ms")
+    if after !== nothing
+        token = keywords[:cancel] = CancelToken()
+        Timer(_ -> cancel!(token), after / 1000)
+    end
+    return invocation(session(d), request["kernel"], inputs, given; keywords...)
+end
+
+function call_all(d::Driver, request)
+    s = session(d)
+    inputs = Dict{String,Any}(port => given isa String ? given : handle(d, given["handle"]) for (port, given) in request["inputs"])
+    given = parameters(d, request, inputs)
+    seconds = Float64[]
+    copied = 0
+    runs = something(option(request, "repeat"), 1)
+    for run in 1:runs
+        began = time_ns()
+        found = call_once(d, request, inputs, given)
+        push!(seconds, (time_ns() - began) / 1e9)
+        copied += found.client_copied_bytes
+        if run < runs
+            release!(s, found.outputs)
+            continue
+        end
+        answer = (ok = true, outputs = Dict(String(port) => describe(y) for (port, y) in pairs(found.outputs)),
+            notes = [(key = key, text = text) for (key, text) in found.notes], pages = found.pages,
+            copied_bytes = found.copied_bytes, client_copied_bytes = copied, seconds = seconds)
+        for (port, y) in pairs(found.outputs)
+            file = get(something(option(request, "files"), Dict()), String(port), nothing)
+            file === nothing || write_from(y, file)
+            kept = get(something(option(request, "as"), Dict()), String(port), nothing)
+            kept === nothing ? release!(s, y) : (d.handles[kept] = y)
+        end
+        return answer
+    end
+end
+
+function concurrent(d::Driver, request)
+    repeat = something(option(request, "repeat"), 1)
+    foreach(call -> axes_of(d, call["kernel"]), request["calls"])
+    tasks = map(request["calls"]) do call
+        Threads.@spawn begin
+            answer = nothing
+            for _ in 1:repeat
+                answer = answered(() -> call_all(d, call))
+            end
+            answer
+        end
+    end
+    return (answers = fetch.(tasks),)
+end
+
+function release(d::Driver, request)
+    release!(session(d), handle(d, request["handle"]))
+    d.handles[request["handle"]] = ReleasedHandle()
+    return NamedTuple()
+end
+
+function forget(d::Driver, request)
+    handle(d, request["handle"])
+    delete!(d.handles, request["handle"])
+    return NamedTuple()
+end
+
+"""
+A child by `fork` alone. It has this thread only, so it must not collect garbage (that waits for the others), and it
+leaves by `_exit`.
+"""
+function fork_child(d::Driver)
+    s = session(d)
+    ends = zeros(Cint, 2)
+    systemerror("pipe", ccall(:pipe, Cint, (Ptr{Cint},), ends) != 0)
+    # A child cannot compile: all that it will do is done here once, the refusal by a stand-in.
+    attempt(ask) = JSON.encode(answered(() -> (ask(); NamedTuple())))
+    attempt(() -> throw(Forked(1, 2)))
+    refused = Function[() -> flights(s), () -> throw(Forked(1, 2))]
+    foreach(attempt, refused)
+    GC.enable(false)
+    child = ccall(:fork, Cint, ())
+    if child == 0
+        text = attempt(refused[1])
+        ccall(:write, Cssize_t, (Cint, Ptr{UInt8}, Csize_t), ends[2], text, sizeof(text))
+        ccall(:_exit, Cvoid, (Cint,), 0)
+    end
+    GC.enable(true)
+    ccall(:close, Cint, (Cint,), ends[2])
+    systemerror("fork", child < 0)
+    text = read(fdio(ends[1], true), String)
+    ccall(:waitpid, Cint, (Cint, Ptr{Cint}, Cint), child, C_NULL, 0)
+    return (child = JSON.decode(text),)
+end
+
+function perform(d::Driver, request)
+    op = request["op"]
+    op == "hello" && return (language = "julia", client = "strait-julia/$(Strait.CLIENT_VERSION)", fork = "refused")
+    op == "connect" && return connect!(d, request)
+    op == "close" && return (close(session(d)); NamedTuple())
+    op == "make" && return make(d, request)
+    op == "put" && return put(d, request)
+    op == "get" && return get_flight(d, request)
+    op == "read" && (array = handle(d, request["handle"]); write_from(array, request["file"]); return describe(array))
+    op == "write" && (read_into!(handle(d, request["handle"]), request["file"]); return NamedTuple())
+    op == "call" && return call_all(d, request)
+    op == "concurrent" && return concurrent(d, request)
+    op == "delete" && (delete!(session(d), request["name"]); return NamedTuple())
+    op == "list" && return (flights = [(name = name, tensors = [(name = t.name, dtype = dtype(eltype(t)), shape = reverse(size(t)))
+                                                                for t in tensors]) for (name, tensors) in flights(session(d))],)
+    op == "kernels" && return (kernels = [(name = k.name, plugin = k.plugin, doc = k.doc, inputs = [p.name for p in k.inputs],
+        outputs = [p.name for p in k.outputs], parameters = [p.name for p in k.parameters]) for k in kernels(session(d))],)
+    op == "stats" && return (stats = stats(session(d)).host,)
+    op == "client_stats" && return client_stats(session(d))
+    op == "renew" && return (expires_ms = renew!(session(d), handle(d, request["handle"]); lease_ms = option(request, "lease_ms")),)
+    op == "release" && return release(d, request)
+    op == "forget" && return forget(d, request)
+    op == "fork" && return fork_child(d)
+    throw(DriverError("unknown op $(repr(op))"))
+end
+
+# ---- answers
+
+answered(f) =
+    try
+        (; f()..., ok = true)
+    catch e
+        failed(e)
+    end
+
+kind(::RemoteError) = "remote"
+kind(::LeaseExpired) = "lease_expired"
+kind(::Disconnected) = "disconnected"
+kind(::NoHost) = "no_host"
+kind(::Released) = "released"
+kind(::Forked) = "forked"
+kind(::ArgumentError) = "argument"
+kind(::Any) = "driver"
+
+function failed(e)
+    answer = (ok = false, kind = kind(e), message = sprint(showerror, e))
+    e isa LeaseExpired && return (; answer..., request_id = e.request_id)
+    e isa RemoteError || return answer
+    answer = (; answer..., code = e.code, reason = e.reason, request_id = e.request_id)
+    return e.backtrace === nothing ? answer : (; answer..., backtrace = e.backtrace)
+end
+
+function main()
+    driver = Driver(nothing, Dict(), Dict())
+    for line in eachline(stdin)
+        isempty(line) && continue
+        request = JSON.decode(line)
+        ended = request["op"] == "exit"
+        answer = ended ? (ok = true,) : answered(() -> perform(driver, request))
+        # The request's own frame is gone here, so nothing of it keeps a forgotten array alive.
+        request["op"] == "forget" && (GC.gc(); GC.gc(); yield())
+        println(stdout, JSON.encode(answer))
+        flush(stdout)
+        ended && break
+    end
+    driver.session === nothing || close(driver.session)
+end
+
+main()

@@ -1,0 +1,575 @@
+"""The cases of cases.json, for each language. README.md says how."""
+
+import json
+import os
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import reference
+from conftest import connect
+from drivers import Host
+
+CASES = json.loads((Path(__file__).parent / "cases.json").read_text())
+BEHAVIOUR = CASES["behaviours"]
+SETTLE_SECONDS = 10
+
+
+def unique(word="t"):
+    return f"{word}-{uuid.uuid4().hex[:12]}"
+
+
+class Bench:
+    """What a test has made in a driver, all of which it takes away again."""
+
+    def __init__(self, driver, folder):
+        self.driver = driver
+        self.folder = folder
+        self._handles = []
+        self._flights = []
+
+    def make(self, x, dtype, how="copy"):
+        """A handle with the array x; and what the driver answered."""
+        handle, file = unique("h"), self.folder / unique("in")
+        file.write_bytes(x.tobytes())
+        answer = self.driver.do("make", **{"as": handle}, dtype=dtype, shape=list(x.shape), file=str(file), how=how)
+        file.unlink()
+        self._handles.append(handle)
+        same(answer, x, dtype)
+        return handle, answer
+
+    def put(self, handle, name=None):
+        name = name or unique("flight")
+        answer = self.driver.do("put", handle=handle, name=name)
+        self._flights.append(name)
+        return name, answer
+
+    def get(self, name, **fields):
+        handle = unique("h")
+        answer = self.driver.do("get", name=name, **{"as": handle}, **fields)
+        self._handles.append(handle)
+        return handle, answer
+
+    def read(self, handle):
+        file = self.folder / unique("out")
+        answer = self.driver.do("read", handle=handle, file=str(file))
+        data = file.read_bytes()
+        file.unlink()
+        return data, answer
+
+    def call(self, kernel, inputs, keep=(), **fields):
+        """Bytes of each output, and the answer; outputs in `keep` get handles, added as answer["handles"]."""
+        handles = {port: unique("h") for port in keep}
+        files = {port: str(self.folder / unique("out")) for port in fields.pop("ports", ["y"])}
+        answer = self.driver.do("call", kernel=kernel, inputs=inputs, files=files, **{"as": handles}, **fields)
+        self._handles += handles.values()
+        answer["handles"] = handles
+        data = {}
+        for port, file in files.items():
+            data[port] = Path(file).read_bytes()
+            os.unlink(file)
+        return data, answer
+
+    def drop(self, handle):
+        self._handles.remove(handle)
+
+    def clear(self):
+        if not self.driver.alive:
+            return
+        for handle in self._handles:
+            self.driver.ask("release", handle=handle)
+        for name in self._flights:
+            self.driver.ask("delete", name=name)
+
+
+@pytest.fixture
+def bench(driver, tmp_path):
+    bench = Bench(driver, tmp_path)
+    yield bench
+    bench.clear()
+
+
+def same(answer, x, dtype):
+    assert (answer["dtype"], answer["shape"], answer["bytes"]) == (dtype, list(x.shape), x.nbytes), answer
+
+
+def place(answer):
+    return answer["device"], answer["inode"]
+
+
+def page(answer, port):
+    found = [place(page) for page in answer["pages"] if page["port"] == port]
+    assert len(found) == 1, answer["pages"]
+    return found[0]
+
+
+def settled(counts, wanted):
+    """Waits until `wanted` holds of `counts()`: releases may be on their way."""
+    until = time.monotonic() + SETTLE_SECONDS
+    while True:
+        now = counts()
+        if wanted(now) or time.monotonic() > until:
+            return now
+        time.sleep(0.05)
+
+
+# Put and get
+
+
+@pytest.mark.parametrize("how", CASES["round_trip"]["how"])
+@pytest.mark.parametrize("dtype", CASES["round_trip"]["dtypes"])
+def test_round_trip(driver, bench, dtype, how):
+    for shape in CASES["round_trip"]["shapes"]:
+        x = reference.make(dtype, shape, "any")
+        handle, _ = bench.make(x, dtype, how)
+        name, put = bench.put(handle)
+        assert put["copied_bytes"] == (0 if how == "segment" else x.nbytes), shape
+        got, answer = bench.get(name)
+        same(answer, x, dtype)
+        data, answer = bench.read(got)
+        same(answer, x, dtype)
+        assert data == x.tobytes(), shape
+
+
+@pytest.fixture(scope="session")
+def written(drivers, tmp_path_factory):
+    """What a language wrote for the others, written once."""
+    done = {}
+
+    def write(language):
+        if language not in done:
+            bench = Bench(drivers[language], tmp_path_factory.mktemp(language))
+            arrays = [(dtype, shape) for dtype in CASES["round_trip"]["dtypes"] for shape in CASES["matrix"]["shapes"]]
+            large = CASES["matrix"]["large"]
+            arrays.append((large["dtype"], large["shape"]))
+            done[language] = []
+            for index, (dtype, shape) in enumerate(arrays):
+                x = reference.make(dtype, shape, "any", salt=language)
+                how = "segment" if index % 2 else "copy"
+                handle, _ = bench.make(x, dtype, how)
+                name, put = bench.put(handle)
+                assert put["copied_bytes"] == (0 if how == "segment" else x.nbytes)
+                bench.driver.do("release", handle=handle)
+                done[language].append((name, dtype, x))
+        return done[language]
+
+    yield write
+    for language, flights in done.items():
+        for name, _, _ in flights:
+            drivers[language].do("delete", name=name)
+
+
+def test_each_reads_what_each_wrote(drivers, written, tmp_path, producer, consumer):
+    flights = written(producer)
+    bench = Bench(drivers[consumer], tmp_path)
+    before = bench.driver.do("client_stats")["copied_bytes"]
+    host_before = bench.driver.do("stats")["stats"]["copied_bytes"]
+    listed = {flight["name"]: flight["tensors"] for flight in bench.driver.do("list")["flights"]}
+    for name, dtype, x in flights:
+        (tensor,) = listed[name]
+        assert (tensor["dtype"], tensor["shape"]) == (dtype, list(x.shape))
+        handle, answer = bench.get(name)
+        same(answer, x, dtype)
+        assert answer["inode"] != 0 or x.size == 0, "it is not mapped"
+        data, _ = bench.read(handle)
+        assert data == x.tobytes(), (dtype, x.shape)
+    bench.clear()
+    assert bench.driver.do("client_stats")["copied_bytes"] == before, "a get copied"
+    assert bench.driver.do("stats")["stats"]["copied_bytes"] == host_before, "the host copied"
+
+
+# Kernels
+
+
+def kernel_cases():
+    for entry in CASES["kernels"]:
+        for dtype in entry["dtypes"]:
+            each = [{key: value} for key, values in entry.get("each", {}).items() for value in values] or [{}]
+            parameters = [{**entry.get("parameters", {}), **more} for more in each]
+            words = ",".join(f"{key}={value}" for key, value in entry.get("parameters", {}).items())
+            yield pytest.param(entry, dtype, parameters, id="-".join(filter(None, [entry["kernel"], dtype, entry["fill"], words])))
+
+
+@pytest.mark.parametrize("entry, dtype, parameters", list(kernel_cases()))
+def test_kernel(driver, bench, entry, dtype, parameters):
+    for shape in entry["shapes"]:
+        x = reference.make(dtype, shape, entry["fill"])
+        handle, _ = bench.make(x, dtype, "segment")
+        for given in parameters:
+            wanted, to, notes = reference.expected(entry["kernel"], given, x, dtype)
+            data, answer = bench.call(entry["kernel"], {"x": {"handle": handle}}, parameters=given)
+            output = answer["outputs"]["y"]
+            assert (output["dtype"], output["shape"]) == (to, list(wanted.shape)), (given, shape)
+            reference.check(data["y"], wanted, to, entry["tolerance"], entry.get("zero_sign"))
+            said = {note["key"]: note["text"] for note in answer["notes"]}
+            assert {key: said.get(key) for key in notes} == notes
+            assert answer["client_copied_bytes"] == 0
+
+
+@pytest.mark.parametrize("past", BEHAVIOUR["threshold"]["elements_past_move_min_bytes"])
+@pytest.mark.parametrize("dtype", BEHAVIOUR["threshold"]["dtypes"])
+def test_both_sides_of_move_min_bytes(driver, bench, dtype, past):
+    kernel = BEHAVIOUR["threshold"]["kernel"]
+    size = reference.numpy_dtype(dtype).itemsize
+    count = -(-driver.welcome["move_min_bytes"] // size) + past
+    x = reference.make(dtype, [count], "normal")
+    handle, _ = bench.make(x, dtype, "segment")
+    given = {"lo": -1.0, "hi": 2.0}
+    wanted, _, _ = reference.expected(kernel, given, x, dtype)
+    data, answer = bench.call(kernel, {"x": {"handle": handle}}, parameters=given)
+    reference.check(data["y"], wanted, dtype)
+    assert answer["copied_bytes"] == (2 * x.nbytes if past < 0 else 0), "one copy in and one out below, none from there on"
+
+
+def test_kernels_are_listed(driver):
+    kernels = {kernel["name"]: kernel for kernel in driver.do("kernels")["kernels"]}
+    for entry in CASES["kernels"]:
+        kernel = kernels[entry["kernel"]]
+        assert (kernel["inputs"], kernel["outputs"]) == (["x"], ["y"]) and kernel["doc"]
+        given = {*entry.get("parameters", {}), *entry.get("each", {})}
+        assert given <= set(kernel["parameters"])
+
+
+# Zero copy
+
+
+def test_zero_copy(driver, bench):
+    dtype, shape = BEHAVIOUR["zero_copy"]["dtype"], BEHAVIOUR["zero_copy"]["shape"]
+    x = reference.make(dtype, shape, "normal")
+    handle, made = bench.make(x, dtype, "segment")
+    assert made["inode"] != 0
+    before = driver.do("stats")["stats"]["copied_bytes"]
+    given = {"a": 3.0, "b": -1.0}
+    data, answer = bench.call("scale-shift", {"x": {"handle": handle}}, keep=["y"], parameters=given, verify=True)
+    y, _, _ = reference.expected("scale-shift", given, x, dtype)
+    reference.check(data["y"], y, dtype)
+    assert page(answer, "x") == place(made), "the kernel did not work on the pages that the client filled"
+    assert page(answer, "y") == place(answer["outputs"]["y"]), "the client does not map the pages that the kernel wrote"
+
+    first = answer["handles"]["y"]
+    data, answer = bench.call("scale-shift", {"x": {"handle": first}}, parameters=given, verify=True)
+    assert page(answer, "x") == place(bench.read(first)[1]), "a result was copied to become an input"
+    reference.check(data["y"], reference.expected("scale-shift", given, y, dtype)[0], dtype)
+
+    name, put = bench.put(first)
+    got, answer = bench.get(name)
+    assert put["copied_bytes"] == 0 and place(answer) == place(bench.read(first)[1]), "publishing a result copied it"
+    name, put = bench.put(handle)
+    got, answer = bench.get(name)
+    assert put["copied_bytes"] == 0 and place(answer) == place(made), "publishing a segment copied it"
+    assert bench.read(got)[0] == x.tobytes()
+    assert driver.do("stats")["stats"]["copied_bytes"] == before, "the host copied"
+
+
+def test_an_ordinary_array_is_copied_once(driver, bench):
+    dtype, shape = BEHAVIOUR["zero_copy"]["dtype"], BEHAVIOUR["zero_copy"]["shape"]
+    x = reference.make(dtype, shape, "normal")
+    handle, made = bench.make(x, dtype, "copy")
+    for _ in range(3):
+        data, answer = bench.call("scale-shift", {"x": {"handle": handle}}, parameters={"a": 2.0})
+        assert (answer["client_copied_bytes"], answer["copied_bytes"]) == (x.nbytes, 0)
+        reference.check(data["y"], x * 2, dtype)
+    mappings = driver.do("client_stats")["mappings"]
+    data, answer = bench.call("scale-shift", {"x": {"handle": handle}}, repeat=5)
+    assert answer["client_copied_bytes"] == 5 * x.nbytes and len(answer["seconds"]) == 5
+    assert settled(lambda: driver.do("client_stats")["mappings"], lambda now: now <= mappings) <= mappings
+
+
+def test_a_segment_can_be_filled_again(driver, bench):
+    x = reference.make("float32", [50, 3], "normal")
+    handle, _ = bench.make(x, "float32", "segment")
+    for salt in ("a", "b"):
+        x = reference.make("float32", [50, 3], "normal", salt)
+        file = bench.folder / unique("in")
+        file.write_bytes(x.tobytes())
+        driver.do("write", handle=handle, file=str(file))
+        data, _ = bench.call("scale-shift", {"x": {"handle": handle}}, parameters={"a": 2.0})
+        reference.check(data["y"], x * np.float32(2), "float32")
+
+
+def test_published_outputs(driver, bench):
+    x = reference.make("float64", [6, 2], "normal")
+    handle, _ = bench.make(x, "float64", "segment")
+    name = unique("flight")
+    bench._flights.append(name)
+    data, _ = bench.call("scale-shift", {"x": {"handle": handle}}, publish={"y": name})
+    got, _ = bench.get(name)
+    assert bench.read(got)[0] == data["y"]
+    again, _ = bench.call("scale-shift", {"x": name}, parameters={"a": 2.0}, publish={"y": name}, replace=True)
+    assert again["y"] == (x * 2).tobytes()
+    assert bench.read(bench.get(name)[0])[0] == again["y"]
+    assert bench.read(got)[0] == data["y"], "what was mapped before the replacement changed"
+
+
+# Failures
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case["name"].replace(" ", "-")) for case in CASES["failures"]])
+def test_failure(driver, bench, case):
+    handles = {}
+    for word, array in case["arrays"].items():
+        handles[word], _ = bench.make(reference.make(array["dtype"], array["shape"], "normal"), array["dtype"])
+    for word, name in case.get("publish", {}).items():
+        bench.put(handles[word], name)
+    for word, name in case.get("get", {}).items():
+        handles[word], _ = bench.get(name)
+    for word in case.get("release", []):
+        driver.do("release", handle=handles[word])
+        bench.drop(handles[word])
+
+    request = dict(case["request"])
+    if "handle" in request:
+        request["handle"] = handles[request["handle"]]
+    if "file" in request:
+        request["file"] = str(bench.folder / request["file"])
+    if "inputs" in request:
+        request["inputs"] = {
+            port: {"handle": handles[given["handle"]]} if isinstance(given, dict) else given
+            for port, given in request["inputs"].items()
+        }
+    if request["op"] == "call":
+        request["request_id"] = unique("request")
+    failed(driver.ask(**request), case["expect"], request.get("request_id"))
+    driver.do("list")
+
+
+def failed(answer, expect, request_id=None):
+    assert answer["ok"] is False and answer["kind"] in expect["kinds"], answer
+    if answer["kind"] == "remote":
+        assert (answer["code"], answer["reason"]) == (expect["code"], expect["reason"]), answer
+        assert answer["request_id"] and request_id in (None, answer["request_id"]), answer
+    for word in expect.get("says", []):
+        assert word in answer["message"], answer
+
+
+def remote(code, reason):
+    return {"kinds": ["remote"], "code": code, "reason": reason}
+
+
+def test_no_host(driver, bench, tmp_path):
+    driver.address = None
+    failed(driver.ask("connect", address=f"unix://{tmp_path}"), {"kinds": ["no_host"], "says": [str(tmp_path)]})
+
+
+def test_a_dead_host_is_told_apart(driver, tmp_path):
+    host = Host()
+    try:
+        connect(driver, host)
+        bench = Bench(driver, tmp_path)
+        x = reference.make("float64", [70000], "normal")
+        handle, _ = bench.make(x, "float64", "segment")
+        name, _ = bench.put(handle)
+        got, _ = bench.get(name)
+        driver.do("list")
+        host.kill()
+        failed(driver.ask("list"), {"kinds": ["disconnected"]})
+        failed(driver.ask("call", kernel="scale-shift", inputs={"x": {"handle": got}}), {"kinds": ["disconnected"]})
+        assert bench.read(got)[0] == x.tobytes(), "mapped pages outlive the host"
+        driver.address = None
+        failed(driver.ask("connect", address=host.address), {"kinds": ["no_host"]})
+        driver.do("release", handle=got)
+    finally:
+        driver.address = None
+        host.stop()
+
+
+def test_a_closed_session(driver, bench):
+    x = reference.make("float32", [1000], "normal")
+    handle, _ = bench.make(x, "float32", "segment")
+    name, _ = bench.put(handle)
+    got, _ = bench.get(name)
+    driver.address = None
+    driver.do("close")
+    failed(driver.ask("list"), {"kinds": ["disconnected"]})
+    assert bench.read(got)[0] == x.tobytes()
+    driver.do("release", handle=got)
+    bench.drop(got)
+
+
+def test_host_killed_during_a_call(driver, plugin_host, tmp_path):
+    plugin_host("spins")
+    host = Host([Path(os.environ["STRAIT_TEST_PLUGINS"]) / "spins.wasm"])
+    try:
+        connect(driver, host)
+        handle, _ = Bench(driver, tmp_path).make(np.ones(10), "float64", "segment")
+        driver.send("call", kernel="k", inputs={"x": {"handle": handle}}, deadline_ms=60000)
+        time.sleep(BEHAVIOUR["killed"]["after_ms"] / 1000)
+        host.kill()
+        failed(driver.answer("call"), {"kinds": ["disconnected"]})
+    finally:
+        driver.address = None
+        host.stop()
+
+
+def test_trap(driver, plugin_host, tmp_path):
+    connect(driver, plugin_host("traps"))
+    bench = Bench(driver, tmp_path)
+    x = reference.make("float64", [100000], "normal")
+    handle, _ = bench.make(x, "float64", "segment")
+    for _ in range(3):
+        answer = driver.ask("call", kernel="k", inputs={"x": {"handle": handle}})
+        failed(answer, remote("INTERNAL", "GUEST_TRAP"))
+        assert answer["backtrace"]
+    assert bench.read(handle)[0] == x.tobytes(), "the input changed"
+    data, _ = bench.call("scale-shift", {"x": {"handle": handle}})
+    assert data["y"] == x.tobytes()
+    bench.clear()
+
+
+def test_deadline_and_cancel(driver, plugin_host, tmp_path):
+    connect(driver, plugin_host("spins"))
+    bench = Bench(driver, tmp_path)
+    handle, _ = bench.make(np.ones(10), "float64", "segment")
+    spin = {"kernel": "k", "inputs": {"x": {"handle": handle}}}
+    failed(driver.ask("call", **spin, **BEHAVIOUR["deadline"]), remote("DEADLINE_EXCEEDED", "DEADLINE"))
+    answer = driver.ask("call", **spin, deadline_ms=60000, cancel_after_ms=BEHAVIOUR["cancel"]["after_ms"])
+    failed(answer, remote("CANCELLED", "CANCELLED"))
+    data, _ = bench.call("scale-shift", {"x": {"handle": handle}})
+    assert data["y"] == np.ones(10).tobytes()
+    assert driver.do("stats")["stats"]["running"] == 0
+    bench.clear()
+
+
+def test_a_plugin_beside_the_standard_ones(driver, plugin_host, tmp_path):
+    connect(driver, plugin_host("copies"))
+    bench = Bench(driver, tmp_path)
+    x = reference.make("float64", [300, 300], "any")
+    handle, made = bench.make(x, "float64", "segment")
+    data, answer = bench.call("k", {"x": {"handle": handle}}, verify=True)
+    assert data["y"] == x.tobytes()
+    assert page(answer, "x") == place(made) and answer["copied_bytes"] == 0
+    bench.clear()
+
+
+# Leases
+
+
+def test_expired_lease(driver, host, bench):
+    x = reference.make("float64", [1000], "normal")
+    handle, _ = bench.make(x, "float64", "copy")
+    name, _ = bench.put(handle)
+    times = BEHAVIOUR["lease"]
+    try:
+        connect(driver, host, renew=False)
+        got, _ = bench.get(name, lease_ms=times["lease_ms"])
+        time.sleep(times["wait_ms"] / 1000)
+        failed(driver.ask("renew", handle=got), {"kinds": ["lease_expired"]})
+        failed(driver.ask("call", kernel="scale-shift", inputs={"x": {"handle": got}}), {"kinds": ["lease_expired"]})
+        assert bench.read(got)[0] == x.tobytes()
+        driver.do("release", handle=got)
+        bench.drop(got)
+
+        got, _ = bench.get(name, lease_ms=60000)
+        assert 0 < driver.do("renew", handle=got, lease_ms=5000)["expires_ms"] <= 5000
+        bench.call("scale-shift", {"x": {"handle": got}})
+    finally:
+        connect(driver, host)
+
+
+def test_leases_are_renewed(driver, bench):
+    x = reference.make("float64", [1000], "normal")
+    handle, _ = bench.make(x, "float64", "copy")
+    name, _ = bench.put(handle)
+    got, _ = bench.get(name, lease_ms=BEHAVIOUR["lease"]["lease_ms"])
+    time.sleep(BEHAVIOUR["lease"]["wait_ms"] / 1000)
+    data, _ = bench.call("scale-shift", {"x": {"handle": got}})
+    assert data["y"] == x.tobytes()
+
+
+def test_release_and_forget(driver, bench):
+    x = reference.make("float64", [1000], "normal")
+    handle, _ = bench.make(x, "float64", "copy")
+    name, _ = bench.put(handle)
+    own = lambda: driver.do("stats")["stats"]["own"]["leases"]
+    driver.do("list")
+    before = settled(own, lambda now: now == 0)
+    for op in ("release", "forget"):
+        got, _ = bench.get(name)
+        assert own() == before + 1
+        driver.do(op, handle=got)
+        bench.drop(got)
+        assert settled(own, lambda now: now <= before) <= before, op
+
+
+# Many calls
+
+
+def test_concurrent_callers(driver, bench):
+    plan = BEHAVIOUR["concurrent"]
+    x = reference.make("float64", plan["shape"], "normal")
+    segment, _ = bench.make(x, "float64", "segment")
+    ordinary, _ = bench.make(x, "float64", "copy")
+    calls, files = [], []
+    for index in range(plan["callers"]):
+        files.append(bench.folder / unique("out"))
+        calls.append(
+            {
+                "kernel": "scale-shift",
+                "inputs": {"x": {"handle": ordinary if index % 4 == 3 else segment}},
+                "parameters": {"a": index + 1.0, "b": float(index)},
+                "files": {"y": str(files[-1])},
+            }
+        )
+    answers = driver.do("concurrent", calls=calls, repeat=plan["repeat"])["answers"]
+    assert len(answers) == plan["callers"]
+    for index, (answer, file) in enumerate(zip(answers, files)):
+        assert answer["ok"], answer
+        reference.check(file.read_bytes(), x * (index + 1.0) + index, "float64")
+    assert driver.do("stats")["stats"]["running"] == 0
+
+
+@pytest.mark.parametrize("how", ["segment", "copy"])
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_many_calls_leave_nothing(driver, bench, how, size):
+    plan = BEHAVIOUR["thousand"]
+    calls, shape = (plan["calls"], plan["shape"]) if size == "small" else (plan["large_calls"], plan["large_shape"])
+    x = reference.make("float64", shape, "normal")
+    handle, _ = bench.make(x, "float64", how)
+    call = lambda repeat: bench.call("scale-shift", {"x": {"handle": handle}}, parameters={"a": 2.0}, repeat=repeat)
+    call(max(1, calls * plan["warm_up"] // plan["calls"]))
+
+    def counts():
+        stats = driver.do("stats")["stats"]
+        process, own = stats["process"], stats["own"]
+        ours = driver.counts()
+        return {
+            "descriptors of the host": process["fds"],
+            "mappings of the host": process["mappings"],
+            "threads of the host": process["threads"],
+            "segments": stats["segments"],
+            "leases": stats["leases"],
+            "own leases": own["leases"],
+            "own segments": own["segments"],
+            "resident bytes of the host": process["resident_bytes"],
+            "descriptors of the client": ours["fds"],
+            "mappings of the client": ours["mappings"],
+        }
+
+    slack = {"resident bytes of the host": plan["resident_bytes_more"]}
+    before = counts()
+    data, answer = call(calls)
+    assert len(answer["seconds"]) == calls
+    reference.check(data["y"], x * 2, "float64")
+    grown = lambda now: {
+        what: (before[what], now[what]) for what in now if now[what] > before[what] + slack.get(what, plan["slack"])
+    }
+    after = settled(counts, lambda now: not grown(now))
+    assert not grown(after), grown(after)
+
+
+# Fork
+
+
+def test_fork(driver, bench):
+    x = reference.make("float64", [1000], "normal")
+    handle, _ = bench.make(x, "float64", "segment")
+    child = driver.do("fork")["child"]
+    if driver.fork == "refused":
+        assert child["ok"] is False and child["kind"] == "forked", child
+    else:
+        assert child == "unsupported"
+    data, _ = bench.call("scale-shift", {"x": {"handle": handle}})
+    assert data["y"] == x.tobytes()

@@ -1,0 +1,37 @@
+"""Every first program in examples/ (Rust's are examples of its client) against a host, as its reader runs it.
+
+Needs what `cargo xtask test examples` sets up: Go and Julia on the PATH, the Python client, the host's program in
+STRAIT_BIN and Rust's examples beside it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import PATIENCE_SECONDS, environment
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+
+def programs():
+    """Name, command and folder of each program."""
+    yield "rust/first", [Path(os.environ["STRAIT_BIN"]).parent / "examples/first"], ROOT
+    commands = {"python": ("*.py", [sys.executable]), "go": ("*.go", ["go", "run"]), "julia": ("*.jl", ["julia", "--startup-file=no"])}
+    for language, (pattern, command) in commands.items():
+        for file in sorted((EXAMPLES / language).glob(pattern)):
+            yield f"{language}/{file.stem}", [*command, file.name], file.parent
+
+
+@pytest.mark.parametrize(("program", "folder"), [pytest.param(*rest, id=name) for name, *rest in programs()])
+def test_first_program(host, program, folder):
+    env = environment() | {
+        "STRAIT_ADDRESS": f"unix://{host.directory}",
+        "JULIA_LOAD_PATH": f"{ROOT / 'clients/julia'}:@stdlib",
+    }
+    done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+    assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
+    # All of them say the same: the first column of 0, 1000, 2000 ... scaled, and that nothing was copied.
+    assert "-1.73" in done.stdout and "copied: 0" in done.stdout, done.stdout

@@ -1,0 +1,234 @@
+"""Stock pyarrow against a strait host: nothing is configured, no `generic_options`.
+
+Needs pytest, numpy, pyarrow, and the host's program in STRAIT_BIN.
+"""
+
+import json
+import os
+import socket
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import command, path, put
+from pyarrow import flight, ipc
+
+
+def tensor_table(array, name="x"):
+    column = pa.FixedShapeTensorArray.from_numpy_ndarray(array)
+    return pa.table({name: column})
+
+
+def test_list_flights(client):
+    for name in ["list/b", "list/a"]:
+        put(client, name, pa.table({"x": [1.0, 2.0]}))
+    names = [info.descriptor.path[0].decode() for info in client.list_flights()]
+    assert names == sorted(names) and {"list/a", "list/b"} <= set(names)
+    assert [info.descriptor.path for info in client.list_flights(b"list/a")] == [[b"list/a"]]
+
+
+def test_flight_info_of_a_tensor(client):
+    mapping = put(client, "x", pa.table({"x": np.arange(1000.0)}))
+    info = client.get_flight_info(path("x"))
+    assert (info.total_records, info.total_bytes) == (1000, 8000)
+    assert info.schema == pa.schema([pa.field("x", pa.float64(), nullable=False)])
+    [endpoint] = info.endpoints
+    assert endpoint.locations == []
+    assert mapping["strait-mmap"] == 1 and mapping["seal"] == "write"
+    if hasattr(endpoint, "app_metadata"):
+        assert json.loads(endpoint.app_metadata) == mapping
+        assert json.loads(info.app_metadata) == mapping
+    [result] = client.do_action(("mapping", b"x"))
+    assert json.loads(result.body.to_pybytes()) == mapping
+    table = client.do_get(endpoint.ticket).read_all()
+    np.testing.assert_array_equal(table["x"].to_numpy(), np.arange(1000.0))
+
+
+def test_flight_info_of_an_invocation(client):
+    x = np.random.default_rng(1).normal(size=300_000)
+    put(client, "x", pa.table({"x": x}))
+    descriptor = command("scale-shift", {"x": "x"}, a=2, b=1)
+    assert client.get_schema(descriptor).schema.names == ["y"]
+    info = client.get_flight_info(descriptor)
+    [endpoint] = info.endpoints
+    y = client.do_get(endpoint.ticket).read_all()["y"].to_numpy()
+    np.testing.assert_array_equal(y, 2 * x + 1)
+    if hasattr(endpoint, "expiration_time"):
+        assert endpoint.expiration_time is not None
+    if hasattr(info, "app_metadata"):
+        outcome = json.loads(info.app_metadata)
+        assert outcome["copied_bytes"] == 0 and outcome["results"][0]["port"] == "y"
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(24, dtype=np.float32).reshape(4, 3, 2),
+        np.arange(12, dtype=np.int16).reshape(6, 2),
+        np.zeros((3, 2, 5), np.uint8),
+    ],
+)
+def test_tensors_keep_their_shape(client, array):
+    put(client, "t", tensor_table(array))
+    schema = client.get_schema(path("t")).schema
+    assert schema.field("x").type == pa.fixed_shape_tensor(pa.from_numpy_dtype(array.dtype), array.shape[1:])
+    column = client.do_get(flight.Ticket("t")).read_all()["x"].combine_chunks()
+    if isinstance(column, pa.ChunkedArray):
+        column = column.chunk(0)
+    np.testing.assert_array_equal(column.to_numpy_ndarray(), array)
+
+
+@pytest.mark.parametrize(
+    "dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"]
+)
+def test_every_primitive_type(client, dtype):
+    values = np.arange(100).astype(dtype)
+    put(client, "p", pa.table({"a": values, "b": values[::-1].copy()}))
+    table = client.do_get(flight.Ticket("p")).read_all()
+    table.validate(full=True)
+    np.testing.assert_array_equal(table["a"].to_numpy(), values)
+    np.testing.assert_array_equal(table["b"].to_numpy(), values[::-1])
+
+
+def test_100_mb_at_default_limits_both_ways(client):
+    x = np.random.default_rng(2).integers(0, 1 << 40, 12_500_000)
+    put(client, "big", pa.table({"x": x}))
+    got = client.do_get(flight.Ticket("big")).read_all()["x"].to_numpy()
+    np.testing.assert_array_equal(got, x)
+
+
+def test_100_mb_in_one_batch_of_long_rows(client):
+    # Rows of 10 MB: each is one message, above gRPC's default limit of 4 MiB.
+    x = np.random.default_rng(3).normal(size=(10, 1_250_000))
+    put(client, "rows", tensor_table(x))
+    column = client.do_get(flight.Ticket("rows")).read_all()["x"]
+    got = np.concatenate([chunk.to_numpy_ndarray() for chunk in column.chunks])
+    np.testing.assert_array_equal(got, x)
+
+
+def test_batches_sliced_and_chunked_uploads(client):
+    x = np.arange(100_000.0)
+    table = pa.table({"x": pa.chunked_array([x[:3], x[3:50_000], x[50_000:50_000], x[50_000:]])}).slice(1, 99_000)
+    put(client, "chunks", table)
+    got = client.do_get(flight.Ticket("chunks")).read_all()["x"].to_numpy()
+    np.testing.assert_array_equal(got, x[1:99_001])
+
+
+def test_empty_table(client):
+    put(client, "empty", pa.table({"x": pa.array([], pa.float32())}))
+    table = client.do_get(flight.Ticket("empty")).read_all()
+    assert table.num_rows == 0 and table.schema.field("x").type == pa.float32()
+
+
+def recvd_segment(host, client, name):
+    """The bytes of a flight's segment, by the data socket as docs/protocol.md has it."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as data:
+        data.connect(os.path.join(host.directory, "data.sock"))
+
+        def call(op, sequence, body):
+            body = json.dumps(body).encode()
+            header = b"ST" + bytes([1, op]) + sequence.to_bytes(4, "little")
+            data.sendall(header + len(body).to_bytes(4, "little") + bytes(4) + body)
+            packet, fds, _, _ = socket.recv_fds(data, 65536, 16)
+            reply = json.loads(packet[16:])
+            assert packet[3] in (2, 3), reply
+            return reply, fds
+
+        call(1, 1, {"protocol": 1, "client": "test_flight.py"})
+        reply, [fd] = call(14, 2, {"name": name})
+        with os.fdopen(fd, "rb") as segment:
+            return reply["mapping"], segment.read(reply["mapping"]["bytes"])
+
+
+def test_a_saved_segment_is_an_arrow_file_and_a_stream(host, client, tmp_path):
+    x = np.arange(60_000, dtype=np.float64).reshape(-1, 6)
+    put(client, "saved", tensor_table(x))
+    mapping, data = recvd_segment(host, client, "saved")
+    assert len(data) == mapping["bytes"]
+    file = tmp_path / "saved.arrow"
+    file.write_bytes(data)
+
+    with pa.memory_map(str(file)) as mapped:
+        before = pa.total_allocated_bytes()
+        table = ipc.open_file(mapped).read_all()
+        assert pa.total_allocated_bytes() == before, "no copy"
+        table.validate(full=True)
+        np.testing.assert_array_equal(table["x"].chunk(0).to_numpy_ndarray(), x)
+    with pa.memory_map(str(file)) as mapped:
+        mapped.seek(8)
+        stream = ipc.open_stream(mapped)
+        np.testing.assert_array_equal(stream.read_all()["x"].chunk(0).to_numpy_ndarray(), x)
+
+
+def raised(kind, code, words, call):
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    for word in words:
+        assert word in text, text
+    extra = getattr(caught.value, "extra_info", None)
+    if extra:
+        assert json.loads(extra)["reason"] == code
+
+
+def test_errors_are_the_right_exceptions(client):
+    raised(KeyError, "TENSOR_NOT_FOUND", ["no tensor `nope`"], lambda: client.get_flight_info(path("nope")))
+    raised(KeyError, "TENSOR_NOT_FOUND", ["no tensor `nope`"], lambda: client.do_get(flight.Ticket("nope")).read_all())
+    raised(KeyError, "KERNEL_NOT_FOUND", ["nope"], lambda: client.get_flight_info(command("nope", {})))
+    put(client, "x", pa.table({"x": [1.0, 2.0]}))
+    raised(
+        pa.ArrowInvalid,
+        "UNKNOWN_PARAMETER",
+        ["nonsense"],
+        lambda: client.get_flight_info(command("scale-shift", {"x": "x"}, nonsense=1)),
+    )
+    raised(
+        pa.ArrowInvalid,
+        "BAD_REQUEST",
+        ["JSON"],
+        lambda: client.get_flight_info(flight.FlightDescriptor.for_command(b"not json")),
+    )
+    raised(NotImplementedError, "UNSUPPORTED_OP", ["no action"], lambda: list(client.do_action(("nope", b""))))
+
+
+def test_uploads_that_are_no_tensors(client):
+    for column, words in [
+        (pa.array(["a", "b"]), ["`c`", "text"]),
+        (pa.array(["a", "b"]).dictionary_encode(), ["`c`", "dictionary"]),
+        (pa.array([1.0, None]), ["`c`", "1 nulls"]),
+        (pa.array([True, False]), ["`c`", "int8"]),
+    ]:
+        raised(pa.ArrowInvalid, "BAD_TENSOR", words, lambda column=column: put(client, "bad", pa.table({"c": column})))
+    table = pa.table({"c": np.arange(1000.0)})
+    options = flight.FlightCallOptions(write_options=ipc.IpcWriteOptions(compression="lz4"))
+    raised(pa.ArrowInvalid, "BAD_TENSOR", ["compressed"], lambda: put(client, "bad", table, options))
+    raised(KeyError, "TENSOR_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
+
+
+def test_a_name_is_taken_once(client):
+    put(client, "once", pa.table({"x": [1.0]}))
+    with pytest.raises(pa.ArrowException, match="`once` already"):
+        put(client, "once", pa.table({"x": [2.0]}), flight.FlightCallOptions())
+    [x] = client.do_get(flight.Ticket("once")).read_all()["x"].to_pylist()
+    assert x == 1.0
+    assert list(client.do_action(("drop", b"once"))) == []
+    put(client, "once", pa.table({"x": [3.0]}), flight.FlightCallOptions())
+
+
+def test_actions(client):
+    names = {action.type for action in client.list_actions()}
+    assert {"kernels", "describe", "mapping", "drop", "stats"} <= names
+    kernels = [json.loads(result.body.to_pybytes()) for result in client.do_action(("kernels", b""))]
+    assert "scale-shift" in {kernel["name"] for kernel in kernels}
+    [stats] = client.do_action(("stats", b""))
+    assert json.loads(stats.body.to_pybytes())["process"]["fds"] > 0
+
+
+def test_many_calls_on_one_connection_and_many_connections(host):
+    clients = [host.connect() for _ in range(8)]
+    put(clients[0], "many", pa.table({"x": np.arange(1000.0)}))
+    for _ in range(20):
+        for client in clients:
+            assert client.get_flight_info(path("many")).total_records == 1000
+    for client in clients:
+        client.close()

