@@ -20,12 +20,12 @@ use arrow_flight::{
 };
 use arrow_schema::{DataType, Field, Schema};
 use bytes::Bytes;
-use futures::{StreamExt, TryStreamExt, stream};
+use futures::{Stream, StreamExt, TryStreamExt, stream};
 use serde_json::{Value, json};
 use strait::config::Config;
 use strait::lease::Principal;
 use strait::session::{FlightState, Host};
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
@@ -171,6 +171,14 @@ impl Rig {
         drop(self.stop.take());
         self.served.await.unwrap().unwrap();
     }
+}
+
+/// What a test sends bit by bit, as a request's stream.
+fn sent_to(receiver: mpsc::Receiver<FlightData>) -> impl Stream<Item = FlightData> {
+    stream::unfold(receiver, |mut receiver| async move {
+        let message = receiver.recv().await?;
+        Some((message, receiver))
+    })
 }
 
 async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
@@ -1218,7 +1226,7 @@ async fn an_upload_that_breaks_off_frees_its_name() {
     let rig = Rig::new().await;
     let used = rig.used();
     let data = messages(&floats(MIB), Some("x")).await;
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
+    let (sender, receiver) = mpsc::channel(1);
     // A client with a runtime of its own: when that goes, its connection breaks.
     let dies = tokio::runtime::Runtime::new().unwrap();
     let socket = rig
@@ -1233,7 +1241,7 @@ async fn an_upload_that_breaks_off_frees_its_name() {
             .connect()
             .await
             .unwrap();
-        let messages = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        let messages = sent_to(receiver);
         FlightServiceClient::new(channel)
             .do_put(messages)
             .await?
@@ -1383,8 +1391,8 @@ async fn a_client_that_does_not_read_holds_only_its_own_stream() {
 #[tokio::test(flavor = "multi_thread")]
 async fn an_upload_may_wait_for_the_head() {
     let rig = Rig::new().await;
-    let (sender, receiver) = tokio::sync::mpsc::channel(1);
-    let messages_sent = tokio_stream::wrappers::ReceiverStream::new(receiver);
+    let (sender, receiver) = mpsc::channel(1);
+    let messages_sent = sent_to(receiver);
     let mut client = rig.client().await;
     let mut results = client.do_put(messages_sent).await.unwrap().into_inner();
     for message in messages(&floats(3), Some("x")).await {

@@ -79,6 +79,19 @@ pub struct Framing {
     pub footer_offset: u64,
 }
 
+impl Framing {
+    /// Whether header and footer are in the segment as the host wrote them.
+    fn is_in(&self, sealed: &Segment<Sealed>) -> Result<bool, MemoryError> {
+        let uncounted = Copied::new();
+        let same = |offset: u64, expected: &[u8]| -> Result<bool, MemoryError> {
+            let mut found = vec![0; expected.len()];
+            sealed.read_at(offset, &mut found, &uncounted)?;
+            Ok(found == expected)
+        };
+        Ok(same(0, &self.header)? && same(self.footer_offset, &self.footer)?)
+    }
+}
+
 impl From<&FileLayout> for Framing {
     fn from(layout: &FileLayout) -> Self {
         Self {
@@ -229,38 +242,31 @@ impl LiveSegment {
     ///
     /// # Errors
     /// [`SealError::Memory`] with `StillWritable` if the client still maps it writable: nothing
-    /// changed. [`SealError::Tampered`]: it is sealed and of no use.
+    /// changed. [`SealError::Tampered`]: it is sealed and cannot be published; its tensors can still be used.
     pub fn seal(&self) -> Result<(), SealError> {
         let mut body = self.body();
-        let sealed = match std::mem::replace(&mut *body, Body::Lost) {
-            Body::Open(open) => open.seal().map_err(|r| (Body::Open(r.segment), r.error)),
-            Body::Client(lent) => lent.seal().map_err(|r| (Body::Client(r.segment), r.error)),
+        let (after, error) = match std::mem::replace(&mut *body, Body::Lost) {
+            Body::Open(open) => match open.seal() {
+                Ok(sealed) => (Body::Sealed(sealed), None),
+                Err(refused) => (Body::Open(refused.segment), Some(refused.error)),
+            },
+            Body::Client(lent) => match lent.seal() {
+                Ok(sealed) => (Body::Sealed(sealed), None),
+                Err(refused) => (Body::Client(refused.segment), Some(refused.error)),
+            },
             Body::Lost => return Err(SealError::Lost(self.id)),
-            other => {
-                *body = other;
-                return Ok(());
-            }
+            other => (other, None),
         };
-        let sealed = match sealed {
-            Ok(sealed) => sealed,
-            Err((before, error)) => {
-                *body = before;
-                return Err(error.into());
-            }
-        };
-        if let Some(framing) = &self.framing {
-            let uncounted = Copied::new();
-            let same = |offset: u64, expected: &[u8]| -> Result<bool, MemoryError> {
-                let mut found = vec![0; expected.len()];
-                sealed.read_at(offset, &mut found, &uncounted)?;
-                Ok(found == expected)
-            };
-            if !same(0, &framing.header)? || !same(framing.footer_offset, &framing.footer)? {
-                return Err(SealError::Tampered(self.id));
-            }
+        *body = after;
+        if let Some(error) = error {
+            return Err(error.into());
         }
-        *body = Body::Sealed(sealed);
-        Ok(())
+        match (&*body, &self.framing) {
+            (Body::Sealed(sealed), Some(framing)) if !framing.is_in(sealed)? => {
+                Err(SealError::Tampered(self.id))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Before first use as an input: from now on only the client that made it can write.

@@ -1,10 +1,13 @@
-"""Every first program in examples/ (Rust's are examples of its client) against a host, as its reader runs it.
+"""Everything in examples/ as its reader runs it: each language's first programs (Rust's are examples of its client)
+against a host, and the scripts called `run`, which start what they need, on small data.
 
 Needs what `cargo xtask test examples` sets up: Go and Julia on the PATH, the Python client, the host's program in
 STRAIT_BIN and Rust's examples beside it.
 """
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,5 +36,13 @@ def test_first_program(host, program, folder):
     }
     done = subprocess.run(program, cwd=folder, env=env, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, f"{program}\n{done.stdout}\n{done.stderr}"
-    # All of them say the same: the first column of 0, 1000, 2000 ... scaled, and that nothing was copied.
-    assert "-1.73" in done.stdout and "copied: 0" in done.stdout, done.stdout
+    # All of them say the same: where 0, 1, 2 ... begin when scaled, and that nothing was copied.
+    assert "-1.73" in done.stdout and re.search(r"copied.*: 0$", done.stdout, re.MULTILINE), done.stdout
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/run")), ids=lambda script: script.parent.name)
+def test_script(script):
+    env = environment() | {"STRAIT_BIN": os.environ["STRAIT_BIN"], "JULIA": shutil.which("julia")}
+    done = subprocess.run([script, "--quick"], env=env, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS)
+    print(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -134,7 +134,7 @@ const STEPS: &[Step] = &[
         about: "every program in examples/",
         folder: "examples",
         needs: &[Need::Python, Need::Go, Need::Julia, Need::Programs],
-        run: || pytest(&["tests/python/test_examples.py"]),
+        run: examples,
     },
 ];
 
@@ -467,6 +467,19 @@ fn client_julia() -> Result<()> {
         .arg("--startup-file=no")
         .arg(client.join("test/runtests.jl"))
         .env("JULIA_LOAD_PATH", paths))
+}
+
+fn examples() -> Result<()> {
+    let pipeline = tools::root().join("examples/go-julia");
+    let mut go = command("go");
+    // Without cgo the program that embeds Julia is left out; `run` builds it, knowing where Julia is.
+    go.args(["test", "-count=1", "./..."])
+        .env("CGO_ENABLED", "0");
+    run(go.current_dir(&pipeline))?;
+    let mut julia = command("julia");
+    julia.args(["--startup-file=no", "json_numbers_test.jl"]);
+    run(julia.current_dir(&pipeline))?;
+    pytest(&["tests/python/test_examples.py"])
 }
 
 fn pytest(arguments: &[&str]) -> Result<()> {

@@ -240,7 +240,7 @@ function keep_scratch!(s::Session, array::Array)
     surplus = lock(s.lock) do
         push!(s.scratch, array)
         surplus = Array[]
-        while length(s.scratch) > SCRATCH_COUNT_MAX || sum(sizeof, s.scratch) > SCRATCH_BYTES_MAX
+        while length(s.scratch) > SCRATCH_COUNT_MAX || mapreduce(sizeof, +, s.scratch; init = 0) > SCRATCH_BYTES_MAX
             push!(surplus, popfirst!(s.scratch))
         end
         return surplus

@@ -135,6 +135,35 @@ end
     @test collect_until(() -> open_fds() <= before + 1)   # the peer's own end stays open
 end
 
+@testset "garbage is looked for once much is mapped" begin
+    log = Tuple{Op,Dict{String,Any}}[]
+    lease = Ref(0)
+    with_peer(serve((op, body) -> op == MAP ? result_of(lease[] += 1) : (OK, done()), log)) do s, peer
+        kept = fetch(s, "x")
+        apart(() -> foreach(_ -> fetch(s, "x"), 1:5))
+        @test Strait.client_stats(s).mapped_bytes == 6 * 2PAGE
+        s.connection.collect_at = 6 * 2PAGE
+        Strait.ping(s)
+        # The one that is alive, and the last one at most, whose slot the compiler may keep.
+        @test Strait.client_stats(s).mappings <= 2
+        @test s.connection.collect_at == Strait.COLLECT_BYTES_MIN
+        @test kept[2] == 2
+    end
+end
+
+@testset "idle segments beyond the limit are released" begin
+    log = Tuple{Op,Dict{String,Any}}[]
+    with_peer(serve((op, body) -> op == MAP ? result_of(1) : (OK, done()), log)) do s, peer
+        y = fetch(s, "x")
+        for _ in 1:Strait.SCRATCH_COUNT_MAX + 1
+            Strait.keep_scratch!(s, y)
+        end
+        @test length(s.scratch) == Strait.SCRATCH_COUNT_MAX
+        @test_throws Released publish!(s, "n", y)
+        empty!(s.scratch)
+    end
+end
+
 @testset "release!" begin
     log = Tuple{Op,Dict{String,Any}}[]
     with_peer(serve((op, body) -> op == MAP ? result_of(9) : (OK, done()), log)) do s, peer

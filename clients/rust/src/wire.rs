@@ -462,7 +462,7 @@ impl From<&TensorPlace> for PlacedTensor {
 
 /// An input of INVOKE.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, deny_unknown_fields)]
 pub enum Input {
     /// `name` or `name#column`.
     Text(String),

@@ -338,6 +338,11 @@ impl Segment<Open> {
             create_memfd().map_err(|source| MemoryError::system("memfd_create", bytes, source))?;
         rustix::fs::ftruncate(&fd, bytes)
             .map_err(|source| MemoryError::system("ftruncate", bytes, source))?;
+        // From the first moment on, before anybody else has a descriptor: a client that cut it
+        // would make every access of the host beyond the new end a SIGBUS.
+        let fixed = SealFlags::SHRINK | SealFlags::GROW;
+        rustix::fs::fcntl_add_seals(&fd, fixed)
+            .map_err(|source| MemoryError::system("F_ADD_SEALS", bytes, source))?;
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
         Ok(Self::from_parts(fd, inode, charge))

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
 
 from . import _wire
 from ._errors import (

@@ -10,6 +10,12 @@ struct DriverError <: Exception
 end
 Base.showerror(io::IO, e::DriverError) = print(io, e.message)
 
+"An array, and the session that it came over: it may be released after that session's end."
+struct Handle
+    array::Array
+    session::Strait.Session
+end
+
 "What a handle leaves behind when it is released."
 struct ReleasedHandle end
 
@@ -19,14 +25,16 @@ mutable struct Driver
     axes::Dict{String,Vector{String}}         # of each kernel: its parameters of kind axis
 end
 
-session(d::Driver) = something(d.session, Some(nothing)) === nothing ? throw(DriverError("no session")) : d.session
+session(d::Driver) = d.session === nothing ? throw(DriverError("no session")) : d.session
 
 function handle(d::Driver, name)
     found = get(d.handles, name, nothing)
     found === nothing && throw(DriverError("no handle $(repr(name))"))
     found isa ReleasedHandle && throw(Released("handle $(repr(name)) was released"))
-    return found
+    return found::Handle
 end
+array_of(d::Driver, name) = handle(d, name).array
+keep!(d::Driver, name, array::Array) = (d.handles[name] = Handle(array, session(d)); array)
 
 # ---- what is said about arrays
 
@@ -72,22 +80,20 @@ end
 function make(d::Driver, request)
     T, dims = TYPES[request["dtype"]], Tuple(reverse(Int.(request["shape"])))
     array = request["how"] == "segment" ? zeros(session(d), T, dims) : Array{T}(undef, dims)
-    d.handles[request["as"]] = read_into!(array, request["file"])
-    return describe(array)
+    return describe(keep!(d, request["as"], read_into!(array, request["file"])))
 end
 
 function put(d::Driver, request)
     s = session(d)
     before = client_stats(s).copied_bytes
-    publish!(s, request["name"], handle(d, request["handle"]); replace = something(option(request, "replace"), false))
+    publish!(s, request["name"], array_of(d, request["handle"]); replace = something(option(request, "replace"), false))
     return (copied_bytes = client_stats(s).copied_bytes - before,)
 end
 
 function get_flight(d::Driver, request)
     array = fetch(session(d), request["name"]; lease_ms = option(request, "lease_ms"))
     array isa Array || throw(DriverError("a flight of $(length(array)) tensors"))
-    d.handles[request["as"]] = array
-    return describe(array)
+    return describe(keep!(d, request["as"], array))
 end
 
 axes_of(d::Driver, kernel) = get!(d.axes, kernel) do
@@ -124,7 +130,7 @@ end
 
 function call_all(d::Driver, request)
     s = session(d)
-    inputs = Dict{String,Any}(port => given isa String ? given : handle(d, given["handle"]) for (port, given) in request["inputs"])
+    inputs = Dict{String,Any}(port => given isa String ? given : array_of(d, given["handle"]) for (port, given) in request["inputs"])
     given = parameters(d, request, inputs)
     seconds = Float64[]
     copied = 0
@@ -145,7 +151,7 @@ function call_all(d::Driver, request)
             file = get(something(option(request, "files"), Dict()), String(port), nothing)
             file === nothing || write_from(y, file)
             kept = get(something(option(request, "as"), Dict()), String(port), nothing)
-            kept === nothing ? release!(s, y) : (d.handles[kept] = y)
+            kept === nothing ? release!(s, y) : keep!(d, kept, y)
         end
         return answer
     end
@@ -167,7 +173,8 @@ function concurrent(d::Driver, request)
 end
 
 function release(d::Driver, request)
-    release!(session(d), handle(d, request["handle"]))
+    found = handle(d, request["handle"])
+    release!(found.session, found.array)
     d.handles[request["handle"]] = ReleasedHandle()
     return NamedTuple()
 end
@@ -214,8 +221,8 @@ function perform(d::Driver, request)
     op == "make" && return make(d, request)
     op == "put" && return put(d, request)
     op == "get" && return get_flight(d, request)
-    op == "read" && (array = handle(d, request["handle"]); write_from(array, request["file"]); return describe(array))
-    op == "write" && (read_into!(handle(d, request["handle"]), request["file"]); return NamedTuple())
+    op == "read" && (array = array_of(d, request["handle"]); write_from(array, request["file"]); return describe(array))
+    op == "write" && (read_into!(array_of(d, request["handle"]), request["file"]); return NamedTuple())
     op == "call" && return call_all(d, request)
     op == "concurrent" && return concurrent(d, request)
     op == "delete" && (delete!(session(d), request["name"]); return NamedTuple())
@@ -225,7 +232,7 @@ function perform(d::Driver, request)
         outputs = [p.name for p in k.outputs], parameters = [p.name for p in k.parameters]) for k in kernels(session(d))],)
     op == "stats" && return (stats = stats(session(d)).host,)
     op == "client_stats" && return client_stats(session(d))
-    op == "renew" && return (expires_ms = renew!(session(d), handle(d, request["handle"]); lease_ms = option(request, "lease_ms")),)
+    op == "renew" && return (expires_ms = renew!(session(d), array_of(d, request["handle"]); lease_ms = option(request, "lease_ms")),)
     op == "release" && return release(d, request)
     op == "forget" && return forget(d, request)
     op == "fork" && return fork_child(d)
