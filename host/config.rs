@@ -34,6 +34,9 @@ pub struct Server {
     pub plugins: Vec<PathBuf>,
     /// A plugin in the place of the standard one; none: the one that is built in.
     pub standard_plugin: Option<PathBuf>,
+    /// A loopback address on which Flight is served over TCP, too: reads and puts, without
+    /// authentication, for every user of this machine; none: not at all.
+    pub tcp: Option<std::net::SocketAddr>,
     /// Time that running invocations get at the end.
     pub drain_ms: Option<u64>,
     /// Longest gRPC message; a tensor row above it cannot be read inline.

@@ -2,6 +2,7 @@
 
 use std::fs::{self, DirBuilder};
 use std::io::{self, IsTerminal, Read};
+use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use strait_client::address::DATA_SOCKET;
 use strait_memory::{FrameListener, process};
-use tokio::net::UnixListener;
+use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tracing_subscriber::Layer;
@@ -41,6 +42,10 @@ pub(super) struct ServeArgs {
     /// Load this plugin beside the standard one; may be given several times.
     #[arg(long = "plugin", value_name = "FILE")]
     plugins: Vec<PathBuf>,
+    /// Serve Flight on this loopback address, too (reads and puts, without authentication: every user of
+    /// this machine can use it as you); port 0 takes a free one.
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    tcp: Option<SocketAddr>,
     /// How log lines on stderr look.
     #[arg(long, value_enum, default_value = "human")]
     log_format: LogFormat,
@@ -90,6 +95,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     start_log(args.log_format, &args.log_level)?;
     let mut config = load(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
+    config.server.tcp = args.tcp.or(config.server.tcp);
     let directory = match args
         .directory
         .clone()
@@ -192,6 +198,12 @@ async fn serve_until_told(
             _ => Failure::other("LINUX", format!("no data socket: {error}")),
         },
     )?;
+    // Before the plugins are compiled, too: whoever finds one of the sockets finds the other.
+    let (listener, flight_path) = bind_flight(directory)?;
+    let tcp = match config.server.tcp {
+        Some(address) => Some(bind_tcp(address).await?),
+        None => None,
+    };
     let drain = config.drain();
     let starting = {
         let directory = directory.to_owned();
@@ -200,8 +212,6 @@ async fn serve_until_told(
     let host = starting
         .await
         .map_err(|e| Failure::other("HOST", format!("the start broke off: {e}")))??;
-    let (listener, flight_path) = bind_flight(directory)?;
-
     let (stop, stopped) = watch::channel(false);
     let told = |mut stopped: watch::Receiver<bool>| async move {
         // An error means that the sender is gone, which is an end, too.
@@ -212,10 +222,23 @@ async fn serve_until_told(
         data,
         told(stopped.clone()),
     ));
-    let mut flight = tokio::spawn(flight::serve(Arc::clone(&host), listener, told(stopped)));
+    let over_tcp = tcp.as_ref().map_or_else(String::new, |(_, address)| {
+        format!(" and grpc+tcp://{address}")
+    });
+    let unix = flight::serve(Arc::clone(&host), listener, told(stopped.clone()));
+    let remote = {
+        let (host, told) = (Arc::clone(&host), told(stopped));
+        async move {
+            match tcp {
+                Some((listener, _)) => flight::serve_tcp(host, listener, told).await,
+                None => Ok(()),
+            }
+        }
+    };
+    let mut flight = tokio::spawn(async { tokio::try_join!(unix, remote).map(|_| ()) });
     let kernels = host.plugins().kernels().len();
     let ready = format!(
-        "strait {} serves unix://{} with {kernels} kernels",
+        "strait {} serves unix://{}{over_tcp} with {kernels} kernels",
         env!("CARGO_PKG_VERSION"),
         directory.display()
     );
@@ -270,6 +293,25 @@ fn describe<E: std::fmt::Display>(
         Ok(Err(error)) => error.to_string(),
         Err(error) => error.to_string(),
     }
+}
+
+/// A listener for Flight over TCP, and its address.
+async fn bind_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Failure> {
+    if !address.ip().is_loopback() {
+        return Err(Failure::input(
+            "BAD_SETTING",
+            format!(
+                "{address} can be reached from other machines, and Flight over TCP has no authentication yet; \
+                 take a loopback address such as 127.0.0.1:{}, and a tunnel (ssh -L) from elsewhere",
+                address.port()
+            ),
+        ));
+    }
+    let bound = TcpListener::bind(address).await.and_then(|listener| {
+        let address = listener.local_addr()?;
+        Ok((listener, address))
+    });
+    bound.map_err(|error| Failure::other("LINUX", format!("no TCP socket at {address}: {error}")))
 }
 
 /// What can end a host.

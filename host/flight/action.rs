@@ -9,6 +9,7 @@ use prost::Message;
 use serde::de::DeserializeOwned;
 use strait_client::wire;
 
+use super::call::Call;
 use super::info::{self, Wanted, bad_request, segment_id};
 use crate::error::{Code, Status};
 use crate::lease::Principal;
@@ -57,12 +58,11 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 /// # Errors
 /// `UNSUPPORTED_OP` for an unknown one, `BAD_REQUEST` for a body that does not fit, and what the
 /// action itself says.
-pub(super) fn run(
-    host: &Host,
-    principal: Principal,
-    action: &Action,
-) -> Result<Vec<ActionResult>, Status> {
-    let body = &action.body;
+pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<ActionResult>, Status> {
+    let (principal, body) = (call.principal, &action.body);
+    if !matches!(action.r#type.as_str(), "kernels" | "describe") {
+        call.local_only("this action")?;
+    }
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
         "kernels" => kernels(host, &json_or_default(body)?),

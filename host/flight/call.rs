@@ -26,6 +26,8 @@ const BACKTRACE_BYTES_MAX: usize = 2048;
 #[derive(Clone, Debug)]
 pub(super) struct Call {
     pub(super) principal: Principal,
+    /// Over TCP: whoever asks cannot map, and has not shown who it is.
+    pub(super) remote: bool,
     pub(super) request_id: Arc<str>,
     pub(super) span: tracing::Span,
 }
@@ -61,11 +63,12 @@ impl Call {
                 return Err(to_tonic(&status, &fresh));
             }
         };
-        let uid = request.extensions().get::<Peer>().and_then(|peer| peer.uid);
+        let Peer { uid, remote } = Peer::of(request);
         let span = tracing::info_span!("flight", call = name, request_id = &*request_id, uid);
         match uid {
             Some(uid) if uid != overflow_uid => Ok(Self {
                 principal: Principal { uid },
+                remote,
                 request_id,
                 span,
             }),
@@ -83,6 +86,20 @@ impl Call {
                 Err(to_tonic(&status, &request_id))
             }
         }
+    }
+
+    /// Whether it comes from this machine by a unix socket.
+    ///
+    /// # Errors
+    /// `UNSUPPORTED_OP` for a call over TCP; `what` it asked for.
+    pub(super) fn local_only(&self, what: &str) -> Result<(), Status> {
+        if !self.remote {
+            return Ok(());
+        }
+        let message = format!(
+            "{what} over TCP comes with tokens and TLS in a later version; connect to the unix socket"
+        );
+        Err(Status::new(Code::Unimplemented, "UNSUPPORTED_OP", message))
     }
 
     /// The end of the call.

@@ -23,10 +23,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arrow_flight::flight_service_server::FlightServiceServer;
-use futures::stream;
-use tokio::net::{UnixListener, UnixStream};
+use futures::stream::{self, Stream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tonic::transport::Server;
-use tonic::transport::server::Connected;
+use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use crate::session::Host;
 use authority::Repaired;
@@ -67,6 +68,23 @@ fn overflow_uid() -> std::io::Result<u32> {
 struct Peer {
     /// None: Linux did not say.
     uid: Option<u32>,
+    /// Over TCP: served as the host's own user, with less.
+    remote: bool,
+}
+
+impl Peer {
+    fn of<T>(request: &tonic::Request<T>) -> Self {
+        let extensions = request.extensions();
+        let tcp = extensions.get::<TcpConnectInfo>().map(|_| Self {
+            uid: Some(rustix::process::geteuid().as_raw()),
+            remote: true,
+        });
+        let unknown = Self {
+            uid: None,
+            remote: true,
+        };
+        extensions.get::<Self>().copied().or(tcp).unwrap_or(unknown)
+    }
 }
 
 impl Connected for Repaired<UnixStream> {
@@ -79,6 +97,7 @@ impl Connected for Repaired<UnixStream> {
                 .peer_cred()
                 .ok()
                 .map(|credentials| credentials.uid()),
+            remote: false,
         }
     }
 }
@@ -93,12 +112,6 @@ pub async fn serve(
     listener: UnixListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let overflow_uid = overflow_uid().map_err(ServeError::OverflowUid)?;
-    let message_bytes_max = host.config().message_bytes_max();
-    let service = FlightServiceServer::new(Service::new(host, overflow_uid))
-        .max_decoding_message_size(message_bytes_max.saturating_add(METADATA_BYTES))
-        // `read` bounds what goes out, with an error that says what else the client can do.
-        .max_encoding_message_size(usize::MAX);
     let accepted = stream::unfold(listener, |listener| async move {
         loop {
             match listener.accept().await {
@@ -118,6 +131,53 @@ pub async fn serve(
             }
         }
     });
+    serve_connections(host, accepted, shutdown).await
+}
+
+/// Serves a part of Flight over TCP until `shutdown`: lists, reads and puts of the host's own user.
+/// There is no authentication, so `listener` must be on a loopback address; whoever can connect
+/// can read and put. Kernel calls and actions that change something are refused, and no mapping is told.
+///
+/// # Errors
+/// [`ServeError`].
+pub async fn serve_tcp(
+    host: Arc<Host>,
+    listener: TcpListener,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError> {
+    let accepted = stream::unfold(listener, |listener| async move {
+        loop {
+            match listener.accept().await {
+                Ok((connection, _)) => {
+                    // Best effort: without it the end of a message may wait for an acknowledgement.
+                    let _ = connection.set_nodelay(true);
+                    let connection: std::io::Result<_> = Ok(connection);
+                    return Some((connection, listener));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a Flight connection over TCP could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    });
+    serve_connections(host, accepted, shutdown).await
+}
+
+async fn serve_connections<C>(
+    host: Arc<Host>,
+    accepted: impl Stream<Item = std::io::Result<C>>,
+    shutdown: impl Future<Output = ()>,
+) -> Result<(), ServeError>
+where
+    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
+{
+    let overflow_uid = overflow_uid().map_err(ServeError::OverflowUid)?;
+    let message_bytes_max = host.config().message_bytes_max();
+    let service = FlightServiceServer::new(Service::new(host, overflow_uid))
+        .max_decoding_message_size(message_bytes_max.saturating_add(METADATA_BYTES))
+        // `read` bounds what goes out, with an error that says what else the client can do.
+        .max_encoding_message_size(usize::MAX);
     Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)

@@ -9,6 +9,7 @@ use arrow_flight::{
     HandshakeRequest, HandshakeResponse, PollInfo, PutResult, Result as ActionResult, SchemaResult,
     Ticket,
 };
+use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use strait_client::wire;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -65,6 +66,10 @@ impl Service {
         let target = Target::of(request.get_ref());
         let body_id = target.as_ref().ok().and_then(Target::request_id);
         let call = Call::begin(&self.host, self.overflow_uid, name, request, body_id)?;
+        let target = target.and_then(|target| match target {
+            Target::Invoke(_) => call.local_only("a kernel call").map(|()| target),
+            Target::Name(_) => Ok(target),
+        });
         match target {
             Ok(target) => Ok((call, target)),
             Err(status) => Err(call.failed(&status)),
@@ -80,7 +85,7 @@ impl Service {
         match target {
             Target::Name(name) => {
                 let segment = self.host.lookup(call.principal, &name)?;
-                info::flight(&self.host, &name, &segment)
+                info::flight(&self.host, &name, &segment).map(|info| told(call.remote, info))
             }
             Target::Invoke(invoke) => {
                 let invoked = invoke_and_wait(&self.host, call, *invoke).await?;
@@ -182,6 +187,17 @@ async fn invoke_and_wait(
     result.map_err(|error| host_bug("waiting for an invocation", error))?
 }
 
+/// What is told of a flight: somebody far away has no use for a mapping.
+fn told(remote: bool, mut info: FlightInfo) -> FlightInfo {
+    if remote {
+        info.app_metadata.clear();
+        for endpoint in &mut info.endpoint {
+            endpoint.app_metadata.clear();
+        }
+    }
+    info
+}
+
 fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
     match request
         .metadata()
@@ -252,7 +268,10 @@ impl FlightService for Service {
         let (host, errors) = (Arc::clone(&self.host), call.clone());
         let flights = prefix.map(|prefix| {
             listed(host, errors.principal, prefix)
-                .map(move |flight| flight.map_err(|status| errors.failed(&status)))
+                .map(move |flight| match flight {
+                    Ok(info) => Ok(told(errors.remote, info)),
+                    Err(status) => Err(errors.failed(&status)),
+                })
                 .boxed()
         });
         call.answer(flights)
@@ -314,7 +333,10 @@ impl FlightService for Service {
             )
             .await?;
             Ok(PutResult {
-                app_metadata: info::mapping(&host, &segment)?,
+                app_metadata: match errors.remote {
+                    true => Bytes::new(),
+                    false => info::mapping(&host, &segment)?,
+                },
             })
         };
         let errors = call.clone();
@@ -340,7 +362,7 @@ impl FlightService for Service {
         let call = self.begin("DoAction", &request)?;
         let results = call
             .span
-            .in_scope(|| action::run(&self.host, call.principal, request.get_ref()));
+            .in_scope(|| action::run(&self.host, &call, request.get_ref()));
         call.answer(results.map(|results| stream::iter(results).map(Ok).boxed()))
     }
 
