@@ -230,7 +230,7 @@ mod tests {
         let host = Host::start(config, directory.path()).expect("a host");
         let from = |uid| {
             let mut request = Request::new(());
-            request.extensions_mut().insert(Peer { uid });
+            request.extensions_mut().insert(Peer { uid, remote: false });
             Call::begin(&host, 65534, "DoGet", &request, None).map(|call| call.principal)
         };
         assert_eq!(from(Some(7)).expect("a user"), Principal { uid: 7 });

@@ -196,7 +196,7 @@ func (c *Client) Get(ctx context.Context, name string, options ...ipc.Option) (*
 
 // Put sends record batches, which the host copies once into one segment, and gives them a name;
 // replace takes the name from the flight that has it. Columns are of numbers or fixed-size lists of
-// numbers, without nulls.
+// numbers, without nulls. It answers what a client on the same machine can map; over TCP that is nothing.
 //
 // A strait.RemoteError with BAD_TENSOR names the column that is of another kind.
 func (c *Client) Put(ctx context.Context, name string, records array.RecordReader, replace bool) (strait.Mapping, error) {
@@ -218,6 +218,10 @@ func (c *Client) Put(ctx context.Context, name string, records array.RecordReade
 	result, err := stream.Recv()
 	if err != nil {
 		return strait.Mapping{}, remote(err, stream.Trailer())
+	}
+	if len(result.AppMetadata) == 0 {
+		// Over TCP there is nothing to map.
+		return strait.Mapping{}, nil
 	}
 	return mapping(result.AppMetadata)
 }
