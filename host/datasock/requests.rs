@@ -12,7 +12,6 @@ use super::Outgoing;
 use crate::engine::CancelToken;
 use crate::error::{Code, Status};
 use crate::lease::LiveSegment;
-use crate::plugin::KernelRef;
 use crate::session::{Answer, Invoked, LeaseId, Session};
 
 /// Bytes of JSON that a page of a listing may reach before it ends.
@@ -343,7 +342,7 @@ fn kernels(session: &Session, sequence: u32, body: &[u8]) -> Framed {
     let all = session.host().plugins().kernels();
     let wanted = all
         .iter()
-        .map(kernel)
+        .map(wire::Kernel::from)
         .filter(|k| {
             request
                 .kernel
@@ -362,46 +361,6 @@ fn kernels(session: &Session, sequence: u32, body: &[u8]) -> Framed {
         request_id: id.to_string(),
     };
     Ok(encode(Op::Ok, sequence, &body, Vec::new()))
-}
-
-/// A kernel as the wire has it.
-pub(crate) fn kernel(found: &KernelRef) -> wire::Kernel {
-    let port = |p: &crate::plugin::Port| wire::Port {
-        name: p.name.clone(),
-        dtypes: p.dtypes.clone(),
-        rank_min: p.rank_min,
-        rank_max: p.rank_max,
-        role: match p.role {
-            crate::plugin::Role::Data => "data".to_owned(),
-            crate::plugin::Role::Mask => "mask".to_owned(),
-        },
-        doc: p.doc.clone(),
-    };
-    let kernel = found.kernel();
-    wire::Kernel {
-        name: kernel.name.clone(),
-        plugin: found.plugin.description.name.clone(),
-        version: found.plugin.description.version.clone(),
-        doc: kernel.doc.clone(),
-        inputs: kernel.inputs.iter().map(port).collect(),
-        outputs: kernel.outputs.iter().map(port).collect(),
-        parameters: kernel
-            .parameters
-            .iter()
-            .map(|p| wire::Parameter {
-                name: p.name.clone(),
-                kind: p.kind.name().to_owned(),
-                default: p.default.as_ref().map(crate::plugin::Value::to_json),
-                minimum: p.minimum,
-                maximum: p.maximum,
-                choices: p.choices.clone(),
-                doc: p.doc.clone(),
-            })
-            .collect(),
-        split_axis: kernel.split_axis,
-        streaming: kernel.streaming,
-        in_place: kernel.in_place,
-    }
 }
 
 fn mapped(session: &Session, segment: &LiveSegment, id: &Arc<str>) -> wire::Mapped {
@@ -673,41 +632,7 @@ pub(super) fn invoked(
                 name: result.name.clone(),
             });
         }
-        let seconds = &invoked.seconds;
-        let body = wire::Invoked {
-            results,
-            notes: invoked
-                .notes
-                .iter()
-                .map(|(key, text)| wire::Note {
-                    key: key.clone(),
-                    text: text.clone(),
-                })
-                .collect(),
-            copied_bytes: invoked.copied_bytes,
-            input_written: false,
-            pages: invoked
-                .pages
-                .iter()
-                .map(|p| wire::Pages {
-                    port: p.port.clone(),
-                    device: p.inode.map_or(0, |i| i.device),
-                    inode: p.inode.map_or(0, |i| i.inode),
-                })
-                .collect(),
-            minor_faults: invoked.minor_faults,
-            seconds: wire::Seconds {
-                queue: invoked.queue_seconds,
-                instantiate: seconds.instantiate,
-                open: seconds.open,
-                reserve: seconds.reserve,
-                move_in: seconds.move_in,
-                run: seconds.run,
-                move_out: seconds.move_out,
-                total: seconds.total + invoked.queue_seconds,
-            },
-            request_id: request_id.to_string(),
-        };
+        let body = invoked.to_wire(results, request_id);
         Ok(encode_leased(session, sequence, &body, fds, &leases))
     });
     framed.unwrap_or_else(|status| failure(sequence, &status, request_id))

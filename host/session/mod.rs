@@ -43,6 +43,10 @@ use workers::Workers;
 
 /// Longest flight name in bytes.
 const NAME_BYTES_MAX: usize = 200;
+/// Most tensors of one segment that a client makes or hands over.
+const COLUMNS_MAX: usize = 128;
+/// Longest name of such a tensor in bytes.
+const COLUMN_BYTES_MAX: usize = 200;
 /// Longest request id or idempotency key in characters.
 const ID_CHARS_MAX: usize = 64;
 
@@ -523,6 +527,7 @@ impl Host {
         principal: Principal,
         tensors: Vec<wire::NewTensor>,
     ) -> Result<(Arc<LiveSegment>, OwnedFd), Status> {
+        check_columns(tensors.iter().map(|t| t.name.as_str()))?;
         let columns = tensors
             .into_iter()
             .map(|t| {
@@ -564,9 +569,7 @@ impl Host {
     ) -> Result<Arc<LiveSegment>, Status> {
         self.admit()?;
         let bad = |message: String| Status::new(Code::InvalidArgument, "BAD_TENSOR", message);
-        if tensors.is_empty() {
-            return Err(bad("a segment needs at least one tensor".to_owned()));
-        }
+        check_columns(tensors.iter().map(|t| t.name.as_str()))?;
         let mut ranges = Vec::with_capacity(tensors.len());
         for (index, tensor) in tensors.iter().enumerate() {
             let bytes = tensor.spec.bytes()?;
@@ -852,6 +855,27 @@ pub fn check_name(name: &str) -> Result<(), Status> {
             name.len()
         ),
     ))
+}
+
+/// Names of a segment's tensors: few and short enough for a mapping to fit a frame.
+fn check_columns<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> Result<(), Status> {
+    let bad = |message: String| Err(Status::new(Code::InvalidArgument, "BAD_TENSOR", message));
+    if names.len() == 0 || names.len() > COLUMNS_MAX {
+        return bad(format!(
+            "{} tensors; a segment has 1 to {COLUMNS_MAX}",
+            names.len()
+        ));
+    }
+    for name in names {
+        if name.is_empty() || name.len() > COLUMN_BYTES_MAX || name.chars().any(char::is_control) {
+            let shown: String = name.chars().take(40).collect();
+            return bad(format!(
+                "a tensor is named {shown:?} ({} bytes); a name has 1 to {COLUMN_BYTES_MAX} bytes without control characters",
+                name.len()
+            ));
+        }
+    }
+    Ok(())
 }
 
 fn check_id(what: &str, id: &str) -> Result<(), Status> {

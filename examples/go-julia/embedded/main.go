@@ -1,3 +1,5 @@
+//go:build cgo
+
 // Command embedded is the cgo path of the comparison: a Go program that has libjulia in its own
 // process and hands it the data by one memcpy into a Julia Array. No sandbox, no second process.
 //

@@ -27,9 +27,10 @@ type path struct {
 	// Bytes of the series that went in.
 	Bytes  int64 `json:"bytes"`
 	Rounds int   `json:"rounds"`
-	// Seconds from the filled series to Julia's sum; the next two are parts of it.
+	// Seconds from the filled series to Julia's sum; the next three are its parts.
 	Seconds          float64 `json:"seconds"`
 	TransformSeconds float64 `json:"transform_seconds"`
+	HandOverSeconds  float64 `json:"hand_over_seconds"`
 	ReduceSeconds    float64 `json:"reduce_seconds"`
 	BytesPerSecond   float64 `json:"bytes_per_second"`
 	// TimesStrait is how much longer it takes for each byte than through the host.
@@ -38,18 +39,20 @@ type path struct {
 	CopiedBytes int64  `json:"copied_bytes"`
 	Copies      string `json:"copies"`
 
-	total, transform, reduce samples
+	total, transform, handOver, reduce samples
 }
 
 func (p *path) add(total, transform, reduce float64) {
 	p.total.add(total)
 	p.transform.add(transform)
+	p.handOver.add(total - transform - reduce)
 	p.reduce.add(reduce)
 }
 
 func (p *path) finish() {
 	p.Rounds = len(p.total)
-	p.Seconds, p.TransformSeconds, p.ReduceSeconds = p.total.median(), p.transform.median(), p.reduce.median()
+	p.Seconds, p.TransformSeconds = p.total.median(), p.transform.median()
+	p.HandOverSeconds, p.ReduceSeconds = p.handOver.median(), p.reduce.median()
 	p.BytesPerSecond = float64(p.Bytes) / p.Seconds
 }
 
@@ -150,7 +153,7 @@ func (r *report) print(to io.Writer) error {
 	fmt.Fprintln(table, "path\tMB\trounds\tms\ttransform\thand-over\treduce\tGB/s\t× strait\tcopies")
 	for _, p := range r.Paths {
 		fmt.Fprintf(table, "%s\t%.1f\t%d\t%.1f\t%.1f\t%.1f\t%.1f\t%.2f\t%.2f\t%s\n", p.Name, float64(p.Bytes)/1e6, p.Rounds, milliseconds(p.Seconds),
-			milliseconds(p.TransformSeconds), milliseconds(p.Seconds-p.TransformSeconds-p.ReduceSeconds), milliseconds(p.ReduceSeconds),
+			milliseconds(p.TransformSeconds), milliseconds(p.HandOverSeconds), milliseconds(p.ReduceSeconds),
 			p.BytesPerSecond/1e9, p.TimesStrait, p.Copies)
 	}
 	if err := table.Flush(); err != nil {
