@@ -277,7 +277,7 @@ fn a_frame_that_is_wrong_is_answered_by_what_is_wrong() {
         refused("a segment over the budget", Op::Create, r#"{"tensors":[{"name":"x","dtype":"int8","shape":[1099511627776]}]}"#, 0, ("RESOURCE_EXHAUSTED", "BUDGET_EXCEEDED")),
         refused("nine axes", Op::Create, r#"{"tensors":[{"name":"x","dtype":"int8","shape":[1,1,1,1,1,1,1,1,1]}]}"#, 0, ("INVALID_ARGUMENT", "BAD_TENSOR")),
         refused("no tensors", Op::Create, r#"{"tensors":[]}"#, 0, ("INVALID_ARGUMENT", "BAD_TENSOR")),
-        refused("a reply that is too long", Op::Create, many_tensors(), 0, ("OUT_OF_RANGE", "BAD_REQUEST")),
+        refused("too many tensors", Op::Create, many_tensors(), 0, ("INVALID_ARGUMENT", "BAD_TENSOR")),
     ];
     let mut watcher = host.greeted();
     watcher.ok(Op::Ping, json!({}));
@@ -296,7 +296,7 @@ fn a_frame_that_is_wrong_is_answered_by_what_is_wrong() {
     check_call(&mut watcher, json!("x"), &ramp(10));
 }
 
-/// A CREATE that fits a frame and whose reply does not.
+/// A CREATE of more tensors than a segment may have.
 fn many_tensors() -> String {
     let one = |i| format!(r#"{{"name":"{i}","dtype":"int8","shape":[1]}}"#);
     let all: Vec<_> = (0..1000).map(one).collect();
@@ -304,14 +304,14 @@ fn many_tensors() -> String {
 }
 
 #[test]
-fn a_reply_that_is_too_long_leaves_no_lease_and_no_name() {
+fn more_tensors_than_a_reply_can_name_are_refused_and_leave_nothing() {
     let host = Served::start(&[]);
     let mut client = host.greeted();
-    let too_long = ("OUT_OF_RANGE", "BAD_REQUEST");
+    let too_many = ("INVALID_ARGUMENT", "BAD_TENSOR");
     let create = serde_json::from_str(&many_tensors()).unwrap();
     client
         .ask(Op::Create, create)
-        .refused(too_long.0, too_long.1);
+        .refused(too_many.0, too_many.1);
     let fd = sealed(memfd(PAGE), FINAL);
     let tensors = json!([place(&"n".repeat(BODY_BYTES_MAX - 200), 8, 0)]);
     client
@@ -320,7 +320,7 @@ fn a_reply_that_is_too_long_leaves_no_lease_and_no_name() {
             json!({"tensors": tensors, "name": "big"}),
             &[fd.as_fd()],
         )
-        .refused(too_long.0, too_long.1);
+        .refused(too_many.0, too_many.1);
     let stats = client.ok(Op::Stats, json!({}));
     assert_eq!(stats["own"], json!({"leases": 0, "segments": 0}));
     assert_eq!(

@@ -319,6 +319,8 @@ struct End {
     terminate: Signal,
     interrupt: Signal,
     stdin: watch::Receiver<bool>,
+    /// Told once, so that it does not count as the second signal.
+    stdin_told: bool,
     /// Here if nobody reads stdin: without a sender it would look as if it had ended.
     _unread: Option<watch::Sender<bool>>,
 }
@@ -349,17 +351,21 @@ impl End {
             terminate: signal(SignalKind::terminate()).map_err(failed)?,
             interrupt: signal(SignalKind::interrupt()).map_err(failed)?,
             stdin,
+            stdin_told: false,
             _unread: unread,
         })
     }
 
     /// Waits for the next of them.
     async fn told(&mut self) -> &'static str {
-        let already = *self.stdin.borrow_and_update();
         tokio::select! {
             _ = self.terminate.recv() => "SIGTERM",
             _ = self.interrupt.recv() => "SIGINT",
-            _ = self.stdin.changed(), if !already => "stdin ended",
+            // Also if it ended before anybody asked: while the plugins were compiled.
+            Ok(_) = self.stdin.wait_for(|ended| *ended), if !self.stdin_told => {
+                self.stdin_told = true;
+                "stdin ended"
+            }
         }
     }
 }
