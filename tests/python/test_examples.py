@@ -40,9 +40,18 @@ def test_first_program(host, program, folder):
     assert "-1.73" in done.stdout and re.search(r"copied.*: 0$", done.stdout, re.MULTILINE), done.stdout
 
 
-@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("*/run")), ids=lambda script: script.parent.name)
-def test_script(script):
+# What makes them small.
+SCRIPTS = {"go-julia": "--quick", "small-calls": "200"}
+
+
+def test_every_script_is_known():
+    assert {script.parent.name for script in EXAMPLES.glob("*/run")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script(name):
     env = environment() | {"STRAIT_BIN": os.environ["STRAIT_BIN"], "JULIA": shutil.which("julia")}
-    done = subprocess.run([script, "--quick"], env=env, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS)
+    command = [EXAMPLES / name / "run", SCRIPTS[name]]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

@@ -6,6 +6,7 @@ STRAIT_IPC_SAMPLES is the built example `ipc_samples` of strait-tensor:
     STRAIT_IPC_SAMPLES=target/release/examples/ipc_samples pytest tests/python/test_ipc_layout.py
 """
 
+import gc
 import json
 import os
 import subprocess
@@ -101,6 +102,8 @@ def check_column(field, column, tensor):
 @by_name
 def test_a_mapped_file_is_read_without_allocation(case):
     path = DIRECTORY / f"{case['name']}.arrow"
+    # What an earlier test left to the collector must not go in between.
+    gc.collect()
     with pa.memory_map(str(path)) as source:
         before = pa.total_allocated_bytes()
         reader = pa.ipc.open_file(source)
@@ -108,7 +111,7 @@ def test_a_mapped_file_is_read_without_allocation(case):
         batch = reader.get_batch(0)
         batch.validate(full=True)
         check_batch(batch, case)
-        assert pa.total_allocated_bytes() == before
+        assert pa.total_allocated_bytes() <= before
 
 
 @by_name
