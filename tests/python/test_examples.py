@@ -55,3 +55,4 @@ def test_script(name):
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert "left out" not in done.stderr, done.stderr
