@@ -18,12 +18,9 @@ seconds_since(begun) = (time_ns() - begun) / 1e9
 "`fetch` answers whatever type the flight has; this program knows one."
 fetched(session, name) = fetch(session, name)::Vector{Float64}
 
-populate(y) = ccall(:madvise, Cint, (Ptr{Cvoid}, Csize_t, Cint), pointer(y), sizeof(y), 22) == 0 || error(Libc.strerror())
-
 function map_and_reduce(session, name)
     begun = time_ns()
     y = fetched(session, name)
-    populate(y)
     mapped = seconds_since(begun)
     sum, allocated, pass = measured_total(y)
     # The sum is what the producer waits for; nobody waits for the pages.

@@ -140,7 +140,7 @@ func (p *sharedPath) round(ctx context.Context, seed uint64, r *report, measured
 	}
 	run := result.Timing.Run.Seconds()
 	r.shared.add(total.Seconds(), run, mapped.Reduce)
-	r.Stages.add(filled.Seconds(), called.Seconds(), run, &mapped, &seen, total.Seconds()/(run+seen.Pass))
+	r.Stages.add(total.Seconds(), filled.Seconds(), called.Seconds(), run, &mapped, &seen)
 	return nil
 }
 
