@@ -149,8 +149,10 @@ pub enum InvokeError {
         kernel: String,
         /// The input.
         port: String,
-        /// The guest's stack, if wasm code did it.
+        /// The guest's stack: at the store, or where the guest was ended after it.
         backtrace: Option<String>,
+        /// Bytes of scrap memory that the guest dirtied; 0 if the store was a trap.
+        dirtied_bytes: u64,
     },
     /// The guest broke the contract.
     #[error("kernel `{kernel}` broke the contract in `{during}`: {what}")]
@@ -277,6 +279,16 @@ pub enum InvokeError {
     },
 }
 
+impl InvokeError {
+    /// The guest's stack, of an error that has one.
+    fn into_backtrace(self) -> Option<String> {
+        match self {
+            Self::Trap { backtrace, .. } | Self::InputWritten { backtrace, .. } => backtrace,
+            _ => None,
+        }
+    }
+}
+
 /// What every step of an invocation needs to make its errors.
 struct Names<'a> {
     kernel: &'a str,
@@ -350,6 +362,8 @@ impl<'a> Names<'a> {
             Some(stop @ (Stop::LogRange(_) | Stop::Table { .. })) => {
                 return self.bad(during, stop.to_string());
             }
+            // `run` says which one; no other call has inputs to write to.
+            Some(Stop::InputWritten) => {}
             None => {}
         }
         let backtrace = error
@@ -417,7 +431,10 @@ impl Instance {
         let mut store = Store::new(&engine.wasmtime, state);
         store.limiter(|state| state);
         if engine.config.epoch_interruption {
-            store.epoch_deadline_callback(move |_| {
+            store.epoch_deadline_callback(move |store| {
+                if store.data().faults.any_written() {
+                    return Err(Stop::InputWritten.into());
+                }
                 if cancel.is_cancelled() {
                     return Err(Stop::Cancelled.into());
                 }
@@ -625,6 +642,7 @@ pub(super) fn invoke(engine: &Engine, request: Request) -> Result<Outcome, Invok
     };
     lap = Instant::now();
     run(
+        engine,
         &mut windows,
         &mut instance,
         &request,
@@ -1009,6 +1027,7 @@ fn pages(
 
 /// `run` with the windows in, and home again whatever came of it.
 fn run(
+    engine: &Engine,
     windows: &mut Windows<'_>,
     instance: &mut Instance,
     request: &Request,
@@ -1025,7 +1044,14 @@ fn run(
         .collect();
     let ranges: Vec<_> = read_only.iter().map(|(_, range)| *range).collect();
     let addresses: Vec<Range<usize>> = ranges.iter().map(|r| r.start..r.end).collect();
-    let faults = fault::watch(&mut instance.store, compiled.code.clone(), ranges);
+    let faults = Arc::clone(&instance.store.data().faults);
+    fault::watch(
+        &mut instance.store,
+        engine.wasmtime.clone(),
+        Arc::clone(&compiled.traps),
+        ranges,
+        Arc::clone(&faults),
+    );
     let answer = instance.guest.call_run(&mut instance.store, 1);
     fault::unwatch(&mut instance.store);
     seconds.run = seconds_since(lap);
@@ -1037,7 +1063,13 @@ fn run(
         kernel: names.kernel.to_owned(),
         port: request.inputs[read_only[index].0].port.clone(),
         backtrace,
+        dirtied_bytes: faults.dirtied_bytes(),
     };
+    // Whatever the guest did after such a store, it did with scrap in the place of an input.
+    if let Some(index) = faults.written().next() {
+        let ended = answer.err().map(|error| names.trap("run", &error));
+        return Err(written(index, ended.and_then(InvokeError::into_backtrace)));
+    }
     match answer {
         Err(error) => {
             let error = names.trap("run", &error);
@@ -1048,21 +1080,12 @@ fn run(
             }
             Err(error)
         }
-        Ok(code) => {
-            if let Some(index) = faults.written().next() {
-                return Err(written(index, None));
-            }
-            match code {
-                0 => Ok(()),
-                1 => {
-                    let error = instance.guest.call_last_error(&mut instance.store);
-                    Err(names.said(error.map_err(|e| names.trap("last-error", &e))?))
-                }
-                other => {
-                    Err(names.bad("run", format!("it answered {other}; 0 is done, 1 an error")))
-                }
-            }
+        Ok(0) => Ok(()),
+        Ok(1) => {
+            let error = instance.guest.call_last_error(&mut instance.store);
+            Err(names.said(error.map_err(|e| names.trap("last-error", &e))?))
         }
+        Ok(other) => Err(names.bad("run", format!("it answered {other}; 0 is done, 1 an error"))),
     }
 }
 

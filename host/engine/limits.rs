@@ -6,6 +6,7 @@ use std::sync::Arc;
 use wasmtime::ResourceLimiter;
 
 use super::abi::log_sink;
+use super::fault::Faults;
 use super::guest_memory::{GuestMemory, NotOwn};
 
 /// What one invocation may use. Sizes in bytes; the wall time is the request's deadline.
@@ -31,6 +32,8 @@ pub(super) enum Stop {
     Cancelled,
     #[error("deadline")]
     Deadline,
+    #[error("it wrote to an input")]
+    InputWritten,
     #[error("guest memory of {asked} bytes, the limit is {limit}")]
     GuestBytes { asked: u64, limit: u64 },
     #[error("log lines of {asked} bytes, the limit is {limit}")]
@@ -52,6 +55,7 @@ pub(super) struct State {
     pub(super) windows: Vec<Range<usize>>,
     pub(super) request_id: Arc<str>,
     pub(super) plugin: Arc<str>,
+    pub(super) faults: Arc<Faults>,
     logged: u64,
 }
 
@@ -64,6 +68,7 @@ impl State {
             windows: Vec::new(),
             request_id,
             plugin,
+            faults: Arc::default(),
             logged: 0,
         }
     }

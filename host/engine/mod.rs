@@ -22,9 +22,9 @@ mod guest_memory;
 mod invoke;
 mod limits;
 mod ticker;
+mod traps;
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -90,15 +90,12 @@ pub struct CopyPlaces {
 
 struct Compiled {
     pre: PluginPre<State>,
-    /// The component's machine code.
-    code: Range<usize>,
+    traps: Arc<traps::TrapSites>,
 }
 
 impl std::fmt::Debug for Compiled {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Compiled")
-            .field("code", &self.code)
-            .finish_non_exhaustive()
+        f.debug_struct("Compiled").finish_non_exhaustive()
     }
 }
 
@@ -207,11 +204,8 @@ impl Engine {
             .map_err(refused)?;
         let pre = self.linker.instantiate_pre(&component).map_err(refused)?;
         let pre = PluginPre::new(pre).map_err(refused)?;
-        let code = component.image_range();
-        Ok(Arc::new(Compiled {
-            pre,
-            code: code.start as usize..code.end as usize,
-        }))
+        let traps = Arc::new(traps::TrapSites::of(&component));
+        Ok(Arc::new(Compiled { pre, traps }))
     }
 
     fn compiled(&self, plugin: &Plugin) -> Result<Arc<Compiled>, LoadError> {

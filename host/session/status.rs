@@ -124,9 +124,14 @@ impl From<InvokeError> for Status {
                 status
             }
             InvokeError::InputWritten {
-                port, backtrace, ..
+                port,
+                backtrace,
+                dirtied_bytes,
+                ..
             } => {
-                let mut status = status(Code::Internal, "INPUT_WRITTEN").with("port", port);
+                let mut status = status(Code::Internal, "INPUT_WRITTEN")
+                    .with("port", port)
+                    .with("dirtied_bytes", dirtied_bytes);
                 status.backtrace = backtrace;
                 status
             }

@@ -32,12 +32,14 @@ compile_error!(
 
 mod adopt;
 mod budget;
+mod huge;
 mod idle;
 mod mapping;
 mod pages;
 mod parking;
 mod pool;
 pub mod process;
+mod scrap;
 mod segment;
 mod socket;
 
@@ -45,12 +47,14 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 pub use adopt::{AdoptError, Adopted, adopt};
 pub use budget::{Budget, BudgetExceeded, Charge};
+pub use huge::HugeBirths;
 pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
 pub use parking::{
     Access, FaultRange, GuestSpace, GuestSpaces, LotStats, MoveRefused, ParkError, Parked,
     ParkingLot, Poisoned, Window,
 };
 pub use pool::{PoolSegment, PoolStats, ResultPool};
+pub use scrap::{SCRAP_BYTES, Scrap};
 pub use segment::{
     Client, Host, Lent, MemoryError, Open, Parkable, Refused, Sealed, SealedBytes, Seals, Segment,
 };

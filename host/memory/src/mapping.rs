@@ -4,13 +4,14 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::fs::OFlags;
 
 use crate::pages::{FileAccess, Reservation, map_for_reading, reading_access};
 use crate::segment::{inode_of, reopen_readonly};
-use crate::{Copied, Inode, PAGE_USIZE, Seals};
+use crate::{Copied, HugeBirths, Inode, PAGE_USIZE, Seals};
 
 /// Why a descriptor was not mapped.
 #[derive(Debug, thiserror::Error)]
@@ -271,6 +272,21 @@ impl WriteMapping {
                     self.0.bytes,
                 )
             },
+        }
+    }
+
+    /// Backs `range` (bytes), which is about to be filled for the first time, with huge pages as far
+    /// as Linux gives any; `births` counts them. What was written there may be zero afterwards.
+    pub fn back_with_huge_pages(&mut self, range: Range<usize>, births: &HugeBirths) {
+        let Some(pages) = &self.0.pages else {
+            return;
+        };
+        let end = range.end.min(pages.bytes());
+        if range.start < end {
+            // SAFETY: `new` mapped all of it shared and writable, at a multiple of a huge page for
+            // what is large enough to have one (`Reservation::of_file`); the host does not cut the
+            // segment (see the type), and `self` is borrowed alone.
+            unsafe { births.back(pages, range.start..end) };
         }
     }
 

@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 use rustix::process::Resource;
 
-use crate::PAGE_USIZE;
+use crate::{HUGE_USIZE, PAGE_USIZE};
 
 /// What an address range without a segment's pages is mapped as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,6 +57,12 @@ impl FileAccess {
 /// also let neighbouring ranges merge, which keeps the count of mappings low.
 const QUIET: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 
+/// Linux 6.1 and later; libc does not name it yet.
+const MADV_COLLAPSE: libc::c_int = 25;
+
+/// Files smaller than this are not laid out for huge pages.
+const HUGE_WORTH_BYTES: usize = 2 * HUGE_USIZE;
+
 #[derive(Debug)]
 pub(crate) struct Reservation {
     start: usize,
@@ -94,12 +100,18 @@ impl Reservation {
         })
     }
 
-    /// Maps the first `bytes` (page multiple) of `fd` at unused addresses.
+    /// Maps the first `bytes` (page multiple) of `fd` at unused addresses: where it may be in huge
+    /// pages, those of a multiple of [`crate::HUGE`], as its offsets are.
     pub(crate) fn of_file(
         fd: BorrowedFd<'_>,
         bytes: usize,
         access: FileAccess,
     ) -> io::Result<Self> {
+        if bytes >= HUGE_WORTH_BYTES {
+            let mapped = Self::new(bytes, HUGE_USIZE, 0)?;
+            mapped.map_file(0..bytes, fd, 0, access)?;
+            return Ok(mapped);
+        }
         let (protection, sharing) = access.flags();
         // SAFETY: a null address lets the operating system choose unused addresses.
         let start =
@@ -173,6 +185,24 @@ impl Reservation {
             )
         }?;
         Ok(())
+    }
+
+    /// Backs `range` (offsets of whole huge pages) with huge pages; false if Linux refuses.
+    ///
+    /// # Safety
+    /// As for [`Self::copy_in`], and what is there is not needed: a zero goes into each huge page.
+    pub(crate) unsafe fn collapse(&self, range: Range<usize>) -> bool {
+        let (at, bytes) = self.checked(range);
+        for page in (at..at + bytes).step_by(HUGE_USIZE) {
+            // Linux collapses no page that is a hole all through.
+            // SAFETY: `checked` holds the address inside this reservation, the caller has it writable.
+            unsafe { with_exposed_provenance_mut::<u8>(page).write_volatile(0) };
+        }
+        // SAFETY: `checked` holds the range inside this reservation; this advice changes how the
+        // pages are kept, not what they hold.
+        let collapsed =
+            unsafe { libc::madvise(with_exposed_provenance_mut(at), bytes, MADV_COLLAPSE) };
+        collapsed == 0
     }
 
     /// A child made by `fork` does not get `range`.
@@ -364,26 +394,45 @@ fn unmap(addresses: Range<usize>) {
     let _ = unmapped;
 }
 
-/// Makes the pages of `addresses` writable from inside a signal handler: private copies of
-/// what is there, or zero pages if that is refused. False if neither could be done.
+/// Lays the first `bytes` of `fd` over `addresses`, again and again, from inside a signal
+/// handler. False if that could not be done for all of them.
 ///
 /// # Safety
-/// `addresses` is a page-multiple range inside a reservation that outlives the call, mapped
-/// private, and nobody has references into it.
-pub(crate) unsafe fn make_writable_in_signal(addresses: Range<usize>, keep: bool) -> bool {
-    let at = with_exposed_provenance_mut(addresses.start);
-    let writable = MprotectFlags::READ | MprotectFlags::WRITE;
-    if keep {
-        // SAFETY: the caller's requirements; a bare system call, so async-signal-safe.
-        if unsafe { mm::mprotect(at, addresses.len(), writable) }.is_ok() {
-            return true;
-        }
-    }
+/// `addresses` is a page-multiple range inside a reservation that outlives the call, and nobody
+/// has references into it; `bytes` is a page multiple, not 0.
+pub(crate) unsafe fn lay_in_signal(
+    addresses: Range<usize>,
+    fd: BorrowedFd<'_>,
+    bytes: usize,
+) -> bool {
+    addresses.clone().step_by(bytes).all(|at| {
+        // SAFETY: the caller's requirements: the range is ours, so replacing it touches nobody
+        // else's mapping; a bare system call, so async-signal-safe.
+        let laid = unsafe {
+            mm::mmap(
+                with_exposed_provenance_mut(at),
+                bytes.min(addresses.end - at),
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED | MapFlags::FIXED,
+                fd,
+                0,
+            )
+        };
+        laid.is_ok()
+    })
+}
+
+/// Replaces `addresses` by fresh zero pages from inside a signal handler. False if that could
+/// not be done.
+///
+/// # Safety
+/// As for [`lay_in_signal`].
+pub(crate) unsafe fn cover_in_signal(addresses: Range<usize>) -> bool {
     // SAFETY: the caller's requirements: the range is ours, so replacing it touches nobody
     // else's mapping; a bare system call, so async-signal-safe.
     let covered = unsafe {
         mm::mmap_anonymous(
-            at,
+            with_exposed_provenance_mut(addresses.start),
             addresses.len(),
             Cover::ReadWrite.protection(),
             QUIET | MapFlags::FIXED,

@@ -15,11 +15,12 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::idle::Idle;
-use crate::pages::{Cover, FileAccess, Reservation, make_writable_in_signal};
+use crate::pages::{Cover, FileAccess, Reservation, cover_in_signal, lay_in_signal};
+use crate::scrap::{SCRAP_BYTES, Scrap};
 use crate::segment::{Backing, Reader, guest_pages};
 use crate::{
-    Budget, BudgetExceeded, Charge, GUEST_PAGE, HUGE, HUGE_USIZE, Inode, Open, PAGE_USIZE,
-    Parkable, Segment, to_usize,
+    Budget, BudgetExceeded, Charge, GUEST_PAGE, HUGE, HUGE_USIZE, HugeBirths, Inode, Open,
+    PAGE_USIZE, Parkable, Segment, to_usize,
 };
 
 /// What a parked mapping lets a guest do.
@@ -414,6 +415,20 @@ impl Parked {
         })
     }
 
+    /// Backs `range` (bytes of this mapping), which nobody has written yet, with huge pages.
+    pub(crate) fn back_with_huge_pages(&mut self, range: Range<u64>, births: &HugeBirths) {
+        assert!(
+            !self.spent && self.access == Access::ReadWrite,
+            "not writable"
+        );
+        let range = to_usize(range.start)..to_usize(range.end.min(self.bytes()));
+        if !range.is_empty() {
+            // SAFETY: as in `copy_out`; the mapping is shared and writable, and its home address
+            // equals the file's offset modulo a huge page (see the type).
+            unsafe { births.back(&self.home, range) };
+        }
+    }
+
     /// Where its first byte is at home.
     pub fn address(&self) -> usize {
         self.home.start()
@@ -540,7 +555,7 @@ impl Parked {
 
 // States of a window's pages; each fault goes one further, so that faults end.
 const CLEAN: u8 = 0;
-const WRITABLE: u8 = 1;
+const DIVERTED: u8 = 1;
 const COVERED: u8 = 2;
 
 /// A part of a parked mapping that is in a guest. Dropping it moves it home and unmaps it.
@@ -573,14 +588,14 @@ impl Window {
         self.inode
     }
 
-    /// True if a read-only window was made writable.
+    /// True if a guest stored into a read-only window.
     pub fn is_dirty(&self) -> bool {
         self.written.load(Ordering::Acquire) != CLEAN
     }
 
     /// Says that a read-only window was written: its pages are dropped, never parked again.
     pub fn set_dirty(&self) {
-        self.written.fetch_max(WRITABLE, Ordering::AcqRel);
+        self.written.fetch_max(DIVERTED, Ordering::AcqRel);
     }
 
     /// What a fault handler needs to know. Valid while this window is in the guest.
@@ -608,20 +623,11 @@ impl Window {
         self.bring_home(parked)
     }
 
-    /// As [`FaultRange::make_writable_in_signal`].
-    ///
-    /// # Safety
-    /// The window that `range` is of is still in its guest.
-    pub unsafe fn make_writable_in_signal(range: FaultRange) -> bool {
-        // SAFETY: the same requirement.
-        unsafe { range.make_writable_in_signal() }
-    }
-
     fn bring_home(&self, mut parked: Parked) -> Result<Parked, Box<Poisoned>> {
         let guest = self.space.reservation();
         let range = self.offset..self.offset + self.part.len();
         let lost = if parked.access == Access::ReadOnly && self.is_dirty() {
-            // Private copies of pages must not come back as the segment's.
+            // What was laid over the segment's pages must not come back as the segment's.
             parked.spent = true;
             None
         } else {
@@ -669,7 +675,7 @@ pub struct FaultRange {
     written: *const AtomicU8,
 }
 
-// SAFETY: the pointer is only followed in `make_writable_in_signal`, whose caller promises
+// SAFETY: the pointer is only followed in `divert_in_signal`, whose caller promises
 // that the window lives, and what it points to is atomic.
 unsafe impl Send for FaultRange {}
 // SAFETY: as for Send.
@@ -681,16 +687,16 @@ impl FaultRange {
         (self.start..self.end).contains(&address)
     }
 
-    /// Lets host code that was caught writing to this input go on: the pages become private
-    /// copies, or zero pages if that is refused, and the window is dirty. The segment itself
-    /// does not change. False if nothing (more) can be done; then the process must end, since
-    /// going on would fault for ever.
+    /// Lets a store into this input go on where it cannot be made a trap: `scrap` lies over the
+    /// whole window from now on, or fresh zero pages if that is refused, and the window is
+    /// dirty. The segment itself does not change. False if nothing (more) can be done; then the
+    /// process must end, since going on would fault for ever.
     ///
-    /// Async-signal-safe: atomics and at most two system calls, no `errno`.
+    /// Async-signal-safe: atomics and bare system calls, no `errno`.
     ///
     /// # Safety
-    /// The window is still in its guest.
-    pub unsafe fn make_writable_in_signal(self) -> bool {
+    /// The window is still in its guest, and the calling thread is the one that runs it.
+    pub unsafe fn divert_in_signal(self, scrap: &Scrap) -> bool {
         if !self.read_only {
             return false;
         }
@@ -701,9 +707,19 @@ impl FaultRange {
             written.store(COVERED, Ordering::Release);
             return false;
         }
-        // SAFETY: the window lives (caller), so the range is inside its guest's reservation,
-        // mapped private, since it is read-only; nobody has references there (`GuestSpace`).
-        unsafe { make_writable_in_signal(self.start..self.end, before == CLEAN) }
+        let addresses = self.start..self.end;
+        if before == CLEAN
+            && let Some(fd) = scrap.in_signal()
+        {
+            // SAFETY: the window lives (caller), so the range is inside its guest's reservation,
+            // and nobody has references there (`GuestSpace`).
+            let laid = unsafe { lay_in_signal(addresses.clone(), fd, SCRAP_BYTES) };
+            if laid {
+                return true;
+            }
+        }
+        // SAFETY: as above.
+        unsafe { cover_in_signal(addresses) }
     }
 }
 

@@ -8,6 +8,8 @@
 //! Results that a caller wants sealed for good are made without those seals, and are
 //! sealed with `F_SEAL_WRITE` when they are complete. They are never recycled.
 //!
+//! The body of a large result is [born in huge pages](HugeBirths).
+//!
 //! # Size classes
 //! A capacity is the asked size rounded up to whole guest pages (64 KiB), and above 512 KiB
 //! to an eighth of the power of two below it: 1 MiB, 1.125 MiB, 1.25 MiB, … So at most an
@@ -22,12 +24,17 @@ use crate::budget::Reclaim;
 use crate::idle::Idle;
 use crate::segment::Backing;
 use crate::{
-    Budget, BudgetExceeded, Charge, Copied, GUEST_PAGE, Host, Inode, Lent, MemoryError, Open,
-    ParkError, Parked, ParkingLot, Refused, Sealed, Seals, Segment,
+    Budget, BudgetExceeded, Charge, Copied, GUEST_PAGE, HUGE, Host, HugeBirths, Inode, Lent,
+    MemoryError, Open, ParkError, Parked, ParkingLot, Refused, Sealed, Seals, Segment,
 };
 
 /// The share of the system's mappings that a pool may have: one for each segment.
 const MAPPINGS_SHARE: u64 = 8;
+
+/// Where a large result's body starts: before it is a header of a page or two.
+const HUGE_FROM: u64 = HUGE;
+/// Bodies from this size on are born in huge pages.
+const HUGE_MIN_BYTES: u64 = 2 * HUGE;
 
 /// Makes, recycles and bounds result segments.
 #[derive(Debug)]
@@ -41,6 +48,7 @@ pub struct ResultPool {
     idle: Mutex<Idle<(u64, u64), Warm>>,
     recycled: AtomicU64,
     created: AtomicU64,
+    births: HugeBirths,
 }
 
 #[derive(Debug)]
@@ -70,6 +78,10 @@ pub struct PoolStats {
     pub recycled: u64,
     /// How often a segment was made.
     pub created: u64,
+    /// Bytes that were to be born in huge pages, since the start.
+    pub huge_asked_bytes: u64,
+    /// Those of them that were.
+    pub huge_bytes: u64,
 }
 
 impl ResultPool {
@@ -85,6 +97,7 @@ impl ResultPool {
             idle: Mutex::new(Idle::default()),
             recycled: AtomicU64::new(0),
             created: AtomicU64::new(0),
+            births: HugeBirths::new(),
         });
         let as_reclaim: Arc<dyn Reclaim> = Arc::clone(&pool) as _;
         budget.add_reclaimer(Arc::downgrade(&as_reclaim));
@@ -104,7 +117,7 @@ impl ResultPool {
                 self.recycled.fetch_add(1, Ordering::Relaxed);
                 warm
             }
-            None => self.make_lent(capacity)?,
+            None => self.make_lent(capacity, bytes)?,
         };
         Ok(PoolSegment {
             held: Some(Held::Lent(warm.segment, owner)),
@@ -120,7 +133,7 @@ impl ResultPool {
     /// # Errors
     /// [`MemoryError::Budget`], [`MemoryError::Park`], [`MemoryError::System`].
     pub fn take_sealable(self: &Arc<Self>, bytes: u64) -> Result<PoolSegment, MemoryError> {
-        let (segment, parked, counted) = self.make(capacity_for(bytes)?)?;
+        let (segment, parked, counted) = self.make(capacity_for(bytes)?, bytes)?;
         Ok(PoolSegment {
             held: Some(Held::Sealable(segment)),
             parked: Some(parked),
@@ -140,11 +153,13 @@ impl ResultPool {
             idle_bytes: idle.bytes(),
             recycled: self.recycled.load(Ordering::Relaxed),
             created: self.created.load(Ordering::Relaxed),
+            huge_asked_bytes: self.births.asked_bytes(),
+            huge_bytes: self.births.huge_bytes(),
         }
     }
 
-    fn make_lent(&self, capacity: u64) -> Result<Warm, MemoryError> {
-        let (segment, parked, counted) = self.make(capacity)?;
+    fn make_lent(&self, capacity: u64, bytes: u64) -> Result<Warm, MemoryError> {
+        let (segment, parked, counted) = self.make(capacity, bytes)?;
         // The mapping is there already: it is the one that can still write.
         let segment = segment.lend_to_host().map_err(|refused| refused.error)?;
         Ok(Warm {
@@ -154,13 +169,21 @@ impl ResultPool {
         })
     }
 
-    fn make(&self, capacity: u64) -> Result<(Segment<Open>, Parked, Counted), MemoryError> {
+    /// A segment of `capacity` of which `bytes` were asked for.
+    fn make(
+        &self,
+        capacity: u64,
+        bytes: u64,
+    ) -> Result<(Segment<Open>, Parked, Counted), MemoryError> {
         let mapping = self.charge_segment().map_err(ParkError::TooMany)?;
         let segment = Segment::create(capacity, &self.budget)?;
         let counted = Counted {
             _bytes: self.bytes.try_reserve(capacity)?,
         };
-        let parked = Parked::whole(&segment, mapping)?;
+        let mut parked = Parked::whole(&segment, mapping)?;
+        if bytes >= HUGE_FROM + HUGE_MIN_BYTES {
+            parked.back_with_huge_pages(HUGE_FROM..bytes, &self.births);
+        }
         self.created.fetch_add(1, Ordering::Relaxed);
         Ok((segment, parked, counted))
     }

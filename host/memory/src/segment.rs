@@ -10,9 +10,9 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
-use crate::pages::{Reservation, map_for_reading};
+use crate::pages::{FileAccess, Reservation, map_for_reading};
 use crate::parking::ParkingLot;
-use crate::{Budget, BudgetExceeded, Charge, Copied, Inode, PAGE, to_usize};
+use crate::{Budget, BudgetExceeded, Charge, Copied, HugeBirths, Inode, PAGE, to_usize};
 
 /// Anybody who has the descriptor can write; the host copies bytes in and out.
 #[derive(Debug)]
@@ -346,6 +346,22 @@ impl Segment<Open> {
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
         Ok(Self::from_parts(fd, inode, charge))
+    }
+
+    /// Backs `range` (bytes), which this process is about to fill and nobody has written yet, with
+    /// huge pages as far as Linux gives any; `births` counts them.
+    pub fn back_with_huge_pages(&self, range: Range<u64>, births: &HugeBirths) {
+        let range = to_usize(range.start)..to_usize(range.end.min(self.bytes()));
+        if range.is_empty() {
+            return;
+        }
+        let bytes = to_usize(self.bytes());
+        // Without a mapping there are small pages: slower and otherwise the same.
+        if let Ok(pages) = Reservation::of_file(self.fd(), bytes, FileAccess::SharedReadWrite) {
+            // SAFETY: just mapped shared and writable, at a multiple of a huge page for what is
+            // large enough to have one; an open segment cannot shrink (`create` sealed that).
+            unsafe { births.back(&pages, range) };
+        }
     }
 
     /// Copies `bytes` to `offset`.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rustix::fs::SealFlags;
 use strait_memory::{
     Adopted, Copied, FrameSocket, GUEST_PAGE, GuestSpaces, ParkingLot, ReadMapping, ResultPool,
-    Segment, Window, WriteMapping, adopt, process,
+    Scrap, Segment, WriteMapping, adopt, process,
 };
 
 // One test in this file, since it counts what the whole process holds.
@@ -78,7 +78,7 @@ fn a_thousand_rounds_leave_nothing_behind() {
         drop(dropped);
         if round % 5 == 0 {
             // SAFETY: the window is in its guest.
-            assert!(unsafe { Window::make_writable_in_signal(input.fault_range()) });
+            assert!(unsafe { input.fault_range().divert_in_signal(&Scrap::new()) });
         }
         if round % 7 == 0 {
             space.poison();

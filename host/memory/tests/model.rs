@@ -10,7 +10,7 @@ use common::{pattern, peek_all, poke, segment_bytes_mapped, segment_fds};
 use proptest::prelude::*;
 use strait_memory::{
     Budget, Client, Copied, GUEST_PAGE, GuestSpace, GuestSpaces, Lent, MemoryError, Open, Parked,
-    ParkingLot, PoolSegment, ResultPool, Sealed, Segment, Window, WriteMapping,
+    ParkingLot, PoolSegment, ResultPool, Scrap, Sealed, Segment, Window, WriteMapping,
 };
 
 const GUEST_BYTES: usize = 1 << 30;
@@ -475,7 +475,7 @@ impl World {
             if !what.is_dirty() {
                 let range = what.fault_range();
                 // SAFETY: the window is in its guest.
-                assert!(unsafe { Window::make_writable_in_signal(range) });
+                assert!(unsafe { range.divert_in_signal(&Scrap::new()) });
             }
             let offset = to_usize(place % what.bytes());
             // SAFETY: the window is in its guest, and was made writable.

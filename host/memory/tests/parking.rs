@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use common::{budget, pattern, peek, peek_all, poke, shared_mapping};
 use strait_memory::{
     Access, Budget, Copied, FaultRange, GUEST_PAGE, GuestSpace, GuestSpaces, HUGE, MemoryError,
-    ParkError, Parked, ParkingLot, ResultPool, Sealed, Segment, Window, process,
+    ParkError, Parked, ParkingLot, ResultPool, Scrap, Sealed, Segment, Window, process,
 };
 
 const MIB: u64 = 1 << 20;
@@ -284,20 +284,27 @@ fn a_dirty_input_never_comes_back() {
     assert!(range.contains(window.address()) && !range.contains(range.end) && range.read_only);
     let last = range.end - 1;
     let original = pattern(9, MIB);
+    let scrap = Scrap::new();
+    assert_eq!(scrap.dirtied_bytes(), 0);
     // SAFETY: the window is in its guest.
-    assert!(unsafe { Window::make_writable_in_signal(range) });
-    // SAFETY: the window's pages are writable now.
+    assert!(unsafe { range.divert_in_signal(&scrap) });
+    // SAFETY: the window shows scrap, which is writable.
     unsafe { poke(last, !original[original.len() - 1]) };
-    // SAFETY: and still what they were elsewhere.
-    assert_eq!(unsafe { peek(range.start) }, original[0]);
+    // SAFETY: as above.
+    assert_eq!(unsafe { peek(range.start) }, 0);
     assert!(window.is_dirty());
+    assert_eq!(
+        scrap.dirtied_bytes(),
+        8192,
+        "the pages looked at and written"
+    );
     // Faulting again although writable: the pages are replaced, then there is no way on.
     // SAFETY: the window is in its guest.
-    assert!(unsafe { range.make_writable_in_signal() });
+    assert!(unsafe { range.divert_in_signal(&scrap) });
     // SAFETY: the window's pages are zero pages now.
     assert_eq!(unsafe { peek(last) }, 0);
     // SAFETY: the window is in its guest.
-    assert!(!unsafe { range.make_writable_in_signal() });
+    assert!(!unsafe { range.divert_in_signal(&scrap) });
 
     let parked = window.move_home().expect("covered");
     assert!(parked.is_spent());
@@ -318,6 +325,7 @@ fn a_dirty_input_never_comes_back() {
     assert!(fresh.move_home().expect("covered").is_spent());
 }
 
+static SCRAP: Scrap = Scrap::new();
 static RANGE: OnceLock<FaultRange> = OnceLock::new();
 static FAULTS: AtomicUsize = AtomicUsize::new(0);
 
@@ -328,7 +336,7 @@ extern "C" fn on_fault(_signal: i32, info: *mut libc::siginfo_t, _context: *mut 
     let address = unsafe { record.si_addr() }.addr();
     let range = RANGE.get().filter(|range| range.contains(address));
     // SAFETY: the test keeps the window in its guest while the handler is installed.
-    let handled = range.is_some_and(|range| unsafe { range.make_writable_in_signal() });
+    let handled = range.is_some_and(|range| unsafe { range.divert_in_signal(&SCRAP) });
     FAULTS.fetch_add(1, Ordering::Relaxed);
     if !handled {
         // SAFETY: ends the process, which is what an unexpected fault must do.
@@ -402,7 +410,7 @@ fn a_result_is_written_in_the_guest_and_by_nobody_else() {
     unsafe { poke(window.address() + 3, 42) };
     let range = window.fault_range();
     // SAFETY: the window is in its guest.
-    let handled = unsafe { range.make_writable_in_signal() };
+    let handled = unsafe { range.divert_in_signal(&SCRAP) };
     assert!(!handled, "a result never faults like this");
     result.put_parked(window.move_home().expect("covered"));
 
