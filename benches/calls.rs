@@ -49,7 +49,10 @@ impl Rig {
             shape: vec![bytes as u64 / 8],
         };
         let upload = self.0.begin_upload(ME, name, true).unwrap();
-        let (segment, layout) = self.0.allocate(&[Column::new("x", spec).unwrap()]).unwrap();
+        let (segment, layout) = self
+            .0
+            .allocate_to_fill(&[Column::new("x", spec).unwrap()])
+            .unwrap();
         let values: Vec<u8> = (0..bytes / 8)
             .flat_map(|i| (i as f64).to_le_bytes())
             .collect();

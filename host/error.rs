@@ -6,6 +6,8 @@ use std::fmt;
 
 use strait_memory::{MemoryError, ParkError};
 
+use crate::text::{self, MESSAGE_BYTES_MAX};
+
 /// The gRPC codes that strait uses.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Code {
@@ -72,12 +74,13 @@ pub struct Status {
 }
 
 impl Status {
-    /// A status without backtrace and details.
+    /// A status without backtrace and details. `message` may quote texts of others: what is more than a
+    /// line of it is escaped, what is longer than 4 KiB cut.
     pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
         Self {
             code,
             reason,
-            message: message.into(),
+            message: text::one_line(message.into(), MESSAGE_BYTES_MAX),
             backtrace: None,
             details: serde_json::Map::new(),
         }

@@ -19,6 +19,7 @@ pub mod flight;
 pub mod lease;
 pub mod plugin;
 pub mod session;
+mod text;
 
 /// The standard kernels as a component, built from `plugins/kernels`.
 pub const STANDARD_PLUGIN: &[u8] = include_bytes!("../plugins/prebuilt/standard.wasm");

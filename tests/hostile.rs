@@ -149,7 +149,8 @@ fn a_note_over_a_former_window_shows_no_input() {
     let invoked = rig
         .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
         .unwrap();
-    assert_eq!(invoked.notes, [("\0".repeat(16), "\0".repeat(16))]);
+    let zeros = r"\u{0}".repeat(16);
+    assert_eq!(invoked.notes, [(zeros.clone(), zeros)]);
 }
 
 #[test]
@@ -196,6 +197,45 @@ fn a_kernel_that_fails_is_quoted() {
 }
 
 #[test]
+fn a_guests_words_stay_on_one_line() {
+    both("forges", Code::Internal, "KERNEL_FAILED");
+    let rig = Rig::new();
+    load(&rig, "forges");
+    rig.put_f64("x", &values(4));
+    let status = rig
+        .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
+        .unwrap_err();
+    let words = r"a\n2030-01-01T00:00:00Z ERROR strait: forged\r\u{1b}[2K\u{0}b";
+    assert!(status.message.contains(words), "{status}");
+}
+
+#[test]
+fn a_fifo_in_the_cache_of_compiled_plugins_does_not_stop_the_host() {
+    let cache = tempfile::tempdir().unwrap();
+    let start = || {
+        let path = cache.path().to_owned();
+        drop(Rig::with(|config| config.engine.cache = Some(path)));
+    };
+    start();
+    let artifacts: Vec<_> = std::fs::read_dir(cache.path())
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    assert_eq!(artifacts.len(), 1, "{artifacts:?}");
+    std::fs::remove_file(&artifacts[0]).unwrap();
+    let mode = rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR;
+    rustix::fs::mknodat(
+        rustix::fs::CWD,
+        &artifacts[0],
+        rustix::fs::FileType::Fifo,
+        mode,
+        0,
+    )
+    .unwrap();
+    start();
+}
+
+#[test]
 fn reserve_must_grow_once() {
     both("reserves_nothing", Code::Internal, "BAD_ANSWER");
     both("reserves_twice", Code::Internal, "BAD_ANSWER");
@@ -210,6 +250,11 @@ fn outputs_have_limits() {
 #[test]
 fn log_lines_have_a_limit_and_stay_out_of_windows() {
     both("chatters", Code::ResourceExhausted, "LIMIT_LOG_BYTES");
+    both(
+        "chatters_of_nothing",
+        Code::ResourceExhausted,
+        "LIMIT_LOG_BYTES",
+    );
     check("logs_window", Some((Code::Internal, "BAD_ANSWER")), None);
 }
 

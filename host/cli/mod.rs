@@ -7,12 +7,13 @@
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      └▶ demo                      a host, a producer and a consumer, each a process
 //! failure: what went wrong, as text, JSON and exit code    output: stdout, tables, progress
-//! staging: output files that appear when they are complete
+//! staging: output files that appear when they are complete             log: lines on stderr
 //! ```
 
 mod demo;
 mod failure;
 mod kernels;
+mod log;
 mod output;
 mod run;
 mod serve;

@@ -11,6 +11,7 @@ use strait_memory::{ReadMapping, WriteMapping};
 use strait_tensor::{Dtype, TensorFile, TensorSpec};
 
 use super::failure::Failure;
+use super::log;
 use super::output::{self, Progress};
 use super::staging::{self, Staging};
 use super::{file_and_part, kernels, outputs, pair, parameters, serve, unique};
@@ -49,7 +50,7 @@ pub(super) struct RunArgs {
 
 pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // The guest's own words; what the host would log, the failure says.
-    serve::start_log(serve::LogFormat::Human, "error,strait::guest=info")?;
+    log::start(log::LogFormat::Human, "error,strait::guest=info")?;
     staging::watch_signals()?;
     let mut config = serve::load(args.config.as_deref())?;
     // Who runs it is who set the limit.

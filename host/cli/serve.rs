@@ -1,25 +1,22 @@
 //! `serve`: a host in the foreground.
 
 use std::fs::{self, DirBuilder};
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, Read};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use strait_client::address::DATA_SOCKET;
 use strait_memory::{FrameListener, process};
 use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
-use tracing_subscriber::Layer;
-use tracing_subscriber::filter::Targets;
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
+use super::log::{self, LogFormat};
 use super::{output, run};
 use crate::config::Config;
 use crate::{datasock, flight};
@@ -57,34 +54,6 @@ pub(super) struct ServeArgs {
     until_stdin_ends: bool,
 }
 
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub(super) enum LogFormat {
-    /// Text, coloured on terminals.
-    Human,
-    /// One JSON object a line.
-    Json,
-}
-
-/// Log lines go to stderr from now on.
-pub(super) fn start_log(format: LogFormat, filter: &str) -> Result<(), Failure> {
-    let wrong = |error: &dyn std::fmt::Display| {
-        Failure::input(
-            "BAD_SETTING",
-            format!("log level {filter:?}: {error}; take error, warn, info, debug or trace"),
-        )
-    };
-    let filter: Targets = filter.parse().map_err(|error| wrong(&error))?;
-    let lines = tracing_subscriber::fmt::layer().with_writer(io::stderr);
-    let lines = match format {
-        LogFormat::Human => lines.with_ansi(io::stderr().is_terminal()).boxed(),
-        LogFormat::Json => lines.json().flatten_event(true).boxed(),
-    };
-    tracing_subscriber::registry()
-        .with(lines.with_filter(filter))
-        .try_init()
-        .map_err(|error| wrong(&error))
-}
-
 /// The settings of a file and the environment.
 pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
     Config::load(file)
@@ -92,7 +61,7 @@ pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
 }
 
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
-    start_log(args.log_format, &args.log_level)?;
+    log::start(args.log_format, &args.log_level)?;
     let mut config = load(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
     config.server.tcp = args.tcp.or(config.server.tcp);

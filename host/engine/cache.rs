@@ -82,7 +82,8 @@ fn private(metadata: &fs::Metadata) -> bool {
 fn read_private(path: &Path) -> Option<Vec<u8>> {
     let mut file = fs::OpenOptions::new()
         .read(true)
-        .custom_flags(libc::O_NOFOLLOW)
+        // A FIFO or a leased file in the place of the artifact must not make the host wait.
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
         .open(path)
         .ok()?;
     let metadata = file.metadata().ok()?;

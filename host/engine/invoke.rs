@@ -14,6 +14,7 @@ use super::limits::{State, Stop};
 use super::{CancelToken, Compiled, Engine, Limits, LoadError, describe_limits, fault};
 use crate::lease::{Body, LiveSegment};
 use crate::plugin::{Description, KernelRef, Role, Value};
+use crate::text::{self, BACKTRACE_BYTES_MAX};
 
 /// Size of a chunk record in guest memory, in bytes.
 const CONTROL_BYTES: usize = 64;
@@ -368,7 +369,7 @@ impl<'a> Names<'a> {
         }
         let backtrace = error
             .downcast_ref::<WasmBacktrace>()
-            .map(ToString::to_string);
+            .map(|backtrace| text::lines(backtrace.to_string(), BACKTRACE_BYTES_MAX));
         InvokeError::Trap {
             kernel,
             during,
@@ -398,16 +399,8 @@ impl<'a> Names<'a> {
 }
 
 /// A guest's text, short enough for an error body.
-fn bounded(mut text: String) -> String {
-    if text.len() > NOTE_BYTES_MAX {
-        let end = (0..=NOTE_BYTES_MAX)
-            .rev()
-            .find(|at| text.is_char_boundary(*at))
-            .unwrap_or(0);
-        text.truncate(end);
-        text.push('…');
-    }
-    text
+fn bounded(text: String) -> String {
+    text::one_line(text, NOTE_BYTES_MAX)
 }
 
 /// A guest ready for calls. Fields drop in order: the instance's store last of all that it needs.
@@ -1147,7 +1140,7 @@ fn notes(instance: &mut Instance, names: &Names<'_>) -> Result<Vec<(String, Stri
     }
     Ok(notes
         .into_iter()
-        .map(|note| (bounded(note.key), bounded(note.text)))
+        .map(|note| (bounded(note.key), text::lines(note.text, NOTE_BYTES_MAX)))
         .collect())
 }
 

@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use wasmtime::ResourceLimiter;
 
@@ -18,12 +19,18 @@ pub struct Limits {
     pub window_bytes: u64,
     /// Outputs together, as `open` announces them.
     pub result_bytes: u64,
-    /// Log lines together.
+    /// Log lines together, each with 64 bytes for what stands before its text.
     pub log_bytes: u64,
 }
 
 /// Most elements of a guest's tables: function pointers, not data.
 const TABLE_ELEMENTS_MAX: usize = 100_000;
+
+/// What a log line costs beside its text, in bytes: time, level, request and plugin. Without it
+/// empty lines would be free.
+const LINE_BYTES: u64 = 64;
+/// Between two lines about progress; what comes in between is not told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
 /// Why the host ended a guest.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -57,6 +64,7 @@ pub(super) struct State {
     pub(super) plugin: Arc<str>,
     pub(super) faults: Arc<Faults>,
     logged: u64,
+    progress_told: Option<Instant>,
 }
 
 impl State {
@@ -70,11 +78,12 @@ impl State {
             plugin,
             faults: Arc::default(),
             logged: 0,
+            progress_told: None,
         }
     }
 
     fn line(&mut self, address: u64, bytes: u64) -> Result<String, Stop> {
-        let asked = self.logged.saturating_add(bytes);
+        let asked = self.logged.saturating_add(bytes).saturating_add(LINE_BYTES);
         if asked > self.limits.log_bytes {
             return Err(Stop::LogBytes {
                 asked,
@@ -152,6 +161,13 @@ impl log_sink::Host for State {
     }
 
     fn progress(&mut self, done: u64, total: u64) -> wasmtime::Result<()> {
+        if self
+            .progress_told
+            .is_some_and(|told| told.elapsed() < PROGRESS_EVERY)
+        {
+            return Ok(());
+        }
+        self.progress_told = Some(Instant::now());
         let (request_id, plugin) = (&*self.request_id, &*self.plugin);
         tracing::debug!(target: "strait::guest", request_id, plugin, done, total, "progress");
         Ok(())

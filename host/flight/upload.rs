@@ -361,7 +361,7 @@ impl Arriving {
             .iter()
             .map(|plan| Ok(Column::new(&plan.name, plan.spec(rows)?)?))
             .collect::<Result<Vec<_>, Status>>()?;
-        let (segment, layout) = host.allocate(&columns)?;
+        let (segment, layout) = host.allocate_to_fill(&columns)?;
         let mut before = 0;
         for batch in batches {
             for ((plan, place), range) in plans.iter().zip(&layout.tensors).zip(&batch.ranges) {

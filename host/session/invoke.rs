@@ -181,7 +181,7 @@ impl Host {
         }
         let result = self.engine.invoke(request).map_err(Status::from);
         match &result {
-            Ok(outcome) => tracing::info!(
+            Ok(outcome) => tracing::debug!(
                 request_id = &*request_id,
                 kernel,
                 seconds = outcome.seconds.total,

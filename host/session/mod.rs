@@ -26,8 +26,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use strait_client::wire;
-use strait_memory::{Adopted, Budget, Copied, MemoryError, Open, Segment};
-use strait_tensor::{Column, FileLayout, TensorPlace};
+use strait_memory::{Adopted, Budget, Copied, HugeBirths, MemoryError, Open, Segment};
+use strait_tensor::{Column, FileLayout, HUGE_MIN_BYTES, TensorPlace};
 
 use crate::config::Config;
 use crate::engine::Engine;
@@ -99,6 +99,7 @@ pub struct Host {
     // An Option so that draining can end the threads while the host is still shared.
     workers: Mutex<Option<Workers>>,
     uploads_copied: Copied,
+    births: HugeBirths,
     inline_copied: Copied,
     sessions: AtomicU64,
     last_session: AtomicU64,
@@ -188,6 +189,7 @@ impl Host {
             undelivered: undelivered::Undelivered::default(),
             workers: Mutex::new(Some(workers)),
             uploads_copied: Copied::new(),
+            births: HugeBirths::new(),
             inline_copied: Copied::new(),
             sessions: AtomicU64::new(0),
             last_session: AtomicU64::new(0),
@@ -500,11 +502,30 @@ impl Host {
         Ok(())
     }
 
-    /// A segment for the host's own code to fill, with header and footer already in it.
+    /// A segment for the host's own code to fill: large tensors in huge pages, which takes time that no
+    /// runtime thread has.
     ///
     /// # Errors
     /// `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
-    pub fn allocate(&self, columns: &[Column]) -> Result<(Segment<Open>, FileLayout), Status> {
+    pub fn allocate_to_fill(
+        &self,
+        columns: &[Column],
+    ) -> Result<(Segment<Open>, FileLayout), Status> {
+        let (segment, layout) = self.allocate(columns)?;
+        for tensor in &layout.tensors {
+            if tensor.length >= HUGE_MIN_BYTES {
+                let range = tensor.offset..tensor.offset + tensor.length;
+                segment.back_with_huge_pages(range, &self.births);
+            }
+        }
+        Ok((segment, layout))
+    }
+
+    /// A segment with header and footer already in it.
+    ///
+    /// # Errors
+    /// `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
+    fn allocate(&self, columns: &[Column]) -> Result<(Segment<Open>, FileLayout), Status> {
         self.admit()?;
         let layout = FileLayout::plan(columns)?;
         let made =
@@ -692,6 +713,10 @@ impl Host {
             "invocations": invocations, "running": running,
             "copied_bytes": places.iter().map(|(_, n)| n).sum::<u64>(),
             "copied": places.iter().map(|(k, n)| ((*k).to_owned(), (*n).into())).collect::<serde_json::Map<_, _>>(),
+            "huge": {
+                "asked_bytes": pool.huge_asked_bytes + self.births.asked_bytes(),
+                "huge_bytes": pool.huge_bytes + self.births.huge_bytes(),
+            },
             "pool": { "segments": pool.segments, "bytes": pool.bytes, "idle_segments": pool.idle_segments, "idle_bytes": pool.idle_bytes },
             "parked": { "mappings": lot.mappings, "idle_mappings": lot.idle_mappings, "idle_bytes": lot.idle_bytes },
             "own": { "leases": own_leases, "segments": self.leases.count_own_segments(session_id) },

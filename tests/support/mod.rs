@@ -80,7 +80,7 @@ impl Rig {
             "the test's own arithmetic"
         );
         let upload = self.host.begin_upload(ME, name, true).unwrap();
-        let (segment, layout) = self.host.allocate(&[column]).unwrap();
+        let (segment, layout) = self.host.allocate_to_fill(&[column]).unwrap();
         segment
             .write_at(layout.tensors[0].offset, bytes, &Copied::new())
             .unwrap();

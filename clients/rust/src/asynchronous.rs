@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use strait_memory::FrameSocket;
+use strait_memory::{FrameSocket, HugeBirths};
 use strait_tensor::{TensorPlace, TensorSpec};
 
 use crate::address::{self, DATA_SOCKET};
@@ -42,6 +42,7 @@ struct Session {
     welcome: Welcome,
     lease_ms: Option<u64>,
     copied_bytes: AtomicU64,
+    births: HugeBirths,
 }
 
 impl AsyncClient {
@@ -88,6 +89,7 @@ impl AsyncClient {
             welcome,
             lease_ms,
             copied_bytes: AtomicU64::new(0),
+            births: HugeBirths::new(),
         };
         Ok(Self {
             session: Arc::new(session),
@@ -126,6 +128,16 @@ impl AsyncClient {
     #[must_use]
     pub fn copied_bytes(&self) -> u64 {
         self.session.copied_bytes.load(Relaxed)
+    }
+
+    /// Bytes of segments to fill that this client backed with huge pages, before their first write.
+    #[must_use]
+    pub fn huge_bytes(&self) -> u64 {
+        self.session.births.huge_bytes()
+    }
+
+    pub(crate) fn births(&self) -> &HugeBirths {
+        &self.session.births
     }
 
     /// Ends the connection for every clone and segment of it. What is mapped stays readable.
@@ -406,7 +418,7 @@ impl AsyncClient {
             request_id: self.request_id(),
         };
         let all: serde_json::Value = self.ask(Op::Stats, &body).await?;
-        Stats::new(all, self.copied_bytes())
+        Stats::new(all, self.copied_bytes(), self.huge_bytes())
     }
 
     /// Asks whether the host is there.

@@ -123,6 +123,12 @@ impl Client {
         self.0.copied_bytes()
     }
 
+    /// Bytes of segments to fill that this client backed with huge pages, before their first write.
+    #[must_use]
+    pub fn huge_bytes(&self) -> u64 {
+        self.0.huge_bytes()
+    }
+
     /// Ends the connection for every clone and segment of it. What is mapped stays readable.
     pub fn close(&self) {
         self.0.close();

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strait_memory::{Inode, ReadMapping, WriteMapping};
-use strait_tensor::{Dtype, TensorPlace};
+use strait_tensor::{Dtype, HUGE_MIN_BYTES, TensorPlace};
 
 use crate::asynchronous::AsyncClient;
 use crate::connection::Connection;
@@ -69,6 +69,8 @@ pub struct OpenSegment {
 
 #[derive(Debug)]
 enum Filling {
+    /// Nobody has written to it: the next write is the first.
+    Fresh(WriteMapping, OwnedFd),
     Writable(WriteMapping, OwnedFd),
     ReadOnly(ReadMapping),
     /// The exchange of one for the other failed.
@@ -83,7 +85,7 @@ impl OpenSegment {
         client: AsyncClient,
     ) -> Result<Self, Error> {
         check(&mapping)?;
-        let filling = Filling::Writable(WriteMapping::new(&fd, length(&mapping)?)?, fd);
+        let filling = Filling::Fresh(WriteMapping::new(&fd, length(&mapping)?)?, fd);
         Ok(Self {
             pages: Pages::new(filling, lease.connection()),
             mapping,
@@ -126,7 +128,20 @@ impl OpenSegment {
     }
 
     fn all_mut(&mut self) -> Result<&mut [u8], Error> {
-        match self.pages.get_mut()? {
+        let filling = self.pages.get_mut()?;
+        *filling = match std::mem::replace(filling, Filling::Unmapped) {
+            // Now and not when it was made: this is the thread that is going to fill it.
+            Filling::Fresh(mut pages, fd) => {
+                for place in &self.mapping.tensors {
+                    if place.length >= HUGE_MIN_BYTES {
+                        pages.back_with_huge_pages(range(place), self.client.births());
+                    }
+                }
+                Filling::Writable(pages, fd)
+            }
+            other => other,
+        };
+        match filling {
             Filling::Writable(pages, _) => Ok(pages.bytes_mut()),
             _ => Err(Error::NotWritable {
                 segment: self.mapping.segment.clone(),
@@ -141,7 +156,7 @@ impl OpenSegment {
     pub fn tensor(&self, name: &str) -> Result<TensorView<'_>, Error> {
         let place = find(&self.mapping, name)?;
         let all = match self.pages.get()? {
-            Filling::Writable(pages, _) => pages.bytes(),
+            Filling::Fresh(pages, _) | Filling::Writable(pages, _) => pages.bytes(),
             Filling::ReadOnly(pages) => pages.bytes(),
             Filling::Unmapped => {
                 return Err(Error::NotWritable {
@@ -169,7 +184,9 @@ impl OpenSegment {
     pub(crate) fn freeze(&mut self) -> Result<(), Error> {
         let pages = self.pages.get_mut()?;
         *pages = match std::mem::replace(pages, Filling::Unmapped) {
-            Filling::Writable(writable, fd) => Filling::ReadOnly(writable.replace_readonly(&fd)?),
+            Filling::Fresh(writable, fd) | Filling::Writable(writable, fd) => {
+                Filling::ReadOnly(writable.replace_readonly(&fd)?)
+            }
             other => other,
         };
         Ok(())

@@ -35,6 +35,9 @@ pub struct Stats {
     /// Tensor bytes that this client copied since it connected: those that went through `put`.
     #[serde(skip)]
     pub client_copied_bytes: u64,
+    /// Bytes of segments to fill that this client backed with huge pages.
+    #[serde(skip)]
+    pub client_huge_bytes: u64,
     /// The whole answer.
     #[serde(skip)]
     pub all: Value,
@@ -89,11 +92,16 @@ pub struct OwnStats {
 }
 
 impl Stats {
-    pub(crate) fn new(all: Value, client_copied_bytes: u64) -> Result<Self, Error> {
+    pub(crate) fn new(
+        all: Value,
+        client_copied_bytes: u64,
+        client_huge_bytes: u64,
+    ) -> Result<Self, Error> {
         let stats = Self::deserialize(&all)
             .map_err(|error| Error::Protocol(format!("its reply is not Stats: {error}")))?;
         Ok(Self {
             client_copied_bytes,
+            client_huge_bytes,
             all,
             ..stats
         })

@@ -1,0 +1,74 @@
+//! Text from outside (a client's names, a guest's words, a plugin's symbols) as it may stand in
+//! messages and log lines: on one line, without characters that steer a terminal, bounded.
+
+/// Most bytes of a message.
+pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 10;
+/// Most bytes of a guest's stack.
+pub(crate) const BACKTRACE_BYTES_MAX: usize = 16 << 10;
+
+/// Whether a character would end the line, move the cursor, or turn the direction of what follows.
+pub(crate) fn is_steering(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+/// `text` on one line, of at most `bytes_max` bytes and a mark that it was cut.
+pub(crate) fn one_line(text: String, bytes_max: usize) -> String {
+    escaped(text, bytes_max, is_steering)
+}
+
+/// `text` of several lines, likewise.
+pub(crate) fn lines(text: String, bytes_max: usize) -> String {
+    escaped(text, bytes_max, |c| is_steering(c) && c != '\n')
+}
+
+fn escaped(mut text: String, bytes_max: usize, is_bad: impl Fn(char) -> bool) -> String {
+    let cut = text.len().saturating_sub(bytes_max);
+    if cut > 0 {
+        text.truncate(text.floor_char_boundary(bytes_max));
+    }
+    if text.chars().any(&is_bad) {
+        let mut clean = String::with_capacity(text.len() + 16);
+        for c in text.chars() {
+            if is_bad(c) {
+                clean.extend(c.escape_default());
+            } else {
+                clean.push(c);
+            }
+        }
+        text = clean;
+    }
+    if cut > 0 {
+        text.push_str(&format!("… ({cut} bytes more)"));
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_steers_is_escaped() {
+        let check = |text: &str, expected: &str| {
+            assert_eq!(one_line(text.to_owned(), 64), expected, "{text:?}");
+        };
+        check("x", "x");
+        check("größer → 2", "größer → 2");
+        check("a\nb\rc\0d", r"a\nb\rc\u{0}d");
+        check("\u{1b}[31m", r"\u{1b}[31m");
+        check(
+            "\u{85}\u{9b}\u{2028}\u{202e}",
+            r"\u{85}\u{9b}\u{2028}\u{202e}",
+        );
+        assert_eq!(lines("a\nb\tc".into(), 64), "a\nb\\tc");
+    }
+
+    #[test]
+    fn what_is_long_is_cut_between_characters() {
+        assert_eq!(one_line("äää".into(), 3), "ä… (3 bytes more)");
+        assert_eq!(one_line("ab\n".into(), 3), "ab\\n");
+        let long = one_line("\n".repeat(60 << 20), MESSAGE_BYTES_MAX);
+        assert!(long.len() < 3 * MESSAGE_BYTES_MAX, "{}", long.len());
+    }
+}

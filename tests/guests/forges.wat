@@ -1,0 +1,10 @@
+;; Logs a text that looks like a line of the host's after a line break, and fails with such a text.
+(import "strait:kernel/log-sink@0.1.0" "log" (func $log (param i32 i64 i64)))
+(data (i32.const 4096) "a\0a2030-01-01T00:00:00Z ERROR strait: forged\0d\1b[2K\00b")
+(func $run (param i32) (result i32)
+  (call $log (i32.const 0) (i64.const 4096) (i64.const 52)) i32.const 1)
+(func $last_error (result i32)
+  (i32.store8 (i32.const 576) (i32.const 2))
+  (i32.store (i32.const 580) (i32.const 4096))
+  (i32.store (i32.const 584) (i32.const 52))
+  i32.const 576)
