@@ -1,17 +1,36 @@
 //! The clock behind deadlines and cancels: advances wasmtime's epoch while anything runs.
 
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Time between two checks inside a running kernel.
 const TICK: Duration = Duration::from_millis(2);
+/// Ticks after the last invocation before the clock sleeps: waking it for every call of a series
+/// would cost each one a switch of threads.
+const LINGER_TICKS: u32 = 25;
+
+#[derive(Debug, Default)]
+struct State {
+    /// Invocations that run.
+    running: usize,
+    /// The clock waits to be woken.
+    asleep: bool,
+    /// The engine is ending.
+    ending: bool,
+}
 
 #[derive(Debug, Default)]
 struct Shared {
-    /// (invocations that run, the engine is ending)
-    running: Mutex<(usize, bool)>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing under this lock panics.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// One thread that sleeps while nothing runs.
@@ -25,32 +44,37 @@ pub(super) struct Ticker {
 #[derive(Debug)]
 pub(super) struct Ticking(Arc<Shared>);
 
+fn tick(shared: &Shared, engine: &wasmtime::Engine) {
+    let mut idle_ticks = 0;
+    let mut state = shared.lock();
+    while !state.ending {
+        idle_ticks = if state.running > 0 { 0 } else { idle_ticks + 1 };
+        state.asleep = idle_ticks > LINGER_TICKS;
+        if state.asleep {
+            state = shared
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+            idle_ticks = 0;
+        } else {
+            // Only an end or a first invocation after a sleep is told, so this is one tick.
+            state = shared
+                .changed
+                .wait_timeout(state, TICK)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            engine.increment_epoch();
+        }
+    }
+}
+
 impl Ticker {
     pub(super) fn new(engine: wasmtime::Engine) -> Self {
         let shared = Arc::new(Shared::default());
         let watched = Arc::clone(&shared);
-        let tick = move || {
-            let mut running = watched.running.lock().unwrap_or_else(|e| e.into_inner());
-            loop {
-                if running.1 {
-                    return;
-                }
-                let idle = running.0 == 0;
-                running = if idle {
-                    watched
-                        .changed
-                        .wait(running)
-                        .unwrap_or_else(|e| e.into_inner())
-                } else {
-                    let timed = watched.changed.wait_timeout(running, TICK);
-                    engine.increment_epoch();
-                    timed.unwrap_or_else(|e| e.into_inner()).0
-                };
-            }
-        };
         let thread = std::thread::Builder::new()
             .name("strait-epoch".to_owned())
-            .spawn(tick)
+            .spawn(move || tick(&watched, &engine))
             .ok();
         Self { shared, thread }
     }
@@ -63,29 +87,26 @@ impl Ticker {
                 "no thread for the deadline clock; raise the limit of processes".to_owned(),
             );
         }
-        self.shared
-            .running
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .0 += 1;
-        self.shared.changed.notify_one();
+        let mut state = self.shared.lock();
+        state.running += 1;
+        let asleep = std::mem::take(&mut state.asleep);
+        drop(state);
+        if asleep {
+            self.shared.changed.notify_one();
+        }
         Ok(Ticking(Arc::clone(&self.shared)))
     }
 }
 
 impl Drop for Ticking {
     fn drop(&mut self) {
-        self.0.running.lock().unwrap_or_else(|e| e.into_inner()).0 -= 1;
+        self.0.lock().running -= 1;
     }
 }
 
 impl Drop for Ticker {
     fn drop(&mut self) {
-        self.shared
-            .running
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .1 = true;
+        self.shared.lock().ending = true;
         self.shared.changed.notify_one();
         if let Some(thread) = self.thread.take() {
             // It only fails if the thread panicked, which it then reported itself.

@@ -32,6 +32,7 @@ compile_error!(
 
 mod adopt;
 mod budget;
+mod dirty;
 mod huge;
 mod idle;
 mod mapping;

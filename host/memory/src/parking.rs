@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use crate::dirty::Dirty;
 use crate::idle::Idle;
 use crate::pages::{Cover, FileAccess, Reservation, cover_in_signal, lay_in_signal};
 use crate::scrap::{SCRAP_BYTES, Scrap};
@@ -368,6 +369,8 @@ pub struct Parked {
     home: Reservation,
     file: Range<u64>,
     access: Access,
+    // Bytes of this mapping that somebody may have written, if it can be written.
+    dirty: Dirty,
     spent: bool,
     reader: Option<Reader>,
     lot: Weak<ParkingLot>,
@@ -407,6 +410,7 @@ impl Parked {
             home,
             file,
             access,
+            dirty: Dirty::default(),
             spent: false,
             reader,
             lot,
@@ -470,7 +474,7 @@ impl Parked {
     /// # Errors
     /// [`MoveRefused`], with the mapping back at home.
     pub fn move_into(
-        self,
+        mut self,
         part: Range<u64>,
         space: &Arc<GuestSpace>,
         at: usize,
@@ -513,6 +517,9 @@ impl Parked {
         // A refusal leaves the segment's own mapping here, with empty page tables: right and
         // harmless, since the way back replaces it.
         drop(self.home.cover(part.clone(), Cover::Nothing));
+        if self.access == Access::ReadWrite {
+            self.dirty.add(part.clone());
+        }
         Ok(Window {
             parked: Some(self),
             part,
@@ -538,18 +545,22 @@ impl Parked {
             !self.spent && self.access == Access::ReadWrite,
             "not writable"
         );
+        let offset = to_usize(offset);
+        self.dirty.add(offset..offset + bytes.len());
         // SAFETY: as in `copy_out`, and the mapping is read-write.
-        unsafe { self.home.copy_in(to_usize(offset), bytes) }
+        unsafe { self.home.copy_in(offset, bytes) }
     }
 
-    /// Zeroes `range`, through the mapping. The caller checked the range.
+    /// Zeroes what may be other than zero in `range`, through the mapping. The caller checked the range.
     pub(crate) fn zero(&mut self, range: Range<u64>) {
         assert!(
             !self.spent && self.access == Access::ReadWrite,
             "not writable"
         );
-        // SAFETY: as in `copy_out`, and the mapping is read-write.
-        unsafe { self.home.zero(to_usize(range.start)..to_usize(range.end)) }
+        for part in self.dirty.take(to_usize(range.start)..to_usize(range.end)) {
+            // SAFETY: as in `copy_out`, and the mapping is read-write.
+            unsafe { self.home.zero(part) }
+        }
     }
 }
 
