@@ -18,8 +18,8 @@ use std::sync::Arc;
 use strait::config::Config;
 use strait::lease::Principal;
 use strait::session::{Answer, Host, Invoked};
-use strait_client::Client;
-use strait_memory::Copied;
+use strait_client::{Client, NewTensor};
+use strait_memory::{Budget, Copied, Segment, WriteMapping};
 use strait_tensor::{Column, Dtype, TensorSpec};
 
 const MIB: usize = 1 << 20;
@@ -217,6 +217,87 @@ fn attach(c: &mut Criterion) {
     group.finish();
 }
 
+/// The first fill of 100 MiB of shared memory, and a consumer's first pass over 100 MiB: each beside the same
+/// without what makes it cheap.
+fn first_touch(c: &mut Criterion) {
+    let bytes = 100 * MIB;
+    let served = Served::new();
+    let client = served.client();
+    let tensor = |name: &str| NewTensor {
+        name: name.into(),
+        dtype: Dtype::Float64,
+        shape: vec![bytes as u64 / 8],
+    };
+    let mut group = c.benchmark_group("first touch 100MiB");
+    group
+        .throughput(Throughput::Bytes(bytes as u64))
+        .sample_size(10)
+        .measurement_time(Duration::from_secs(4));
+    group.bench_function("fill a plain memfd", |b| {
+        b.iter_custom(|rounds| {
+            (0..rounds)
+                .map(|_| {
+                    let begun = Instant::now();
+                    let memfd =
+                        Segment::create(bytes as u64, &Budget::new("bytes", u64::MAX)).unwrap();
+                    let mut pages = WriteMapping::new(memfd.client_fd().unwrap(), bytes).unwrap();
+                    pages.bytes_mut().fill(black_box(1));
+                    begun.elapsed()
+                })
+                .sum()
+        });
+    });
+    group.bench_function("CREATE and fill by the client", |b| {
+        b.iter_custom(|rounds| {
+            (0..rounds)
+                .map(|_| {
+                    let begun = Instant::now();
+                    let mut segment = client.create(&[tensor("x")]).unwrap();
+                    segment.bytes_mut("x").unwrap().fill(black_box(1));
+                    begun.elapsed()
+                })
+                .sum()
+        });
+    });
+    let mut x = client.create(&[tensor("x")]).unwrap();
+    x.tensor_mut::<f64>("x").unwrap().fill(1.0);
+    for (name, pass) in [
+        ("a consumer's first pass over a result", 0),
+        ("its second pass", 1),
+    ] {
+        group.bench_function(name, |b| {
+            b.iter_custom(|rounds| {
+                (0..rounds)
+                    .map(|_| {
+                        let result = client.call("scale-shift").input("x", &x).send().unwrap();
+                        let tensor = result.tensor("y").unwrap();
+                        let y = tensor.as_slice::<f64>().unwrap();
+                        let mut took = [Duration::ZERO; 2];
+                        for took in &mut took {
+                            let begun = Instant::now();
+                            black_box(sum(y));
+                            *took = begun.elapsed();
+                        }
+                        took[pass]
+                    })
+                    .sum()
+            });
+        });
+    }
+    group.finish();
+}
+
+/// In eight lanes, or it would wait for additions and not for memory.
+fn sum(values: &[f64]) -> f64 {
+    let mut lanes = [0.0; 8];
+    for chunk in values.chunks_exact(8) {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += value;
+        }
+    }
+    lanes.iter().sum()
+}
+
 /// A call of 1 KiB through the socket, beside an empty round trip.
 fn small(c: &mut Criterion) {
     let served = Served::new();
@@ -241,5 +322,5 @@ fn small(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, large, sizes, sandbox, attach, small);
+criterion_group!(benches, large, sizes, sandbox, attach, first_touch, small);
 criterion_main!(benches);
