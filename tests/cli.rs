@@ -955,6 +955,86 @@ fn run_needs_no_host() {
 }
 
 #[test]
+fn integer_parameters_are_exact() {
+    let host = Served::start(&[]);
+    let here = host.path();
+    let bytes = |values: &[i128]| -> Vec<u8> {
+        let low = |v: &i128| *v.to_le_bytes().first_chunk::<8>().unwrap();
+        values.iter().flat_map(low).collect()
+    };
+    let two_53 = 1_i128 << 53;
+    for (descr, x, parameter, y) in [
+        (
+            "<i8",
+            vec![two_53, two_53 + 1, two_53 + 2],
+            "hi=9007199254740993",
+            vec![two_53, two_53 + 1, two_53 + 1],
+        ),
+        (
+            "<i8",
+            vec![-two_53 - 6, -two_53 - 1],
+            "lo=-9007199254740993",
+            vec![-two_53 - 1; 2],
+        ),
+        (
+            "<u8",
+            vec![1 << 63, 5],
+            "hi=9223372036854775807",
+            vec![(1 << 63) - 1, 5],
+        ),
+        (
+            "<u8",
+            vec![5, u64::MAX.into()],
+            "lo=18446744073709551615",
+            vec![u64::MAX.into(); 2],
+        ),
+        ("<u8", vec![5, 5000], "hi=1e3", vec![5, 1000]),
+    ] {
+        let dictionary = format!(
+            "{{'descr': '{descr}', 'fortran_order': False, 'shape': ({},), }}",
+            x.len()
+        );
+        npy(&here.join("n.npy"), &dictionary, &bytes(&x));
+        good(
+            here,
+            &[
+                "run", "clip", "-i", "x=n.npy", "-p", parameter, "-o", "run.npy",
+            ],
+        );
+        good(here, &["put", "n", "n.npy", "--replace"]);
+        good(
+            here,
+            &[
+                "call",
+                "clip",
+                "-i",
+                "x=n",
+                "-p",
+                parameter,
+                "-o",
+                "y",
+                "--replace",
+            ],
+        );
+        good(here, &["get", "y", "call.npy"]);
+        for file in ["run.npy", "call.npy"] {
+            let data = fs::read(here.join(file)).unwrap();
+            assert!(data.ends_with(&bytes(&y)), "{descr} {parameter} {file}");
+        }
+    }
+    let text = good(here, &["kernels", "clip"]);
+    assert!(text.contains("number, default -inf"), "{text}");
+    bad(
+        here,
+        &[
+            "run", "clip", "-i", "x=n.npy", "-p", "hi=0x10", "-o", "run.npy",
+        ],
+        3,
+        "BAD_PARAMETER",
+    );
+}
+
+#[test]
 fn several_columns_make_one_tensor_of_columns() {
     let host = Served::start(&[]);
     let fixture = concat!(

@@ -62,6 +62,81 @@ fn a_large_tensor_is_moved_and_never_copied() {
 }
 
 #[test]
+fn integers_reach_the_kernel_with_every_bit() {
+    let rig = Rig::new();
+    let two_53 = 1_i64 << 53;
+    let signed =
+        |values: &[i64]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let unsigned =
+        |values: &[u64]| -> Vec<u8> { values.iter().flat_map(|v| v.to_le_bytes()).collect() };
+    let half = 1_u64 << 63;
+    // As text: that is what comes over the sockets.
+    for (dtype, x, parameters, y) in [
+        (
+            Dtype::Int64,
+            signed(&[two_53, two_53 + 1, two_53 + 2]),
+            r#"{"hi": 9007199254740993}"#,
+            signed(&[two_53, two_53 + 1, two_53 + 1]),
+        ),
+        (
+            Dtype::Int64,
+            signed(&[-two_53 - 6, -two_53 - 1]),
+            r#"{"lo": -9007199254740993}"#,
+            signed(&[-two_53 - 1; 2]),
+        ),
+        (
+            Dtype::Int64,
+            signed(&[i64::MIN, 0, i64::MAX]),
+            r#"{"lo": -9223372036854775807, "hi": 9223372036854775806}"#,
+            signed(&[i64::MIN + 1, 0, i64::MAX - 1]),
+        ),
+        (
+            Dtype::Int64,
+            signed(&[0, i64::MAX]),
+            r#"{"hi": 18446744073709551615}"#,
+            signed(&[0, i64::MAX]),
+        ),
+        (
+            Dtype::Uint64,
+            unsigned(&[half, 5]),
+            r#"{"hi": 9223372036854775807}"#,
+            unsigned(&[half - 1, 5]),
+        ),
+        (
+            Dtype::Uint64,
+            unsigned(&[half, u64::MAX]),
+            r#"{"lo": 9223372036854775809, "hi": 18446744073709551614}"#,
+            unsigned(&[half + 1, u64::MAX - 1]),
+        ),
+        (
+            Dtype::Int64,
+            signed(&[two_53 - 1, two_53 + 1]),
+            r#"{"lo": 9007199254740992.0}"#,
+            signed(&[two_53, two_53 + 1]),
+        ),
+    ] {
+        rig.put("n", dtype, &[(x.len() / 8) as u64], &x);
+        let parameters: Value = serde_json::from_str(parameters).unwrap();
+        let call = json!({"kernel": "clip", "inputs": {"x": "n"}, "parameters": parameters});
+        let invoked = rig.invoke(call).unwrap();
+        assert_eq!(
+            bytes_of(&invoked.results[0].segment),
+            y,
+            "{dtype} {parameters}"
+        );
+    }
+    let crossed = json!({"kernel": "clip", "inputs": {"x": "n"}, "parameters": {"lo": two_53 + 1, "hi": two_53}});
+    let status = rig.invoke(crossed).unwrap_err();
+    assert_eq!(status.reason, "BAD_PARAMETER");
+    assert!(
+        status
+            .message
+            .contains("9007199254740993 is above hi, 9007199254740992"),
+        "{status}"
+    );
+}
+
+#[test]
 fn both_sides_of_the_threshold_give_the_same_bits() {
     let threshold = 512 << 10;
     let kernels = [

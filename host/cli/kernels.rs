@@ -177,7 +177,7 @@ fn parameter(parameter: &Parameter) -> Vec<String> {
     if !parameter.choices.is_empty() {
         kind = parameter.choices.join("|");
     }
-    match (parameter.minimum, parameter.maximum) {
+    match (&parameter.minimum, &parameter.maximum) {
         (Some(min), Some(max)) => kind = format!("{kind} from {min} to {max}"),
         (Some(min), None) => kind = format!("{kind} from {min}"),
         (None, Some(max)) => kind = format!("{kind} up to {max}"),

@@ -204,7 +204,9 @@ fn typed(kind: &str, text: &str) -> Result<serde_json::Value, &'static str> {
         "integer" => text
             .parse::<i64>()
             .map(Into::into)
-            .map_err(|_| "an integer, such as 3"),
+            .or_else(|_| text.parse::<u64>().map(Into::into))
+            .map_err(|_| "an integer, such as 3, from -2^63 to 2^64-1"),
+        "number" => number(text).ok_or("a number, such as 3 or 1.5 (nan, inf and -inf count)"),
         "real" => real(text).map_err(|_| "a number, such as 1.5 (nan, inf and -inf count)"),
         "axis" => text
             .parse::<u32>()
@@ -219,6 +221,17 @@ fn typed(kind: &str, text: &str) -> Result<serde_json::Value, &'static str> {
         }
         _ => Ok(text.into()),
     }
+}
+
+/// A number as it is written: an integer stays exact.
+fn number(text: &str) -> Option<serde_json::Value> {
+    let text = text.trim();
+    let real = text.parse::<f64>().ok()?;
+    // `-0` has a sign as a float only.
+    let integer = (real != 0.0 || !real.is_sign_negative())
+        .then(|| typed("integer", text).ok())
+        .flatten();
+    Some(integer.unwrap_or_else(|| json_number(real)))
 }
 
 /// The protocol's words for what JSON has no number for.
@@ -259,6 +272,23 @@ mod tests {
         for (kind, text, value) in [
             ("boolean", "true", json!(true)),
             ("integer", "-3", json!(-3)),
+            ("integer", "18446744073709551615", json!(u64::MAX)),
+            (
+                "number",
+                "9007199254740993",
+                json!(9_007_199_254_740_993_u64),
+            ),
+            ("number", "-9223372036854775808", json!(i64::MIN)),
+            ("number", " 18446744073709551615", json!(u64::MAX)),
+            (
+                "number",
+                "18446744073709551616",
+                json!(18_446_744_073_709_551_616.0),
+            ),
+            ("number", "1e3", json!(1000.0)),
+            ("number", "2.0", json!(2.0)),
+            ("number", "-0", json!(-0.0)),
+            ("number", "-inf", json!("-inf")),
             ("real", "2", json!(2.0)),
             ("real", "1e-3", json!(0.001)),
             ("real", "nan", json!("nan")),
@@ -274,6 +304,10 @@ mod tests {
         for (kind, text) in [
             ("boolean", "1"),
             ("integer", "1.5"),
+            ("integer", "18446744073709551616"),
+            ("number", "0x10"),
+            ("number", "two"),
+            ("number", ""),
             ("real", "two"),
             ("real", ""),
             ("axis", "-1"),

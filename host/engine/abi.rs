@@ -2,7 +2,9 @@
 
 use strait_tensor::{Dtype, TensorSpec};
 
-use crate::plugin::{Description, Kernel, ParameterDeclaration, ParameterKind, Port, Role, Value};
+use crate::plugin::{
+    Description, Kernel, Number, ParameterDeclaration, ParameterKind, Port, Role, Value,
+};
 
 mod generated {
     wasmtime::component::bindgen!({
@@ -86,8 +88,11 @@ fn role_of(role: Role) -> types::Role {
 pub(super) fn parameter_of(name: &str, value: &Value) -> types::Parameter {
     let value = match value {
         Value::Boolean(v) => types::Value::Boolean(*v),
-        Value::Integer(v) => types::Value::Integer(*v),
-        Value::Real(v) => types::Value::Real(*v),
+        Value::Number(v) => types::Value::Number(match *v {
+            Number::Integer(v) => types::Number::Integer(v),
+            Number::Unsigned(v) => types::Number::Unsigned(v),
+            Number::Real(v) => types::Number::Real(v),
+        }),
         Value::Axis(v) => types::Value::Axis(*v),
         Value::Text(v) => types::Value::Text(v.clone()),
         Value::Reals(v) => types::Value::Reals(v.clone()),
@@ -98,11 +103,18 @@ pub(super) fn parameter_of(name: &str, value: &Value) -> types::Parameter {
     }
 }
 
+fn number(number: types::Number) -> Number {
+    match number {
+        types::Number::Integer(v) => Number::Integer(v),
+        types::Number::Unsigned(v) => v.into(),
+        types::Number::Real(v) => Number::Real(v),
+    }
+}
+
 fn value(value: types::Value) -> Value {
     match value {
         types::Value::Boolean(v) => Value::Boolean(v),
-        types::Value::Integer(v) => Value::Integer(v),
-        types::Value::Real(v) => Value::Real(v),
+        types::Value::Number(v) => Value::Number(number(v)),
         types::Value::Axis(v) => Value::Axis(v),
         types::Value::Text(v) => Value::Text(v),
         types::Value::Reals(v) => Value::Reals(v),
@@ -114,6 +126,7 @@ fn kind(kind: types::ParameterKind) -> ParameterKind {
         types::ParameterKind::Boolean => ParameterKind::Boolean,
         types::ParameterKind::Integer => ParameterKind::Integer,
         types::ParameterKind::Real => ParameterKind::Real,
+        types::ParameterKind::Number => ParameterKind::Number,
         types::ParameterKind::Axis => ParameterKind::Axis,
         types::ParameterKind::Text => ParameterKind::Text,
         types::ParameterKind::Reals => ParameterKind::Reals,
@@ -147,8 +160,8 @@ pub(super) fn description(description: types::Description) -> Description {
                 name: p.name,
                 kind: kind(p.kind),
                 default: p.default.map(value),
-                minimum: p.minimum,
-                maximum: p.maximum,
+                minimum: p.minimum.map(number),
+                maximum: p.maximum.map(number),
                 choices: p.choices,
                 doc: p.doc,
             })

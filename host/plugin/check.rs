@@ -1,11 +1,12 @@
 //! A caller's arguments against a kernel's declaration, before any guest runs.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::Value as Json;
 use strait_tensor::TensorSpec;
 
-use super::{Description, Kernel, ParameterDeclaration, ParameterKind, Port, Role, Value};
+use super::{Description, Kernel, Number, ParameterDeclaration, ParameterKind, Port, Role, Value};
 
 /// Most ports, parameters or kernels that one declaration may list.
 const ITEMS_MAX: usize = 256;
@@ -240,14 +241,20 @@ impl ParameterDeclaration {
         let wrong = || format!("{json} is not of type {}", self.kind.name());
         match self.kind {
             ParameterKind::Boolean => json.as_bool().map(Value::Boolean).ok_or_else(wrong),
-            ParameterKind::Integer => integer(json).map(Value::Integer).ok_or_else(wrong),
-            ParameterKind::Real => real(json).map(Value::Real).ok_or_else(wrong),
-            ParameterKind::Axis => integer(json)
-                .and_then(|v| u32::try_from(v).ok())
-                .map(Value::Axis)
-                .ok_or_else(|| {
-                    format!("{json} is not an axis: a whole number from 0 (the slowest)")
-                }),
+            ParameterKind::Integer => Number::from_json(json)
+                .ok_or_else(wrong)?
+                .to_integer()
+                .map(Value::Number)
+                .ok_or_else(|| format!("{json} is not a whole number from -2^63 to 2^64-1")),
+            ParameterKind::Real => real(json)
+                .map(|v| Value::Number(Number::Real(v)))
+                .ok_or_else(wrong),
+            ParameterKind::Number => Number::from_json(json).map(Value::Number).ok_or_else(wrong),
+            ParameterKind::Axis => match Number::from_json(json).and_then(Number::to_integer) {
+                Some(Number::Integer(v)) => u32::try_from(v).map(Value::Axis).ok(),
+                _ => None,
+            }
+            .ok_or_else(|| format!("{json} is not an axis: a whole number from 0 (the slowest)")),
             ParameterKind::Text => json
                 .as_str()
                 .map(|v| Value::Text(v.to_owned()))
@@ -260,32 +267,53 @@ impl ParameterDeclaration {
         }
     }
 
+    /// Whether bounds and default fit the kind and each other.
+    fn makes_sense(&self) -> Result<(), String> {
+        for (what, bound) in [("minimum", self.minimum), ("maximum", self.maximum)] {
+            if let Some(bound) = bound.filter(|v| !v.to_f64().is_finite()) {
+                return Err(format!("its {what} is {bound}; no bound is none at all"));
+            }
+        }
+        if let (Some(minimum), Some(maximum)) = (self.minimum, self.maximum)
+            && minimum.compare(maximum) == Some(Ordering::Greater)
+        {
+            return Err(format!(
+                "its minimum {minimum} is above its maximum {maximum}"
+            ));
+        }
+        let Some(default) = &self.default else {
+            return Ok(());
+        };
+        if !self.kind.takes(default) {
+            return Err(format!(
+                "it is of type {} and its default is {}",
+                self.kind.name(),
+                default.to_json()
+            ));
+        }
+        self.in_range(default, None)
+            .map_err(|e| format!("its default: {e}"))
+    }
+
     fn in_range(&self, value: &Value, rank: Option<usize>) -> Result<(), String> {
-        let check = |v: f64| {
-            if self.minimum.is_some_and(|minimum| v < minimum) {
-                return Err(format!(
-                    "{v} is below the minimum {}",
-                    self.minimum.unwrap_or(v)
-                ));
+        // A NaN compares with nothing: it fails wherever there is a bound.
+        let check = |v: Number| match (self.minimum, self.maximum) {
+            (Some(minimum), _) if v.compare(minimum).is_none_or(Ordering::is_lt) => {
+                Err(format!("{v} is out of range: the minimum is {minimum}"))
             }
-            if self.maximum.is_some_and(|maximum| v > maximum) {
-                return Err(format!(
-                    "{v} is above the maximum {}",
-                    self.maximum.unwrap_or(v)
-                ));
+            (_, Some(maximum)) if v.compare(maximum).is_none_or(Ordering::is_gt) => {
+                Err(format!("{v} is out of range: the maximum is {maximum}"))
             }
-            Ok(())
+            _ => Ok(()),
         };
         match value {
-            #[expect(clippy::cast_precision_loss, reason = "bounds are f64 in the contract")]
-            Value::Integer(v) => check(*v as f64),
-            Value::Real(v) => check(*v),
-            Value::Reals(v) => v.iter().try_for_each(|v| check(*v)),
+            Value::Number(v) => check(*v),
+            Value::Reals(v) => v.iter().try_for_each(|v| check(Number::Real(*v))),
             Value::Axis(v) => match rank {
                 Some(rank) if *v as usize >= rank => Err(format!(
                     "axis {v} of a tensor of rank {rank}; axes count from 0 (the slowest)"
                 )),
-                _ => check(f64::from(*v)),
+                _ => check(Number::Integer((*v).into())),
             },
             Value::Text(v) if !self.choices.is_empty() && !self.choices.contains(v) => {
                 Err(format!(
@@ -298,26 +326,21 @@ impl ParameterDeclaration {
     }
 }
 
-/// A JSON number without a fraction; `2.0` counts, for languages that write it so.
-fn integer(json: &Json) -> Option<i64> {
-    json.as_i64().or_else(|| {
-        let v = json.as_f64()?;
-        // Beyond 2^53 a float no longer says which integer is meant.
-        #[expect(clippy::cast_possible_truncation, reason = "whole and within 2^53")]
-        (v.fract() == 0.0 && v.abs() <= 9_007_199_254_740_992.0).then_some(v as i64)
-    })
+fn real(json: &Json) -> Option<f64> {
+    Number::from_json(json).map(Number::to_f64)
 }
 
-fn real(json: &Json) -> Option<f64> {
-    match json {
-        Json::Number(v) => v.as_f64(),
-        Json::String(v) => match v.as_str() {
-            "nan" => Some(f64::NAN),
-            "inf" => Some(f64::INFINITY),
-            "-inf" => Some(f64::NEG_INFINITY),
-            _ => None,
-        },
-        _ => None,
+impl ParameterKind {
+    /// Whether it is the type of a value in the form that a kernel gets.
+    fn takes(self, value: &Value) -> bool {
+        match value {
+            Value::Boolean(_) => self == Self::Boolean,
+            Value::Number(Number::Real(_)) => matches!(self, Self::Real | Self::Number),
+            Value::Number(_) => matches!(self, Self::Integer | Self::Number),
+            Value::Axis(_) => self == Self::Axis,
+            Value::Text(_) => self == Self::Text,
+            Value::Reals(_) => self == Self::Reals,
+        }
     }
 }
 
@@ -376,28 +399,9 @@ fn kernel_makes_sense(kernel: &Kernel) -> Result<(), String> {
         }
     }
     for parameter in &kernel.parameters {
-        let Some(default) = &parameter.default else {
-            continue;
-        };
-        let kind = match default {
-            Value::Boolean(_) => ParameterKind::Boolean,
-            Value::Integer(_) => ParameterKind::Integer,
-            Value::Real(_) => ParameterKind::Real,
-            Value::Axis(_) => ParameterKind::Axis,
-            Value::Text(_) => ParameterKind::Text,
-            Value::Reals(_) => ParameterKind::Reals,
-        };
-        if kind != parameter.kind {
-            return Err(format!(
-                "parameter `{}` is of type {} with a default of type {}",
-                parameter.name,
-                parameter.kind.name(),
-                kind.name()
-            ));
-        }
         parameter
-            .in_range(default, None)
-            .map_err(|e| format!("the default of parameter `{}`: {e}", parameter.name))?;
+            .makes_sense()
+            .map_err(|e| format!("parameter `{}`: {e}", parameter.name))?;
     }
     Ok(())
 }
@@ -429,4 +433,154 @@ fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<(), St
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn declaration(kind: ParameterKind) -> ParameterDeclaration {
+        ParameterDeclaration {
+            name: "p".to_owned(),
+            kind,
+            default: None,
+            minimum: None,
+            maximum: None,
+            choices: Vec::new(),
+            doc: String::new(),
+        }
+    }
+
+    #[test]
+    fn each_kind_takes_what_it_says() {
+        let odd = 9_007_199_254_740_993_i64;
+        let number = |v| Some(Value::Number(v));
+        for (kind, json, value) in [
+            (
+                ParameterKind::Integer,
+                json!(odd),
+                number(Number::Integer(odd)),
+            ),
+            (
+                ParameterKind::Integer,
+                json!(2.0),
+                number(Number::Integer(2)),
+            ),
+            (
+                ParameterKind::Integer,
+                json!(u64::MAX),
+                number(Number::Unsigned(u64::MAX)),
+            ),
+            (ParameterKind::Integer, json!(2.5), None),
+            (ParameterKind::Integer, json!(1e20), None),
+            (ParameterKind::Integer, json!("inf"), None),
+            (ParameterKind::Integer, json!("2"), None),
+            (ParameterKind::Integer, json!(true), None),
+            (ParameterKind::Real, json!(2), number(Number::Real(2.0))),
+            (
+                ParameterKind::Real,
+                json!("-inf"),
+                number(Number::Real(f64::NEG_INFINITY)),
+            ),
+            (ParameterKind::Real, json!([1]), None),
+            (
+                ParameterKind::Number,
+                json!(-odd),
+                number(Number::Integer(-odd)),
+            ),
+            (
+                ParameterKind::Number,
+                json!(1_u64 << 63),
+                number(Number::Unsigned(1 << 63)),
+            ),
+            (ParameterKind::Number, json!(2.0), number(Number::Real(2.0))),
+            (ParameterKind::Number, json!("1"), None),
+            (ParameterKind::Axis, json!(1.0), Some(Value::Axis(1))),
+            (ParameterKind::Axis, json!(u64::MAX), None),
+            (ParameterKind::Axis, json!(-1), None),
+            (
+                ParameterKind::Reals,
+                json!([1, "inf"]),
+                Some(Value::Reals(vec![1.0, f64::INFINITY])),
+            ),
+            (ParameterKind::Reals, json!(1), None),
+        ] {
+            let converted = declaration(kind).convert(&json).ok();
+            assert_eq!(converted, value, "{} from {json}", kind.name());
+        }
+    }
+
+    #[test]
+    fn bounds_are_exact() {
+        let two_53 = 1_i64 << 53;
+        let within = |minimum, maximum, json: Json| {
+            let declaration = ParameterDeclaration {
+                minimum,
+                maximum,
+                ..declaration(ParameterKind::Number)
+            };
+            let value = declaration.convert(&json).expect("a number");
+            declaration.in_range(&value, None)
+        };
+        let odd = Some(Number::Integer(two_53 + 1));
+        assert_eq!(within(None, odd, json!(two_53 + 1)), Ok(()));
+        assert_eq!(
+            within(None, odd, json!(two_53 + 2)),
+            Err("9007199254740994 is out of range: the maximum is 9007199254740993".to_owned())
+        );
+        assert_eq!(
+            within(odd, None, json!(two_53)),
+            Err("9007199254740992 is out of range: the minimum is 9007199254740993".to_owned())
+        );
+        let unsigned = Some(Number::Unsigned(u64::MAX - 1));
+        assert_eq!(within(unsigned, None, json!(u64::MAX)), Ok(()));
+        assert!(within(None, unsigned, json!(u64::MAX)).is_err());
+        assert!(within(Some(Number::Real(0.5)), None, json!(0)).is_err());
+        assert!(within(odd, None, json!("nan")).is_err());
+        assert_eq!(within(None, None, json!("nan")), Ok(()));
+    }
+
+    #[test]
+    fn a_declaration_that_contradicts_itself_is_refused() {
+        let refused = |change: &dyn Fn(&mut ParameterDeclaration), kind| {
+            let mut changed = declaration(kind);
+            change(&mut changed);
+            changed.makes_sense().expect_err("refused")
+        };
+        let text = refused(
+            &|p| p.minimum = Some(Number::Real(f64::NAN)),
+            ParameterKind::Real,
+        );
+        assert!(text.contains("minimum is NaN"), "{text}");
+        let text = refused(
+            &|p| {
+                p.minimum = Some(Number::Unsigned(u64::MAX));
+                p.maximum = Some(Number::Integer(1));
+            },
+            ParameterKind::Integer,
+        );
+        assert!(text.contains("18446744073709551615 is above"), "{text}");
+        let text = refused(
+            &|p| p.default = Some(Value::Number(Number::Integer(1))),
+            ParameterKind::Real,
+        );
+        assert!(text.contains("type real and its default is 1"), "{text}");
+        let text = refused(
+            &|p| {
+                p.maximum = Some(Number::Integer(1 << 53));
+                p.default = Some(Value::Number(Number::Integer((1 << 53) + 1)));
+            },
+            ParameterKind::Integer,
+        );
+        assert!(text.contains("its default: 9007199254740993"), "{text}");
+        assert_eq!(
+            ParameterDeclaration {
+                default: Some(Value::Number(Number::Unsigned(u64::MAX))),
+                ..declaration(ParameterKind::Number)
+            }
+            .makes_sense(),
+            Ok(())
+        );
+    }
 }

@@ -4,6 +4,7 @@
 //! This room knows nothing of wasmtime: `engine` compiles the bytes and calls `describe`.
 
 mod check;
+mod number;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, RwLock};
@@ -12,6 +13,7 @@ use sha2::{Digest, Sha256};
 pub use strait_tensor::{Dtype, TensorSpec};
 
 pub use check::{CheckError, Invocable};
+pub use number::Number;
 
 /// Sha-256 of a plugin's bytes: names the compiled component.
 pub type PluginHash = [u8; 32];
@@ -47,10 +49,12 @@ pub struct Port {
 pub enum ParameterKind {
     /// true or false.
     Boolean,
-    /// A signed 64-bit integer.
+    /// A whole number from -2^63 to 2^64-1.
     Integer,
     /// A 64-bit float.
     Real,
+    /// Either, as the caller wrote it.
+    Number,
     /// 0-based axis of the first input, row-major.
     Axis,
     /// Text.
@@ -67,6 +71,7 @@ impl ParameterKind {
             Self::Boolean => "boolean",
             Self::Integer => "integer",
             Self::Real => "real",
+            Self::Number => "number",
             Self::Axis => "axis",
             Self::Text => "text",
             Self::Reals => "reals",
@@ -79,10 +84,8 @@ impl ParameterKind {
 pub enum Value {
     /// See [`ParameterKind::Boolean`].
     Boolean(bool),
-    /// See [`ParameterKind::Integer`].
-    Integer(i64),
-    /// See [`ParameterKind::Real`].
-    Real(f64),
+    /// See [`ParameterKind::Integer`], [`ParameterKind::Real`] and [`ParameterKind::Number`].
+    Number(Number),
     /// See [`ParameterKind::Axis`].
     Axis(u32),
     /// See [`ParameterKind::Text`].
@@ -95,28 +98,12 @@ impl Value {
     /// As JSON; numbers that JSON does not have become `"nan"`, `"inf"`, `"-inf"`.
     #[must_use]
     pub fn to_json(&self) -> serde_json::Value {
-        let real = |v: f64| {
-            serde_json::Number::from_f64(v).map_or_else(
-                || {
-                    if v.is_nan() {
-                        "nan"
-                    } else if v > 0.0 {
-                        "inf"
-                    } else {
-                        "-inf"
-                    }
-                    .into()
-                },
-                serde_json::Value::Number,
-            )
-        };
         match self {
             Self::Boolean(v) => (*v).into(),
-            Self::Integer(v) => (*v).into(),
-            Self::Real(v) => real(*v),
+            Self::Number(v) => v.to_json(),
             Self::Axis(v) => (*v).into(),
             Self::Text(v) => v.as_str().into(),
-            Self::Reals(v) => v.iter().map(|v| real(*v)).collect(),
+            Self::Reals(v) => v.iter().map(|v| Number::Real(*v).to_json()).collect(),
         }
     }
 }
@@ -131,9 +118,9 @@ pub struct ParameterDeclaration {
     /// None: the caller must give it.
     pub default: Option<Value>,
     /// Least number.
-    pub minimum: Option<f64>,
+    pub minimum: Option<Number>,
     /// Greatest number.
-    pub maximum: Option<f64>,
+    pub maximum: Option<Number>,
     /// Allowed texts; empty allows any.
     pub choices: Vec<String>,
     /// For people.

@@ -3,7 +3,7 @@
 use strait_client::wire;
 
 use super::Invoked;
-use crate::plugin::{KernelRef, Port, Role, Value};
+use crate::plugin::{KernelRef, Number, Port, Role, Value};
 
 impl From<&KernelRef> for wire::Kernel {
     fn from(found: &KernelRef) -> Self {
@@ -33,8 +33,8 @@ impl From<&KernelRef> for wire::Kernel {
                     name: p.name.clone(),
                     kind: p.kind.name().to_owned(),
                     default: p.default.as_ref().map(Value::to_json),
-                    minimum: p.minimum,
-                    maximum: p.maximum,
+                    minimum: p.minimum.and_then(Number::to_json_number),
+                    maximum: p.maximum.and_then(Number::to_json_number),
                     choices: p.choices.clone(),
                     doc: p.doc.clone(),
                 })

@@ -459,6 +459,8 @@ mod tests {
             serde_json::json!([1.0, "inf"])
         );
         assert_eq!(value(1.into()), serde_json::json!(1));
+        assert_eq!(value(u64::MAX.into()).to_string(), "18446744073709551615");
+        assert_eq!(value(i64::MIN.into()).to_string(), "-9223372036854775808");
         assert_eq!(value(true.into()), serde_json::json!(true));
     }
 

@@ -593,14 +593,14 @@ pub struct Port {
 pub struct Parameter {
     /// Its name.
     pub name: String,
-    /// `boolean`, `integer`, `real`, `axis`, `text` or `reals`.
+    /// `boolean`, `integer`, `real`, `number`, `axis`, `text` or `reals`.
     pub kind: String,
     /// Missing: the caller must give it.
     pub default: Option<serde_json::Value>,
-    /// Least value.
-    pub minimum: Option<f64>,
-    /// Greatest value.
-    pub maximum: Option<f64>,
+    /// Least value, exact.
+    pub minimum: Option<serde_json::Number>,
+    /// Greatest value, exact.
+    pub maximum: Option<serde_json::Number>,
     /// Allowed texts; empty allows any.
     pub choices: Vec<String>,
     /// What it does.

@@ -1,14 +1,15 @@
 //! `clip`: holds values between two bounds.
 
+use core::cmp::Ordering;
 use strait_plugin::prelude::*;
 
 parameters! {
     /// Parameters of `clip`.
     pub struct Parameters {
         /// Lower bound.
-        pub lo: f64 = f64::NEG_INFINITY,
+        pub lo: Number = f64::NEG_INFINITY,
         /// Upper bound.
-        pub hi: f64 = f64::INFINITY,
+        pub hi: Number = f64::INFINITY,
     }
 }
 
@@ -16,7 +17,7 @@ parameters! {
 ///
 /// A bound that the dtype does not have is moved: for floats to the nearest value (as numpy does, so too
 /// large is infinity; 448 in `float8_e4m3fn`); for integers inwards to the next integer, and into the type's
-/// range, so that 64-bit integers are compared exactly.
+/// range. Bounds and 64-bit integers are compared exactly.
 #[derive(Debug)]
 pub struct Clip(Parameters);
 
@@ -32,14 +33,14 @@ impl Kernel for Clip {
     fn open(parameters: Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
         let Parameters { lo, hi } = parameters;
         for (name, bound) in [("lo", lo), ("hi", hi)] {
-            if bound.is_nan() {
+            if bound.to_f64().is_nan() {
                 return Err(Error::bad_argument(
                     name,
                     "it is NaN: give a number, or leave it out for no bound",
                 ));
             }
         }
-        if lo > hi {
+        if lo.compare(hi).is_some_and(Ordering::is_gt) {
             return Err(Error::bad_argument(
                 "lo",
                 format!("{lo} is above hi, {hi}: give lo <= hi"),
@@ -69,7 +70,7 @@ impl Kernel for Clip {
 
 trait Bounded: Real {
     /// The bounds that clip values of this type as `lo` and `hi` do.
-    fn bounds(lo: f64, hi: f64) -> (Self, Self);
+    fn bounds(lo: Number, hi: Number) -> (Self, Self);
     fn clip(x: &[Self], y: &mut [Self], lo: Self, hi: Self);
 }
 
@@ -77,13 +78,13 @@ macro_rules! integers {
     ($($type:ty),+) => {
         $(
             impl Bounded for $type {
-                fn bounds(lo: f64, hi: f64) -> (Self, Self) {
-                    // `from_f64` cuts towards zero and holds at the limits; one step mends the direction. A
-                    // bound beyond 2^53 is an integer, so that the comparison is exact where it matters.
-                    let (low, high) = (Self::from_f64(lo), Self::from_f64(hi));
-                    let low = if low.to_f64() < lo { low.saturating_add(1) } else { low };
-                    let high = if high.to_f64() > hi { high.saturating_sub(1) } else { high };
-                    (low, high)
+                #[expect(
+                    clippy::cast_possible_truncation, clippy::cast_sign_loss,
+                    reason = "clamped to the type's range"
+                )]
+                fn bounds(lo: Number, hi: Number) -> (Self, Self) {
+                    let held = |bound: i128| bound.clamp(Self::MIN.into(), Self::MAX.into()) as Self;
+                    (held(lo.ceil()), held(hi.floor()))
                 }
 
                 fn clip(x: &[Self], y: &mut [Self], lo: Self, hi: Self) {
@@ -96,7 +97,7 @@ macro_rules! integers {
 integers!(i8, i16, i32, i64, u8, u16, u32, u64);
 
 impl Bounded for Bool8 {
-    fn bounds(lo: f64, hi: f64) -> (Self, Self) {
+    fn bounds(lo: Number, hi: Number) -> (Self, Self) {
         let (low, high) = u8::bounds(lo, hi);
         (Self(low.min(1)), Self(high.min(1)))
     }
@@ -112,8 +113,17 @@ macro_rules! wide_floats {
     ($($type:ty),+) => {
         $(
             impl Bounded for $type {
-                fn bounds(lo: f64, hi: f64) -> (Self, Self) {
-                    (Self::from_f64(lo), Self::from_f64(hi))
+                #[allow(
+                    clippy::cast_possible_truncation, clippy::cast_precision_loss, clippy::unnecessary_cast,
+                    reason = "`as` rounds once, to the nearest"
+                )]
+                fn bounds(lo: Number, hi: Number) -> (Self, Self) {
+                    let nearest = |bound| match bound {
+                        Number::Integer(bound) => bound as Self,
+                        Number::Unsigned(bound) => bound as Self,
+                        Number::Real(bound) => bound as Self,
+                    };
+                    (nearest(lo), nearest(hi))
                 }
 
                 #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "it is what keeps a NaN")]
@@ -133,9 +143,15 @@ macro_rules! narrow_floats {
     ($($type:ty, $largest:expr);+) => {
         $(
             impl Bounded for $type {
-                fn bounds(lo: f64, hi: f64) -> (Self, Self) {
-                    let bound = |value: f64| Self::from_f64(value.max(-$largest).min($largest));
-                    (bound(lo), bound(hi))
+                fn bounds(lo: Number, hi: Number) -> (Self, Self) {
+                    let nearest = |bound: Number| match bound {
+                        _ if bound.to_f64() > $largest => Self::from_f64($largest),
+                        _ if bound.to_f64() < -$largest => Self::from_f64(-$largest),
+                        Number::Integer(bound) => Self::from_i64(bound),
+                        Number::Unsigned(bound) => Self::from_u64(bound),
+                        Number::Real(bound) => Self::from_f64(bound),
+                    };
+                    (nearest(lo), nearest(hi))
                 }
 
                 #[expect(clippy::neg_cmp_op_on_partial_ord, reason = "it is what keeps a NaN")]
@@ -158,13 +174,21 @@ narrow_floats!(F16, f64::INFINITY; Bf16, f64::INFINITY; F8E5m2, f64::INFINITY; F
 mod tests {
     use super::*;
 
-    fn clip<T: Element>(x: &[T], lo: f64, hi: f64) -> Result<Vec<T>, Error> {
-        let parameters = [("lo", Value::Real(lo)), ("hi", Value::Real(hi))];
+    fn clip<T: Element>(
+        x: &[T],
+        lo: impl Into<Number>,
+        hi: impl Into<Number>,
+    ) -> Result<Vec<T>, Error> {
+        let parameters = [
+            ("lo", Value::Number(lo.into())),
+            ("hi", Value::Number(hi.into())),
+        ];
         let outcome = testing::invoke::<Clip>(&parameters, &[Tensor::new(x)])?;
         Ok(outcome.outputs[0].values())
     }
 
-    fn check<T: Element>(x: &[T], lo: f64, hi: f64, expected: &[T]) {
+    fn check<T: Element>(x: &[T], lo: impl Into<Number>, hi: impl Into<Number>, expected: &[T]) {
+        let (lo, hi) = (lo.into(), hi.into());
         assert_eq!(
             clip(x, lo, hi).expect("valid bounds"),
             expected,
@@ -200,6 +224,29 @@ mod tests {
             9_223_372_036_854_775_808.0,
             &[0, 1 << 63, 1 << 63],
         );
+        // Where an f64 is no longer exact: each dtype's neighbours, both bounds, integers and floats.
+        let odd = (1i64 << 53) + 1;
+        check(
+            &[odd - 1, odd, odd + 1],
+            i64::MIN,
+            odd,
+            &[odd - 1, odd, odd],
+        );
+        check(&[-odd - 5, -odd], -odd, i64::MAX, &[-odd, -odd]);
+        check(
+            &[odd - 1, odd],
+            (odd - 1) as f64,
+            (odd - 1) as f64,
+            &[odd - 1; 2],
+        );
+        check(&[1u64 << 63, 5], 0, (1u64 << 63) - 1, &[(1 << 63) - 1, 5]);
+        check(
+            &[0, u64::MAX],
+            u64::MAX - 1,
+            u64::MAX,
+            &[u64::MAX - 1, u64::MAX],
+        );
+        check(&[i64::MIN, i64::MAX], 1u64 << 63, u64::MAX, &[i64::MAX; 2]);
         check(&[-3i8, -2, 0, 2, 3], -2.5, 2.5, &[-2, -2, 0, 2, 2]);
         check(&[-3i32, 0, 3], 0.5, 1.5, &[1, 1, 1]);
     }
@@ -228,6 +275,14 @@ mod tests {
             [0.0, 0.0, 0.0, 2.0].map(f64::to_bits)
         );
         check(&[-1.0f32, 0.0, 1.0], 0.1, 1e300, &[0.1, 0.1, 1.0]);
+        // Rounded once: by way of f64 it would be a tie, and go down.
+        let above_tie = (1i64 << 60) + (1 << 36) + 1;
+        check(
+            &[f32::MAX],
+            0,
+            above_tie,
+            &[(1u64 << 60) as f32 * (1.0 + f32::EPSILON)],
+        );
         check(
             &[f32::NEG_INFINITY, 1.0],
             f64::NEG_INFINITY,
@@ -257,6 +312,15 @@ mod tests {
             1e9,
             f64::INFINITY,
             &[f8(448.0), F8E4m3fn(0x7f)],
+        );
+        check(&[f8(1.0), f8(-1.0)], u64::MAX, u64::MAX, &[f8(448.0); 2]);
+        check(&[f16(1.0)], 100_000, u64::MAX, &[F16(0x7c00)]);
+        let above_tie = (1i64 << 60) + (1 << 52) + 1;
+        check(
+            &[Bf16(0x7f7f)],
+            0,
+            above_tie,
+            &[Bf16(((127 + 60) << 7) + 1)],
         );
         check(
             &[Bf16::from_f64(5.0), Bf16(0x8000)],

@@ -61,12 +61,18 @@ mod tests {
     fn product_and_sum_are_rounded_each() {
         // With a fused multiply-add the first would be 2^-60, and f32 arithmetic differs from f64 in the second.
         let (a, x) = (1.0 + f64::EPSILON, 1.0 - f64::EPSILON);
-        let parameters = [("a", Value::Real(a)), ("b", Value::Real(-1.0))];
+        let parameters = [
+            ("a", Value::Number(a.into())),
+            ("b", Value::Number((-1.0).into())),
+        ];
         let y =
             testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[x, 1.0])]).expect("valid");
         assert_eq!(y.outputs[0].values::<f64>(), [a * x - 1.0, f64::EPSILON]);
 
-        let parameters = [("a", Value::Real(0.1)), ("b", Value::Real(0.2))];
+        let parameters = [
+            ("a", Value::Number(0.1.into())),
+            ("b", Value::Number(0.2.into())),
+        ];
         let y =
             testing::invoke::<ScaleShift>(&parameters, &[Tensor::new(&[0.3f32])]).expect("valid");
         assert_eq!(y.outputs[0].values::<f32>(), [0.1f32 * 0.3 + 0.2]);
@@ -78,7 +84,8 @@ mod tests {
             let count: u64 = shape.iter().product();
             let elements: Vec<f64> = (0..count).map(|i| i as f64).collect();
             let x = Tensor::shaped(&elements, shape);
-            let y = testing::invoke::<ScaleShift>(&[("b", Value::Real(1.0))], &[x]).expect("valid");
+            let y = testing::invoke::<ScaleShift>(&[("b", Value::Number(1.0.into()))], &[x])
+                .expect("valid");
             assert_eq!(y.outputs[0].shape, shape);
             let expected: Vec<f64> = elements.iter().map(|x| x + 1.0).collect();
             assert_eq!(y.outputs[0].values::<f64>(), expected);

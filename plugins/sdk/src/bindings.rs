@@ -60,8 +60,9 @@ pub mod strait {
             #[doc(hidden)]
             static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// Element types, by numpy's names. `bool8` is one byte, 0 or 1; complex numbers are pairs
-            /// (real, imaginary). float8-e4m3fn and float8-e5m2 are the OCP 8-bit formats.
+            /// Element types, by numpy's names. `bool8` is one byte: 0 is false, any other byte true, and a
+            /// kernel writes 0 or 1. Complex numbers are pairs (real, imaginary). float8-e4m3fn and
+            /// float8-e5m2 are the OCP 8-bit formats.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum Dtype {
@@ -211,11 +212,36 @@ pub mod strait {
                         .finish()
                 }
             }
+            /// A number as the caller wrote it: an integer stays exact over both 64-bit ranges. `unsigned` is
+            /// for those from 2^63 on, so that there is one way to say each integer.
+            #[derive(Clone, Copy, PartialEq)]
+            pub enum Number {
+                Integer(i64),
+                Unsigned(u64),
+                Real(f64),
+            }
+            impl ::core::fmt::Debug for Number {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    match self {
+                        Number::Integer(e) => {
+                            f.debug_tuple("Number::Integer").field(e).finish()
+                        }
+                        Number::Unsigned(e) => {
+                            f.debug_tuple("Number::Unsigned").field(e).finish()
+                        }
+                        Number::Real(e) => {
+                            f.debug_tuple("Number::Real").field(e).finish()
+                        }
+                    }
+                }
+            }
             #[derive(Clone, PartialEq)]
             pub enum Value {
                 Boolean(bool),
-                Integer(i64),
-                Real(f64),
+                Number(Number),
                 /// 0-based and row-major: axis 0 is the slowest.
                 Axis(u32),
                 Text(_rt::String),
@@ -230,10 +256,9 @@ pub mod strait {
                         Value::Boolean(e) => {
                             f.debug_tuple("Value::Boolean").field(e).finish()
                         }
-                        Value::Integer(e) => {
-                            f.debug_tuple("Value::Integer").field(e).finish()
+                        Value::Number(e) => {
+                            f.debug_tuple("Value::Number").field(e).finish()
                         }
-                        Value::Real(e) => f.debug_tuple("Value::Real").field(e).finish(),
                         Value::Axis(e) => f.debug_tuple("Value::Axis").field(e).finish(),
                         Value::Text(e) => f.debug_tuple("Value::Text").field(e).finish(),
                         Value::Reals(e) => {
@@ -258,12 +283,15 @@ pub mod strait {
                         .finish()
                 }
             }
+            /// Three kinds take a value `number`: `integer` one without a fraction, as `integer` or `unsigned`;
+            /// `real` one rounded to f64, as `real`; `number` any, as the caller wrote it.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum ParameterKind {
                 Boolean,
                 Integer,
                 Real,
+                Number,
                 Axis,
                 Text,
                 Reals,
@@ -282,6 +310,9 @@ pub mod strait {
                         }
                         ParameterKind::Real => {
                             f.debug_tuple("ParameterKind::Real").finish()
+                        }
+                        ParameterKind::Number => {
+                            f.debug_tuple("ParameterKind::Number").finish()
                         }
                         ParameterKind::Axis => {
                             f.debug_tuple("ParameterKind::Axis").finish()
@@ -305,9 +336,10 @@ pub mod strait {
                         0 => ParameterKind::Boolean,
                         1 => ParameterKind::Integer,
                         2 => ParameterKind::Real,
-                        3 => ParameterKind::Axis,
-                        4 => ParameterKind::Text,
-                        5 => ParameterKind::Reals,
+                        3 => ParameterKind::Number,
+                        4 => ParameterKind::Axis,
+                        5 => ParameterKind::Text,
+                        6 => ParameterKind::Reals,
                         _ => panic!("invalid enum discriminant"),
                     }
                 }
@@ -318,8 +350,9 @@ pub mod strait {
                 pub kind: ParameterKind,
                 /// None: the caller must give it.
                 pub default: Option<Value>,
-                pub minimum: Option<f64>,
-                pub maximum: Option<f64>,
+                /// Bounds of a number, of each number in `reals`, or of an axis; finite.
+                pub minimum: Option<Number>,
+                pub maximum: Option<Number>,
                 /// For `text`: the allowed values; empty allows any.
                 pub choices: _rt::Vec<_rt::String>,
                 pub doc: _rt::String,
@@ -590,22 +623,22 @@ pub mod exports {
                         *ptr1
                             .add(3 * ::core::mem::size_of::<*const u8>())
                             .cast::<*mut u8>() = ptr4.cast_mut();
-                        let vec27 = kernels2;
-                        let len27 = vec27.len();
-                        let layout27 = _rt::alloc::Layout::from_size_align(
-                                vec27.len()
+                        let vec30 = kernels2;
+                        let len30 = vec30.len();
+                        let layout30 = _rt::alloc::Layout::from_size_align(
+                                vec30.len()
                                     * (24 + 10 * ::core::mem::size_of::<*const u8>()),
                                 8,
                             )
                             .unwrap();
-                        let (result27, _cleanup27) = wit_bindgen::rt::Cleanup::new(
-                            layout27,
+                        let (result30, _cleanup30) = wit_bindgen::rt::Cleanup::new(
+                            layout30,
                         );
-                        if let Some(cleanup) = _cleanup27 {
+                        if let Some(cleanup) = _cleanup30 {
                             cleanup.forget();
                         }
-                        for (i, e) in vec27.into_iter().enumerate() {
-                            let base = result27
+                        for (i, e) in vec30.into_iter().enumerate() {
+                            let base = result30
                                 .add(i * (24 + 10 * ::core::mem::size_of::<*const u8>()));
                             {
                                 let super::super::super::super::strait::kernel::types::Kernel {
@@ -808,23 +841,23 @@ pub mod exports {
                                 *base
                                     .add(6 * ::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = result17;
-                                let vec26 = parameters5;
-                                let len26 = vec26.len();
-                                let layout26 = _rt::alloc::Layout::from_size_align(
-                                        vec26.len()
-                                            * (56 + 8 * ::core::mem::size_of::<*const u8>()),
+                                let vec29 = parameters5;
+                                let len29 = vec29.len();
+                                let layout29 = _rt::alloc::Layout::from_size_align(
+                                        vec29.len()
+                                            * (88 + 6 * ::core::mem::size_of::<*const u8>()),
                                         8,
                                     )
                                     .unwrap();
-                                let (result26, _cleanup26) = wit_bindgen::rt::Cleanup::new(
-                                    layout26,
+                                let (result29, _cleanup29) = wit_bindgen::rt::Cleanup::new(
+                                    layout29,
                                 );
-                                if let Some(cleanup) = _cleanup26 {
+                                if let Some(cleanup) = _cleanup29 {
                                     cleanup.forget();
                                 }
-                                for (i, e) in vec26.into_iter().enumerate() {
-                                    let base = result26
-                                        .add(i * (56 + 8 * ::core::mem::size_of::<*const u8>()));
+                                for (i, e) in vec29.into_iter().enumerate() {
+                                    let base = result29
+                                        .add(i * (88 + 6 * ::core::mem::size_of::<*const u8>()));
                                     {
                                         let super::super::super::super::strait::kernel::types::ParameterDeclaration {
                                             name: name18,
@@ -851,9 +884,9 @@ pub mod exports {
                                                 *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                use super::super::super::super::strait::kernel::types::Value as V22;
+                                                use super::super::super::super::strait::kernel::types::Value as V23;
                                                 match e {
-                                                    V22::Boolean(e) => {
+                                                    V23::Boolean(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (0i32) as u8;
@@ -864,51 +897,51 @@ pub mod exports {
                                                             false => 0,
                                                         }) as u8;
                                                     }
-                                                    V22::Integer(e) => {
+                                                    V23::Number(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (1i32) as u8;
-                                                        *base
-                                                            .add(24 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<i64>() = _rt::as_i64(e);
+                                                        use super::super::super::super::strait::kernel::types::Number as V20;
+                                                        match e {
+                                                            V20::Integer(e) => {
+                                                                *base
+                                                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<u8>() = (0i32) as u8;
+                                                                *base
+                                                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<i64>() = _rt::as_i64(e);
+                                                            }
+                                                            V20::Unsigned(e) => {
+                                                                *base
+                                                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<u8>() = (1i32) as u8;
+                                                                *base
+                                                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<i64>() = _rt::as_i64(e);
+                                                            }
+                                                            V20::Real(e) => {
+                                                                *base
+                                                                    .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<u8>() = (2i32) as u8;
+                                                                *base
+                                                                    .add(32 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                    .cast::<f64>() = _rt::as_f64(e);
+                                                            }
+                                                        }
                                                     }
-                                                    V22::Real(e) => {
+                                                    V23::Axis(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (2i32) as u8;
                                                         *base
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<f64>() = _rt::as_f64(e);
+                                                            .cast::<i32>() = _rt::as_i32(e);
                                                     }
-                                                    V22::Axis(e) => {
+                                                    V23::Text(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (3i32) as u8;
-                                                        *base
-                                                            .add(24 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<i32>() = _rt::as_i32(e);
-                                                    }
-                                                    V22::Text(e) => {
-                                                        *base
-                                                            .add(16 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<u8>() = (4i32) as u8;
-                                                        let vec20 = (e.into_bytes()).into_boxed_slice();
-                                                        let ptr20 = vec20.as_ptr().cast::<u8>();
-                                                        let len20 = vec20.len();
-                                                        ::core::mem::forget(vec20);
-                                                        *base
-                                                            .add(24 + 3 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<usize>() = len20;
-                                                        *base
-                                                            .add(24 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<*mut u8>() = ptr20.cast_mut();
-                                                    }
-                                                    V22::Reals(e) => {
-                                                        *base
-                                                            .add(16 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<u8>() = (5i32) as u8;
-                                                        let vec21 = <_ as Into<_rt::Vec<_>>>::into(e)
-                                                            .into_boxed_slice();
+                                                        let vec21 = (e.into_bytes()).into_boxed_slice();
                                                         let ptr21 = vec21.as_ptr().cast::<u8>();
                                                         let len21 = vec21.len();
                                                         ::core::mem::forget(vec21);
@@ -918,6 +951,22 @@ pub mod exports {
                                                         *base
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<*mut u8>() = ptr21.cast_mut();
+                                                    }
+                                                    V23::Reals(e) => {
+                                                        *base
+                                                            .add(16 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (4i32) as u8;
+                                                        let vec22 = <_ as Into<_rt::Vec<_>>>::into(e)
+                                                            .into_boxed_slice();
+                                                        let ptr22 = vec22.as_ptr().cast::<u8>();
+                                                        let len22 = vec22.len();
+                                                        ::core::mem::forget(vec22);
+                                                        *base
+                                                            .add(24 + 3 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<usize>() = len22;
+                                                        *base
+                                                            .add(24 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<*mut u8>() = ptr22.cast_mut();
                                                     }
                                                 }
                                             }
@@ -930,84 +979,132 @@ pub mod exports {
                                         match minimum18 {
                                             Some(e) => {
                                                 *base
-                                                    .add(24 + 4 * ::core::mem::size_of::<*const u8>())
+                                                    .add(40 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                *base
-                                                    .add(32 + 4 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<f64>() = _rt::as_f64(e);
+                                                use super::super::super::super::strait::kernel::types::Number as V24;
+                                                match e {
+                                                    V24::Integer(e) => {
+                                                        *base
+                                                            .add(48 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (0i32) as u8;
+                                                        *base
+                                                            .add(56 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<i64>() = _rt::as_i64(e);
+                                                    }
+                                                    V24::Unsigned(e) => {
+                                                        *base
+                                                            .add(48 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (1i32) as u8;
+                                                        *base
+                                                            .add(56 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<i64>() = _rt::as_i64(e);
+                                                    }
+                                                    V24::Real(e) => {
+                                                        *base
+                                                            .add(48 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (2i32) as u8;
+                                                        *base
+                                                            .add(56 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<f64>() = _rt::as_f64(e);
+                                                    }
+                                                }
                                             }
                                             None => {
                                                 *base
-                                                    .add(24 + 4 * ::core::mem::size_of::<*const u8>())
+                                                    .add(40 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (0i32) as u8;
                                             }
                                         };
                                         match maximum18 {
                                             Some(e) => {
                                                 *base
-                                                    .add(40 + 4 * ::core::mem::size_of::<*const u8>())
+                                                    .add(64 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                *base
-                                                    .add(48 + 4 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<f64>() = _rt::as_f64(e);
+                                                use super::super::super::super::strait::kernel::types::Number as V25;
+                                                match e {
+                                                    V25::Integer(e) => {
+                                                        *base
+                                                            .add(72 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (0i32) as u8;
+                                                        *base
+                                                            .add(80 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<i64>() = _rt::as_i64(e);
+                                                    }
+                                                    V25::Unsigned(e) => {
+                                                        *base
+                                                            .add(72 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (1i32) as u8;
+                                                        *base
+                                                            .add(80 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<i64>() = _rt::as_i64(e);
+                                                    }
+                                                    V25::Real(e) => {
+                                                        *base
+                                                            .add(72 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<u8>() = (2i32) as u8;
+                                                        *base
+                                                            .add(80 + 2 * ::core::mem::size_of::<*const u8>())
+                                                            .cast::<f64>() = _rt::as_f64(e);
+                                                    }
+                                                }
                                             }
                                             None => {
                                                 *base
-                                                    .add(40 + 4 * ::core::mem::size_of::<*const u8>())
+                                                    .add(64 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (0i32) as u8;
                                             }
                                         };
-                                        let vec24 = choices18;
-                                        let len24 = vec24.len();
-                                        let layout24 = _rt::alloc::Layout::from_size_align(
-                                                vec24.len() * (2 * ::core::mem::size_of::<*const u8>()),
+                                        let vec27 = choices18;
+                                        let len27 = vec27.len();
+                                        let layout27 = _rt::alloc::Layout::from_size_align(
+                                                vec27.len() * (2 * ::core::mem::size_of::<*const u8>()),
                                                 ::core::mem::size_of::<*const u8>(),
                                             )
                                             .unwrap();
-                                        let (result24, _cleanup24) = wit_bindgen::rt::Cleanup::new(
-                                            layout24,
+                                        let (result27, _cleanup27) = wit_bindgen::rt::Cleanup::new(
+                                            layout27,
                                         );
-                                        if let Some(cleanup) = _cleanup24 {
+                                        if let Some(cleanup) = _cleanup27 {
                                             cleanup.forget();
                                         }
-                                        for (i, e) in vec24.into_iter().enumerate() {
-                                            let base = result24
+                                        for (i, e) in vec27.into_iter().enumerate() {
+                                            let base = result27
                                                 .add(i * (2 * ::core::mem::size_of::<*const u8>()));
                                             {
-                                                let vec23 = (e.into_bytes()).into_boxed_slice();
-                                                let ptr23 = vec23.as_ptr().cast::<u8>();
-                                                let len23 = vec23.len();
-                                                ::core::mem::forget(vec23);
+                                                let vec26 = (e.into_bytes()).into_boxed_slice();
+                                                let ptr26 = vec26.as_ptr().cast::<u8>();
+                                                let len26 = vec26.len();
+                                                ::core::mem::forget(vec26);
                                                 *base
                                                     .add(::core::mem::size_of::<*const u8>())
-                                                    .cast::<usize>() = len23;
-                                                *base.add(0).cast::<*mut u8>() = ptr23.cast_mut();
+                                                    .cast::<usize>() = len26;
+                                                *base.add(0).cast::<*mut u8>() = ptr26.cast_mut();
                                             }
                                         }
                                         *base
-                                            .add(56 + 5 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len24;
+                                            .add(88 + 3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len27;
                                         *base
-                                            .add(56 + 4 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = result24;
-                                        let vec25 = (doc18.into_bytes()).into_boxed_slice();
-                                        let ptr25 = vec25.as_ptr().cast::<u8>();
-                                        let len25 = vec25.len();
-                                        ::core::mem::forget(vec25);
+                                            .add(88 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = result27;
+                                        let vec28 = (doc18.into_bytes()).into_boxed_slice();
+                                        let ptr28 = vec28.as_ptr().cast::<u8>();
+                                        let len28 = vec28.len();
+                                        ::core::mem::forget(vec28);
                                         *base
-                                            .add(56 + 7 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len25;
+                                            .add(88 + 5 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len28;
                                         *base
-                                            .add(56 + 6 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr25.cast_mut();
+                                            .add(88 + 4 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr28.cast_mut();
                                     }
                                 }
                                 *base
                                     .add(9 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<usize>() = len26;
+                                    .cast::<usize>() = len29;
                                 *base
                                     .add(8 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<*mut u8>() = result26;
+                                    .cast::<*mut u8>() = result29;
                                 match split_axis5 {
                                     Some(e) => {
                                         *base
@@ -1045,10 +1142,10 @@ pub mod exports {
                         }
                         *ptr1
                             .add(6 * ::core::mem::size_of::<*const u8>())
-                            .cast::<usize>() = len27;
+                            .cast::<usize>() = len30;
                         *ptr1
                             .add(5 * ::core::mem::size_of::<*const u8>())
-                            .cast::<*mut u8>() = result27;
+                            .cast::<*mut u8>() = result30;
                         ptr1
                     }
                 }
@@ -1184,7 +1281,7 @@ pub mod exports {
                                 let len48 = l31;
                                 for i in 0..len48 {
                                     let base = base48
-                                        .add(i * (56 + 8 * ::core::mem::size_of::<*const u8>()));
+                                        .add(i * (88 + 6 * ::core::mem::size_of::<*const u8>()));
                                     {
                                         let l32 = *base.add(0).cast::<*mut u8>();
                                         let l33 = *base
@@ -1208,8 +1305,7 @@ pub mod exports {
                                                     0 => {}
                                                     1 => {}
                                                     2 => {}
-                                                    3 => {}
-                                                    4 => {
+                                                    3 => {
                                                         let l36 = *base
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<*mut u8>();
@@ -1233,10 +1329,10 @@ pub mod exports {
                                             }
                                         }
                                         let l41 = *base
-                                            .add(56 + 4 * ::core::mem::size_of::<*const u8>())
+                                            .add(88 + 2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
                                         let l42 = *base
-                                            .add(56 + 5 * ::core::mem::size_of::<*const u8>())
+                                            .add(88 + 3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
                                         let base45 = l41;
                                         let len45 = l42;
@@ -1257,17 +1353,17 @@ pub mod exports {
                                             ::core::mem::size_of::<*const u8>(),
                                         );
                                         let l46 = *base
-                                            .add(56 + 6 * ::core::mem::size_of::<*const u8>())
+                                            .add(88 + 4 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>();
                                         let l47 = *base
-                                            .add(56 + 7 * ::core::mem::size_of::<*const u8>())
+                                            .add(88 + 5 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>();
                                         _rt::cabi_dealloc(l46, l47, 1);
                                     }
                                 }
                                 _rt::cabi_dealloc(
                                     base48,
-                                    len48 * (56 + 8 * ::core::mem::size_of::<*const u8>()),
+                                    len48 * (88 + 6 * ::core::mem::size_of::<*const u8>()),
                                     8,
                                 );
                             }
@@ -1291,20 +1387,20 @@ pub mod exports {
                 ) -> *mut u8 {
                     unsafe {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
-                        let result23 = {
+                        let result26 = {
                             let len0 = arg1;
                             let bytes0 = _rt::Vec::from_raw_parts(
                                 arg0.cast(),
                                 len0,
                                 len0,
                             );
-                            let base16 = arg2;
-                            let len16 = arg3;
-                            let mut result16 = _rt::Vec::with_capacity(len16);
-                            for i in 0..len16 {
-                                let base = base16
-                                    .add(i * (8 + 4 * ::core::mem::size_of::<*const u8>()));
-                                let e16 = {
+                            let base19 = arg2;
+                            let len19 = arg3;
+                            let mut result19 = _rt::Vec::with_capacity(len19);
+                            for i in 0..len19 {
+                                let base = base19
+                                    .add(i * (24 + 2 * ::core::mem::size_of::<*const u8>()));
+                                let e19 = {
                                     let l1 = *base.add(0).cast::<*mut u8>();
                                     let l2 = *base
                                         .add(::core::mem::size_of::<*const u8>())
@@ -1320,10 +1416,10 @@ pub mod exports {
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>(),
                                     );
-                                    use super::super::super::super::strait::kernel::types::Value as V15;
-                                    let v15 = match l4 {
+                                    use super::super::super::super::strait::kernel::types::Value as V18;
+                                    let v18 = match l4 {
                                         0 => {
-                                            let e15 = {
+                                            let e18 = {
                                                 let l5 = i32::from(
                                                     *base
                                                         .add(8 + 2 * ::core::mem::size_of::<*const u8>())
@@ -1331,56 +1427,61 @@ pub mod exports {
                                                 );
                                                 _rt::bool_lift(l5 as u8)
                                             };
-                                            V15::Boolean(e15)
+                                            V18::Boolean(e18)
                                         }
                                         1 => {
-                                            let e15 = {
-                                                let l6 = *base
-                                                    .add(8 + 2 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<i64>();
-                                                l6
+                                            let e18 = {
+                                                let l6 = i32::from(
+                                                    *base
+                                                        .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                                        .cast::<u8>(),
+                                                );
+                                                use super::super::super::super::strait::kernel::types::Number as V10;
+                                                let v10 = match l6 {
+                                                    0 => {
+                                                        let e10 = {
+                                                            let l7 = *base
+                                                                .add(16 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<i64>();
+                                                            l7
+                                                        };
+                                                        V10::Integer(e10)
+                                                    }
+                                                    1 => {
+                                                        let e10 = {
+                                                            let l8 = *base
+                                                                .add(16 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<i64>();
+                                                            l8 as u64
+                                                        };
+                                                        V10::Unsigned(e10)
+                                                    }
+                                                    n => {
+                                                        debug_assert_eq!(n, 2, "invalid enum discriminant");
+                                                        let e10 = {
+                                                            let l9 = *base
+                                                                .add(16 + 2 * ::core::mem::size_of::<*const u8>())
+                                                                .cast::<f64>();
+                                                            l9
+                                                        };
+                                                        V10::Real(e10)
+                                                    }
+                                                };
+                                                v10
                                             };
-                                            V15::Integer(e15)
+                                            V18::Number(e18)
                                         }
                                         2 => {
-                                            let e15 = {
-                                                let l7 = *base
-                                                    .add(8 + 2 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<f64>();
-                                                l7
-                                            };
-                                            V15::Real(e15)
-                                        }
-                                        3 => {
-                                            let e15 = {
-                                                let l8 = *base
+                                            let e18 = {
+                                                let l11 = *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<i32>();
-                                                l8 as u32
+                                                l11 as u32
                                             };
-                                            V15::Axis(e15)
+                                            V18::Axis(e18)
                                         }
-                                        4 => {
-                                            let e15 = {
-                                                let l9 = *base
-                                                    .add(8 + 2 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<*mut u8>();
-                                                let l10 = *base
-                                                    .add(8 + 3 * ::core::mem::size_of::<*const u8>())
-                                                    .cast::<usize>();
-                                                let len11 = l10;
-                                                let bytes11 = _rt::Vec::from_raw_parts(
-                                                    l9.cast(),
-                                                    len11,
-                                                    len11,
-                                                );
-                                                _rt::string_lift(bytes11)
-                                            };
-                                            V15::Text(e15)
-                                        }
-                                        n => {
-                                            debug_assert_eq!(n, 5, "invalid enum discriminant");
-                                            let e15 = {
+                                        3 => {
+                                            let e18 = {
                                                 let l12 = *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<*mut u8>();
@@ -1388,177 +1489,196 @@ pub mod exports {
                                                     .add(8 + 3 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<usize>();
                                                 let len14 = l13;
+                                                let bytes14 = _rt::Vec::from_raw_parts(
+                                                    l12.cast(),
+                                                    len14,
+                                                    len14,
+                                                );
+                                                _rt::string_lift(bytes14)
+                                            };
+                                            V18::Text(e18)
+                                        }
+                                        n => {
+                                            debug_assert_eq!(n, 4, "invalid enum discriminant");
+                                            let e18 = {
+                                                let l15 = *base
+                                                    .add(8 + 2 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<*mut u8>();
+                                                let l16 = *base
+                                                    .add(8 + 3 * ::core::mem::size_of::<*const u8>())
+                                                    .cast::<usize>();
+                                                let len17 = l16;
                                                 <_ as From<
                                                     _rt::Vec<_>,
-                                                >>::from(_rt::Vec::from_raw_parts(l12.cast(), len14, len14))
+                                                >>::from(_rt::Vec::from_raw_parts(l15.cast(), len17, len17))
                                             };
-                                            V15::Reals(e15)
+                                            V18::Reals(e18)
                                         }
                                     };
                                     super::super::super::super::strait::kernel::types::Parameter {
                                         name: _rt::string_lift(bytes3),
-                                        value: v15,
+                                        value: v18,
                                     }
                                 };
-                                result16.push(e16);
+                                result19.push(e19);
                             }
                             _rt::cabi_dealloc(
-                                base16,
-                                len16 * (8 + 4 * ::core::mem::size_of::<*const u8>()),
+                                base19,
+                                len19 * (24 + 2 * ::core::mem::size_of::<*const u8>()),
                                 8,
                             );
-                            let base22 = arg4;
-                            let len22 = arg5;
-                            let mut result22 = _rt::Vec::with_capacity(len22);
-                            for i in 0..len22 {
-                                let base = base22
+                            let base25 = arg4;
+                            let len25 = arg5;
+                            let mut result25 = _rt::Vec::with_capacity(len25);
+                            for i in 0..len25 {
+                                let base = base25
                                     .add(i * (3 * ::core::mem::size_of::<*const u8>()));
-                                let e22 = {
-                                    let l17 = i32::from(*base.add(0).cast::<u8>());
-                                    let l18 = i32::from(*base.add(1).cast::<u8>());
-                                    let l19 = *base
+                                let e25 = {
+                                    let l20 = i32::from(*base.add(0).cast::<u8>());
+                                    let l21 = i32::from(*base.add(1).cast::<u8>());
+                                    let l22 = *base
                                         .add(::core::mem::size_of::<*const u8>())
                                         .cast::<*mut u8>();
-                                    let l20 = *base
+                                    let l23 = *base
                                         .add(2 * ::core::mem::size_of::<*const u8>())
                                         .cast::<usize>();
-                                    let len21 = l20;
+                                    let len24 = l23;
                                     super::super::super::super::strait::kernel::types::Spec {
                                         dtype: super::super::super::super::strait::kernel::types::Dtype::_lift(
-                                            l17 as u8,
+                                            l20 as u8,
                                         ),
                                         role: super::super::super::super::strait::kernel::types::Role::_lift(
-                                            l18 as u8,
+                                            l21 as u8,
                                         ),
                                         shape: <_ as From<
                                             _rt::Vec<_>,
-                                        >>::from(_rt::Vec::from_raw_parts(l19.cast(), len21, len21)),
+                                        >>::from(_rt::Vec::from_raw_parts(l22.cast(), len24, len24)),
                                     }
                                 };
-                                result22.push(e22);
+                                result25.push(e25);
                             }
                             _rt::cabi_dealloc(
-                                base22,
-                                len22 * (3 * ::core::mem::size_of::<*const u8>()),
+                                base25,
+                                len25 * (3 * ::core::mem::size_of::<*const u8>()),
                                 ::core::mem::size_of::<*const u8>(),
                             );
-                            T_::open(_rt::string_lift(bytes0), result16, result22)
+                            T_::open(_rt::string_lift(bytes0), result19, result25)
                         };
-                        let ptr24 = (&raw mut _RET_AREA.0).cast::<u8>();
-                        match result23 {
+                        let ptr27 = (&raw mut _RET_AREA.0).cast::<u8>();
+                        match result26 {
                             Ok(e) => {
-                                *ptr24.add(0).cast::<u8>() = (0i32) as u8;
-                                let vec27 = e;
-                                let len27 = vec27.len();
-                                let layout27 = _rt::alloc::Layout::from_size_align(
-                                        vec27.len() * (3 * ::core::mem::size_of::<*const u8>()),
+                                *ptr27.add(0).cast::<u8>() = (0i32) as u8;
+                                let vec30 = e;
+                                let len30 = vec30.len();
+                                let layout30 = _rt::alloc::Layout::from_size_align(
+                                        vec30.len() * (3 * ::core::mem::size_of::<*const u8>()),
                                         ::core::mem::size_of::<*const u8>(),
                                     )
                                     .unwrap();
-                                let (result27, _cleanup27) = wit_bindgen::rt::Cleanup::new(
-                                    layout27,
+                                let (result30, _cleanup30) = wit_bindgen::rt::Cleanup::new(
+                                    layout30,
                                 );
-                                if let Some(cleanup) = _cleanup27 {
+                                if let Some(cleanup) = _cleanup30 {
                                     cleanup.forget();
                                 }
-                                for (i, e) in vec27.into_iter().enumerate() {
-                                    let base = result27
+                                for (i, e) in vec30.into_iter().enumerate() {
+                                    let base = result30
                                         .add(i * (3 * ::core::mem::size_of::<*const u8>()));
                                     {
                                         let super::super::super::super::strait::kernel::types::Spec {
-                                            dtype: dtype25,
-                                            role: role25,
-                                            shape: shape25,
+                                            dtype: dtype28,
+                                            role: role28,
+                                            shape: shape28,
                                         } = e;
-                                        *base.add(0).cast::<u8>() = (dtype25.clone() as i32) as u8;
-                                        *base.add(1).cast::<u8>() = (role25.clone() as i32) as u8;
-                                        let vec26 = <_ as Into<_rt::Vec<_>>>::into(shape25)
+                                        *base.add(0).cast::<u8>() = (dtype28.clone() as i32) as u8;
+                                        *base.add(1).cast::<u8>() = (role28.clone() as i32) as u8;
+                                        let vec29 = <_ as Into<_rt::Vec<_>>>::into(shape28)
                                             .into_boxed_slice();
-                                        let ptr26 = vec26.as_ptr().cast::<u8>();
-                                        let len26 = vec26.len();
-                                        ::core::mem::forget(vec26);
-                                        *base
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len26;
-                                        *base
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr26.cast_mut();
-                                    }
-                                }
-                                *ptr24
-                                    .add(2 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<usize>() = len27;
-                                *ptr24
-                                    .add(::core::mem::size_of::<*const u8>())
-                                    .cast::<*mut u8>() = result27;
-                            }
-                            Err(e) => {
-                                *ptr24.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::strait::kernel::types::Error as V33;
-                                match e {
-                                    V33::BadArgument(e) => {
-                                        *ptr24
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (0i32) as u8;
-                                        let super::super::super::super::strait::kernel::types::BadArgument {
-                                            name: name28,
-                                            reason: reason28,
-                                        } = e;
-                                        let vec29 = (name28.into_bytes()).into_boxed_slice();
                                         let ptr29 = vec29.as_ptr().cast::<u8>();
                                         let len29 = vec29.len();
                                         ::core::mem::forget(vec29);
-                                        *ptr24
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                        *base
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len29;
-                                        *ptr24
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                        *base
+                                            .add(::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr29.cast_mut();
-                                        let vec30 = (reason28.into_bytes()).into_boxed_slice();
-                                        let ptr30 = vec30.as_ptr().cast::<u8>();
-                                        let len30 = vec30.len();
-                                        ::core::mem::forget(vec30);
-                                        *ptr24
-                                            .add(5 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len30;
-                                        *ptr24
-                                            .add(4 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr30.cast_mut();
                                     }
-                                    V33::Unsupported(e) => {
-                                        *ptr24
+                                }
+                                *ptr27
+                                    .add(2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len30;
+                                *ptr27
+                                    .add(::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = result30;
+                            }
+                            Err(e) => {
+                                *ptr27.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::strait::kernel::types::Error as V36;
+                                match e {
+                                    V36::BadArgument(e) => {
+                                        *ptr27
                                             .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (1i32) as u8;
-                                        let vec31 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr31 = vec31.as_ptr().cast::<u8>();
-                                        let len31 = vec31.len();
-                                        ::core::mem::forget(vec31);
-                                        *ptr24
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len31;
-                                        *ptr24
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr31.cast_mut();
-                                    }
-                                    V33::Failed(e) => {
-                                        *ptr24
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (2i32) as u8;
-                                        let vec32 = (e.into_bytes()).into_boxed_slice();
+                                            .cast::<u8>() = (0i32) as u8;
+                                        let super::super::super::super::strait::kernel::types::BadArgument {
+                                            name: name31,
+                                            reason: reason31,
+                                        } = e;
+                                        let vec32 = (name31.into_bytes()).into_boxed_slice();
                                         let ptr32 = vec32.as_ptr().cast::<u8>();
                                         let len32 = vec32.len();
                                         ::core::mem::forget(vec32);
-                                        *ptr24
+                                        *ptr27
                                             .add(3 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len32;
-                                        *ptr24
+                                        *ptr27
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr32.cast_mut();
+                                        let vec33 = (reason31.into_bytes()).into_boxed_slice();
+                                        let ptr33 = vec33.as_ptr().cast::<u8>();
+                                        let len33 = vec33.len();
+                                        ::core::mem::forget(vec33);
+                                        *ptr27
+                                            .add(5 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len33;
+                                        *ptr27
+                                            .add(4 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr33.cast_mut();
+                                    }
+                                    V36::Unsupported(e) => {
+                                        *ptr27
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (1i32) as u8;
+                                        let vec34 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr34 = vec34.as_ptr().cast::<u8>();
+                                        let len34 = vec34.len();
+                                        ::core::mem::forget(vec34);
+                                        *ptr27
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len34;
+                                        *ptr27
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr34.cast_mut();
+                                    }
+                                    V36::Failed(e) => {
+                                        *ptr27
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (2i32) as u8;
+                                        let vec35 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr35 = vec35.as_ptr().cast::<u8>();
+                                        let len35 = vec35.len();
+                                        ::core::mem::forget(vec35);
+                                        *ptr27
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len35;
+                                        *ptr27
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr35.cast_mut();
                                     }
                                 }
                             }
                         };
-                        ptr24
+                        ptr27
                     }
                 }
                 #[doc(hidden)]
@@ -2431,47 +2551,48 @@ macro_rules! __export_plugin_impl {
         =
         "component-type:wit-bindgen:0.60.0:strait:kernel@0.1.0:plugin:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 1656] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 1700] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xfb\x0b\x01A\x02\x01\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xa7\x0c\x01A\x02\x01\
 A\x0d\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
 \x01@\x02\x04donew\x05totalw\x01\0\x04\0\x08progress\x01\x01\x03\0\x1cstrait:ker\
-nel/log-sink@0.1.0\x05\0\x01B*\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
+nel/log-sink@0.1.0\x05\0\x01B,\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
 t64\x05uint8\x06uint16\x06uint32\x06uint64\x07float16\x08bfloat16\x0dfloat8-e4m3\
 fn\x0bfloat8-e5m2\x07float32\x07float64\x09complex64\x0acomplex128\x04\0\x05dtyp\
 e\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04role\x03\0\x02\x01pw\x01r\x03\x05dty\
 pe\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\0\x05\x01r\x04\x07addressw\x05\
-bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01pu\x01q\x06\x07boole\
-an\x01\x7f\0\x07integer\x01x\0\x04real\x01u\0\x04axis\x01y\0\x04text\x01s\0\x05r\
-eals\x01\x09\0\x04\0\x05value\x03\0\x0a\x01r\x02\x04names\x05value\x0b\x04\0\x09\
-parameter\x03\0\x0c\x01m\x06\x07boolean\x07integer\x04real\x04axis\x04text\x05re\
-als\x04\0\x0eparameter-kind\x03\0\x0e\x01k\x0b\x01ku\x01ps\x01r\x07\x04names\x04\
-kind\x0f\x07default\x10\x07minimum\x11\x07maximum\x11\x07choices\x12\x03docs\x04\
-\0\x15parameter-declaration\x03\0\x13\x01p\x01\x01r\x06\x04names\x06dtypes\x15\x08\
-rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x16\x01m\x02\x04n\
-one\x0bconcatenate\x04\0\x07combine\x03\0\x18\x01p\x17\x01p\x14\x01ky\x01r\x0a\x04\
-names\x03docs\x06inputs\x1a\x07outputs\x1a\x0aparameters\x1b\x0asplit-axis\x1c\x07\
-combine\x19\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
-\x1d\x01p\x1e\x01r\x04\x03abiy\x04names\x07versions\x07kernels\x1f\x04\0\x0bdesc\
-ription\x03\0\x20\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0\"\x01r\x02\x03keys\
-\x04texts\x04\0\x04note\x03\0$\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argumen\
-t\x03\0&\x01q\x03\x0cbad-argument\x01'\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\
-\0\x05error\x03\0(\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x02\x03\0\x01\x0bd\
-escription\x02\x03\0\x01\x09parameter\x02\x03\0\x01\x04spec\x02\x03\0\x01\x06ten\
-sor\x02\x03\0\x01\x06extent\x02\x03\0\x01\x04note\x02\x03\0\x01\x05error\x01B%\x02\
-\x03\x02\x01\x02\x04\0\x0bdescription\x03\0\0\x02\x03\x02\x01\x03\x04\0\x09param\
-eter\x03\0\x02\x02\x03\x02\x01\x04\x04\0\x04spec\x03\0\x04\x02\x03\x02\x01\x05\x04\
-\0\x06tensor\x03\0\x06\x02\x03\x02\x01\x06\x04\0\x06extent\x03\0\x08\x02\x03\x02\
-\x01\x07\x04\0\x04note\x03\0\x0a\x02\x03\x02\x01\x08\x04\0\x05error\x03\0\x0c\x01\
-@\0\0\x01\x04\0\x08describe\x01\x0e\x01p\x03\x01p\x05\x01j\x01\x10\x01\x0d\x01@\x03\
-\x06kernels\x0aparameters\x0f\x06inputs\x10\0\x11\x04\0\x04open\x01\x12\x01@\x01\
-\x05bytesw\0w\x04\0\x07reserve\x01\x13\x01p\x07\x01j\0\x01\x0d\x01@\x02\x06input\
-s\x14\x07outputs\x14\0\x15\x04\0\x04bind\x01\x16\x01@\x01\x04modey\0y\x04\0\x03r\
-un\x01\x17\x01p\x09\x01@\0\0\x18\x04\0\x07extents\x01\x19\x01p\x0b\x01@\0\0\x1a\x04\
-\0\x05notes\x01\x1b\x01@\0\0\x0d\x04\0\x0alast-error\x01\x1c\x04\0\x1bstrait:ker\
-nel/kernels@0.1.0\x05\x09\x04\0\x1astrait:kernel/plugin@0.1.0\x04\0\x0b\x0c\x01\0\
-\x06plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070\
-.254.2\x10wit-bindgen-rust\x060.60.0";
+bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01q\x03\x07integer\x01\
+x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06number\x03\0\x09\x01pu\x01q\x05\x07\
+boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\x01y\0\x04text\x01s\0\x05reals\x01\
+\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04names\x05value\x0d\x04\0\x09paramete\
+r\x03\0\x0e\x01m\x07\x07boolean\x07integer\x04real\x06number\x04axis\x04text\x05\
+reals\x04\0\x0eparameter-kind\x03\0\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04name\
+s\x04kind\x11\x07default\x12\x07minimum\x13\x07maximum\x13\x07choices\x14\x03doc\
+s\x04\0\x15parameter-declaration\x03\0\x15\x01p\x01\x01r\x06\x04names\x06dtypes\x17\
+\x08rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x18\x01m\x02\x04\
+none\x0bconcatenate\x04\0\x07combine\x03\0\x1a\x01p\x19\x01p\x16\x01ky\x01r\x0a\x04\
+names\x03docs\x06inputs\x1c\x07outputs\x1c\x0aparameters\x1d\x0asplit-axis\x1e\x07\
+combine\x1b\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
+\x1f\x01p\x20\x01r\x04\x03abiy\x04names\x07versions\x07kernels!\x04\0\x0bdescrip\
+tion\x03\0\"\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0$\x01r\x02\x03keys\x04te\
+xts\x04\0\x04note\x03\0&\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argument\x03\0\
+(\x01q\x03\x0cbad-argument\x01)\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\0\x05\
+error\x03\0*\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x02\x03\0\x01\x0bdescrip\
+tion\x02\x03\0\x01\x09parameter\x02\x03\0\x01\x04spec\x02\x03\0\x01\x06tensor\x02\
+\x03\0\x01\x06extent\x02\x03\0\x01\x04note\x02\x03\0\x01\x05error\x01B%\x02\x03\x02\
+\x01\x02\x04\0\x0bdescription\x03\0\0\x02\x03\x02\x01\x03\x04\0\x09parameter\x03\
+\0\x02\x02\x03\x02\x01\x04\x04\0\x04spec\x03\0\x04\x02\x03\x02\x01\x05\x04\0\x06\
+tensor\x03\0\x06\x02\x03\x02\x01\x06\x04\0\x06extent\x03\0\x08\x02\x03\x02\x01\x07\
+\x04\0\x04note\x03\0\x0a\x02\x03\x02\x01\x08\x04\0\x05error\x03\0\x0c\x01@\0\0\x01\
+\x04\0\x08describe\x01\x0e\x01p\x03\x01p\x05\x01j\x01\x10\x01\x0d\x01@\x03\x06ke\
+rnels\x0aparameters\x0f\x06inputs\x10\0\x11\x04\0\x04open\x01\x12\x01@\x01\x05by\
+tesw\0w\x04\0\x07reserve\x01\x13\x01p\x07\x01j\0\x01\x0d\x01@\x02\x06inputs\x14\x07\
+outputs\x14\0\x15\x04\0\x04bind\x01\x16\x01@\x01\x04modey\0y\x04\0\x03run\x01\x17\
+\x01p\x09\x01@\0\0\x18\x04\0\x07extents\x01\x19\x01p\x0b\x01@\0\0\x1a\x04\0\x05n\
+otes\x01\x1b\x01@\0\0\x0d\x04\0\x0alast-error\x01\x1c\x04\0\x1bstrait:kernel/ker\
+nels@0.1.0\x05\x09\x04\0\x1astrait:kernel/plugin@0.1.0\x04\0\x0b\x0c\x01\0\x06pl\
+ugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070.254.2\
+\x10wit-bindgen-rust\x060.60.0";
         };
     };
 }
@@ -2484,34 +2605,35 @@ pub use __export_plugin_impl as export;
 )]
 #[doc(hidden)]
 #[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 1271] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xda\x08\x01A\x02\x01\
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 1315] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\x86\x09\x01A\x02\x01\
 A\x04\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
 \x01@\x02\x04donew\x05totalw\x01\0\x04\0\x08progress\x01\x01\x03\0\x1cstrait:ker\
-nel/log-sink@0.1.0\x05\0\x01B*\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
+nel/log-sink@0.1.0\x05\0\x01B,\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
 t64\x05uint8\x06uint16\x06uint32\x06uint64\x07float16\x08bfloat16\x0dfloat8-e4m3\
 fn\x0bfloat8-e5m2\x07float32\x07float64\x09complex64\x0acomplex128\x04\0\x05dtyp\
 e\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04role\x03\0\x02\x01pw\x01r\x03\x05dty\
 pe\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\0\x05\x01r\x04\x07addressw\x05\
-bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01pu\x01q\x06\x07boole\
-an\x01\x7f\0\x07integer\x01x\0\x04real\x01u\0\x04axis\x01y\0\x04text\x01s\0\x05r\
-eals\x01\x09\0\x04\0\x05value\x03\0\x0a\x01r\x02\x04names\x05value\x0b\x04\0\x09\
-parameter\x03\0\x0c\x01m\x06\x07boolean\x07integer\x04real\x04axis\x04text\x05re\
-als\x04\0\x0eparameter-kind\x03\0\x0e\x01k\x0b\x01ku\x01ps\x01r\x07\x04names\x04\
-kind\x0f\x07default\x10\x07minimum\x11\x07maximum\x11\x07choices\x12\x03docs\x04\
-\0\x15parameter-declaration\x03\0\x13\x01p\x01\x01r\x06\x04names\x06dtypes\x15\x08\
-rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x16\x01m\x02\x04n\
-one\x0bconcatenate\x04\0\x07combine\x03\0\x18\x01p\x17\x01p\x14\x01ky\x01r\x0a\x04\
-names\x03docs\x06inputs\x1a\x07outputs\x1a\x0aparameters\x1b\x0asplit-axis\x1c\x07\
-combine\x19\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
-\x1d\x01p\x1e\x01r\x04\x03abiy\x04names\x07versions\x07kernels\x1f\x04\0\x0bdesc\
-ription\x03\0\x20\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0\"\x01r\x02\x03keys\
-\x04texts\x04\0\x04note\x03\0$\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argumen\
-t\x03\0&\x01q\x03\x0cbad-argument\x01'\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\
-\0\x05error\x03\0(\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x04\0:strait:kerne\
-l/plugin-with-all-of-its-exports-removed@0.1.0\x04\0\x0b,\x01\0&plugin-with-all-\
-of-its-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-co\
-mponent\x070.254.2\x10wit-bindgen-rust\x060.60.0";
+bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01q\x03\x07integer\x01\
+x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06number\x03\0\x09\x01pu\x01q\x05\x07\
+boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\x01y\0\x04text\x01s\0\x05reals\x01\
+\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04names\x05value\x0d\x04\0\x09paramete\
+r\x03\0\x0e\x01m\x07\x07boolean\x07integer\x04real\x06number\x04axis\x04text\x05\
+reals\x04\0\x0eparameter-kind\x03\0\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04name\
+s\x04kind\x11\x07default\x12\x07minimum\x13\x07maximum\x13\x07choices\x14\x03doc\
+s\x04\0\x15parameter-declaration\x03\0\x15\x01p\x01\x01r\x06\x04names\x06dtypes\x17\
+\x08rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x18\x01m\x02\x04\
+none\x0bconcatenate\x04\0\x07combine\x03\0\x1a\x01p\x19\x01p\x16\x01ky\x01r\x0a\x04\
+names\x03docs\x06inputs\x1c\x07outputs\x1c\x0aparameters\x1d\x0asplit-axis\x1e\x07\
+combine\x1b\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
+\x1f\x01p\x20\x01r\x04\x03abiy\x04names\x07versions\x07kernels!\x04\0\x0bdescrip\
+tion\x03\0\"\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0$\x01r\x02\x03keys\x04te\
+xts\x04\0\x04note\x03\0&\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argument\x03\0\
+(\x01q\x03\x0cbad-argument\x01)\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\0\x05\
+error\x03\0*\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x04\0:strait:kernel/plug\
+in-with-all-of-its-exports-removed@0.1.0\x04\0\x0b,\x01\0&plugin-with-all-of-its\
+-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-componen\
+t\x070.254.2\x10wit-bindgen-rust\x060.60.0";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

@@ -40,7 +40,7 @@
 //!
 //! strait_plugin::export!("signs", [NegateAbove]);
 //! # fn main() {
-//! let y = testing::invoke::<NegateAbove>(&[("limit", Value::Real(1.0))], &[Tensor::new(&[1.0, 2.0])]).unwrap();
+//! let y = testing::invoke::<NegateAbove>(&[("limit", Value::Number(1.0.into()))], &[Tensor::new(&[1.0, 2.0])]).unwrap();
 //! assert_eq!(y.outputs[0].values::<f64>(), [1.0, -2.0]);
 //! # }
 //! ```
@@ -48,7 +48,7 @@
 //! What lies where:
 //!
 //! ```text
-//! export!  ──▶ abi ──▶ instance ──▶ kernel, parameter     describe, open, bind, run, extents, notes
+//! export!  ──▶ abi ──▶ instance ──▶ kernel, parameter, number   describe, open, bind, run, extents, notes
 //!              │        │
 //!              │        └─▶ call ──▶ element, float       windows as slices, element types
 //!              └─▶ bindings (generated from wit/)          └─▶ map: loops that become wide SIMD code
@@ -89,6 +89,7 @@ mod kernel;
 #[cfg(feature = "log")]
 pub mod log;
 mod map;
+mod number;
 mod parameter;
 #[cfg(all(target_arch = "wasm32", feature = "runtime"))]
 mod runtime;
@@ -96,7 +97,7 @@ mod runtime;
 pub mod testing;
 
 pub use bindings::strait::kernel::types::{
-    BadArgument, Dtype, Error, Note, ParameterKind, Role, Spec, Value,
+    BadArgument, Dtype, Error, Note, Number, ParameterKind, Role, Spec, Value,
 };
 pub use call::{Call, Input, Output};
 pub use element::{Bool8, Complex, Element, Real, dtypes};
@@ -120,7 +121,7 @@ pub mod prelude {
     pub use crate::testing::{self, Tensor};
     pub use crate::{
         Axis, Bf16, Bool8, Call, Complex, Dtype, Element, Error, F8E4m3fn, F8E5m2, F16, Input,
-        Kernel, Output, Port, Real, Spec, Value, dispatch, dtypes, map, parameters,
+        Kernel, Number, Output, Port, Real, Spec, Value, dispatch, dtypes, map, parameters,
     };
     pub use alloc::{boxed::Box, format, string::String, vec, vec::Vec};
 }
@@ -191,8 +192,8 @@ macro_rules! dispatch {
 
 /// Declares a kernel's parameters once: a struct whose fields are the parameters, by name.
 ///
-/// A field's doc comment is the parameter's doc, its type (`bool`, `i64`, `f64`, [`Axis`], `String`,
-/// `Vec<f64>`) the kind, the value after `=` the default; without one the caller must give it. Before the
+/// A field's doc comment is the parameter's doc, its type (`bool`, `i64`, `u64`, `f64`, [`Number`], [`Axis`],
+/// `String`, `Vec<f64>`) the kind, the value after `=` the default; without one the caller must give it. Before the
 /// field may stand `#[minimum(…)]`, `#[maximum(…)]` (for numbers) and `#[choices("…", …)]` (for text),
 /// in this order, after the doc comment.
 ///

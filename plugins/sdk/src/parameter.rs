@@ -1,12 +1,13 @@
 //! Parameters: from what a caller gave to a typed struct. See [`parameters!`](crate::parameters).
 
 use crate::bindings::strait::kernel::types::{Parameter, ParameterDeclaration};
-use crate::{Error, ParameterKind, Spec, Value};
+use crate::{Error, Number, ParameterKind, Spec, Value};
 use alloc::{
     format,
     string::{String, ToString},
     vec::Vec,
 };
+use core::cmp::Ordering;
 
 /// A kernel's parameters; written by [`parameters!`](crate::parameters). `()` is none.
 pub trait Parameters: Sized {
@@ -82,6 +83,8 @@ impl Axis {
 pub trait ParameterType: Sized {
     /// The kind that a description shows.
     const KIND: ParameterKind;
+    /// The least value, unless a declaration says another one.
+    const MINIMUM: Option<Number> = None;
 
     /// As a default value.
     fn into_value(self) -> Value;
@@ -117,11 +120,82 @@ macro_rules! parameter_types {
 
 parameter_types! {
     bool => Boolean, core::convert::identity, core::convert::identity;
-    i64 => Integer, core::convert::identity, core::convert::identity;
-    f64 => Real, core::convert::identity, core::convert::identity;
     Axis => Axis, |axis: Axis| axis.0, Axis;
     String => Text, core::convert::identity, core::convert::identity;
     Vec<f64> => Reals, core::convert::identity, core::convert::identity;
+}
+
+impl ParameterType for Number {
+    const KIND: ParameterKind = ParameterKind::Number;
+
+    fn into_value(self) -> Value {
+        Value::Number(self)
+    }
+
+    fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+        given_number(value, name, Self::KIND)
+    }
+}
+
+impl ParameterType for f64 {
+    const KIND: ParameterKind = ParameterKind::Real;
+
+    fn into_value(self) -> Value {
+        Value::Number(self.into())
+    }
+
+    fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+        match given_number(value, name, Self::KIND)? {
+            Number::Real(real) => Ok(real),
+            other => Err(wrong_kind(name, Self::KIND, &Value::Number(other))),
+        }
+    }
+}
+
+impl ParameterType for i64 {
+    const KIND: ParameterKind = ParameterKind::Integer;
+
+    fn into_value(self) -> Value {
+        Value::Number(self.into())
+    }
+
+    fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+        match given_number(value, name, Self::KIND)? {
+            Number::Integer(integer) => Ok(integer),
+            Number::Unsigned(integer) => Err(out_of_range(
+                name,
+                integer.into(),
+                &format!("give at most {}", Self::MAX),
+            )),
+            other => Err(wrong_kind(name, Self::KIND, &Value::Number(other))),
+        }
+    }
+}
+
+impl ParameterType for u64 {
+    const KIND: ParameterKind = ParameterKind::Integer;
+    const MINIMUM: Option<Number> = Some(Number::Integer(0));
+
+    fn into_value(self) -> Value {
+        Value::Number(self.into())
+    }
+
+    fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+        match given_number(value, name, Self::KIND)? {
+            Number::Integer(integer) => Self::try_from(integer)
+                .map_err(|_| out_of_range(name, integer.into(), "give at least 0")),
+            Number::Unsigned(integer) => Ok(integer),
+            other => Err(wrong_kind(name, Self::KIND, &Value::Number(other))),
+        }
+    }
+}
+
+fn given_number(value: Option<Value>, name: &str, kind: ParameterKind) -> Result<Number, Error> {
+    match value {
+        Some(Value::Number(number)) => Ok(number),
+        Some(other) => Err(wrong_kind(name, kind, &other)),
+        None => Err(missing(name, kind)),
+    }
 }
 
 fn kind_name(kind: ParameterKind) -> &'static str {
@@ -129,21 +203,27 @@ fn kind_name(kind: ParameterKind) -> &'static str {
         ParameterKind::Boolean => "boolean",
         ParameterKind::Integer => "integer",
         ParameterKind::Real => "real number",
+        ParameterKind::Number => "number",
         ParameterKind::Axis => "axis",
         ParameterKind::Text => "text",
         ParameterKind::Reals => "list of real numbers",
     }
 }
 
+/// The narrowest kind that takes a value.
 fn kind_of(value: &Value) -> ParameterKind {
     match value {
         Value::Boolean(_) => ParameterKind::Boolean,
-        Value::Integer(_) => ParameterKind::Integer,
-        Value::Real(_) => ParameterKind::Real,
+        Value::Number(Number::Integer(_) | Number::Unsigned(_)) => ParameterKind::Integer,
+        Value::Number(Number::Real(_)) => ParameterKind::Real,
         Value::Axis(_) => ParameterKind::Axis,
         Value::Text(_) => ParameterKind::Text,
         Value::Reals(_) => ParameterKind::Reals,
     }
+}
+
+fn takes(kind: ParameterKind, value: &Value) -> bool {
+    kind == kind_of(value) || (kind == ParameterKind::Number && matches!(value, Value::Number(_)))
 }
 
 fn wrong_kind(name: &str, kind: ParameterKind, value: &Value) -> Error {
@@ -155,6 +235,10 @@ fn wrong_kind(name: &str, kind: ParameterKind, value: &Value) -> Error {
             kind_name(kind_of(value))
         ),
     )
+}
+
+fn out_of_range(name: &str, number: Number, remedy: &str) -> Error {
+    Error::bad_argument(name, format!("{number} is out of range: {remedy}"))
 }
 
 fn missing(name: &str, kind: ParameterKind) -> Error {
@@ -171,7 +255,7 @@ pub fn declare<T: ParameterType>(name: &str, doc: &[&str]) -> ParameterDeclarati
         name: name.to_string(),
         kind: T::KIND,
         default: None,
-        minimum: None,
+        minimum: T::MINIMUM,
         maximum: None,
         choices: Vec::new(),
         doc: doc_text(doc),
@@ -233,34 +317,31 @@ fn unknown(declared: &[ParameterDeclaration]) -> String {
     format!("unknown: this kernel's parameters are {}", names.join(", "))
 }
 
-#[expect(
-    clippy::cast_precision_loss,
-    reason = "limits are f64; near 2^53 the comparison is off by less than 1"
-)]
-#[expect(clippy::neg_cmp_op_on_partial_ord, reason = "a NaN must fail")]
 fn check(declaration: &ParameterDeclaration, value: &Value) -> Result<(), Error> {
     let name = &declaration.name;
-    if kind_of(value) != declaration.kind {
+    if !takes(declaration.kind, value) {
         return Err(wrong_kind(name, declaration.kind, value));
     }
-    let in_range = |number: f64| {
-        // Written so that a NaN fails wherever there is a limit.
+    let in_range = |number: Number| {
+        // A NaN compares with nothing: it fails wherever there is a limit.
         let remedy = match (declaration.minimum, declaration.maximum) {
-            (Some(minimum), _) if !(number >= minimum) => format!("give at least {minimum}"),
-            (_, Some(maximum)) if !(number <= maximum) => format!("give at most {maximum}"),
+            (Some(minimum), _) if number.compare(minimum).is_none_or(Ordering::is_lt) => {
+                format!("give at least {minimum}")
+            }
+            (_, Some(maximum)) if number.compare(maximum).is_none_or(Ordering::is_gt) => {
+                format!("give at most {maximum}")
+            }
             _ => return Ok(()),
         };
-        Err(Error::bad_argument(
-            name,
-            format!("{number} is out of range: {remedy}"),
-        ))
+        Err(out_of_range(name, number, &remedy))
     };
     match value {
         Value::Boolean(_) => Ok(()),
-        Value::Integer(number) => in_range(*number as f64),
-        Value::Real(number) => in_range(*number),
-        Value::Axis(axis) => in_range(f64::from(*axis)),
-        Value::Reals(numbers) => numbers.iter().try_for_each(|&number| in_range(number)),
+        Value::Number(number) => in_range(*number),
+        Value::Axis(axis) => in_range(i64::from(*axis).into()),
+        Value::Reals(numbers) => numbers
+            .iter()
+            .try_for_each(|&number| in_range(number.into())),
         Value::Text(text)
             if declaration.choices.is_empty() || declaration.choices.contains(text) =>
         {
@@ -306,6 +387,71 @@ mod tests {
         }
     }
 
+    parameters! {
+        struct Wide {
+            /// Any number.
+            limit: Number = u64::MAX,
+            /// A signed one.
+            #[minimum(-9_007_199_254_740_993i64)]
+            signed: i64 = 0,
+            /// An unsigned one.
+            #[maximum(u64::MAX - 1)]
+            unsigned: u64 = 1u64 << 63,
+        }
+    }
+
+    #[test]
+    fn integers_keep_every_bit() {
+        let declared = Wide::declare();
+        assert_eq!(
+            declared[0].default,
+            Some(Value::Number(Number::Unsigned(u64::MAX)))
+        );
+        assert_eq!(declared[2].minimum, Some(Number::Integer(0)));
+        assert_eq!(declared[2].maximum, Some(Number::Unsigned(u64::MAX - 1)));
+        let read = |name: &str, value: Number| Wide::read(vec![given(name, Value::Number(value))]);
+        let odd = (1i64 << 53) + 1;
+        assert_eq!(read("limit", odd.into()).map(|w| w.limit), Ok(odd.into()));
+        assert_eq!(read("limit", 0.5.into()).map(|w| w.limit), Ok(0.5.into()));
+        assert_eq!(read("signed", (-odd).into()).map(|w| w.signed), Ok(-odd));
+        assert_eq!(
+            read("unsigned", (u64::MAX - 1).into()).map(|w| w.unsigned),
+            Ok(u64::MAX - 1)
+        );
+        for (name, value, reason) in [
+            (
+                "signed",
+                Number::from(-odd - 1),
+                "-9007199254740994 is out of range: give at least -9007199254740993",
+            ),
+            (
+                "signed",
+                (1u64 << 63).into(),
+                "9223372036854775808 is out of range: give at most 9223372036854775807",
+            ),
+            (
+                "signed",
+                1.0.into(),
+                "it takes: integer; given: real number",
+            ),
+            (
+                "unsigned",
+                (-1).into(),
+                "-1 is out of range: give at least 0",
+            ),
+            (
+                "unsigned",
+                u64::MAX.into(),
+                "18446744073709551615 is out of range: give at most 18446744073709551614",
+            ),
+        ] {
+            let Err(Error::BadArgument(bad)) = read(name, value) else {
+                panic!("{name} {value}")
+            };
+            assert_eq!((bad.name.as_str(), bad.reason.as_str()), (name, reason));
+        }
+    }
+
     fn refusal(parameters: Vec<Parameter>) -> (String, String) {
         match Sample::read(parameters) {
             Err(Error::BadArgument(bad)) => (bad.name, bad.reason),
@@ -327,9 +473,9 @@ mod tests {
         assert_eq!(declared[0].doc, "How many.");
         assert_eq!(
             (declared[0].minimum, declared[0].maximum),
-            (Some(1.0), Some(9.0))
+            (Some(1.into()), Some(9.into()))
         );
-        assert!(matches!(declared[0].default, Some(Value::Integer(5))));
+        assert_eq!(declared[0].default, Some(Value::Number(5.into())));
         assert!(declared[1].default.is_none());
         assert_eq!(declared[2].choices, ["left", "right"]);
         assert!(matches!(declared[3].default, Some(Value::Axis(1))));
@@ -338,9 +484,9 @@ mod tests {
     #[test]
     fn given_values_and_defaults() {
         let read = Sample::read(vec![
-            given("factor", Value::Real(2.0)),
+            given("factor", Value::Number(2.0.into())),
             given("side", Value::Text("right".into())),
-            given("count", Value::Integer(9)),
+            given("count", Value::Number(9.into())),
         ]);
         let expected = Sample {
             count: 9,
@@ -355,7 +501,7 @@ mod tests {
 
     #[test]
     fn each_mistake_is_named() {
-        let factor = || given("factor", Value::Real(2.0));
+        let factor = || given("factor", Value::Number(2.0.into()));
         let refused = |parameter| refusal(vec![factor(), parameter]);
         assert_eq!(
             refusal(vec![]),
@@ -369,7 +515,7 @@ mod tests {
             ("factor".into(), "it is given twice: give it once".into())
         );
         assert_eq!(
-            refused(given("cuont", Value::Integer(1))),
+            refused(given("cuont", Value::Number(1.into()))),
             (
                 "cuont".into(),
                 "unknown: this kernel's parameters are count, factor, side, along, weights, strict"
@@ -377,11 +523,11 @@ mod tests {
             )
         );
         assert_eq!(
-            refused(given("count", Value::Integer(10))),
+            refused(given("count", Value::Number(10.into()))),
             ("count".into(), "10 is out of range: give at most 9".into())
         );
         assert_eq!(
-            refused(given("count", Value::Real(2.0))),
+            refused(given("count", Value::Number(2.0.into()))),
             (
                 "count".into(),
                 "it takes: integer; given: real number".into()

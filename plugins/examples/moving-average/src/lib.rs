@@ -100,7 +100,7 @@ mod tests {
 
     fn invoke(x: &[f64], window: i64) -> Result<Vec<f64>, Error> {
         let outcome = testing::invoke::<MovingAverage>(
-            &[("window", Value::Integer(window))],
+            &[("window", Value::Number(window.into()))],
             &[Tensor::new(x)],
         )?;
         Ok(outcome.outputs[0].values())
