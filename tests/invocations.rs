@@ -137,6 +137,19 @@ fn integers_reach_the_kernel_with_every_bit() {
 }
 
 #[test]
+fn scores_of_values_that_cannot_be_squared() {
+    let rig = Rig::new();
+    for scale in [1.7e308, 1e-200, 5e-324] {
+        rig.put_f64("x", &[scale, -scale]);
+        let invoked = rig
+            .invoke(json!({"kernel": "zscore", "inputs": {"x": "x"}}))
+            .unwrap();
+        let y = f64s(&bytes_of(&invoked.results[0].segment));
+        assert_eq!(y, [1.0, -1.0], "{scale}");
+    }
+}
+
+#[test]
 fn both_sides_of_the_threshold_give_the_same_bits() {
     let threshold = 512 << 10;
     let kernels = [

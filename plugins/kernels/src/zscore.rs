@@ -15,7 +15,8 @@ parameters! {
 /// (x - mean) / standard deviation along one axis, with the population's deviation (divisor n).
 ///
 /// Computed in f64 for every dtype; floats give their own dtype, rounded once, integers and `bool8` give
-/// float64. Where all values along the axis are equal the result is 0/0, NaN, as in numpy.
+/// float64. Where all values along the axis are equal the result is 0/0, NaN, as in numpy. Values whose squares
+/// an f64 cannot hold are scaled first, where numpy gives NaN or infinity.
 #[derive(Debug)]
 pub struct ZScore {
     split: AxisSplit,
@@ -145,6 +146,10 @@ impl Scratch {
             }
             swap_axes(elements, flat, length, blocks, inner);
             map(flat, y, O::from_f64);
+            for column in out_of_range::<T>(squares) {
+                let first = column / inner * block + column % inner;
+                rescale(&x[first..], &mut y[first..], length, inner);
+            }
         }
     }
 
@@ -169,6 +174,10 @@ impl Scratch {
                     mean,
                     deviation,
                 );
+            }
+            for column in out_of_range::<T>(deviation) {
+                let first = start + column;
+                rescale(&x[first..], &mut y[first..], length, inner);
             }
         }
     }
@@ -209,6 +218,9 @@ impl Scratch {
         }
         for (x, y) in x.chunks(width).zip(y.chunks_mut(width)) {
             scores(x, y, mean, deviation);
+        }
+        for column in out_of_range::<T>(&deviation[..inner]) {
+            rescale(&x[column..], &mut y[column..], length, inner);
         }
     }
 }
@@ -251,6 +263,66 @@ fn scores<T: Real, O: Real>(x: &[T], y: &mut [O], mean: &[f64], deviation: &[f64
     }
 }
 
+/// Columns in which squared deviations may have been infinite, or so small that they lost bits. Of all dtypes only
+/// float64 has such values.
+fn out_of_range<T: Real>(deviation: &[f64]) -> impl Iterator<Item = usize> + '_ {
+    const LEAST: f64 = f64::from_bits((1023 - 400) << 52);
+    let is_in_range = |deviation: f64| (deviation >= LEAST) & (deviation < f64::INFINITY);
+    // Without an early exit this is SIMD code, and nearly always all that there is to do.
+    let none = T::DTYPE != Dtype::Float64
+        || deviation
+            .iter()
+            .fold(true, |all, &deviation| all & is_in_range(deviation));
+    let looked_at = if none { &[][..] } else { deviation };
+    let columns = looked_at.iter().enumerate();
+    columns.filter_map(move |(column, &deviation)| (!is_in_range(deviation)).then_some(column))
+}
+
+/// The scores of one column: every `stride`th of the elements, `rows` of them. They are scaled by a power of two,
+/// which is exact, so that the largest is near 1. Columns of equal values, or with infinities or NaN, are left alone.
+#[inline(never)]
+fn rescale<T: Real, O: Real>(x: &[T], y: &mut [O], rows: usize, stride: usize) {
+    let column = || x.iter().step_by(stride).take(rows).map(|x| x.to_f64());
+    let (mut least, mut largest, mut is_finite) = (f64::INFINITY, f64::NEG_INFINITY, true);
+    for x in column() {
+        (least, largest) = (least.min(x), largest.max(x));
+        is_finite &= x.is_finite();
+    }
+    if !is_finite || least == largest {
+        return;
+    }
+    let scale = reciprocal_power(largest.max(-least));
+    let scaled = || column().map(|x| x * scale);
+    let origin = least * scale;
+    let mean = origin + sum(scaled().map(|x| x - origin)) / rows as f64;
+    let squares = sum(scaled().map(|x| (x - mean) * (x - mean)));
+    let deviation = sqrt(squares / rows as f64);
+    for (y, x) in y.iter_mut().step_by(stride).zip(scaled()) {
+        *y = O::from_f64((x - mean) / deviation);
+    }
+}
+
+/// The power of two that brings a positive number to between 1 and 2, or near that where it would not be normal.
+fn reciprocal_power(value: f64) -> f64 {
+    let exponent = value.to_bits() >> 52;
+    f64::from_bits((2046_u64.saturating_sub(exponent)).clamp(23, 2023) << 52)
+}
+
+/// Compensated (Neumaier): it is right to the last bits for any number of values.
+fn sum(values: impl Iterator<Item = f64>) -> f64 {
+    let (mut sum, mut lost) = (0.0f64, 0.0f64);
+    for value in values {
+        let next = sum + value;
+        lost += if sum.abs() >= value.abs() {
+            (sum - next) + value
+        } else {
+            (value - next) + sum
+        };
+        sum = next;
+    }
+    sum + lost
+}
+
 #[cfg(test)]
 #[expect(
     clippy::cast_possible_truncation,
@@ -264,19 +336,7 @@ mod tests {
         let length = shape[axis] as usize;
         let inner: usize = shape[axis + 1..].iter().product::<u64>() as usize;
         let mut y = vec![0.0; x.len()];
-        let sum = |values: &[f64]| {
-            let (mut sum, mut lost) = (0.0f64, 0.0f64);
-            for value in values {
-                let next = sum + value;
-                lost += if sum.abs() >= value.abs() {
-                    (sum - next) + value
-                } else {
-                    (value - next) + sum
-                };
-                sum = next;
-            }
-            sum + lost
-        };
+        let sum = |values: &[f64]| sum(values.iter().copied());
         for start in (0..x.len()).filter(|i| (i / inner).is_multiple_of(length)) {
             let at = |k: usize| start + k * inner;
             let values: Vec<f64> = (0..length).map(|k| x[at(k)]).collect();
@@ -308,43 +368,87 @@ mod tests {
             .collect()
     }
 
+    /// Each goes another way through the tiles along one of its axes.
+    const SHAPES: &[&[u64]] = &[
+        &[1],
+        &[2],
+        &[63],
+        &[64],
+        &[65],
+        &[4096],
+        &[10_000],
+        &[7, 1],
+        &[1, 7],
+        &[500, 3],
+        &[3, 500],
+        &[9, 513],
+        &[17, 1025],
+        &[100, 63],
+        &[100, 64],
+        &[300, 33],
+        &[2, 70, 3],
+        &[2, 3, 70],
+        &[70, 2, 3],
+        &[3, 65, 2, 40],
+        &[2, 129, 64],
+        &[5000, 3],
+        &[3000, 2, 2],
+        &[9, 512],
+        &[9, 256, 2],
+        &[300, 5, 63],
+    ];
+
     #[test]
     fn every_way_through_the_tiles() {
-        let shapes: &[&[u64]] = &[
-            &[1],
-            &[2],
-            &[63],
-            &[64],
-            &[65],
-            &[4096],
-            &[10_000],
-            &[7, 1],
-            &[1, 7],
-            &[500, 3],
-            &[3, 500],
-            &[9, 513],
-            &[17, 1025],
-            &[100, 63],
-            &[100, 64],
-            &[300, 33],
-            &[2, 70, 3],
-            &[2, 3, 70],
-            &[70, 2, 3],
-            &[3, 65, 2, 40],
-            &[2, 129, 64],
-            &[5000, 3],
-            &[3000, 2, 2],
-            &[9, 512],
-            &[9, 256, 2],
-            &[300, 5, 63],
-        ];
-        for shape in shapes {
+        for shape in SHAPES {
             let x = numbers(shape.iter().product::<u64>() as usize);
             for axis in 0..shape.len() {
                 let (y, expected) = (
                     zscore(&x, shape, axis as u32).values::<f64>(),
                     reference(&x, shape, axis),
                 );
+                for (i, (y, expected)) in y.iter().zip(&expected).enumerate() {
+                    let close = (y - expected).abs() <= 1e-12 * expected.abs().max(1.0);
+                    assert!(
+                        close || (y.is_nan() && expected.is_nan()),
+                        "{shape:?} axis {axis}: y[{i}] = {y}, {expected}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn values_that_cannot_be_squared() {
+        assert_eq!(
+            zscore(&[1.7e308, -1.7e308], &[2], 0).values::<f64>(),
+            [1.0, -1.0]
+        );
+        assert_eq!(
+            zscore(&[f64::MAX, f64::MAX, f64::MIN, f64::MIN], &[2, 2], 0).values::<f64>(),
+            [1.0, 1.0, -1.0, -1.0]
+        );
+        // Multiples of the least number there is.
+        let tiny = [1.0, 2.0, 3.0].map(|x| x * f64::from_bits(1));
+        let y = zscore(&tiny, &[3], 0).values::<f64>();
+        let expected = zscore(&[1.0, 2.0, 3.0], &[3], 0).values::<f64>();
+        assert_eq!(y, expected);
+        // Scaling by a power of two is exact and must not be seen, column by column.
+        let scales = [1019, -1000, 0, 600, -600].map(|power| 2.0f64.powi(power));
+        for shape in SHAPES {
+            let plain = numbers(shape.iter().product::<u64>() as usize);
+            for axis in 0..shape.len() {
+                let length = shape[axis] as usize;
+                let inner: usize = shape[axis + 1..].iter().product::<u64>() as usize;
+                let column = |i: usize| i / (length * inner) * inner + i % inner;
+                let scale = |i: usize| scales[column(i) % scales.len()];
+                let x: Vec<f64> = plain
+                    .iter()
+                    .enumerate()
+                    .map(|(i, x)| x * scale(i))
+                    .collect();
+                let y = zscore(&x, shape, axis as u32).values::<f64>();
+                let expected = reference(&plain, shape, axis);
                 for (i, (y, expected)) in y.iter().zip(&expected).enumerate() {
                     let close = (y - expected).abs() <= 1e-12 * expected.abs().max(1.0);
                     assert!(
@@ -378,7 +482,7 @@ mod tests {
 
     #[test]
     fn equal_values_are_nan_whatever_the_value() {
-        for value in [0.1, 1e-300, -3.3e17, 1.0 / 3.0] {
+        for value in [0.1, 0.0, 1e-300, -3.3e17, 1.0 / 3.0, -1.7e308] {
             for shape in [
                 &[3][..],
                 &[1000],
@@ -421,10 +525,12 @@ mod tests {
 
     #[test]
     fn nan_and_infinity_spoil_their_own_column() {
-        let x = [1.0, 1.0, 1.0, 2.0, f64::NAN, f64::INFINITY, 3.0, 3.0, 3.0];
-        let y = zscore(&x, &[3, 3], 0).values::<f64>();
-        for (i, y) in y.iter().enumerate() {
-            assert_eq!(y.is_nan(), i % 3 != 0, "{i}");
+        for scale in [1.0, 5e307, 1e-200] {
+            let x = [1.0, 1.0, 1.0, 2.0, f64::NAN, f64::INFINITY, 3.0, 3.0, 3.0];
+            let y = zscore(&x.map(|x| x * scale), &[3, 3], 0).values::<f64>();
+            for (i, y) in y.iter().enumerate() {
+                assert_eq!(y.is_nan(), i % 3 != 0, "{i}");
+            }
         }
     }
 
