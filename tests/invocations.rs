@@ -150,6 +150,38 @@ fn scores_of_values_that_cannot_be_squared() {
 }
 
 #[test]
+fn every_byte_of_a_bool8_but_0_is_true() {
+    let rig = Rig::new();
+    rig.put("m", Dtype::Bool8, &[4], &[0, 1, 2, 255]);
+    let f64_bytes = |values: [f64; 4]| values.map(f64::to_le_bytes).concat();
+    let third = 1.0 / 3.0_f64.sqrt();
+    let cast = |to: &str| ("cast", json!({ "to": to }));
+    for ((kernel, parameters), y) in [
+        (cast("uint8"), vec![0, 1, 1, 1]),
+        (cast("bool8"), vec![0, 1, 1, 1]),
+        (cast("float8_e5m2"), vec![0, 0x3c, 0x3c, 0x3c]),
+        (cast("float64"), f64_bytes([0.0, 1.0, 1.0, 1.0])),
+        (("clip", json!({"hi": 5})), vec![0, 1, 1, 1]),
+        (("clip", json!({"lo": 2})), vec![1, 1, 1, 1]),
+        (("filter-finite", json!({})), vec![0, 1, 1, 1]),
+        (
+            ("zscore", json!({})),
+            f64_bytes([-3.0 * third, third, third, third]),
+        ),
+    ] {
+        let call = json!({"kernel": kernel, "inputs": {"x": "m"}, "parameters": parameters});
+        let invoked = rig.invoke(call).unwrap();
+        let bytes = bytes_of(&invoked.results[0].segment);
+        if kernel == "zscore" {
+            let close = |(a, b): (&f64, &f64)| (a - b).abs() < 1e-15;
+            assert!(f64s(&bytes).iter().zip(&f64s(&y)).all(close), "{bytes:?}");
+        } else {
+            assert_eq!(bytes, y, "{kernel} {parameters}");
+        }
+    }
+}
+
+#[test]
 fn both_sides_of_the_threshold_give_the_same_bits() {
     let threshold = 512 << 10;
     let kernels = [

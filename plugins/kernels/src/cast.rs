@@ -55,6 +55,12 @@ impl Kernel for Cast {
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         let (from, to) = (call.input_spec(0).dtype, call.output_spec(0).dtype);
         match (from, to) {
+            // Which bytes are true is the caller's business, what we write is ours.
+            (Dtype::Bool8, Dtype::Bool8) => {
+                let x = call.input::<Bool8>(0)?;
+                map(&x, &mut call.output::<Bool8>(0)?, |x| x.get().into());
+                Ok(())
+            }
             _ if from == to => dispatch!(from, T in all => {
                 let x = call.input::<T>(0)?;
                 call.output::<T>(0)?.copy_from_slice(&x);

@@ -27,7 +27,7 @@ impl Kernel for FilterFinite {
         dispatch!(call.input_spec(0).dtype, T in all => {
             let x = call.input::<T>(0)?;
             let mut y = call.output::<T>(0)?;
-            let kept = filter(&x, &mut y);
+            let kept = T::filter(&x, &mut y);
             call.set_shape(0, &[kept as u64])?;
             call.note("dropped", format!("{}", x.len() - kept));
             Ok(())
@@ -35,7 +35,7 @@ impl Kernel for FilterFinite {
     }
 }
 
-/// Copies the finite elements of `x` to the start of `y`, which is as long, and counts them.
+/// See [`Finite::filter`].
 fn filter<T: Finite>(x: &[T], y: &mut [T]) -> usize {
     let mut kept = 0;
     for block in x.chunks(64) {
@@ -55,6 +55,23 @@ fn filter<T: Finite>(x: &[T], y: &mut [T]) -> usize {
 
 trait Finite: Element {
     fn finite(self) -> bool;
+
+    /// Copies the finite elements of `x` to the start of `y`, which is as long, and counts them.
+    fn filter(x: &[Self], y: &mut [Self]) -> usize {
+        filter(x, y)
+    }
+}
+
+impl Finite for Bool8 {
+    fn finite(self) -> bool {
+        true
+    }
+
+    /// All of them, true as 1.
+    fn filter(x: &[Self], y: &mut [Self]) -> usize {
+        map(x, y, |x| x.get().into());
+        x.len()
+    }
 }
 
 macro_rules! finite {
@@ -72,7 +89,6 @@ macro_rules! finite {
 }
 
 finite! {
-    Bool8 => |_x| true;
     i8 => |_x| true;
     i16 => |_x| true;
     i32 => |_x| true;
@@ -121,6 +137,10 @@ mod tests {
     fn each_dtype() {
         assert_eq!(filtered(&[1i64, i64::MAX]), (vec![1, i64::MAX], "0".into()));
         assert_eq!(filtered::<f32>(&[]), (vec![], "0".into()));
+        assert_eq!(
+            filtered(&[Bool8(0), Bool8(1), Bool8(255)]),
+            (vec![Bool8(0), Bool8(1), Bool8(1)], "0".into())
+        );
         assert_eq!(filtered(&[f32::NEG_INFINITY, 1.0]), (vec![1.0], "1".into()));
         assert_eq!(
             filtered(&[F16(0x7c00), F16(0xfbff), F16(0xfe00)]),
