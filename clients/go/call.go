@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math"
-	"reflect"
 	"runtime"
 	"slices"
 	"time"
@@ -94,66 +92,6 @@ func plainOption(set func(*invokeRequest)) CallOption {
 		set(r)
 		return nil
 	})
-}
-
-// Param sets a kernel's parameter: a bool, a number, a string, a DType or a list of numbers.
-func Param(name string, value any) CallOption {
-	return callOption(func(r *invokeRequest) error {
-		said, err := parameter(reflect.ValueOf(value))
-		if err != nil {
-			return argumentError("parameter %q: %w", name, err)
-		}
-		if err := checkText("a parameter's name", name); err != nil {
-			return err
-		}
-		if r.Parameters == nil {
-			r.Parameters = map[string]any{}
-		}
-		r.Parameters[name] = said
-		return nil
-	})
-}
-
-// parameter is a value as the protocol has it.
-func parameter(value reflect.Value) (any, error) {
-	switch kind := value.Kind(); {
-	case kind == reflect.Bool:
-		return value.Bool(), nil
-	case value.CanInt():
-		return value.Int(), nil
-	case value.CanUint():
-		return value.Uint(), nil
-	case value.CanFloat():
-		return real64(value.Float()), nil
-	case kind == reflect.String:
-		return value.String(), checkText("a text", value.String())
-	case kind == reflect.Slice || kind == reflect.Array:
-		all := make([]any, value.Len())
-		for i := range all {
-			element := value.Index(i)
-			if !element.CanInt() && !element.CanUint() && !element.CanFloat() {
-				return nil, fmt.Errorf("a list of %s; lists are of numbers", element.Type())
-			}
-			all[i], _ = parameter(element)
-		}
-		return all, nil
-	case kind == reflect.Invalid:
-		return nil, fmt.Errorf("nil; leave the parameter out to get its default")
-	}
-	return nil, fmt.Errorf("a %s; parameters are bool, numbers, string or lists of numbers", value.Type())
-}
-
-// real64 has the protocol's words for the numbers that JSON lacks.
-func real64(number float64) any {
-	switch {
-	case math.IsNaN(number):
-		return "nan"
-	case math.IsInf(number, 1):
-		return "inf"
-	case math.IsInf(number, -1):
-		return "-inf"
-	}
-	return number
 }
 
 // PublishAs gives an output a name.

@@ -1,7 +1,9 @@
 package strait
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -415,13 +417,23 @@ type Parameter struct {
 	Name string `json:"name"`
 	// Kind is boolean, integer, real, axis (0-based, row-major), text or reals.
 	Kind string `json:"kind"`
-	// Default is nil if the caller must give the parameter.
-	Default any      `json:"default"`
-	Minimum *float64 `json:"minimum"`
-	Maximum *float64 `json:"maximum"`
+	// Default is nil if the caller must give the parameter. Its numbers are json.Number, so that
+	// integers beyond 2^53 are exact; Param takes it as it is.
+	Default any `json:"default"`
+	// Minimum and Maximum are inclusive and exact; empty: there is none.
+	Minimum json.Number `json:"minimum"`
+	Maximum json.Number `json:"maximum"`
 	// Choices are the allowed texts; empty allows any.
 	Choices []string `json:"choices"`
 	Doc     string   `json:"doc"`
+}
+
+// UnmarshalJSON reads the default's numbers as they are written, not as float64.
+func (p *Parameter) UnmarshalJSON(text []byte) error {
+	type plain Parameter
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber()
+	return decoder.Decode((*plain)(p))
 }
 
 // Kernels is what can be called, sorted by plugin and name.

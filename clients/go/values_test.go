@@ -2,11 +2,13 @@ package strait
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
-	"fmt"
 	"math"
+	"math/big"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -14,23 +16,66 @@ import (
 
 func TestParameters(t *testing.T) {
 	type axis int
+	type ratio float32
+	type level string
 	for _, c := range []struct {
 		value any
 		want  string
 	}{
-		{true, "true"}, {1, "1"}, {axis(-2), "-2"}, {uint64(math.MaxUint64), "18446744073709551615"},
-		{0.1, "0.1"}, {float32(0.5), "0.5"}, {math.NaN(), "nan"}, {math.Inf(-1), "-inf"},
-		{"bfloat16", "bfloat16"}, {BFloat16, "bfloat16"}, {[]float64{1, math.Inf(1)}, "[1 inf]"}, {[]int{3, 4}, "[3 4]"}, {[]float64{}, "[]"},
+		{true, `true`}, {1, `1`}, {axis(-2), `-2`}, {"bfloat16", `"bfloat16"`}, {BFloat16, `"bfloat16"`}, {level("x"), `"x"`},
+		{int8(math.MinInt8), `-128`}, {int16(math.MinInt16), `-32768`}, {int32(math.MinInt32), `-2147483648`},
+		{math.MinInt64, `-9223372036854775808`}, {math.MaxInt64, `9223372036854775807`}, {int64(1<<53 + 1), `9007199254740993`},
+		{uint8(255), `255`}, {uint16(65535), `65535`}, {uint32(math.MaxUint32), `4294967295`}, {uint(1<<63 - 1), `9223372036854775807`},
+		{uint64(math.MaxUint64), `18446744073709551615`},
+		{big.NewInt(-5), `-5`}, {new(big.Int).SetUint64(math.MaxUint64), `18446744073709551615`}, {*big.NewInt(7), `7`},
+		{json.Number("9007199254740993"), `9007199254740993`}, {json.Number("-9223372036854775808"), `-9223372036854775808`},
+		{json.Number("18446744073709551615"), `18446744073709551615`}, {json.Number("2.0"), `2.0`}, {json.Number("1e3"), `1000.0`},
+		// A float stays one also where it has no fraction, and keeps the sign of its zero.
+		{0.1, `0.1`}, {2.0, `2.0`}, {ratio(0.5), `0.5`}, {float32(0.1), `0.10000000149011612`}, {math.Copysign(0, -1), `-0.0`},
+		{float64(1 << 53), `9.007199254740992e+15`}, {1e21, `1e+21`}, {5e-324, `5e-324`}, {math.MaxFloat64, `1.7976931348623157e+308`},
+		{math.NaN(), `"nan"`}, {math.Inf(1), `"inf"`}, {float32(math.Inf(-1)), `"-inf"`},
+		{[]float64{1, math.Inf(1)}, `[1.0,"inf"]`}, {[]int{3, 4}, `[3,4]`}, {[2]uint64{0, math.MaxUint64}, `[0,18446744073709551615]`},
+		{[]float64{}, `[]`}, {[]any{1, 0.5, json.Number("9007199254740993"), big.NewInt(2)}, `[1,0.5,9007199254740993,2]`},
 	} {
 		r := &invokeRequest{}
-		if err := Param("p", c.value).call(r); err != nil || fmt.Sprint(r.Parameters["p"]) != c.want {
-			t.Errorf("%v: %v %v", c.value, r.Parameters["p"], err)
+		err := Param("p", c.value).call(r)
+		if said, jsonErr := json.Marshal(r.Parameters["p"]); err != nil || jsonErr != nil || string(said) != c.want {
+			t.Errorf("%T %v: %s and not %s: %v %v", c.value, c.value, said, c.want, err, jsonErr)
 		}
 	}
-	for _, wrong := range []any{nil, map[string]int{}, []string{"a"}, [][]float64{{1}}, "\xff", 1i, new(int)} {
-		if err := Param("p", wrong).call(&invokeRequest{}); !errors.Is(err, ErrArgument) {
+	beyond := new(big.Int).Lsh(big.NewInt(1), 64)
+	for _, wrong := range []any{
+		nil, map[string]int{}, []string{"a"}, [][]float64{{1}}, "\xff", 1i, new(int), []any{"a"}, []any{nil}, []bool{true}, struct{}{},
+		time.Second, []time.Duration{1}, time.Now(), beyond, []*big.Int{beyond}, (*big.Int)(nil), big.NewFloat(1), big.NewRat(1, 2),
+		json.Number(""), json.Number("NaN"), json.Number("1e999"), json.Number("18446744073709551616"), json.Number("-9223372036854775809"),
+	} {
+		if err := Param("p", wrong).call(&invokeRequest{}); !errors.Is(err, ErrArgument) || !strings.Contains(err.Error(), `"p"`) {
 			t.Errorf("%v: %v", wrong, err)
 		}
+	}
+}
+
+func TestBoundsAndDefaultsAreExact(t *testing.T) {
+	c, p := scripted(t)
+	go func() {
+		asked := p.receive()
+		p.send(opOK, asked.sequence, `{"kernels":[{"name":"k","parameters":[`+
+			`{"name":"i","kind":"integer","default":-9007199254740993,"minimum":-9223372036854775808,"maximum":18446744073709551615},`+
+			`{"name":"r","kind":"real","default":"-inf","minimum":null,"maximum":0.1},`+
+			`{"name":"l","kind":"reals","default":[1,18446744073709551615,2.5,"nan"]},{"name":"t","kind":"text","default":"x"},{"name":"n","default":null}]}]}`)
+	}()
+	kernels, err := c.Kernels(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []Parameter{
+		{Name: "i", Kind: "integer", Default: json.Number("-9007199254740993"), Minimum: "-9223372036854775808", Maximum: "18446744073709551615"},
+		{Name: "r", Kind: "real", Default: "-inf", Maximum: "0.1"},
+		{Name: "l", Kind: "reals", Default: []any{json.Number("1"), json.Number("18446744073709551615"), json.Number("2.5"), "nan"}},
+		{Name: "t", Kind: "text", Default: "x"}, {Name: "n"},
+	}
+	if got := kernels[0].Parameters; !reflect.DeepEqual(got, want) {
+		t.Errorf("%#v", got)
 	}
 }
 

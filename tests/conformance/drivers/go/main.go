@@ -82,7 +82,7 @@ type request struct {
 	Kernel   string            `json:"kernel"`
 	Verify   bool              `json:"verify"`
 	Inputs   map[string]any    `json:"inputs"`
-	Deadline int64             `json:"deadline_ms"`
+	Deadline *int64            `json:"deadline_ms"`
 	Cancel   int64             `json:"cancel_after_ms"`
 	ID       string            `json:"request_id"`
 	Params   map[string]any    `json:"parameters"`
@@ -433,15 +433,20 @@ func (d *driver) kernels(ctx context.Context) (answer, error) {
 	return answer{"kernels": all}, err
 }
 
-// parameter is a number as Go has it.
+// parameter is a value as Go has it: an integer that fits neither int64 nor uint64 is the client's to refuse.
 func parameter(value any) any {
 	switch value := value.(type) {
 	case json.Number:
-		if i, err := strconv.ParseInt(value.String(), 10, 64); err == nil {
+		if strings.ContainsAny(value.String(), ".eE") {
+			f, _ := value.Float64()
+			return f
+		}
+		if i, err := value.Int64(); err == nil {
 			return i
 		}
-		f, _ := value.Float64()
-		return f
+		if u, err := strconv.ParseUint(value.String(), 10, 64); err == nil {
+			return u
+		}
 	case string:
 		switch value {
 		case "nan":
@@ -452,14 +457,9 @@ func parameter(value any) any {
 			return math.Inf(-1)
 		}
 	case []any:
-		numbers := make([]float64, len(value))
+		numbers := make([]any, len(value))
 		for i, element := range value {
-			switch number := parameter(element).(type) {
-			case int64:
-				numbers[i] = float64(number)
-			case float64:
-				numbers[i] = number
-			}
+			numbers[i] = parameter(element)
 		}
 		return numbers
 	}
@@ -498,8 +498,8 @@ func (r *request) options() []strait.CallOption {
 	if r.Verify {
 		options = append(options, strait.Verify())
 	}
-	if r.Deadline != 0 {
-		options = append(options, strait.Deadline(time.Duration(r.Deadline)*time.Millisecond))
+	if r.Deadline != nil {
+		options = append(options, strait.Deadline(time.Duration(*r.Deadline)*time.Millisecond))
 	}
 	if r.LeaseMS != 0 {
 		options = append(options, strait.LeaseFor(time.Duration(r.LeaseMS)*time.Millisecond))
