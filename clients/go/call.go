@@ -127,10 +127,17 @@ func LeaseFor(life time.Duration) Leasing { return Leasing(life) }
 // the host new memory each time.
 func Seal() CallOption { return plainOption(func(r *invokeRequest) { r.Seal = true }) }
 
-// Deadline ends the kernel after this time. Without it that is the context's deadline, and without
-// one the host's default.
+// Deadline ends the kernel after this time, counted by the host from when it has the call, waiting for
+// a worker included. Without it that is the context's deadline, and without one the host's default. The
+// Call fails with ErrArgument unless after is more than 0.
 func Deadline(after time.Duration) CallOption {
-	return plainOption(func(r *invokeRequest) { r.DeadlineMS = max(milliseconds(after), 1) })
+	return callOption(func(r *invokeRequest) error {
+		if after <= 0 {
+			return argumentError("a deadline of %s; it must be more than 0, or left out for the host's default", after)
+		}
+		r.DeadlineMS = milliseconds(after)
+		return nil
+	})
 }
 
 // WithoutResults maps no outputs: every one of them must be published.
@@ -152,7 +159,8 @@ func (l Limits) call(r *invokeRequest) error { r.Limits = &l; return nil }
 func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
 
 // IdempotencyKey lets a repeat of the call within a minute have the same results without another
-// run. It is of the form of a request id.
+// run. It is of the form of a request id. A RemoteError with IDEMPOTENCY_KEY_REUSED says that the key
+// came with another request before: each call that is to be repeated needs a key of its own.
 func IdempotencyKey(key string) CallOption {
 	return callOption(func(r *invokeRequest) error {
 		if !isID(key) {
@@ -221,18 +229,14 @@ func (r *Result) Release() {
 // Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one) and waits for its
 // results, which are to be released.
 //
-// When ctx ends, the kernel is cancelled; the error then is ctx's and the host's RemoteError with
-// CANCELLED at once. Call returns when the kernel is over, so that inputs can be written again, or
+// When ctx ends, the kernel is cancelled, also while it waits for a worker; the error then is ctx's and the
+// host's RemoteError with CANCELLED at once. Nothing is sent if ctx is over already. Call returns when the kernel is over, so that inputs can be written again, or
 // soon if the host does not answer at all. Results that came all the same are answered.
 //
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
 // if an input is of no use any more; ErrDisconnected if the connection ended.
 func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
 	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease)}
-	if deadline, limited := ctx.Deadline(); limited {
-		// The host's clock ends it even if this process does not live to cancel it.
-		asked.DeadlineMS = min(max(milliseconds(time.Until(deadline)), 1), max(c.welcome.DeadlineMSMax, 1))
-	}
 	if err := checkText("a kernel's name", kernel); err != nil {
 		return nil, err
 	}
@@ -255,6 +259,13 @@ func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options
 	}
 	// A forgotten input must not be found before its kernel ran.
 	defer runtime.KeepAlive(inputs)
+	if deadline, limited := ctx.Deadline(); limited && asked.DeadlineMS == 0 {
+		// The host's clock ends it even if this process does not live to cancel it.
+		asked.DeadlineMS = max(milliseconds(time.Until(deadline)), 1)
+		if c.welcome.DeadlineMSMax > 0 {
+			asked.DeadlineMS = min(asked.DeadlineMS, c.welcome.DeadlineMSMax)
+		}
+	}
 	c.conn.calls.Add(1)
 	var reply invokeReply
 	fds, err := c.conn.request(ctx, opInvoke, asked, nil, &reply)

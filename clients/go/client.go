@@ -92,7 +92,7 @@ func Dial(ctx context.Context, address string, options ...DialOption) (*Client, 
 	socket, err := dialer.DialContext(ctx, "unixpacket", path)
 	if err != nil {
 		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
+			return nil, ended(ctx)
 		}
 		return nil, fmt.Errorf("strait: %w at %s: %w; start one with `strait serve`", ErrNoHost, path, err)
 	}

@@ -118,8 +118,8 @@ func (c *conn) ask(ctx context.Context, op op, body request, into any) error {
 }
 
 func (c *conn) exchange(ctx context.Context, op op, body request, fds []int) (reply, error) {
-	if err := ctx.Err(); err != nil {
-		return reply{}, context.Cause(ctx)
+	if err := ended(ctx); err != nil {
+		return reply{}, err
 	}
 	id, err := requestID(ctx)
 	if err != nil {
@@ -150,7 +150,23 @@ func (c *conn) exchange(ctx context.Context, op op, body request, fds []int) (re
 		}
 	}
 	c.abandon(sequence, waiter)
-	return reply{}, context.Cause(ctx)
+	return reply{}, ended(ctx)
+}
+
+// ended is why a context is over, nil if it is not: its own error, and the cause if somebody gave one.
+// A deadline that has passed counts although its timer may not have fired yet.
+func ended(ctx context.Context) error {
+	err := ctx.Err()
+	if err == nil {
+		if deadline, limited := ctx.Deadline(); limited && !time.Now().Before(deadline) {
+			return context.DeadlineExceeded
+		}
+		return nil
+	}
+	if cause := context.Cause(ctx); !errors.Is(cause, err) {
+		return fmt.Errorf("%w: %w", err, cause)
+	}
+	return err
 }
 
 // answered is for the end of the connection, which a reply may have preceded.
@@ -186,7 +202,7 @@ func cancelled(ctx context.Context, answer reply) error {
 	if err := decodeBody(answer.body, remote); err != nil {
 		return err
 	}
-	return fmt.Errorf("%w: %w", context.Cause(ctx), remote)
+	return fmt.Errorf("%w: %w", ended(ctx), remote)
 }
 
 // tell sends a request whose answer does not matter.
@@ -280,7 +296,7 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, f
 	case c.writing <- struct{}{}:
 		defer func() { <-c.writing }()
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return ended(ctx)
 	case <-c.done:
 		return c.end()
 	}
@@ -299,7 +315,7 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, f
 	case err == nil:
 		return nil
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return context.Cause(ctx)
+		return ended(ctx)
 	}
 	c.finish(fmt.Errorf("strait: %w: %w", ErrDisconnected, err))
 	return c.end()
@@ -587,7 +603,12 @@ func (c *conn) renew(ctx context.Context, leases []uint64, life time.Duration) (
 
 // milliseconds rounds up, so that a short time does not become none; 0 stays 0.
 func milliseconds(d time.Duration) int64 {
-	return int64((max(d, 0) + time.Millisecond - 1) / time.Millisecond)
+	d = max(d, 0)
+	whole := int64(d / time.Millisecond)
+	if d%time.Millisecond > 0 {
+		whole++
+	}
+	return whole
 }
 
 type requestIDKey struct{}

@@ -249,6 +249,93 @@ func TestAContextCancelsACall(t *testing.T) {
 	}
 }
 
+func TestAContextThatIsOverSendsNothing(t *testing.T) {
+	c, p := scripted(t)
+	past, stop := context.WithDeadline(context.Background(), time.Now().Add(-time.Second))
+	defer stop()
+	why := errors.New("enough")
+	caused, cancel := context.WithCancelCause(context.Background())
+	cancel(why)
+	late, stop := context.WithTimeoutCause(context.Background(), time.Nanosecond, why)
+	defer stop()
+	for _, example := range []struct {
+		ctx  context.Context
+		want error
+	}{
+		{past, context.DeadlineExceeded}, {caused, context.Canceled}, {caused, why}, {late, context.DeadlineExceeded},
+		{unfired{time.Now().Add(-time.Millisecond)}, context.DeadlineExceeded},
+	} {
+		_, err := c.Call(example.ctx, "k", Inputs{"x": Slice([]float64{1})})
+		if !errors.Is(err, example.want) {
+			t.Error(err, "is not", example.want)
+		}
+		if _, err := c.Fetch(example.ctx, "x"); !errors.Is(err, example.want) {
+			t.Error(err, "is not", example.want)
+		}
+	}
+	for _, wrong := range []time.Duration{0, -time.Second} {
+		if _, err := c.Call(context.Background(), "k", nil, Deadline(wrong)); !errors.Is(err, ErrArgument) {
+			t.Error(wrong, err)
+		}
+	}
+	go func() {
+		if asked := p.receive(); asked.op != opPing {
+			t.Error("something was sent:", asked)
+		} else {
+			p.send(opOK, asked.sequence, `{}`)
+		}
+	}()
+	if err := c.Ping(context.Background()); err != nil {
+		t.Error(err)
+	}
+}
+
+// unfired is a context whose deadline has passed before anything noticed.
+type unfired struct{ deadline time.Time }
+
+func (u unfired) Deadline() (time.Time, bool) { return u.deadline, true }
+func (unfired) Done() <-chan struct{}         { return nil }
+func (unfired) Err() error                    { return nil }
+func (unfired) Value(any) any                 { return nil }
+
+func TestDeadlinesAreAtLeastAMillisecondAndAtMostTheHostsOwn(t *testing.T) {
+	c, p := scripted(t)
+	soon, stop := context.WithTimeout(context.Background(), time.Minute)
+	defer stop()
+	far, stop := context.WithTimeout(context.Background(), 1000*time.Hour)
+	defer stop()
+	for _, example := range []struct {
+		ctx      context.Context
+		options  []CallOption
+		from, to float64
+	}{
+		{context.Background(), []CallOption{Deadline(1)}, 1, 1}, {far, nil, 600_000, 600_000}, {soon, nil, 1, 60_000},
+		{far, []CallOption{Deadline(1500 * time.Microsecond)}, 2, 2},
+	} {
+		go func() {
+			asked := p.receive()
+			if ms, _ := asked.body["deadline_ms"].(float64); ms < example.from || ms > example.to {
+				t.Error(asked.body)
+			}
+			p.send(opOK, asked.sequence, `{}`)
+		}()
+		if _, err := c.Call(example.ctx, "k", nil, example.options...); err != nil {
+			t.Error(err)
+		}
+	}
+	go func() {
+		asked := p.receive()
+		if _, said := asked.body["deadline_ms"]; said {
+			t.Error("the host's default was to be left alone:", asked.body)
+		}
+		p.send(opError, asked.sequence, `{"code":"ALREADY_EXISTS","reason":"IDEMPOTENCY_KEY_REUSED","message":"m","request_id":"r"}`)
+	}()
+	_, err := c.Call(context.Background(), "k", nil, IdempotencyKey("twice"))
+	if reason(err) != "IDEMPOTENCY_KEY_REUSED" {
+		t.Error(err)
+	}
+}
+
 func TestTheEndIsToldToEveryone(t *testing.T) {
 	c, p := scripted(t)
 	done := make(chan error, 2)

@@ -305,6 +305,40 @@ func TestARunawayKernelEnds(t *testing.T) {
 	}
 }
 
+func TestACallThatWaitsForAWorkerIsCancelled(t *testing.T) {
+	t.Setenv("STRAIT__ENGINE__WORKERS", "1")
+	address, _ := hosttest.Start(t, "spins.wasm")
+	c, other := dialAt(t, address), dialAt(t, address)
+	ctx, stop := context.WithCancel(context.Background())
+	spins := make(chan error)
+	go func() {
+		_, err := other.Call(ctx, "spins/k", Inputs{"x": Slice([]float64{1})})
+		spins <- err
+	}()
+	for must[Stats](t)(c.Stats(context.Background())).Running == 0 {
+		time.Sleep(time.Millisecond)
+	}
+	for range 3 {
+		brief, stop := context.WithTimeout(context.Background(), 20*time.Millisecond)
+		defer stop()
+		if _, err := c.Call(brief, "scale-shift", Inputs{"x": Slice([]float64{1})}); !errors.Is(err, context.DeadlineExceeded) {
+			t.Error(err)
+		}
+		if err := c.Ping(context.Background()); err != nil {
+			t.Error("the connection stays:", err)
+		}
+	}
+	stop()
+	if err := <-spins; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+	res := must[*Result](t)(c.Call(context.Background(), "scale-shift", Inputs{"x": Slice([]float64{1})}, Param("a", 2.0), Param("b", 1)))
+	if y := must[[]float64](t)(As[float64](res.Tensor("y"))); y[0] != 3 {
+		t.Error(y)
+	}
+	res.Release()
+}
+
 func TestAHostThatIsKilled(t *testing.T) {
 	address, host := hosttest.Start(t, "spins.wasm")
 	c := dialAt(t, address)

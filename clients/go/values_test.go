@@ -129,7 +129,9 @@ func TestAMissingOutputFailsWhereItIsUsed(t *testing.T) {
 }
 
 func TestTimesAreNeverRoundedToNothing(t *testing.T) {
-	for d, want := range map[time.Duration]int64{0: 0, 1: 1, 1500 * time.Microsecond: 2, time.Second: 1000, -1: 0} {
+	for d, want := range map[time.Duration]int64{
+		0: 0, 1: 1, 1500 * time.Microsecond: 2, time.Second: 1000, -1: 0, math.MaxInt64: math.MaxInt64/1_000_000 + 1,
+	} {
 		if got := milliseconds(d); got != want {
 			t.Error(d, got)
 		}
