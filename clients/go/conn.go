@@ -50,6 +50,7 @@ type conn struct {
 	wake chan struct{}
 
 	copiedBytes atomic.Int64
+	hugeBytes   atomic.Int64
 	calls       atomic.Int64
 	mappings    atomic.Int64
 	lostTensors atomic.Int64

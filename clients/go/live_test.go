@@ -114,6 +114,69 @@ func TestACallCopiesNothing(t *testing.T) {
 	}
 }
 
+func TestBigTensorsAreBornInHugePages(t *testing.T) {
+	address, _ := hosttest.Start(t)
+	c, other, ctx := dialAt(t, address), dialAt(t, address), context.Background()
+	const count = 16 << 20 / 8
+	unfilled := must[TensorOf[float64]](t)(NewTensor[float64](ctx, c, count))
+	defer unfilled.Release()
+	small := must[TensorOf[uint8]](t)(NewTensor[uint8](ctx, c, 4<<20-1))
+	defer small.Release()
+	small.Data()[0] = 1
+	if stats := c.ClientStats(); stats.HugeBytes != 0 {
+		t.Error("what is small or not looked at costs nothing:", stats)
+	}
+	made := must[[]*Tensor](t)(c.Create(ctx, Spec{"a", Float64, []int{count}}, Spec{"b", Float64, []int{count}}))
+	defer releaseAll(made)
+	for _, tensor := range made {
+		data := must[[]float64](t)(As[float64](tensor))
+		for i := range data {
+			if data[i] != 0 {
+				t.Fatal(i, data[i])
+			}
+			data[i] = float64(i)
+		}
+	}
+	huge := c.ClientStats().HugeBytes
+	if huge%(2<<20) != 0 || huge > 32<<20 {
+		t.Error(huge)
+	}
+	// Looked at again, nothing is touched.
+	if data := must[[]float64](t)(As[float64](made[1])); data[1] != 1 || data[1<<18] != 1<<18 || c.ClientStats().HugeBytes != huge {
+		t.Error(data[1], data[1<<18], c.ClientStats())
+	}
+	must[Flight](t)(c.Publish(ctx, "go big", made[0]))
+	defer c.Delete(ctx, "go big")
+	// One that is read-only before it was looked at is not written to.
+	must[Flight](t)(c.Publish(ctx, "go unfilled", unfilled))
+	defer c.Delete(ctx, "go unfilled")
+	if unfilled.Data()[count-1] != 0 || c.ClientStats().HugeBytes != huge {
+		t.Error(c.ClientStats())
+	}
+	seen := must[*Tensor](t)(other.Fetch(ctx, "go big#b"))
+	defer seen.Release()
+	data := must[[]float64](t)(As[float64](seen))
+	if data[count-1] != count-1 || other.ClientStats().HugeBytes != 0 {
+		t.Error(data[count-1], other.ClientStats())
+	}
+	for _, tensor := range []*Tensor{seen, made[1]} {
+		bytes := must[[]byte](t)(tensor.Bytes())
+		if at := addressOf(bytes) - uint64(tensor.place().Offset); at%(2<<20) != 0 {
+			t.Errorf("a segment is mapped at %#x", at)
+		}
+	}
+	copied := make([]float64, count)
+	copied[0], copied[count-1] = 3, 4
+	res := must[*Result](t)(c.Call(ctx, "clip", Inputs{"x": Slice(copied)}))
+	defer res.Release()
+	if y := must[[]float64](t)(As[float64](res.Tensor("y"))); y[0] != 3 || y[1] != 0 || y[count-1] != 4 {
+		t.Error(y[0], y[1], y[count-1])
+	}
+	if huge == 0 {
+		t.Skip("Linux has no huge pages at hand")
+	}
+}
+
 func TestOtherDataIsCopiedOnceAndCounted(t *testing.T) {
 	c, ctx := dial(t), context.Background()
 	data := []float32{1, 2, 3, 4, 5, 6}

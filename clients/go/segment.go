@@ -190,10 +190,17 @@ func (s *segment) writable() bool {
 	return s.fd >= 0
 }
 
-// bytes is the memory of a place; its caller has a handle or a use.
-func (s *segment) bytes(place *Place) []byte {
+// bytes is the memory of a handle's place; its caller has the handle or a use.
+func (s *segment) bytes(h *handle) []byte {
+	place := h.place
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	// Now it is going to be filled: one that never is costs nobody anything. Under the lock, as it
+	// writes and must not meet freeze.
+	if s.fd >= 0 && !h.born {
+		h.born = true
+		s.conn.hugeBytes.Add(s.pages.Collapse(place.Offset, place.Length))
+	}
 	// Clipped, so that no append writes into what lies behind.
 	return slices.Clip(s.pages.Bytes()[place.Offset : place.Offset+place.Length])
 }

@@ -55,6 +55,9 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 type ClientStats struct {
 	// CopiedBytes of tensors that were copied on this side: Slice inputs.
 	CopiedBytes int64
+	// HugeBytes of tensors to fill that got huge pages before the first fill. Tensors of less than 4 MiB
+	// do without; so does all memory where Linux has no huge pages at hand.
+	HugeBytes int64
 	// Calls that were sent.
 	Calls int64
 	// Mappings that live, those in the cache for copies among them.
@@ -67,6 +70,7 @@ type ClientStats struct {
 func (c *Client) ClientStats() ClientStats {
 	return ClientStats{
 		CopiedBytes: c.conn.copiedBytes.Load(),
+		HugeBytes:   c.conn.hugeBytes.Load(),
 		Calls:       c.conn.calls.Load(),
 		Mappings:    c.conn.mappings.Load(),
 		Forgotten:   c.conn.lostTensors.Load(),

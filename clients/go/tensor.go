@@ -39,6 +39,8 @@ type handle struct {
 	place    *Place
 	released atomic.Bool
 	lent     atomic.Bool
+	// Its memory was looked at, so that it may be filled; guarded by the segment.
+	born bool
 }
 
 func newTensor(s *segment, place *Place) *Tensor {
@@ -154,7 +156,7 @@ func (t *Tensor) Bytes() ([]byte, error) {
 	defer h.segment.drop()
 	h.lent.Store(true)
 	// A concurrent Release is the caller's own; one that came first was seen by begin.
-	return h.segment.bytes(h.place), nil
+	return h.segment.bytes(h), nil
 }
 
 // View calls use with the elements' bytes, which are valid until use returns, whatever else happens
@@ -165,7 +167,7 @@ func (t *Tensor) View(use func(bytes []byte) error) error {
 		return err
 	}
 	defer h.segment.drop()
-	return use(h.segment.bytes(h.place))
+	return use(h.segment.bytes(h))
 }
 
 // WriteTo writes the elements' bytes: little-endian, row-major.

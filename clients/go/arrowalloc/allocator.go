@@ -18,6 +18,7 @@ import (
 	"log/slog"
 	"os"
 	"sync"
+	"sync/atomic"
 	"unsafe"
 
 	"github.com/apache/arrow-go/v18/arrow/memory"
@@ -38,6 +39,7 @@ const blockBytes = 64 << 10
 type Allocator struct {
 	heap memory.Allocator
 	log  *slog.Logger
+	huge atomic.Int64
 
 	mu sync.Mutex
 	// By the address of the first byte.
@@ -50,6 +52,8 @@ var _ memory.Allocator = (*Allocator)(nil)
 type block struct {
 	file  *os.File
 	pages shm.Pages
+	// The allocator's count.
+	huge *atomic.Int64
 	// Handed to a host: it cannot be resized any more.
 	sealed bool
 	// Replaced by a read-only mapping.
@@ -64,12 +68,16 @@ func New(log *slog.Logger) *Allocator {
 	return &Allocator{heap: memory.NewGoAllocator(), log: log, blocks: map[*byte]*block{}}
 }
 
+// HugeBytes of all buffers so far that got huge pages before their first fill: those of 4 MiB and more,
+// where Linux has huge pages at hand.
+func (a *Allocator) HugeBytes() int64 { return a.huge.Load() }
+
 // Allocate is zeroed memory of size bytes, on a 64-byte boundary or a better one.
 func (a *Allocator) Allocate(size int) []byte {
 	if size < blockBytes {
 		return a.heap.Allocate(size)
 	}
-	b, err := newBlock(size)
+	b, err := a.newBlock(size)
 	if err != nil {
 		a.log.Warn("strait: no shared memory for a buffer, taking the Go heap", "bytes", size, "error", err)
 		return a.heap.Allocate(size)
@@ -77,36 +85,50 @@ func (a *Allocator) Allocate(size int) []byte {
 	return a.put(b)[:size]
 }
 
-func newBlock(size int) (*block, error) {
-	length := roundUp(size)
+func (a *Allocator) newBlock(size int) (*block, error) {
+	length := int64(roundUp(size))
 	file, err := shm.NewFile("strait-arrow")
 	if err != nil {
 		return nil, err
 	}
-	b := &block{file: file}
-	err = shm.Allocate(b.fd(), int64(length))
+	b := &block{file: file, huge: &a.huge}
+	err = file.Truncate(length)
 	if err == nil {
-		b.pages, err = shm.Map(b.fd(), int64(length), true)
+		b.pages, err = shm.Map(b.fd(), length, true)
+	}
+	if err == nil {
+		err = b.populate(0, length)
 	}
 	if err != nil {
-		return nil, errors.Join(err, file.Close())
+		return nil, errors.Join(err, b.free())
 	}
 	return b, nil
+}
+
+// populate gives a new part of the file pages: huge ones as far as Linux has them, as those are to be had
+// only before there are others.
+func (b *block) populate(from, to int64) error {
+	b.huge.Add(b.pages.Collapse(from, to-from))
+	return shm.Allocate(b.fd(), to)
 }
 
 func roundUp(size int) int { return (size + blockBytes - 1) / blockBytes * blockBytes }
 
 func (b *block) fd() int { return int(b.file.Fd()) }
 
-// resize does not copy. If it fails the bytes are where they were.
+// resize does not copy. If it fails the bytes are what they were, but perhaps elsewhere in memory.
 func (b *block) resize(size int) error {
 	length := roundUp(size)
 	switch {
 	case length > b.pages.Len():
-		if err := shm.Allocate(b.fd(), int64(length)); err != nil {
+		before := int64(b.pages.Len())
+		if err := b.file.Truncate(int64(length)); err != nil {
 			return err
 		}
-		return b.pages.Resize(length)
+		if err := b.pages.Resize(length); err != nil {
+			return err
+		}
+		return b.populate(before, int64(length))
 	case length < b.pages.Len():
 		// The mapping first: a page behind the file's end would be a SIGBUS.
 		if err := b.pages.Resize(length); err != nil {
@@ -132,8 +154,12 @@ func (a *Allocator) Reallocate(size int, old []byte) []byte {
 	if b != nil && !b.sealed && size >= blockBytes && b.resize(size) == nil {
 		return a.put(b)[:size]
 	}
+	kept := old
+	if b != nil {
+		kept = b.pages.Bytes()[:min(len(old), b.pages.Len())]
+	}
 	moved := a.Allocate(size)
-	copy(moved, old)
+	copy(moved, kept)
 	a.free(b, old)
 	return moved
 }

@@ -22,14 +22,18 @@ type Pages struct {
 }
 
 // Map maps the first length bytes of the file behind fd, shared, readable, and writable if write.
-// Children of this process do not inherit the pages.
+// Children of this process do not inherit the pages. From 4 MiB on it begins on a multiple of 2 MiB.
 //
 // It fails if the file is shorter than length: an access past its end would be a SIGBUS.
 func Map(fd int, length int64, write bool) (Pages, error) {
 	if err := checkLength(fd, length); err != nil {
 		return Pages{}, err
 	}
-	return mapAt(fd, nil, int(length), write)
+	var at unsafe.Pointer
+	if length >= hugeMin {
+		at = alignedHint(int(length))
+	}
+	return mapAt(fd, at, int(length), write, 0)
 }
 
 func checkLength(fd int, length int64) error {
@@ -43,13 +47,10 @@ func checkLength(fd int, length int64) error {
 	return nil
 }
 
-func mapAt(fd int, at unsafe.Pointer, length int, write bool) (Pages, error) {
-	protection, flags := unix.PROT_READ, 0
+func mapAt(fd int, at unsafe.Pointer, length int, write bool, flags int) (Pages, error) {
+	protection := unix.PROT_READ
 	if write {
 		protection |= unix.PROT_WRITE
-	}
-	if at != nil {
-		flags = unix.MAP_FIXED
 	}
 	base, err := unix.MmapPtr(fd, 0, at, uintptr(length), protection, flags|unix.MAP_SHARED)
 	// Some versions of Linux refuse to map a write-sealed file shared. Private is the same for a
@@ -63,7 +64,7 @@ func mapAt(fd int, at unsafe.Pointer, length int, write bool) (Pages, error) {
 	pages := Pages{base, length}
 	if err := unix.Madvise(pages.Bytes(), unix.MADV_DONTFORK); err != nil {
 		// At a fixed address the caller's mapping is replaced already and stays the caller's.
-		if at == nil {
+		if flags&unix.MAP_FIXED == 0 {
 			err = errors.Join(err, pages.Unmap())
 		}
 		return Pages{}, fmt.Errorf("madvise of %d bytes: %w", length, err)
@@ -91,18 +92,37 @@ func (p Pages) Freeze(fd int) error {
 	if err != nil {
 		return fmt.Errorf("opening a segment read-only: %w", err)
 	}
-	_, err = mapAt(readOnly, p.base, p.length, false)
+	_, err = mapAt(readOnly, p.base, p.length, false, unix.MAP_FIXED)
 	return errors.Join(err, unix.Close(readOnly))
 }
 
-// Resize gives the mapping another length, which the file has. The pages may move to grow.
+// Resize gives the mapping another length, which the file has. The pages may move to grow; from 4 MiB on
+// they begin on a multiple of 2 MiB then.
 func (p *Pages) Resize(length int) error {
-	base, err := unix.MremapPtr(p.base, uintptr(p.length), nil, uintptr(length), unix.MREMAP_MAYMOVE)
+	base, err := p.remap(length)
 	if err != nil {
 		return fmt.Errorf("mremap from %d to %d bytes: %w", p.length, length, err)
 	}
 	p.base, p.length = base, length
 	return nil
+}
+
+func (p *Pages) remap(length int) (unsafe.Pointer, error) {
+	from, to := uintptr(p.length), uintptr(length)
+	if length < hugeMin || length < p.length {
+		return unix.MremapPtr(p.base, from, nil, to, unix.MREMAP_MAYMOVE)
+	}
+	if uintptr(p.base)%hugeBytes == 0 {
+		if base, err := unix.MremapPtr(p.base, from, nil, to, 0); err == nil {
+			return base, nil
+		}
+	}
+	at, err := reserve(length)
+	if err != nil {
+		return nil, err
+	}
+	// If it fails the reservation may be gone and its addresses somebody else's, so it is not given back.
+	return unix.MremapPtr(p.base, from, at, to, unix.MREMAP_MAYMOVE|unix.MREMAP_FIXED)
 }
 
 // Unmap ends the mapping. Whoever reads its bytes afterwards crashes.
