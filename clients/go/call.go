@@ -313,8 +313,10 @@ func (c *Client) results(reply *invokeReply, fds []int) (*Result, error) {
 		fd := fds[*result.FD]
 		fds[*result.FD] = -1
 		tensors, err := c.conn.open(&mappedReply{result.Mapping, result.Lease, result.ExpiresMS}, fd, false)
+		if r.Tensors = append(r.Tensors, tensors...); err == nil && (len(tensors) != 1 || tensors[0].Name() != result.Port) {
+			err = protocolError("output %q is a segment with %d tensors and not the one of that name", result.Port, len(tensors))
+		}
 		failed = err
-		r.Tensors = append(r.Tensors, tensors...)
 	}
 	closeAll(slices.DeleteFunc(fds, func(fd int) bool { return fd < 0 }))
 	if failed != nil {

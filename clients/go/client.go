@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -159,19 +160,27 @@ func (c *Client) Create(ctx context.Context, specs ...Spec) ([]*Tensor, error) {
 		return nil, err
 	}
 	tensors, err := c.open(&made, fds, true)
-	if err == nil && len(tensors) != len(specs) {
+	if err == nil && !slices.EqualFunc(asked, made.Mapping.Tensors, Spec.is) {
 		releaseAll(tensors)
-		err = protocolError("%d tensors in a segment made for %d", len(tensors), len(specs))
+		return nil, protocolError("a segment with %d tensors that are not the %d that were asked for", len(tensors), len(specs))
 	}
 	return tensors, err
 }
 
+func (s Spec) is(place Place) bool {
+	return s.Name == place.Name && s.DType == place.DType && slices.Equal(s.Shape, place.Shape)
+}
+
 // open is conn.open for a reply that must have one descriptor.
 func (c *Client) open(reply *mappedReply, fds []int, write bool) ([]*Tensor, error) {
-	if len(fds) != 1 {
+	err := reply.checkLease()
+	if err == nil && len(fds) != 1 {
+		err = protocolError("%d descriptors beside a reply that has one", len(fds))
+	}
+	if err != nil {
 		closeAll(fds)
 		c.conn.later([]uint64{reply.Lease}, nil)
-		return nil, protocolError("%d descriptors beside a reply that has one", len(fds))
+		return nil, err
 	}
 	return c.conn.open(reply, fds[0], write)
 }
@@ -322,7 +331,10 @@ func (c *Client) Adopt(ctx context.Context, file *os.File, places []Place, name 
 	if err := errors.Join(err, requestErr); err != nil {
 		return nil, err
 	}
-	c.conn.hold(adopted.Lease, time.Duration(adopted.ExpiresMS)*time.Millisecond)
+	if err := adopted.checkLease(); err != nil {
+		return nil, err
+	}
+	c.conn.hold(adopted.Lease, duration(adopted.ExpiresMS))
 	return &Adopted{conn: c.conn, lease: adopted.Lease, mapping: adopted.Mapping}, nil
 }
 
@@ -360,8 +372,8 @@ func (c *Client) List(ctx context.Context) ([]Flight, error) {
 		if !page.More {
 			return all, nil
 		}
-		if len(page.Flights) == 0 {
-			return nil, protocolError("an empty page of flights that says there are more")
+		if len(page.Flights) == 0 || page.Flights[len(page.Flights)-1].Name <= asked.After {
+			return nil, protocolError("a page of flights behind %q that says there are more and goes no further", asked.After)
 		}
 		asked.After = page.Flights[len(page.Flights)-1].Name
 	}
@@ -449,10 +461,13 @@ func (c *Client) Kernels(ctx context.Context) ([]Kernel, error) {
 		if !page.More {
 			return all, nil
 		}
-		if len(page.Kernels) == 0 {
-			return nil, protocolError("an empty page of kernels that says there are more")
+		before := asked.After
+		if len(page.Kernels) > 0 {
+			last := page.Kernels[len(page.Kernels)-1]
+			asked.After = last.Plugin + "/" + last.Name
 		}
-		last := page.Kernels[len(page.Kernels)-1]
-		asked.After = last.Plugin + "/" + last.Name
+		if asked.After == before {
+			return nil, protocolError("a page of kernels behind %q that says there are more and goes no further", before)
+		}
 	}
 }

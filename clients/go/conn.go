@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -68,6 +69,8 @@ type reply struct {
 	op   op
 	body []byte
 	fds  []int
+	// This process may open no more descriptors, so that some were lost.
+	lost bool
 }
 
 func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) *conn {
@@ -102,13 +105,26 @@ func (c *conn) request(ctx context.Context, op op, body request, fds []int, into
 		}
 		return nil, remote
 	}
-	if into != nil {
-		if err := decodeBody(answer.body, into); err != nil {
-			c.giveBack(answer)
-			return nil, err
-		}
+	err = answer.check(op)
+	if err == nil && into != nil {
+		err = decodeBody(answer.body, into)
+	}
+	if err != nil {
+		c.giveBack(answer)
+		return nil, err
 	}
 	return answer.fds, nil
+}
+
+// check says whether a reply that is no error can be one to asked.
+func (r *reply) check(asked op) error {
+	if greeting := r.op == opWelcome; greeting != (asked == opHello) {
+		return protocolError("op %d answers op %d", r.op, asked)
+	}
+	if r.lost {
+		return fmt.Errorf("strait: a reply's descriptor could not be received: %w: release tensors, or raise the limit (ulimit -n)", unix.EMFILE)
+	}
+	return nil
 }
 
 // ask is request for a reply without descriptors.
@@ -337,11 +353,10 @@ func (c *conn) read() {
 			err = fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
 		case rightsErr != nil:
 			err = rightsErr
-		case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-			err = protocolError("a frame of more than %d bytes, or with more than %d descriptors or more than this process may open",
-				headerBytes+bodyBytesMax, fdsMax)
+		case flags&unix.MSG_TRUNC != 0 || flags&unix.MSG_CTRUNC != 0 && len(fds) == fdsMax:
+			err = protocolError("a frame of more than %d bytes, or with more than %d descriptors", headerBytes+bodyBytesMax, fdsMax)
 		default:
-			err = c.dispatch(packet[:n], fds)
+			err = c.dispatch(packet[:n], fds, flags&unix.MSG_CTRUNC != 0)
 		}
 		if err != nil {
 			closeAll(fds)
@@ -377,7 +392,7 @@ func closeAll(fds []int) {
 }
 
 // dispatch takes over fds unless it answers an error, which ends the connection.
-func (c *conn) dispatch(packet []byte, fds []int) error {
+func (c *conn) dispatch(packet []byte, fds []int, lost bool) error {
 	op, sequence, body, err := decodeFrame(packet)
 	if err != nil {
 		return err
@@ -397,7 +412,7 @@ func (c *conn) dispatch(packet []byte, fds []int) error {
 			return err
 		}
 		c.mu.Lock()
-		c.drain = time.Now().Add(time.Duration(shutdown.DrainMS) * time.Millisecond)
+		c.drain = time.Now().Add(duration(shutdown.DrainMS))
 		c.mu.Unlock()
 	case op == opError && sequence == 0:
 		// About a frame that the host could not read; it closes the connection after that.
@@ -407,8 +422,7 @@ func (c *conn) dispatch(packet []byte, fds []int) error {
 		}
 		return protocolError("it refused a frame: %w", &remote)
 	case op == opOK || op == opWelcome || op == opError:
-		c.deliver(sequence, reply{op, append([]byte(nil), body...), fds})
-		return nil
+		return c.deliver(sequence, reply{op, append([]byte(nil), body...), fds, lost})
 	default:
 		return protocolError("op %d is not for clients", op)
 	}
@@ -416,7 +430,7 @@ func (c *conn) dispatch(packet []byte, fds []int) error {
 	return nil
 }
 
-func (c *conn) deliver(sequence uint32, answer reply) {
+func (c *conn) deliver(sequence uint32, answer reply) error {
 	c.mu.Lock()
 	w, known := c.waiting[sequence]
 	delete(c.waiting, sequence)
@@ -425,9 +439,14 @@ func (c *conn) deliver(sequence uint32, answer reply) {
 		w.reply <- answer
 	}
 	c.mu.Unlock()
-	if !wanted {
+	switch {
+	case !known:
+		// Whoever waits for the right one would wait for ever.
+		return protocolError("a reply to request %d, which is not under way", sequence)
+	case !wanted:
 		c.giveBack(answer)
 	}
+	return nil
 }
 
 // finish ends the connection for everybody who waits. The first reason stands.
@@ -592,7 +611,7 @@ func (c *conn) renew(ctx context.Context, leases []uint64, life time.Duration) (
 	if err := c.ask(ctx, opRenew, &leasesRequest{Leases: leases, LeaseMS: milliseconds(life)}, &renewed); err != nil {
 		return 0, err
 	}
-	granted := time.Duration(renewed.ExpiresMS) * time.Millisecond
+	granted := duration(renewed.ExpiresMS)
 	c.mu.Lock()
 	sooner := c.leases.renewed(leases, granted, time.Now())
 	c.mu.Unlock()
@@ -610,6 +629,11 @@ func milliseconds(d time.Duration) int64 {
 		whole++
 	}
 	return whole
+}
+
+// duration is milliseconds that the host said; more than there are become as many as there are.
+func duration(ms int64) time.Duration {
+	return time.Duration(min(max(ms, 0), int64(math.MaxInt64/time.Millisecond))) * time.Millisecond
 }
 
 type requestIDKey struct{}

@@ -108,10 +108,25 @@ func (p *peer) memory(seal string) (*os.File, string) {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { file.Close() })
-	if err := file.Truncate(1 << 17); err != nil {
+	p.seal(file, 1<<17, seal == sealWrite)
+	return file, mapping(seal)
+}
+
+// seal gives a memory file its length for good, and its bytes if write.
+func (p *peer) seal(file *os.File, length int64, write bool) {
+	p.t.Helper()
+	seals := shm.SealLent
+	if write {
+		seals = shm.SealWrite
+	}
+	if err := errors.Join(file.Truncate(length), seals(int(file.Fd()))); err != nil {
 		p.t.Fatal(err)
 	}
-	return file, `{"strait-mmap":1,"host_id":"h","socket":"s","segment":"0123456789abcdef0123456789abcdef","generation":1,"bytes":131072,"seal":"` +
+}
+
+// mapping is for a float64[2 3] in a segment of 128 KiB.
+func mapping(seal string) string {
+	return `{"strait-mmap":1,"host_id":"h","socket":"s","segment":"0123456789abcdef0123456789abcdef","generation":1,"bytes":131072,"seal":"` +
 		seal + `","tensors":[{"name":"x","dtype":"float64","shape":[2,3],"offset":65536,"length":48}]}`
 }
 
@@ -414,12 +429,11 @@ func TestMemoryThatOthersCanWriteIsNotLent(t *testing.T) {
 
 func TestASegmentThatIsTooShortIsNotMapped(t *testing.T) {
 	c, p := scripted(t)
-	file, mapping := p.memory("write")
-	if err := file.Truncate(4096); err != nil {
-		t.Fatal(err)
-	}
+	file := must[*os.File](t)(shm.NewFile("short"))
+	defer file.Close()
+	p.seal(file, 4096, true)
 	go func() {
-		p.send(opOK, p.receive().sequence, `{"mapping":`+mapping+`,"lease":3,"expires_ms":60000}`, int(file.Fd()))
+		p.send(opOK, p.receive().sequence, `{"mapping":`+mapping("write")+`,"lease":3,"expires_ms":60000}`, int(file.Fd()))
 	}()
 	if _, err := c.Fetch(context.Background(), "x"); err == nil || !strings.Contains(err.Error(), "131072 bytes of a segment that has 4096") {
 		t.Error(err)

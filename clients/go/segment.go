@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"slices"
 	"sync"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -49,6 +48,7 @@ type Place struct {
 
 const (
 	sealNone       = "none"
+	sealWrite      = "write"
 	sealClientOnly = "client-write"
 	// Tensors start on page boundaries. This much of it is enough for every element type.
 	alignBytes = 64
@@ -96,12 +96,15 @@ type segment struct {
 // open maps a segment and makes a tensor of each of its places. It takes over fd and the lease, also
 // when it fails.
 func (c *conn) open(reply *mappedReply, fd int, write bool) ([]*Tensor, error) {
-	c.hold(reply.Lease, time.Duration(reply.ExpiresMS)*time.Millisecond)
+	c.hold(reply.Lease, duration(reply.ExpiresMS))
 	s := &segment{conn: c, lease: reply.Lease, mapping: reply.Mapping, fd: -1}
 	err := s.mapping.check()
 	if err == nil && !write && (s.mapping.Seal == sealNone || s.mapping.Seal == sealClientOnly) {
 		err = fmt.Errorf("strait: segment %s is %q: its maker can still write to it; it must be published first",
 			s.mapping.Segment, s.mapping.Seal)
+	}
+	if err == nil {
+		err = shm.CheckSeals(fd, s.mapping.Seal == sealWrite)
 	}
 	if err == nil {
 		s.pages, err = shm.Map(fd, s.mapping.Bytes, write)

@@ -131,7 +131,13 @@ func (t *Tensor) Mapping() Mapping {
 	if t == nil || t.handle == nil {
 		return Mapping{}
 	}
-	return t.handle.segment.mapping
+	mapping := t.handle.segment.mapping
+	// A copy, since the places say where the memory of the tensors is.
+	mapping.Tensors = slices.Clone(mapping.Tensors)
+	for i := range mapping.Tensors {
+		mapping.Tensors[i].Shape = slices.Clone(mapping.Tensors[i].Shape)
+	}
+	return mapping
 }
 
 // Writable says whether the elements can be written: a tensor that this client made and did not

@@ -186,6 +186,13 @@ type mappedReply struct {
 	ExpiresMS int64   `json:"expires_ms"`
 }
 
+func (r *mappedReply) checkLease() error {
+	if r.Lease == 0 {
+		return protocolError("segment %s comes without a lease", r.Mapping.Segment)
+	}
+	return nil
+}
+
 type listReply struct {
 	Flights []Flight `json:"flights"`
 	More    bool     `json:"more"`

@@ -47,6 +47,21 @@ func checkLength(fd int, length int64) error {
 	return nil
 }
 
+// CheckSeals refuses a file that can become shorter below a mapping, where an access would be a SIGBUS, and,
+// if it is to be readOnly for good, one that somebody can still write to.
+func CheckSeals(fd int, readOnly bool) error {
+	seals, err := unix.FcntlInt(uintptr(fd), unix.F_GET_SEALS, 0)
+	switch {
+	case err != nil:
+		return fmt.Errorf("a segment that is not a memory file: fcntl: %w", err)
+	case seals&unix.F_SEAL_SHRINK == 0:
+		return fmt.Errorf("a segment whose memory file is not sealed against shrinking (seals %#x)", seals)
+	case readOnly && seals&unix.F_SEAL_WRITE == 0:
+		return fmt.Errorf("a segment that is said to be sealed against writing, but its memory file is not (seals %#x)", seals)
+	}
+	return nil
+}
+
 func mapAt(fd int, at unsafe.Pointer, length int, write bool, flags int) (Pages, error) {
 	protection := unix.PROT_READ
 	if write {
