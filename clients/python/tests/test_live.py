@@ -235,6 +235,89 @@ def test_record_batches(session):
     session.delete("batch")
 
 
+def foreign_tables():
+    import pandas as pd
+    import polars as pl
+    import xarray as xr
+
+    columns = {"a": np.array([1, 2**53 + 1, -3]), "b": np.array([0.5, np.nan, 2.0], np.float32)}
+    yield pa.table(columns)
+    yield pa.table(columns).to_reader()
+    yield pd.DataFrame(columns)
+    yield pl.DataFrame(columns)
+    yield xr.Dataset({name: ("t", column) for name, column in columns.items()})
+    yield columns
+
+
+def test_tables_of_other_libraries(session):
+    pytest.importorskip("pandas"), pytest.importorskip("polars"), pytest.importorskip("xarray")
+    for table in foreign_tables():
+        session.put("table", table, replace=True)
+        got = session.get("table")
+        assert [(name, column.dtype_name) for name, column in got.items()] == [("a", "int64"), ("b", "float32")]
+        np.testing.assert_array_equal(got["a"], [1, 2**53 + 1, -3])
+        np.testing.assert_array_equal(got["b"], np.array([0.5, np.nan, 2.0], np.float32))
+        # What was got can be put.
+        session.put("copy", got, replace=True)
+        np.testing.assert_array_equal(session.get("copy#a"), [1, 2**53 + 1, -3])
+    for name in ("table", "copy"):
+        session.delete(name)
+    with pytest.raises(ValueError, match="table 'none' has no columns"):
+        session.put("none", {})
+
+
+def test_arrays_of_other_libraries(session):
+    pd, pl, xr = pytest.importorskip("pandas"), pytest.importorskip("polars"), pytest.importorskip("xarray")
+    rows = np.arange(6.0).reshape(3, 2)
+    given = [
+        pd.DataFrame(rows),
+        pl.DataFrame(rows, schema=["a", "b"]),
+        xr.DataArray(rows),
+        pa.array(rows.tolist(), pa.list_(pa.float64(), 2)),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(rows),
+        pa.chunked_array([pa.FixedShapeTensorArray.from_numpy_ndarray(rows)[:1], pa.FixedShapeTensorArray.from_numpy_ndarray(rows)[1:]]),
+        pl.Series(rows, dtype=pl.Array(pl.Float64, 2)),
+        np.ma.array(rows),
+        rows.view(np.matrix),
+    ]
+    for array in given:
+        before = session.client_stats().copied_bytes
+        np.testing.assert_array_equal(session.call("scale-shift", array, a=2), 2 * rows)
+        assert session.client_stats().copied_bytes - before == rows.nbytes
+        np.testing.assert_array_equal(session.call("scale-shift", inputs={"x": array}, a=2), 2 * rows)
+        if not isinstance(array, (pd.DataFrame, pl.DataFrame)):
+            session.put("rows", array, replace=True)
+            np.testing.assert_array_equal(session.get("rows"), rows)
+    session.delete("rows")
+    np.testing.assert_array_equal(session.call("scale-shift", pl.Series([1.0, 2.0]), a=2), [2.0, 4.0])
+    table = pa.table({"d": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((3, 2, 2)))}).filter([False] * 3)
+    session.put("empty", table)
+    assert session.get("empty").shape == (0, 2, 2)
+    assert session.call("scale-shift", table).shape == (0, 2, 2)
+    session.delete("empty")
+
+
+def test_masks_and_nulls_are_refused_and_leave_nothing_behind(session):
+    x = session.empty(3)
+    x[:] = [1.0, -999.0, 3.0]
+    before = settle(lambda: session.stats()["own"], {"leases": 1, "segments": 1})
+    # Also over the pages of `empty`, where the array without its mask could be taken as it is.
+    for given in (np.ma.array(x, mask=[0, 1, 0]), np.ma.array([1.0, -999.0], mask=[0, 1]), pa.array([1.0, None])):
+        for use in (
+            lambda: session.put("masked", given),
+            lambda: session.publish("masked", given),
+            lambda: session.call("scale-shift", given),
+            lambda: session.call("scale-shift", inputs={"x": given}),
+            lambda: session.put("masked", {"a": [1.0], "b": given}),
+        ):
+            with pytest.raises(ValueError, match="has 1 (masked|nulls)"):
+                use()
+    assert session.list() == [] and session.stats()["own"] == before and session.client_stats().copied_bytes == 0
+    # Without a masked element it is its data, in place.
+    np.testing.assert_array_equal(session.call("scale-shift", np.ma.array(x), a=2), 2 * x)
+    assert session.client_stats().copied_bytes == 0
+
+
 @pytest.mark.parametrize("name", list(_dtypes.SIZES))
 def test_arrow_and_dlpack_see_the_same_pages(session, name):
     for shape in [(5,), (2, 3), (), (0,), (2, 0, 3)]:

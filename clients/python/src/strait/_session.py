@@ -9,7 +9,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from . import _address, _dtypes
+from . import _address, _dtypes, _foreign
 from ._array import Array, Columns, Placed, Segment, view_of
 from ._connection import Connection, Pending, Reply, milliseconds
 from ._errors import ProtocolError, RemoteError
@@ -170,19 +170,26 @@ class Session:
     def put(self, name: str, x: Any, *, replace: bool = False) -> None:
         """Gives `x` a name under which other programs find it; it then lives on without this session.
 
-        An array of `empty` or a call's result is published as it is (`publish`); whatever else numpy makes an array
-        of is copied once. A pyarrow RecordBatch or Table becomes a flight with a column each; `"name#column"` names
-        one of them.
+        An array of `empty` or a call's result is published as it is (`publish`); any other array is copied once. A
+        table (pyarrow, pandas, polars) or a mapping from names to arrays becomes a flight with a column each;
+        `"name#column"` names one of them.
 
+        Raises `ValueError` for nulls and masked elements, `TypeError` for what is no array of numbers or truth values.
         Raises `RemoteError` with `NAME_TAKEN` if there is such a flight and `replace` is false.
         """
-        if isinstance(x, Array) or (isinstance(x, np.ndarray) and self._placed.find(x) is not None):
+        if isinstance(x, Array):
             self.publish(name, x, replace=replace)
             return
-        if hasattr(x, "schema") and hasattr(x, "column_names"):
-            columns = [(column, _column(column, x[column])) for column in x.column_names]
+        found = _foreign.read(x, f"tensor {name!r}")
+        if isinstance(found, np.ndarray):
+            if self._placed.find(found) is not None:
+                self.publish(name, found, replace=replace)
+                return
+            columns = [(name, found)]
         else:
-            columns = [(name, _as_numpy(x))]
+            columns = found
+            if not columns:
+                raise ValueError(f"table {name!r} has no columns; a flight has at least one")
         wanted = [(column, _dtypes.to_name(values.dtype), values.shape) for column, values in columns]
         segment, arrays = self._create(wanted)
         for array, (_, values) in zip(arrays, columns):
@@ -199,7 +206,7 @@ class Session:
             x._usable()
             self._publish(name, x._segment, replace)
             return
-        found = self._placed.find(x)
+        found = self._placed.find(_foreign.as_numpy(x, f"tensor {name!r}"))
         if found is None:
             raise ValueError("only a whole array of Session.empty, or a call's result, can be published; use put")
         self._publish(name, found[0], replace)
@@ -292,7 +299,7 @@ class Session:
         """Sends a call and answers at once; `Call.result` waits for it, `Call.cancel` ends it.
 
         Inputs, by position or by port in `inputs`: an array of `empty` or a result (no copy), a flight's name
-        (`"x"`, `"x#column"`), or whatever numpy makes an array of (one copy, counted in `client_stats`).
+        (`"x"`, `"x#column"`), or any other array or list of numbers (one copy, counted in `client_stats`).
 
         Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
         are. `axis` is 0-based and row-major, as numpy's, and not negative.
@@ -357,14 +364,11 @@ class Session:
         if isinstance(value, Array):
             value._usable()
             return self._by_segment(value._segment, value._tensor)
-        array = _as_numpy(value)
+        array = _foreign.as_numpy(value, f"input {port!r}")
         found = self._placed.find(array)
         if found is not None:
             return self._by_segment(*found)
-        try:
-            copy = self._take_scratch(_dtypes.to_name(array.dtype), array.shape)
-        except TypeError as error:
-            raise TypeError(f"input {port!r}: {error}") from None
+        copy = self._take_scratch(_dtypes.to_name(array.dtype), array.shape)
         scratch.append(copy)
         self._copy(copy.array, array)
         return {"segment": copy.segment.mapping.segment}
@@ -533,23 +537,6 @@ def _kernel_key(entry: Mapping[str, Any]) -> str:
 def _shape(shape: Union[int, Sequence[int]]) -> Tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
     return tuple(int(size) for size in sizes)
-
-
-def _as_numpy(value: Any) -> "np.ndarray[Any, Any]":
-    if getattr(value, "null_count", 0):
-        raise ValueError(f"it has {value.null_count} nulls; fill or drop them first, a tensor has none")
-    return np.asarray(value)
-
-
-def _column(name: str, column: Any) -> "np.ndarray[Any, Any]":
-    """A pyarrow column as numpy; of fixed-shape tensors with all their axes."""
-    if column.null_count:
-        raise ValueError(f"column {name!r} has {column.null_count} nulls; fill or drop them first, a tensor has none")
-    if hasattr(column, "combine_chunks"):
-        column = column.combine_chunks()
-    if hasattr(column, "to_numpy_ndarray"):
-        return np.asarray(column.to_numpy_ndarray())
-    return np.asarray(column.to_numpy(zero_copy_only=False))
 
 
 def _parameter(key: str, value: Any) -> Any:
