@@ -1,5 +1,8 @@
 """Frames, addresses and dtypes: what needs no host."""
 
+import datetime
+import decimal
+import fractions
 import json
 import os
 import re
@@ -163,8 +166,63 @@ def test_parameters():
         "a": 1, "b": 2.5, "c": 0.5, "d": "nan", "e": [1.0, "-inf"], "f": [0, 1, 2], "g": True,
     }
     assert _parameter("to", np.float32) == _parameter("to", np.dtype("f4")) == "float32"
-    with pytest.raises(TypeError, match="parameter 'x' is NoneType"):
-        _parameter("x", None)
+
+
+def test_integers_among_parameters_are_exact():
+    limits = [-(2**63), -(2**53) - 1, 2**53 + 1, 2**63, 2**64 - 1]
+    given = [*limits, *map(np.int64, limits[:3]), *map(np.uint64, limits[2:]), np.array(limits[2:], np.uint64), True, np.bool_(True)]
+    text = _wire.encode(_wire.Op.INVOKE, 1, {"parameters": [_parameter("x", value) for value in given]})[16:].decode()
+    written = ",".join(map(str, [*limits, *limits[:3], *limits[2:]]))
+    assert text == f'{{"parameters":[{written},[{",".join(map(str, limits[2:]))}],true,true]}}'
+    # A float stays one, also where it is whole.
+    assert json.dumps([_parameter("x", value) for value in (2.0, np.float64(2), np.float16(2), 1e300)]) == "[2.0, 2.0, 2.0, 1e+300]"
+    for wrong in (2**64, -(2**63) - 1, [1, 2**64]):
+        with pytest.raises(ValueError, match="parameter 'x' is -?[0-9]+; integers reach from"):
+            _parameter("x", wrong)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {},
+        1j,
+        np.complex64(1),
+        decimal.Decimal("0.1"),
+        fractions.Fraction(1, 3),
+        np.datetime64("2020", "ns"),
+        np.timedelta64(1, "ns"),
+        np.array(["2020"], "M8[D]"),
+        datetime.timedelta(1),
+        np.longdouble(1),
+        b"text",
+        np.bytes_(b"text"),
+    ],
+    ids=repr,
+)
+def test_parameters_that_no_kernel_could_take(value):
+    for given in (value, [value]):
+        with pytest.raises(TypeError, match="parameter 'x'"):
+            _parameter("x", given)
+
+
+def test_arrays_as_parameters():
+    pa = pytest.importorskip("pyarrow")
+    assert _parameter("x", pa.array([1, 2**53 + 1])) == [1, 2**53 + 1]
+    assert _parameter("x", pa.scalar(1.5)) == 1.5
+    for wrong in (np.ma.masked, np.ma.array([1, 2], mask=[0, 1]), pa.array([1, None])):
+        with pytest.raises(ValueError, match="parameter 'x' has 1"):
+            _parameter("x", wrong)
+
+
+def test_bounds_of_parameters_are_exact():
+    bounds = {"default": 2**64 - 1, "minimum": -(2**63), "maximum": 1.5}
+    parameter = {"name": "p", "kind": "integer", **bounds, "choices": [], "doc": ""}
+    kernel = {"name": "k", "plugin": "p", "version": "1", "doc": "", "inputs": [], "outputs": [], "parameters": [parameter]}
+    _, _, body = _wire.decode(_wire.encode(_wire.Op.OK, 1, kernel))
+    (read,) = strait.Kernel.read(body).parameters
+    assert (read.default, read.minimum, read.maximum) == (2**64 - 1, -(2**63), 1.5)
+    assert [type(value) for value in (read.default, read.minimum, read.maximum)] == [int, int, float]
 
 
 def test_times():

@@ -158,6 +158,11 @@ def _from_dlpack(value: Any, what: str) -> "np.ndarray[Any, Any]":
         ) from None
 
 
+def is_array(value: Any) -> bool:
+    """Whether it is an array or scalar of numpy or of a library that `read` knows; lists and tables are not."""
+    return isinstance(value, np.generic) or hasattr(value, "__array__") or hasattr(value, "__dlpack__") or _speaks_arrow(value)
+
+
 # Lists
 
 

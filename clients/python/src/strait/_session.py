@@ -540,17 +540,28 @@ def _shape(shape: Union[int, Sequence[int]]) -> Tuple[int, ...]:
 
 
 def _parameter(key: str, value: Any) -> Any:
-    """A parameter's value as JSON has it, with the protocol's words for the numbers that JSON lacks."""
-    if isinstance(value, (np.generic, np.ndarray)):
-        value = value.tolist()
-    if isinstance(value, (bool, int, str)):
+    """A parameter's value as JSON has it, exactly, with the protocol's words for the numbers that JSON lacks."""
+    if isinstance(value, (bool, str)):
         return value
+    if isinstance(value, int):
+        if not -(2**63) <= value < 2**64:
+            raise ValueError(
+                f"parameter {key!r} is {value}; integers reach from -2^63 to 2^64-1: give a float if it is one"
+            )
+        return int(value)
     if isinstance(value, float):
         if value != value:
             return "nan"
-        return value if abs(value) != float("inf") else ("inf" if value > 0 else "-inf")
+        return float(value) if abs(value) != float("inf") else ("inf" if value > 0 else "-inf")
     if isinstance(value, (list, tuple)):
         return [_parameter(key, item) for item in value]
     if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
         return _dtypes.to_name(value)
-    raise TypeError(f"parameter {key!r} is {type(value).__name__}; a number, truth value, text or list of numbers is needed")
+    if _foreign.is_array(value):
+        array = _foreign.as_numpy(value, f"parameter {key!r}")
+        if array.dtype.kind != "c":
+            return _parameter(key, array.tolist())
+    raise TypeError(
+        f"parameter {key!r} is {type(value).__name__}; an int, float, truth value, text or list of numbers is needed: "
+        "convert it to what you mean, as by float(x)"
+    )

@@ -7,7 +7,7 @@ import json
 import math
 import struct
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from . import _dtypes
 from ._errors import ProtocolError
@@ -175,8 +175,9 @@ class Parameter:
     kind: str
     #: None: it must be given.
     default: Any
-    minimum: Optional[float]
-    maximum: Optional[float]
+    #: Exact where it is an integer.
+    minimum: Union[int, float, None]
+    maximum: Union[int, float, None]
     #: For text: the allowed values; empty allows any.
     choices: Tuple[str, ...]
     doc: str
