@@ -1,7 +1,9 @@
 """Against a real host: run with STRAIT_BIN."""
 
+import copy
 import gc
 import os
+import pickle
 import threading
 import time
 
@@ -341,6 +343,38 @@ def test_arrow_and_dlpack_see_the_same_pages(session, name):
     with pytest.raises(BufferError, match="hand on a copy"):
         y.__dlpack__()
     session.delete("pages")
+
+
+def test_copies_and_pickles(session):
+    x = filled(session, (3, 4))
+    y = session.call("scale-shift", x, a=2)
+    session.put("columns", {"a": x, "b": [1.0, 2.0, 3.0]})
+    columns = session.get("columns")
+    mappings = session.client_stats().mappings
+    for refused in (y, columns, session, session.start("scale-shift", x), [y], {"result": y}):
+        for dumps in (pickle.dumps, lambda value: pickle.dumps(value, protocol=2)):
+            with pytest.raises(TypeError, match="cannot be pickled; (send|connect|take)"):
+                dumps(refused)
+    # Views of the pages are plain numpy arrays; so are those of `empty`.
+    for plain in (y.numpy(), x):
+        np.testing.assert_array_equal(pickle.loads(pickle.dumps(plain)), plain)
+    deep = copy.deepcopy({"y": y})["y"]
+    assert type(deep) is np.ndarray and deep.flags.writeable and address_of(deep) != address_of(y)
+    np.testing.assert_array_equal(deep, y)
+    same = copy.copy(y)
+    assert address_of(same) == address_of(y) and same.info is y.info
+    y.release()
+    np.testing.assert_array_equal(same, 2 * x)
+    with pytest.raises(strait.ReleasedError):
+        copy.copy(y)
+    assert {name: type(value) for name, value in copy.deepcopy(columns).items()} == {"a": np.ndarray, "b": np.ndarray}
+    shallow = copy.copy(columns)
+    assert type(shallow) is strait.Columns and address_of(shallow["a"]) == address_of(columns["a"])
+    del same, shallow
+    with pytest.raises(TypeError, match="connect where"):
+        copy.deepcopy(session)
+    session.delete("columns")
+    assert settle(lambda: session.client_stats().mappings, mappings - 1) == mappings - 1
 
 
 def test_arrow_outlives_the_array(session):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Mapping
@@ -239,6 +240,20 @@ class Array(NDArrayOperatorsMixin):
         self._numpy = None
         self._memory = None
 
+    def __copy__(self) -> "Array":
+        """Another array over the same pages, which is released by itself."""
+        return Array(self._segment, self._tensor, self._usable(), self.info)
+
+    def __deepcopy__(self, _: Any) -> "np.ndarray[Any, Any]":
+        """A numpy array of this process's own memory."""
+        return self.numpy().copy()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} is mapped pages of this process, which cannot be pickled; send a name (s.publish(name, y) here, "
+            "s.get(name) there), which copies nothing, or a copy (y.numpy())"
+        )
+
     def __enter__(self) -> "Array":
         self._usable()
         return self
@@ -298,6 +313,20 @@ class Columns(Mapping):  # type: ignore[type-arg]
         import pyarrow as pa
 
         return pa.RecordBatch.from_arrays([array.arrow() for array in self.values()], names=list(self))
+
+    def __copy__(self) -> "Columns":
+        """Other arrays over the same pages."""
+        return Columns([(name, copy.copy(array)) for name, array in self.items()], self.info)
+
+    def __deepcopy__(self, memo: Any) -> "Dict[str, np.ndarray[Any, Any]]":
+        """Numpy arrays of this process's own memory, by name."""
+        return {name: copy.deepcopy(array, memo) for name, array in self.items()}
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"{self!r} are mapped pages of this process, which cannot be pickled; send a name, which copies nothing, or "
+            "copies (copy.deepcopy of it)"
+        )
 
     def release(self) -> None:
         """Releases each."""

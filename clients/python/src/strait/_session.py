@@ -114,6 +114,9 @@ class Session:
         with self._lock:
             self._scratch.clear()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a session belongs to the process that connected and cannot be pickled; connect where it is to be used")
+
     def __enter__(self) -> "Session":
         return self
 
@@ -485,6 +488,11 @@ class Call:
     def _done(self) -> None:
         self._session._give_scratch(self._scratch)
         self._inputs = None
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a call under way belongs to its session and cannot be pickled; take its result, and send that by a name or as a copy"
+        )
 
     def __del__(self) -> None:
         if self._result is None and self._error is None:
