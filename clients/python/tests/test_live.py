@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import multiprocessing
 import os
 import pickle
+import subprocess
 import threading
 import time
 
@@ -458,28 +460,153 @@ def test_arrays_after_the_session(address):
     del session, y
 
 
-def test_a_fork_is_refused_and_harms_nobody(session):
-    x = filled(session, 1000)
+class Child:
+    """A forked child that does `work` when it is told to, and answers what that says."""
+
+    def __init__(self, work):
+        self._told, telling = os.pipe()
+        answering, self._answer = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            status = 1
+            try:
+                os.read(self._told, 1)
+                os.write(self._answer, repr(work()).encode())
+                status = 0
+            finally:
+                os._exit(status)
+        os.close(self._told)
+        os.close(self._answer)
+        self._tell, self._hear = telling, answering
+
+    def answer(self):
+        os.write(self._tell, b"!")
+        said = os.read(self._hear, 10000).decode()
+        os.close(self._tell)
+        os.close(self._hear)
+        assert os.waitpid(self.pid, 0)[1] == 0
+        return said
+
+
+def memfds():
+    return sum("memfd" in line for line in open("/proc/self/maps"))
+
+
+def test_a_forked_child_has_the_values_and_not_the_session(session):
+    x = filled(session, (2, 100_000))
     y = session.call("scale-shift", x)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        said = []
-        for use in (session.ping, y.numpy, lambda: session.call("clip", y), lambda: session.empty(3)):
+    view, wanted = y.numpy()[1], x.sum()
+    running = session.start("scale-shift", x)
+
+    def work():
+        refused = 0
+        for use in (session.ping, lambda: session.call("clip", y), lambda: session.empty(3), y.renew, running.result, lambda: session.publish("x", x)):
             try:
                 use()
             except strait.ForkedError:
-                said.append("forked")
+                refused += 1
+        same = x.sum() == y.numpy().sum() == np.asarray(y).sum() == wanted and view.sum() == y[1].sum()
+        # What the child writes is its own.
+        x[:] = -1
         y.release()
-        del y, x
-        gc.collect()
-        os.write(writing, ",".join(said).encode())
-        os._exit(0)
-    os.close(writing)
-    assert os.read(reading, 1000) == b"forked,forked,forked,forked"
-    os.close(reading)
-    assert os.waitpid(child, 0)[1] == 0
+        session.close()
+        return refused, bool(same), float(x.sum())
+
+    child = Child(work)
+    assert child.answer() == str((6, True, -200_000.0))
     np.testing.assert_array_equal(session.call("scale-shift", y), x)
+    np.testing.assert_array_equal(running.result(), x)
+    assert x.sum() == wanted
+
+
+def test_a_forked_child_unmaps_what_it_lets_go_of(session):
+    x, y = filled(session, 1000), session.call("scale-shift", np.ones(1000))
+    held = [x, y]
+    del x, y
+
+    def work():
+        before = memfds()
+        held.clear()
+        gc.collect()
+        return before - memfds()
+
+    child = Child(work)
+    assert child.answer() == "2"
+    np.testing.assert_array_equal(held[1], np.ones(1000))
+
+
+def test_a_parent_publishes_what_a_living_child_inherited(session):
+    x = filled(session, 1000)
+    wanted = x.copy()
+    child = Child(lambda: x.tolist() == wanted.tolist())
+    session.publish("inherited", x)
+    np.testing.assert_array_equal(session.get("inherited"), wanted)
+    assert child.answer() == "True"
+    session.delete("inherited")
+
+
+def test_the_host_does_not_recycle_what_a_child_may_read(session):
+    """A released result is written to again by a later call; a child that has it mapped would see that."""
+    x = filled(session, 100_000)
+    y = session.call("scale-shift", x)
+    view = y.numpy()
+    child = Child(lambda: bool((view == x).all()))
+    y.release()
+    del view
+    assert settle(lambda: session.stats()["own"]["leases"], 1) == 1
+    for a in range(2, 12):
+        session.call("scale-shift", x, a=a).release()
+    assert child.answer() == "True"
+    # What was made after the fork is released, and recycled, as ever.
+    assert settle(lambda: session.stats()["own"]["leases"], 1) == 1
+    assert session.stats()["pool"]["idle_segments"] >= 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_pool_of_forked_processes(session):
+    given = np.arange(2_000_000.0)
+    y = session.call("scale-shift", given, a=2)
+    x = session.empty(1000)
+    x[:] = 1
+    globals()["_forked"] = (y, x)
+    try:
+        with multiprocessing.get_context("fork").Pool(3) as pool:
+            sums = pool.map(_part_of_forked, range(20))
+            assert sums == [float(2 * given[n::20].sum()) + 1000 for n in range(20)]
+            session.publish("pooled", x)
+    finally:
+        del globals()["_forked"]
+    session.delete("pooled")
+
+
+def _part_of_forked(n):
+    y, x = _forked
+    return float(y.numpy()[n::20].sum() + x.sum())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_publishing_while_others_fork(session):
+    """A child has what its parent writes to mapped writable until its first line of Python: the host is asked again."""
+    stop = threading.Event()
+
+    def fork():
+        while not stop.is_set():
+            pid = os.fork()
+            if pid == 0:
+                os._exit(0)
+            os.waitpid(pid, 0)
+            subprocess.run(["/bin/true"], check=True)
+
+    forker = threading.Thread(target=fork)
+    forker.start()
+    try:
+        for number in range(60):
+            session.put("busy", np.full(10, number), replace=True)
+            assert session.get("busy")[0] == number
+    finally:
+        stop.set()
+        forker.join()
+    session.delete("busy")
 
 
 def test_nothing_is_left_behind(address):

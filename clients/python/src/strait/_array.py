@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
@@ -13,7 +12,7 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from . import _dtypes
 from ._connection import Connection
-from ._errors import ForkedError, ReleasedError
+from ._errors import ReleasedError
 from ._pages import Pages
 from ._wire import CallInfo, SegmentMapping, Tensor
 
@@ -52,8 +51,6 @@ class Segment:
         self.mapping = mapping
         self.lease = lease
         self.pages = pages
-        #: Kept for a segment that was made here until it is published.
-        self.fd: Optional[int] = None
         #: The arrays through which it is filled.
         self.filling: List[weakref.ref[np.ndarray[Any, Any]]] = []
         self._placed = placed
@@ -67,13 +64,11 @@ class Segment:
         self._placed.segments.pop(self.pages.address, None)
 
     def left(self) -> None:
-        self.close_fd()
-        self.connection.drop([self.lease], self.mapping.bytes)
-
-    def close_fd(self) -> None:
-        fd, self.fd = self.fd, None
-        if fd is not None:
-            os.close(fd)
+        if self.pages.inherited and self.mapping.seal == "host-write":
+            # What is released the host may write to again, and a forked child may still read it.
+            self.connection.lapse(self.lease)
+        else:
+            self.connection.drop([self.lease], self.mapping.bytes)
 
 
 def view_of(memory: memoryview, tensor: Tensor) -> "np.ndarray[Any, Any]":
@@ -93,7 +88,8 @@ class Array(NDArrayOperatorsMixin):
 
     It acts as a numpy array in expressions and functions, without a copy. `release`, or the end of a `with` block,
     lets go of it; used after that it raises `ReleasedError`. The pages and the lease stay for as long as a view
-    lives (`numpy`, `arrow`, a DLPack consumer), so a view is never pulled from under its user.
+    lives (`numpy`, `arrow`, a DLPack consumer), so a view is never pulled from under its user. A forked child sees the
+    same values; the lease is its parent's.
     """
 
     def __init__(self, segment: Segment, tensor: Tensor, memory: memoryview, info: Optional[CallInfo] = None) -> None:
@@ -101,7 +97,6 @@ class Array(NDArrayOperatorsMixin):
         self._tensor = tensor
         self._memory: Optional[memoryview] = memory
         self._numpy: Optional[np.ndarray[Any, Any]] = None
-        self._process = os.getpid()
         #: What the host said about the call that made it; None for `Session.get`.
         self.info = info
 
@@ -157,11 +152,6 @@ class Array(NDArrayOperatorsMixin):
         if memory is None:
             raise ReleasedError(
                 f"{self!r} was released; take what you need before, or keep a view: y.numpy() outlives the release"
-            )
-        if os.getpid() != self._process:
-            raise ForkedError(
-                f"{self!r} is mapped in process {self._process}, of which this process ({os.getpid()}) is a fork; "
-                "connect and get it again after the fork"
             )
         return memory
 

@@ -127,6 +127,7 @@ class Connection:
         # Written by finalizers.
         self._dropped: Deque[int] = deque()
         self._dropped_bytes = 0
+        self._lapsed: Deque[int] = deque()
         self._stray_until = 0.0
         self._forgotten: Deque[Pending] = deque()
         self._rung = False
@@ -431,10 +432,10 @@ class Connection:
                 self._wake(pending)
         self._bell.put(_STOP)
 
-    def close(self) -> None:
-        """Ends the connection; whoever waits gets `DisconnectedError`."""
+    def close(self) -> bool:
+        """Ends the connection; whoever waits gets `DisconnectedError`. False in a forked child, whose it is not."""
         if os.getpid() != self._pid:
-            return
+            return False
         self._finish(DisconnectedError("this session was closed; what is mapped stays readable"))
         try:
             # Wakes the one who receives, who then closes the socket.
@@ -444,6 +445,7 @@ class Connection:
             pass
         if self._lead():
             self._stop_leading()
+        return True
 
     @property
     def closed(self) -> bool:
@@ -477,6 +479,12 @@ class Connection:
             self._dropped_bytes += segment_bytes
             self._ring()
 
+    def lapse(self, lease: int) -> None:
+        """Ends a lease soon without a release, so that the host never writes to its segment again. Takes no lock."""
+        if self._end is None:
+            self._lapsed.append(lease)
+            self._ring()
+
     def forget(self, pending: Pending) -> None:
         """`abandon`, soon. Takes no lock: finalizers call it."""
         if self._end is None and os.getpid() == self._pid:
@@ -487,6 +495,13 @@ class Connection:
         if not self._rung:
             self._rung = True
             self._bell.put(None)
+
+    def _end_lapsed(self) -> None:
+        while self._lapsed:
+            lease = self._lapsed.popleft()
+            with self._lock:
+                self._leases.pop(lease, None)
+            self.request(Op.RENEW, {"leases": [lease], "lease_ms": 1}, abandoned=True)
 
     def _release_dropped(self, wait: bool = False) -> None:
         self._dropped_bytes = 0
@@ -558,6 +573,7 @@ class Connection:
             self._rung = False
             while self._forgotten:
                 self.abandon(self._forgotten.popleft())
+            self._end_lapsed()
             self._release_dropped(wait=True)
         self.look()
         now = time.monotonic()

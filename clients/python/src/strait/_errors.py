@@ -64,7 +64,7 @@ class ReleasedError(StraitError, ValueError):
 
 
 class ForkedError(StraitError, RuntimeError):
-    """A session or an array of it was used in a forked child; connect again after the fork."""
+    """A session was used in a forked child; connect again after the fork. (Arrays show their values there.)"""
 
 
 def from_host(failure: Mapping[str, Any]) -> RemoteError:

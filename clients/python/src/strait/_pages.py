@@ -10,8 +10,9 @@ import ctypes
 import fcntl
 import mmap
 import os
+import sys
 import weakref
-from typing import Optional, Protocol
+from typing import Any, Dict, Optional, Protocol
 
 from ._errors import ProtocolError
 
@@ -26,11 +27,9 @@ _LIBC.mmap.argtypes = [
     ctypes.c_int64,
 ]
 _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_LIBC.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _MAP_FIXED = 0x10
-_MADV_DONTFORK = 10
 _F_GET_SEALS = 1034
 _F_SEAL_SHRINK = 0x0002
 _F_SEAL_WRITE = 0x0008
@@ -47,10 +46,19 @@ class Owner(Protocol):
         """The pages are unmapped."""
 
 
+#: What this process has mapped and views of, by address.
+_live: Dict[int, "Pages"] = {}
+
+
 class Pages:
     """A segment's place in this process.
 
     It does not keep the pages: views do. When the last view is gone they are unmapped.
+
+    A forked child has the same pages. What is read-only shows it the same values as its parent, for as long as it has
+    views of it: the parent does not release what was `inherited`, so that the host does not write to it again. What is
+    writable becomes the child's own: else it could write to what its parent publishes, and would keep the host from
+    sealing it.
     """
 
     def __init__(self, fd: int, length: int, writable: bool) -> None:
@@ -58,9 +66,12 @@ class Pages:
         if not 0 < length <= size:
             raise ProtocolError(f"a segment of {length} bytes whose descriptor has {size}")
         self.length = length
-        self.writable = writable
         self.address = _map(None, length, writable, fd)
-        self._buffer: Optional[weakref.ref[ctypes.Array[ctypes.c_char]]] = None
+        #: Of a segment that is still written to here; these pages close it.
+        self.fd: Optional[int] = None
+        #: Whether this process forked while it had them.
+        self.inherited = False
+        self._process = os.getpid()
 
     @classmethod
     def readonly(cls, fd: int, length: int, seal: str) -> "Pages":
@@ -75,27 +86,56 @@ class Pages:
         return cls(fd, length, False)
 
     def lend(self, owner: Owner) -> memoryview:
-        """The first view, to which the pages belong from now on."""
+        """The first view, to which the pages belong from now on. It is writable if `fd` was set."""
         # numpy, pyarrow and memoryview hold this object, not the `Pages`.
         buffer = (ctypes.c_char * self.length).from_address(self.address)
-        weakref.finalize(buffer, _unmap, self.address, self.length, os.getpid(), owner).atexit = False
-        self._buffer = weakref.ref(buffer)
+        self._owner = owner
+        self._buffer = weakref.ref(buffer, self._gone)
+        _live[self.address] = self
         view = memoryview(buffer).cast("B")
-        return view if self.writable else view.toreadonly()
+        return view.toreadonly() if self.fd is None else view
 
-    def view(self) -> Optional[memoryview]:
-        """Another view, read-only; None when the last one is gone."""
-        buffer = None if self._buffer is None else self._buffer()
-        return None if buffer is None else memoryview(buffer).cast("B").toreadonly()
+    def _gone(self, _: Any) -> None:
+        """The last view is gone. At the end of the process all is left to Linux."""
+        if sys is None or sys.is_finalizing():
+            return
+        # First: as soon as they are unmapped another thread may map something there.
+        _live.pop(self.address, None)
+        own = os.getpid() == self._process
+        if own:
+            self._owner.leaving()
+        _LIBC.munmap(self.address, self.length)
+        self._close_fd()
+        if own:
+            self._owner.left()
 
-    def end_writing(self, fd: int) -> None:
+    def end_writing(self) -> None:
         """Replaces the mapping in place by one that cannot write to the segment.
 
         It is a private one: views that were handed out as writable still are, and must not crash the process;
         what is written through them from now on goes to pages of this process alone.
         """
-        _map(self.address, self.length, True, fd)
-        self.writable = False
+        if self.fd is not None:
+            _map(self.address, self.length, True, self.fd)
+            self._close_fd()
+
+    def _close_fd(self) -> None:
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+
+def _before_fork() -> None:
+    for pages in list(_live.values()):
+        pages.inherited = True
+
+
+def _after_fork_in_child() -> None:
+    for pages in list(_live.values()):
+        pages.end_writing()
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)
 
 
 def _map(at: Optional[int], length: int, writable: bool, fd: int) -> int:
@@ -110,16 +150,6 @@ def _map(at: Optional[int], length: int, writable: bool, fd: int) -> int:
     for flags in ways:
         address = _LIBC.mmap(at, length, protection, flags, fd, 0)
         if address != _MAP_FAILED and address is not None:
-            # A child has no pages there, so that it cannot read what the host recycled meanwhile.
-            _LIBC.madvise(address, length, _MADV_DONTFORK)
             return int(address)
     errno = ctypes.get_errno()
     raise OSError(errno, f"cannot map a segment of {length} bytes: {os.strerror(errno)}")
-
-
-def _unmap(address: int, length: int, process: int, owner: Owner) -> None:
-    # In a forked child something of its own may lie there by now.
-    if os.getpid() == process:
-        owner.leaving()
-        _LIBC.munmap(address, length)
-        owner.left()

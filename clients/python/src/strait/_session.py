@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
@@ -22,6 +23,10 @@ _SCRATCH_COUNT_MAX = 8
 _SCRATCH_BYTES_MAX = 256 << 20
 #: A segment of which less is left is not used for another call.
 _LEASE_LEFT_MIN = 0.05
+#: A forked child has what its parent can write to mapped writable for a moment, until its first line of Python runs or
+#: it executes another program. For so long, and so often, the host is asked again to seal such a segment.
+_STILL_WRITABLE_SECONDS = 1.0
+_STILL_WRITABLE_INTERVAL = 0.002
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def connect(
 class Session:
     """A connection to a host, for any number of threads; made by `connect`.
 
-    It belongs to the process that connected: in a forked child everything raises `ForkedError`. It ends with `close`
+    It belongs to the process that connected: in a forked child everything that needs the host raises `ForkedError`, so
+    connect there; results that are mapped show the same values, and arrays of `empty` are the child's own copies. It ends with `close`
     or a `with` block; arrays that are mapped stay readable.
     """
 
@@ -110,9 +116,9 @@ class Session:
 
     def close(self) -> None:
         """Ends the session. What is mapped stays readable; leases and unpublished segments end."""
-        self._connection.close()
-        with self._lock:
-            self._scratch.clear()
+        if self._connection.close():
+            with self._lock:
+                self._scratch.clear()
 
     def __reduce__(self) -> Any:
         raise TypeError("a session belongs to the process that connected and cannot be pickled; connect where it is to be used")
@@ -155,10 +161,10 @@ class Session:
         fd = grant.fd(index)
         pages = Pages(fd, mapping.bytes, True) if writable else Pages.readonly(fd, mapping.bytes, mapping.seal)
         segment = Segment(self._connection, self._placed, mapping, lease, pages)
+        if writable:
+            pages.fd = grant.keep(index)
         memory = pages.lend(segment)
         grant.leases.discard(lease)
-        if writable:
-            segment.fd = grant.keep(index)
         self._connection.hold(lease, int(expires_ms))
         return segment, memory
 
@@ -215,16 +221,25 @@ class Session:
         self._publish(name, found[0], replace)
 
     def _publish(self, name: str, segment: Segment, replace: bool) -> None:
-        if segment.fd is not None:
+        self._connection.check()
+        until = time.monotonic() + _STILL_WRITABLE_SECONDS
+        if segment.pages.fd is not None:
             # Sealing ends all writing, so this process must give it up first.
-            self._connection.check()
-            segment.pages.end_writing(segment.fd)
-            segment.close_fd()
+            segment.pages.end_writing()
             for reference in segment.filling:
                 array = reference()
                 if array is not None:
                     array.flags.writeable = False
-        self._connection.call(Op.PUBLISH, {"segment": segment.mapping.segment, "name": name, "replace": replace})
+        while True:
+            try:
+                body = {"segment": segment.mapping.segment, "name": name, "replace": replace}
+                self._connection.call(Op.PUBLISH, body)
+                return
+            except RemoteError as error:
+                # A child that was just forked has not given it up yet.
+                if error.reason != "STILL_WRITABLE" or time.monotonic() > until:
+                    raise
+                time.sleep(_STILL_WRITABLE_INTERVAL)
 
     def get(self, name: str, *, lease: Optional[float] = None) -> Union[Array, Columns]:
         """The flight of that name, mapped: an `Array`, or `Columns` if it has several; `"name#column"` gives one.
@@ -448,6 +463,7 @@ class Call:
         or `DisconnectedError`; `TimeoutError` after that many seconds, and then the call still runs. An interrupt
         (Ctrl-C) while it waits cancels the call.
         """
+        self._session._connection.check_process()
         if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
             raise TimeoutError(f"the call of {self._kernel} is not done after {timeout} s")
         try:
