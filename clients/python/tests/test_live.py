@@ -1,10 +1,13 @@
 """Against a real host: run with STRAIT_BIN."""
 
 import copy
+import ctypes
 import gc
+import mmap
 import multiprocessing
 import os
 import pickle
+import re
 import subprocess
 import threading
 import time
@@ -13,7 +16,7 @@ import numpy as np
 import pytest
 
 import strait
-from strait import _dtypes
+from strait import _dtypes, _pages
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 pa = pytest.importorskip("pyarrow")
@@ -44,7 +47,7 @@ def test_the_first_program(session):
     y = session.call("zscore", x, axis=0, verify=True)
     np.testing.assert_allclose(y, (x - x.mean(0)) / x.std(0), rtol=1e-9, atol=1e-12)
     assert y.info.copied_bytes == 0 and {page.port for page in y.info.pages} == {"x", "y"}
-    assert session.client_stats() == strait.ClientStats(copied_bytes=0, calls=1, mappings=2)
+    assert session.client_stats() == strait.ClientStats(copied_bytes=0, calls=1, mappings=2, huge_bytes=0)
     assert session.move_min_bytes > 0 and session.host_id and session.draining is None
     session.ping()
 
@@ -458,6 +461,95 @@ def test_arrays_after_the_session(address):
     np.testing.assert_array_equal(y, [1.0, 2.0])
     y.release()
     del session, y
+
+
+HUGE = 2 << 20
+
+
+def linux_collapses():
+    """Whether Linux makes huge pages of a memfd's, asked without the client's code."""
+    libc = ctypes.CDLL(None)
+    libc.mmap.restype = ctypes.c_void_p
+    size = ctypes.c_size_t
+    fd = os.memfd_create("probe")
+    os.ftruncate(fd, HUGE)
+    around = libc.mmap(None, size(2 * HUGE), 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+    start = ctypes.c_void_p(-(-around // HUGE) * HUGE)
+    map_fixed = 0x10
+    libc.mmap(start, size(HUGE), mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | map_fixed, fd, 0)
+    ctypes.memset(start, 0, 1)
+    collapsed = libc.madvise(start, size(HUGE), 25) == 0
+    libc.munmap(ctypes.c_void_p(around), size(2 * HUGE))
+    os.close(fd)
+    return collapsed
+
+
+def huge_pages_of(array):
+    """KiB under the mapping of an array that are huge pages."""
+    found = False
+    for line in open("/proc/self/smaps"):
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            found = int(bounds[1], 16) <= address_of(array) < int(bounds[2], 16)
+        elif found and line.startswith("ShmemPmdMapped:"):
+            return int(line.split()[1])
+    return 0
+
+
+def test_large_arrays_are_born_in_huge_pages(session):
+    x = session.empty((16, 1 << 18))
+    assert not x.any()
+    huge = session.client_stats().huge_bytes
+    # At least one step, if Linux can: the clock may end it after that.
+    assert huge % HUGE == 0 and huge <= x.nbytes
+    if linux_collapses():
+        assert huge >= 8 << 20
+        assert huge_pages_of(x) == huge >> 10
+    x[:] = np.arange(16)[:, None]
+    y = session.call("scale-shift", x, a=2)
+    session.put("huge", x)
+    for array in (y, session.get("huge")):
+        # Also whoever reads maps at the phase that huge pages need.
+        assert (address_of(array) - array._tensor.offset) % HUGE == 0
+    np.testing.assert_array_equal(y, 2 * x)
+    session.delete("huge")
+
+
+def test_small_arrays_are_not_touched(session):
+    session.empty(((4 << 20) - 8) // 8)
+    session.put("columns", {"a": np.zeros(1000), "b": np.zeros(1000)})
+    assert session.client_stats().huge_bytes == 0
+    session.delete("columns")
+
+
+@pytest.mark.parametrize("setting, value, huge", [("_MADV_COLLAPSE", 9999, 0), ("_STEP_SECONDS_MAX", -1, 8 << 20), ("_reserve", lambda length: None, None)])
+def test_without_huge_pages_all_is_as_ever(session, monkeypatch, setting, value, huge):
+    """Linux does not know the advice; a step takes too long; there are no addresses to choose from."""
+    monkeypatch.setattr(_pages, setting, value)
+    x = session.empty(4 << 20)
+    got = session.client_stats().huge_bytes
+    assert huge is None or got == (huge if linux_collapses() else 0)
+    x[:] = np.arange(4 << 20)
+    np.testing.assert_array_equal(session.call("scale-shift", x, a=2), 2 * x)
+
+
+def test_large_mappings_leave_no_addresses_behind(session):
+    def addresses():
+        gc.collect()
+        return sum(1 for _ in open("/proc/self/maps")), int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1])
+
+    def work():
+        x = session.empty(1 << 19)
+        session.call("scale-shift", x).release()
+        with pytest.raises(OSError):
+            _pages._map(None, 4 << 20, False, 1 << 20)
+
+    work()
+    before = addresses()
+    for _ in range(30):
+        work()
+    lines, size = addresses()
+    assert abs(lines - before[0]) <= 4 and size - before[1] < 4 << 10
 
 
 class Child:

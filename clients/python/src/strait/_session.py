@@ -14,7 +14,7 @@ from . import _address, _dtypes, _foreign
 from ._array import Array, Columns, Placed, Segment, view_of
 from ._connection import Connection, Pending, Reply, milliseconds
 from ._errors import ProtocolError, RemoteError
-from ._pages import Pages
+from ._pages import HUGE_MIN_BYTES, Pages
 from ._wire import CallInfo, Flight, Kernel, Op, SegmentMapping, Tensor, leases_in
 
 VERSION = "0.1.0"
@@ -39,6 +39,8 @@ class ClientStats:
     calls: int
     #: Segments that are mapped now.
     mappings: int
+    #: Bytes of segments made here that got huge pages before they were filled.
+    huge_bytes: int
 
 
 @dataclass
@@ -78,6 +80,7 @@ class Session:
         self._scratch: List[_Scratch] = []
         self._ports: Dict[str, List[str]] = {}
         self._copied_bytes = 0
+        self._huge_bytes = 0
         self._calls = 0
 
     # The host
@@ -107,7 +110,7 @@ class Session:
 
     def client_stats(self) -> ClientStats:
         """This side's counts."""
-        return ClientStats(self._copied_bytes, self._calls, len(self._placed.segments))
+        return ClientStats(self._copied_bytes, self._calls, len(self._placed.segments), self._huge_bytes)
 
     def kernels(self, name: Optional[str] = None) -> List[Kernel]:
         """All kernels with their ports, parameters and docs, sorted by plugin and name; or those of one name."""
@@ -146,6 +149,11 @@ class Session:
         reply = self._connection.call(Op.CREATE, self._with_lease({"tensors": wanted}, None))
         with _Grant(self._connection, reply) as grant:
             segment, memory = self._place(grant, reply.body, 0, writable=True)
+        for tensor in segment.mapping.tensors:
+            if tensor.length >= HUGE_MIN_BYTES:
+                huge = segment.pages.collapse(tensor.offset, tensor.length)
+                with self._lock:
+                    self._huge_bytes += huge
         arrays = [view_of(memory, tensor) for tensor in segment.mapping.tensors]
         segment.filling = [weakref.ref(array) for array in arrays]
         return segment, arrays
