@@ -82,7 +82,8 @@ moved. So `axis` counts as everywhere in Julia: from 1 (the fastest) to `ndims(x
 Julia's terms, since each matrix is seen transposed: swap the inputs.
 
 *Parameters* are keywords: `Bool`s, numbers, text (a `String`, a `Symbol`, or an element type, as in `to = BFloat16`), vectors of
-numbers. What a kernel takes: `kernels(session, name)`.
+numbers. What a kernel takes: `kernels(session, name)`. An integer of any type arrives exactly, in the whole range of `Int64`
+and `UInt64` (beyond it is an `ArgumentError`); any other number as the nearest `Float64`.
 
 *`options = (...)`*, a `NamedTuple`, is about the call itself; see [`invocation`](@ref), which also tells what the call
 cost: `options = (deadline_ms = 500,)`.
@@ -174,7 +175,8 @@ collections of `name => value` (named tuples, dictionaries, tuples of pairs). Op
 - `map = true`: whether the outputs are mapped here; if not, publish each
 - `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
 - `verify = false`: the host tells which pages the kernel saw
-- `idempotency_key`: a repeat of the same key within a minute gets the same results without another run
+- `idempotency_key`: a repeat of the same call with the same key within a minute gets the same results without another run;
+  another call with that key is refused with reason `IDEMPOTENCY_KEY_REUSED`
 - `request_id`: names this call in the host's log and in errors
 - `cancel`: a [`CancelToken`](@ref)
 
@@ -303,14 +305,34 @@ function rank_of(s::Session, name::AbstractString)
     return found === nothing || isempty(places) ? typemax(Int) : ndims(places[found].spec)
 end
 
-wire_value(name, value::Union{Bool,Integer,AbstractString,Symbol}) = value
-wire_value(name, value::Real) = wire_value(name, Float64(value))
-# JSON has no word for these three; the protocol has.
-wire_value(name, value::Float64) = isnan(value) ? "nan" : value == Inf ? "inf" : value == -Inf ? "-inf" : value
-wire_value(name, values::Union{AbstractVector{<:Real},Tuple{Vararg{Real}}}) = Any[wire_value(name, value) for value in values]
+wire_value(name, value::Union{Bool,AbstractString,Symbol}) = value
 wire_value(name, T::Type) = dtype(T)
-wire_value(name, value) = throw(ArgumentError(
-    "parameter $(repr(String(name))) cannot be a $(typeof(value)); it is a Bool, a number, a text, an element type, or a vector of numbers"))
+wire_value(name, value::Real) = wire_number(name, value)
+wire_value(name, values::Union{AbstractVector,Tuple}) = Any[wire_element(name, value) for value in values]
+wire_value(name, value) = refuse_parameter(name, value)
+wire_element(name, value::Real) = wire_number(name, value)
+wire_element(name, value) = refuse_parameter(name, value)
+# A `Bool` is a number in Julia and none in JSON; no kernel takes a list of them.
+wire_element(name, value::Bool) = refuse_parameter(name, value)
+
+refuse_parameter(name, value) = throw(ArgumentError(
+    "parameter $(repr(String(name))) cannot be $(value === missing || value === nothing ? value : "a $(typeof(value))"); it is a Bool, a number, a text, an element type, or a vector of numbers"))
+
+# An integer stays one up to the kernel. What is no integer travels as the nearest Float64.
+function wire_number(name, value::Integer)
+    typemin(Int64) <= value <= typemax(UInt64) || throw(ArgumentError(
+        "parameter $(repr(String(name))) is $value; an integer lies between $(typemin(Int64)) and $(typemax(UInt64)): make it a Float64 if it need not be exact"))
+    return value <= typemax(Int64) ? Int64(value) : UInt64(value)
+end
+function wire_number(name, value::Real)
+    nearest = Float64(value)
+    # JSON has no word for these three; the protocol has.
+    isnan(nearest) && return "nan"
+    isfinite(nearest) && return nearest
+    isfinite(value) && throw(ArgumentError(
+        "parameter $(repr(String(name))) is $value; the largest number is $(floatmax(Float64)) (Inf if you mean that)"))
+    return nearest > 0 ? "inf" : "-inf"
+end
 
 "Maps what an INVOKE answered."
 function answered(c::Connection, reply::Reply, copied::Int)
@@ -318,7 +340,7 @@ function answered(c::Connection, reply::Reply, copied::Int)
     published = Dict{String,String}()
     results = try
         [(field(entry, "port", String), entry, get(entry, "lease", nothing) === nothing ? nothing :
-          (Mapping(field(entry, "mapping", Dict{String,Any})), reply.fds[sized(get(entry, "fd", nothing), "\"fd\"")+1]))
+          (Mapping(field(entry, "mapping", Dict{String,Any})), reply.fds[size_field(entry, "fd")+1]))
          for entry in objects(reply.body, "results")]
     catch e
         locked(() -> discard!(c, reply), c)
@@ -350,10 +372,10 @@ function answered(c::Connection, reply::Reply, copied::Int)
     end
     return Invocation(NamedTuple{Tuple(first.(outputs))}(Tuple(last.(outputs))), published,
         Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(reply.body, "notes")],
-        field(reply.body, "copied_bytes", Integer, 0), copied,
-        [(port = field(page, "port", String), device = Int(field(page, "device", Integer)), inode = Int(field(page, "inode", Integer)))
+        size_field(reply.body, "copied_bytes", 0), copied,
+        [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
          for page in (haskey(reply.body, "pages") ? objects(reply.body, "pages") : Dict{String,Any}[])],
-        field(reply.body, "minor_faults", Integer, 0),
+        size_field(reply.body, "minor_faults", 0),
         Dict{String,Float64}(key => Float64(value) for (key, value) in field(reply.body, "seconds", Dict{String,Any}, Dict{String,Any}()) if value isa Real),
         field(reply.body, "request_id", String, "-"))
 end

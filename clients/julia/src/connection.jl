@@ -301,13 +301,13 @@ end
 
 function dispatch!(c::Connection, reply::Reply, sequence::UInt32)
     if reply.op == GONE
-        lease = get(c.leases, UInt64(sized(get(reply.body, "lease", nothing), "\"lease\"")), nothing)
+        lease = get(c.leases, UInt64(size_field(reply.body, "lease")), nothing)
         if lease !== nothing
             lease.gone = "lease $(lease.id) is over: $(field(reply.body, "reason", String, "no reason given"))"
             lease.due = Inf
         end
     elseif reply.op == SHUTDOWN
-        c.draining_until = now() + sized(get(reply.body, "drain_ms", nothing), "\"drain_ms\"") / 1000
+        c.draining_until = now() + size_field(reply.body, "drain_ms") / 1000
     elseif reply.op == ERROR && sequence == 0
         throw(ProtocolError("it refused a frame: $(field(reply.body, "message", String, "no message"))"))
     elseif reply.op in (OK, WELCOME, ERROR)
@@ -432,7 +432,7 @@ end
 
 "The host gave them a new life, in milliseconds; it is answered."
 function renewed!(c::Connection, leases::Vector{UInt64}, body::Dict{String,Any})
-    life_ms = sized(get(body, "expires_ms", nothing), "\"expires_ms\"")
+    life_ms = size_field(body, "expires_ms")
     locked(c) do
         for id in leases
             lease = get(c.leases, id, nothing)

@@ -5,9 +5,12 @@ JSON as RFC 8259 has it, and no more: what the data socket's frames and nothing 
 
 [`decode`](@ref) reads one value, [`encode`](@ref) writes one. Objects are `Dict{String,Any}`, arrays
 `Vector{Any}`, `null` is `nothing`. A number without fraction and exponent is an `Int64`, or a `UInt64`
-if it needs that; every other number is a `Float64`.
+if it needs that; every other number is a `Float64`, the nearest one. A number beyond `Float64` is refused.
 """
 module JSON
+
+"What an integer is read as."
+const Whole = Union{Int64,UInt64}
 
 "Nesting beyond this is refused, so that hostile input cannot use up the stack."
 const DEPTH_MAX = 64
@@ -224,7 +227,9 @@ function number!(r::Reader)
         integer === nothing || return integer
     end
     number = tryparse(Float64, text)
-    number === nothing && fail(r, "a number that cannot be read")
+    # Some versions of Julia answer nothing for what is too small, too.
+    number === nothing && (number = Float64(parse(BigFloat, text)))
+    isfinite(number) || throw(ParseError(from, "a number beyond what a Float64 can hold"))
     return number
 end
 

@@ -19,7 +19,8 @@ end
     Strait.Parameter
 
 A parameter of a kernel: `name`, `kind` (`"boolean"`, `"integer"`, `"real"`, `"axis"`, `"text"` or `"reals"`),
-`default` (`nothing`: it must be given), `minimum`, `maximum`, `choices` (of a text; empty: any), `doc`.
+`default` (`nothing`: it must be given), `minimum`, `maximum`, `choices` (of a text; empty: any), `doc`. Default and bounds
+are exact: an `Int64` or `UInt64` where the host has an integer, else a `Float64`.
 
 These are the host's words: an axis' default counts from 0 and row-major. [`call`](@ref) takes an axis as Julia
 counts, from 1 to `ndims(x)`.
@@ -28,8 +29,8 @@ struct Parameter
     name::String
     kind::String
     default::Any
-    minimum::Union{Nothing,Float64}
-    maximum::Union{Nothing,Float64}
+    minimum::Union{Nothing,JSON.Whole,Float64}
+    maximum::Union{Nothing,JSON.Whole,Float64}
     choices::Vector{String}
     doc::String
 end
@@ -57,25 +58,28 @@ end
 objects(body, key) = Dict{String,Any}[entry isa Dict{String,Any} ? entry : throw(ProtocolError("$(repr(key)) holds $(repr(entry))"))
                                       for entry in field(body, key, Vector{Any})]
 
+texts(body, key) = String[entry isa String ? entry : throw(ProtocolError("$(repr(key)) holds $(repr(entry)), no text"))
+                          for entry in field(body, key, Vector{Any}, Any[])]
+
 function Port(body::Dict{String,Any})
     # A dtype of a newer host is left out: this client has no arrays of it.
-    types = DataType[TYPE_OF[dtype] for dtype in field(body, "dtypes", Vector{Any}) if haskey(TYPE_OF, dtype)]
-    return Port(field(body, "name", String), types, field(body, "rank_min", Integer), field(body, "rank_max", Integer),
+    types = DataType[TYPE_OF[dtype] for dtype in texts(body, "dtypes") if haskey(TYPE_OF, dtype)]
+    return Port(field(body, "name", String), types, size_field(body, "rank_min"), size_field(body, "rank_max"),
         field(body, "role", String, "data"), field(body, "doc", String, ""))
 end
 
 function Parameter(body::Dict{String,Any})
-    bound(key) = (value = field(body, key, Real, nothing); value === nothing ? nothing : Float64(value))
+    bound(key) = field(body, key, Union{JSON.Whole,Float64}, nothing)
     return Parameter(field(body, "name", String), field(body, "kind", String), get(body, "default", nothing),
-        bound("minimum"), bound("maximum"), String[choice for choice in field(body, "choices", Vector{Any}, Any[])],
+        bound("minimum"), bound("maximum"), texts(body, "choices"),
         field(body, "doc", String, ""))
 end
 
 function Kernel(body::Dict{String,Any})
-    split = field(body, "split_axis", Integer, nothing)
+    split = size_field(body, "split_axis", nothing)
     return Kernel(field(body, "name", String), field(body, "plugin", String), field(body, "version", String),
         field(body, "doc", String, ""), map(Port, objects(body, "inputs")), map(Port, objects(body, "outputs")),
-        map(Parameter, objects(body, "parameters")), split === nothing ? nothing : Int(split),
+        map(Parameter, objects(body, "parameters")), split,
         field(body, "streaming", Bool, false), field(body, "in_place", Bool, false))
 end
 
@@ -86,6 +90,10 @@ function Base.show(io::IO, port::Port)
     isempty(port.doc) || print(io, "\n        ", replace(port.doc, '\n' => "\n        "))
 end
 
+# `repr` of an unsigned integer is hexadecimal.
+shown(value) = repr(value)
+shown(value::JSON.Whole) = string(value)
+
 function Base.show(io::IO, parameter::Parameter)
     print(io, parameter.name, ": ", parameter.kind)
     if parameter.default === nothing
@@ -93,7 +101,7 @@ function Base.show(io::IO, parameter::Parameter)
     elseif parameter.kind == "axis"
         print(io, ", default ndims(x)", parameter.default == 0 ? "" : " - $(parameter.default)")
     else
-        print(io, ", default ", repr(parameter.default))
+        print(io, ", default ", shown(parameter.default))
     end
     parameter.minimum === nothing || print(io, ", at least ", parameter.minimum)
     parameter.maximum === nothing || print(io, ", at most ", parameter.maximum)

@@ -64,7 +64,7 @@ function begin_session(fd::Cint, directory::String; renew::Bool = true, lease_ms
     try
         hello = (protocol = PROTOCOL_VERSION, client = "strait-julia/$CLIENT_VERSION")
         welcome = ask(connection, HELLO, hello)
-        field(welcome, "protocol", Integer) == PROTOCOL_VERSION || throw(ProtocolError("its WELCOME is of another version"))
+        field(welcome, "protocol", JSON.Whole) == PROTOCOL_VERSION || throw(ProtocolError("its WELCOME is of another version"))
         session = Session(connection, directory, welcome, request_id === nothing ? nothing : String(request_id),
             lease_ms, ReentrantLock(), Dict(), Array[])
         # The connection lives on with arrays that came over it.
@@ -121,7 +121,7 @@ function with_options(s::Session, body::NamedTuple; lease_ms = nothing, request_
         (id === nothing ? NamedTuple() : (request_id = id,))...)
 end
 
-milliseconds(value, what) = value isa Real && 0 < value < 2.0^53 ? ceil(Int, value) :
+milliseconds(value, what) = value isa Real && !(value isa Bool) && 0 < value < 2.0^53 ? ceil(Int, value) :
     throw(ArgumentError("$what is $(repr(value)); it is a number of milliseconds above 0"))
 
 # ---- arrays in segments

@@ -74,9 +74,12 @@ field(body::Dict{String,Any}, key::String, ::Type{T}, default) where {T} =
 
 "A size or count: an integer from 0 to what an address can be."
 function sized(value, what)::Int
-    value isa Integer && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(repr(value)), no size"))
+    value isa JSON.Whole && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(repr(value)), no size"))
     return Int(value)
 end
+size_field(body::Dict{String,Any}, key::String) = sized(get(body, key, nothing), repr(key))
+size_field(body::Dict{String,Any}, key::String, default) =
+    get(body, key, nothing) === nothing ? default : size_field(body, key)
 
 """
     TensorSpec
@@ -115,9 +118,9 @@ end
 
 "Reads a mapping and holds the host's word against itself, so that later no array reaches out of its segment."
 function Mapping(body::Dict{String,Any})
-    version = field(body, "strait-mmap", Integer)
+    version = field(body, "strait-mmap", JSON.Whole)
     version == 1 || throw(ProtocolError("a mapping of version $version, known is 1"))
-    bytes = sized(get(body, "bytes", nothing), "a segment's \"bytes\"")
+    bytes = size_field(body, "bytes")
     places = Place[place(tensor, bytes) for tensor in field(body, "tensors", Vector{Any})]
     return Mapping(field(body, "segment", String), bytes, field(body, "seal", String), places)
 end
@@ -158,8 +161,8 @@ function granted(body::Dict{String,Any})
         entry isa Dict{String,Any} && haskey(entry, "lease") || continue
         lease = entry["lease"]
         lease === nothing && continue
-        lease isa Integer && lease > 0 || throw(ProtocolError("lease $(repr(lease))"))
-        push!(found, UInt64(lease) => sized(get(entry, "expires_ms", nothing), "\"expires_ms\""))
+        lease isa JSON.Whole && lease > 0 || throw(ProtocolError("lease $(repr(lease))"))
+        push!(found, UInt64(lease) => size_field(entry, "expires_ms"))
     end
     return found
 end

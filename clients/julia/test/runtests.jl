@@ -2,6 +2,7 @@
 # With STRAIT_BIN=<the host's program> also against a real host.
 
 using Strait
+using Dates: Date, DateTime, Day, Second
 using Test
 
 include("peer.jl")

@@ -316,7 +316,9 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
     outputs = [(name = "y", dtypes = ["float64"], rank_min = 1, rank_max = 8, role = "data", doc = "")],
     parameters = [(name = "axis", kind = "axis", default = 0, minimum = nothing, maximum = nothing, choices = [], doc = "Along it."),
         (name = "to-what", kind = "text", default = nothing, minimum = nothing, maximum = nothing, choices = ["a", "b"], doc = ""),
-        (name = "w", kind = "reals", default = nothing, minimum = 0, maximum = 1.5, choices = [], doc = "")],
+        (name = "w", kind = "reals", default = nothing, minimum = 0, maximum = 1.5, choices = [], doc = ""),
+        (name = "n", kind = "integer", default = 2^53 + 1, minimum = typemin(Int64), maximum = typemax(UInt64), choices = [], doc = ""),
+        (name = "r", kind = "real", default = "nan", minimum = -0.5, maximum = 2^53 + 1, choices = [], doc = "")],
     split_axis = 0, streaming = false, in_place = true)]
 
 @testset "calls" begin
@@ -369,7 +371,35 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         says(thrown(() -> call(s, "mix", x, x, x), ArgumentError), "3 inputs", "takes 2")
         says(thrown(() -> call(s, "mix", x; x = x), ArgumentError), "twice")
         says(thrown(() -> call(s, "mix", :x), ArgumentError), "Symbol")
-        says(thrown(() -> call(s, "mix", x; w = 1im), ArgumentError), "\"w\"")
+        @testset "parameters" begin
+            for (given, wire) in (
+                # An integer of any type is one, over the whole range of both 64-bit types.
+                Int8(-3) => -3, UInt8(200) => 200, 2^53 + 1 => 2^53 + 1, -(2^53 + 1) => -(2^53 + 1), typemin(Int64) => typemin(Int64), typemax(Int64) => typemax(Int64),
+                UInt64(5) => 5, UInt64(2)^63 - 1 => typemax(Int64), UInt64(2)^63 => UInt64(2)^63, typemax(UInt64) => typemax(UInt64),
+                Int128(2)^64 - 1 => typemax(UInt64), -Int128(2)^63 => typemin(Int64), UInt128(7) => 7, big(2)^63 => UInt64(2)^63, big(-1) => -1, true => true, false => false,
+                # Any other number is the nearest Float64, a whole one too.
+                2.0 => 2.0, 1e22 => 1e22, 2.0^60 => 2.0^60, -0.0 => -0.0, 5e-324 => 5e-324, 0.1f0 => Float64(0.1f0), Float16(0.1) => Float64(Float16(0.1)), BFloat16(1.5) => 1.5,
+                3 // 1 => 3.0, 1 // 3 => 1 / 3, π => Float64(π), big"0.1" => 0.1, big"1e-400" => 0.0,
+                NaN => "nan", Inf => "inf", -Inf32 => "-inf", Float16(NaN) => "nan", big(Inf) => "inf", -1 // 0 => "-inf", Float8_e5m2(Inf) => "inf",
+                # Lists, of whatever holds numbers only.
+                [1, 2^53 + 1] => Any[1, 2^53+1], (1, 0.5) => Any[1, 0.5], 1:3 => Any[1, 2, 3], Real[1, NaN] => Any[1, "nan"], Union{Missing,Float64}[1.0] => Any[1.0],
+                view([1.0, 2.0], 2:2) => Any[2.0], Float64[] => Any[], UInt64[typemax(UInt64)] => Any[typemax(UInt64)], () => Any[],
+                "text" => "text", :symbol => "symbol", Float32 => "float32",
+            )
+                call(s, "mix", x; w = given)
+                found = sent()["parameters"]["w"]
+                @test isequal(found, wire) && typeof(found) === typeof(wire)
+            end
+            for (given, word) in (
+                typemax(UInt64) + Int128(1) => "18446744073709551616", big(2)^64 => "Float64", -big(2)^63 - 1 => "-9223372036854775809", [1, big(2)^64] => "18446744073709551616",
+                big"1e400" => "e+400", -(big(10)^400 // 1) => "largest number", missing => "missing", nothing => "nothing", [1.0, missing] => "missing", Any[1, nothing] => "nothing",
+                1im => "Complex", 'c' => "Char", Date(2020, 1, 2) => "Date", Second(3) => "Second", DateTime(2020) => "DateTime", [Day(1)] => "Day", [true] => "Bool", ["nan"] => "String",
+                [1.0 2.0] => "Array", Dict("a" => 1) => "Dict", sum => "typeof(sum)", (a = 1,) => "NamedTuple", Set([1]) => "Set",
+            )
+                says(thrown(() -> call(s, "mix", x; w = given), ArgumentError), "\"w\"", word)
+            end
+            says(thrown(() -> call(s, "mix", x; w = Int128), ArgumentError), "Int128")
+        end
         says(thrown(() -> call(s, "no", x), RemoteError), "KERNEL_NOT_FOUND")
         @test Strait.client_stats(s).copied_bytes == 0
 
@@ -391,7 +421,9 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         @test i.pages == [(port = "x", device = 1, inode = 2)] && i.seconds["total"] == 0.5 && i.minor_faults == 3 && i.request_id == "r"
         @test filter(entry -> entry.first != "inputs", sent()) == Dict{String,Any}("kernel" => "mix", "parameters" => Dict{String,Any}("axis" => 0), "deadline_ms" => 6,
             "publish" => Dict{String,Any}("y" => "out"), "replace" => true, "seal" => true, "verify" => true, "idempotency_key" => "k", "request_id" => "q", "limits" => Dict{String,Any}("guest_bytes" => 5))
-        @test_throws ArgumentError call(s, "mix", x; options = (deadline_ms = 0,))
+        for wrong in (0, -1, NaN, Inf, true, "5")
+            says(thrown(() -> call(s, "mix", x; options = (deadline_ms = wrong,)), ArgumentError), "deadline_ms is $(repr(wrong))")
+        end
 
         # With a function first, the result is given back after it.
         kept = Ref{Any}()
@@ -399,7 +431,9 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         @test all(iszero, kept[])
 
         text = sprint(show, MIME"text/plain"(), kernels(s, "mix")[1])
-        for word in ("p/mix 1", "Mixes.\nWell.", "mask-of: Array of Bool", "mask", "axis: axis, default ndims(x)", "\"a\" \"b\"", "at most 1.5")
+        @test [(p.minimum, p.maximum) for p in kernels(s, "mix")[1].parameters[4:5]] == [(typemin(Int64), typemax(UInt64)), (-0.5, 2^53 + 1)]
+        for word in ("p/mix 1", "Mixes.\nWell.", "mask-of: Array of Bool", "mask", "axis: axis, default ndims(x)", "\"a\" \"b\"", "at least 0, at most 1.5",
+            "n: integer, default 9007199254740993, at least -9223372036854775808, at most 18446744073709551615", "r: real, default \"nan\", at least -0.5, at most 9007199254740993")
             @test occursin(word, text)
         end
         @test count_of(log, INVOKE) == Strait.client_stats(s).calls

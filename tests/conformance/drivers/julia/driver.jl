@@ -112,7 +112,9 @@ function rank(d::Driver, name::String)
     tensors = Dict(flights(session(d)))[flight]
     return ndims(column === nothing ? tensors[1] : tensors[findfirst(t -> t.name == column, tensors)])
 end
-plain(values::Vector) = Float64[values...]
+# An integer stays an integer; the words for what JSON lacks are the wire's, and in Julia numbers.
+const WORDS = Dict("nan" => NaN, "inf" => Inf, "-inf" => -Inf)
+plain(values::Vector) = Real[value isa String ? WORDS[value] : value for value in values]
 plain(value) = value
 
 function call_once(d::Driver, request, inputs, given)
