@@ -72,7 +72,8 @@ y = call(s, "zscore", x; axis = 1)      # no copy in either direction
 
 *Inputs* are arrays, numbers (0-dimensional), or names of flights (`"name"`, `"name#tensor"`). Given by position they
 belong to the kernel's input ports in order. An `Array` of this session (from `zeros(session, ...)`, `similar`, `call` or
-`fetch`) goes in as it is; of any other one copy is made, counted in [`stats`](@ref). Do not write to an input while
+`fetch`) goes in as it is; of any other array, a view, range, sparse matrix or other wrapper, one dense copy is made of the
+elements that it shows, counted in [`stats`](@ref). An array with a `missing` in it is refused. Do not write to an input while
 the call runs.
 
 *Dimensions.* Tensors are row-major outside of Julia, `Array`s column-major. The same bytes are seen with the dimensions
@@ -154,12 +155,14 @@ function merge_inputs(found::Union{Nothing,Kernel}, kernel, inputs::Tuple, given
     return vcat(named(inputs[1]), given)
 end
 
-named(entries::Union{NamedTuple,AbstractDict}) = Pair{String,Any}[String(key) => value for (key, value) in pairs(entries)]
+named(entries::Union{NamedTuple,AbstractDict}) = Pair{String,Any}[entry_name(key) => value for (key, value) in pairs(entries)]
 named(entry::Pair) = named((entry,))
 function named(entries::Union{Tuple,AbstractVector})
     all(entry -> entry isa Pair, entries) || throw(ArgumentError("several inputs are given as port => array: (\"x\" => a, \"m\" => b)"))
-    return Pair{String,Any}[String(key) => value for (key, value) in entries]
+    return Pair{String,Any}[entry_name(key) => value for (key, value) in entries]
 end
+entry_name(key::Union{AbstractString,Symbol}) = String(key)
+entry_name(key) = throw(ArgumentError("a name cannot be $(repr(key)), a $(typeof(key)); it is a String or a Symbol"))
 named(other) = refuse_input(other)
 
 """
@@ -201,15 +204,9 @@ function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
     held = Any[]
     # The arrays are alive while the kernel runs.
     return GC.@preserve given begin
-        wires = Dict{String,Any}()
-        for (port, value) in given
-            haskey(wires, port) && throw(ArgumentError("input $(repr(port)) is given twice"))
-            wires[port], copy = wire_input(s, value)
-            copy === nothing || push!(held, copy)
-        end
-        body["inputs"] = wires
-        Threads.atomic_add!(c.calls, 1)
         reply = try
+            body["inputs"] = wire_inputs(s, given, held)
+            Threads.atomic_add!(c.calls, 1)
             invoke(c, body, cancel)
         catch e
             # An answered call does not look at its inputs any more; an interrupted one may for a while.
@@ -219,6 +216,17 @@ function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
         give_back!(s, held, true)
         answered(c, reply, mapreduce(copy -> copy isa Array ? sizeof(copy) : 0, +, held; init = 0))
     end
+end
+
+"The inputs as the wire has them; what is to be given back after the call goes into `held`."
+function wire_inputs(s::Session, given::Vector{Pair{String,Any}}, held::Vector{Any})
+    wires = Dict{String,Any}()
+    for (port, value) in given
+        haskey(wires, port) && throw(ArgumentError("input $(repr(port)) is given twice"))
+        wires[port], copy = wire_input(s, value)
+        copy === nothing || push!(held, copy)
+    end
+    return wires
 end
 
 function give_back!(s::Session, held::Vector{Any}, reusable::Bool)
@@ -262,27 +270,28 @@ wire_input(::Session, name::AbstractString) = (String(name), nothing)
 wire_input(::Session, x) = refuse_input(x)
 refuse_input(x) = throw(ArgumentError("an input cannot be a $(typeof(x)); it is an array, a number, or a flight's name"))
 
-function copied_input(s::Session, x::AbstractArray{T}) where {T}
-    dtype(T)
-    isempty(x) && return empty_input(s, x)
-    array = fill!!(s, take_scratch!(s, T, size(x)), x)
-    return wire_input(s, array)[1], array
-end
-
-"A tensor without elements: its segment has nothing to map, so all that is held is its lease."
-function empty_input(s::Session, x::AbstractArray{T}) where {T}
-    name = "x"
-    body = (tensors = [(name = name, dtype = dtype(T), shape = reverse(size(x)))],)
-    reply = request(s.connection, CREATE, with_options(s, body; lease_ms = s.lease_ms))
-    foreach(close_fd, reply.fds)
-    return (segment = Mapping(field(reply.body, "mapping", Dict{String,Any})).segment,), first(granted(reply.body)[1])
+function copied_input(s::Session, x::AbstractArray)
+    T = tensor_type(x)
+    isempty(x) && return empty_segment(s, T, size(x))
+    array = take_scratch!(s, T, size(x))
+    try
+        return wire_input(s, fill!!(s, array, x))[1], array
+    catch
+        # An array of somebody else's may throw as it is read.
+        release!(s, array)
+        rethrow()
+    end
 end
 
 function wire_parameters(s::Session, kernel, parameters::Vector{Pair{String,Any}}, inputs::Vector{Pair{String,Any}})
     found = declaration(s, kernel)
     axes = found === nothing ? String[] : [p.name for p in found.parameters if p.kind == "axis"]
-    return Dict{String,Any}(name => name in axes ? wire_axis(s, found, name, value, inputs) : wire_value(name, value)
-                            for (name, value) in parameters)
+    wires = Dict{String,Any}()
+    for (name, value) in parameters
+        haskey(wires, name) && throw(ArgumentError("parameter $(repr(name)) is given twice"))
+        wires[name] = name in axes ? wire_axis(s, found, name, value, inputs) : wire_value(name, value)
+    end
+    return wires
 end
 
 function wire_axis(s::Session, kernel::Kernel, name, axis, inputs)

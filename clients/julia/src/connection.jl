@@ -522,7 +522,7 @@ The segment that `array` is the tensor of, and its number in it; `nothing` if it
 dimensions or elements than the tensor has. Throws [`Released`](@ref).
 """
 function find_tensor(c::Connection, array::Array{T}) where {T}
-    isempty(array) && return nothing
+    isbitstype(T) && !isempty(array) || return nothing
     found = locked(() -> get(c.tensors, UInt(pointer(array)), nothing), c)
     found === nothing && return nothing
     mapped, index = found

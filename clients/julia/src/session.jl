@@ -228,8 +228,8 @@ function take_scratch!(s::Session, ::Type{T}, dims::Dims{N}) where {T,N}
     end
     if kept !== nothing
         mapped, _ = something(find_tensor(s.connection, kept))
-        gone = locked(() -> s.connection.leases[mapped.lease].gone !== nothing, s.connection)
-        gone || return kept::Array{T,N}
+        lease = locked(() -> get(s.connection.leases, mapped.lease, nothing), s.connection)
+        lease !== nothing && lease.gone === nothing && return kept::Array{T,N}
         release!(s, kept)
     end
     return create(s, T, dims)
@@ -249,9 +249,25 @@ function keep_scratch!(s::Session, array::Array)
     return nothing
 end
 
-"Copies `x` into a segment's array, counted."
+"""
+The element type of `x` as a tensor. A tensor has no nulls: an array that may hold `missing` or `nothing` is taken if it
+does not, and refused with their number if it does.
+"""
+function tensor_type(x::AbstractArray{E}) where {E}
+    T = Base.nonnothingtype(nonmissingtype(E))
+    if T !== E
+        absent = count(value -> value === missing || value === nothing, x)
+        absent == 0 || throw(ArgumentError(
+            "$absent of $(length(x)) elements are missing, and a tensor has no nulls: fill them (coalesce.(x, 0)) or drop them (collect(skipmissing(x)))"))
+    end
+    # Its message names the type as it is.
+    haskey(DTYPE_OF, T) || dtype(E)
+    return T
+end
+
+"Copies the elements that `x` shows into a segment's array, counted. Their indices, from whatever they begin, stay behind."
 function fill!!(s::Session, array::Array, x::AbstractArray)
-    copyto!(array, x)
+    Base.has_offset_axes(x) ? foreach((n, value) -> array[n] = value, eachindex(array), x) : copyto!(array, x)
     Threads.atomic_add!(s.connection.copied_bytes, sizeof(array))
     return array
 end
@@ -266,7 +282,7 @@ lives on without this program, until `delete!(session, name)`.
 
 An array that was made by `zeros(session, ...)`, or came from `call` or `fetch`, is published as it is, with no copy. It
 cannot be written any more then, even if the host refuses the name: a write is a `ReadOnlyMemoryError`. Of any other
-array a copy is published, counted in [`stats`](@ref). Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
+array a dense copy is published, counted in [`stats`](@ref); one with a `missing` in it is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
 if there is such a flight and `replace` is false.
 """
 function publish!(s::Session, name::AbstractString, x::AbstractArray; replace::Bool = false)
@@ -281,31 +297,45 @@ function publish!(s::Session, name::AbstractString, x::AbstractArray; replace::B
 end
 publish!(s::Session, name::AbstractString, x::Number; replace::Bool = false) = (publish!(s, name, fill(x); replace = replace); x)
 
-function publish_copy(s::Session, name::String, x::AbstractArray{T}, replace::Bool) where {T}
-    if isempty(x)
-        dtype(T)
-        return publish_empty(s, name, x, replace)
-    end
-    array = fill!!(s, create(s, T, size(x)), x)
+function publish_copy(s::Session, name::String, x::AbstractArray, replace::Bool)
+    T = tensor_type(x)
+    isempty(x) && return publish_empty(s, name, T, size(x), replace)
+    array = create(s, T, size(x))
     try
-        mapped, _ = something(find_tensor(s.connection, array))
+        mapped, _ = something(find_tensor(s.connection, fill!!(s, array, x)))
         publish_mapped(s, name, mapped, replace)
     finally
         release!(s, array)
     end
 end
 
-"A tensor without elements has no pages that could be mapped, so its segment is published without an array."
-function publish_empty(s::Session, name::String, x::AbstractArray{T}, replace::Bool) where {T}
+function publish_empty(s::Session, name::String, T, dims::Dims, replace::Bool)
     c = s.connection
-    body = (tensors = [(name = "x", dtype = dtype(T), shape = reverse(size(x)))],)
-    reply = request(c, CREATE, with_options(s, body; lease_ms = s.lease_ms))
+    segment, lease = empty_segment(s, T, dims)
     try
-        segment = Mapping(field(reply.body, "mapping", Dict{String,Any})).segment
-        ask(c, PUBLISH, with_options(s, (segment = segment, name = name, replace = replace)))
+        ask(c, PUBLISH, with_options(s, (; segment..., name = name, replace = replace)))
     finally
-        locked(() -> discard!(c, reply), c)
+        locked(() -> end_lease!(c, lease), c)
         signal_reaper()
+    end
+end
+
+"""
+A segment of a tensor without elements, as the wire names it, and its lease, which is all there is to hold: it has no
+pages that could be mapped.
+"""
+function empty_segment(s::Session, T, dims::Dims)
+    c = s.connection
+    reply = request(c, CREATE, with_options(s, (tensors = [(name = "x", dtype = dtype(T), shape = reverse(dims))],); lease_ms = s.lease_ms))
+    foreach(close_fd, reply.fds)
+    leases = granted(reply.body)
+    try
+        length(leases) == 1 || throw(ProtocolError("CREATE was answered by $(length(leases)) leases"))
+        return (segment = Mapping(field(reply.body, "mapping", Dict{String,Any})).segment,), leases[1].first
+    catch
+        locked(() -> foreach(((lease, _),) -> end_lease!(c, lease), leases), c)
+        signal_reaper()
+        rethrow()
     end
 end
 

@@ -3,6 +3,8 @@
 
 using Strait
 using Dates: Date, DateTime, Day, Second
+using LinearAlgebra: Adjoint, Diagonal, Symmetric, Transpose, Tridiagonal, UpperTriangular, I
+using SparseArrays: sparse, sparsevec
 using Test
 
 include("peer.jl")
@@ -12,6 +14,7 @@ include("peer.jl")
     @testset "dtypes" begin include("dtypes.jl") end
     @testset "wire" begin include("wire.jl") end
     @testset "session" begin include("session.jl") end
+    @testset "arrays" begin include("arrays.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
     else

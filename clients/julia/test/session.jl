@@ -399,6 +399,8 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
                 says(thrown(() -> call(s, "mix", x; w = given), ArgumentError), "\"w\"", word)
             end
             says(thrown(() -> call(s, "mix", x; w = Int128), ArgumentError), "Int128")
+            says(thrown(() -> Strait.invocation(s, "mix", (x = x,), ("w" => 1, "w" => 2)), ArgumentError), "\"w\"", "twice")
+            says(thrown(() -> Strait.invocation(s, "mix", (x = x,), (1 => 2,)), ArgumentError), "a name cannot be 1")
         end
         says(thrown(() -> call(s, "no", x), RemoteError), "KERNEL_NOT_FOUND")
         @test Strait.client_stats(s).copied_bytes == 0
