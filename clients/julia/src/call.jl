@@ -343,48 +343,70 @@ function wire_number(name, value::Real)
     return nearest > 0 ? "inf" : "-inf"
 end
 
+"A result as an INVOKE's reply tells of it; without a mapping if it is not to be mapped here."
+struct Result
+    port::String
+    name::Union{Nothing,String}
+    mapping::Union{Nothing,Mapping}
+    lease::UInt64
+    fd::Cint
+end
+
+function Result(entry::Dict{String,Any}, fds::Vector{Cint})
+    port, name = symbolic(entry, "port"), field(entry, "name", String, nothing)
+    get(entry, "lease", nothing) === nothing && return Result(port, name, nothing, 0, -1)
+    mapping = Mapping(field(entry, "mapping", Dict{String,Any}))
+    length(mapping.places) == 1 || throw(ProtocolError("result $(repr(port)) has $(length(mapping.places)) tensors"))
+    index = size_field(entry, "fd")
+    index < length(fds) || throw(ProtocolError("result $(repr(port)) has descriptor $index of $(length(fds))"))
+    return Result(port, name, mapping, UInt64(entry["lease"]), fds[index+1])
+end
+
+function results_of(reply::Reply)
+    results = Result[Result(entry, reply.fds) for entry in objects(reply.body, "results")]
+    allunique(result.port for result in results) || throw(ProtocolError("two results of one port"))
+    taken = [result.fd for result in results if result.mapping !== nothing]
+    allunique(taken) && length(taken) == length(reply.fds) ||
+        throw(ProtocolError("$(length(taken)) results to map came with $(length(reply.fds)) descriptors, which are not one for each"))
+    return results
+end
+
 "Maps what an INVOKE answered."
 function answered(c::Connection, reply::Reply, copied::Int)
-    outputs = Pair{Symbol,Any}[]
-    published = Dict{String,String}()
-    results = try
-        [(field(entry, "port", String), entry, get(entry, "lease", nothing) === nothing ? nothing :
-          (Mapping(field(entry, "mapping", Dict{String,Any})), reply.fds[size_field(entry, "fd")+1]))
-         for entry in objects(reply.body, "results")]
-    catch e
-        locked(() -> discard!(c, reply), c)
-        e isa BoundsError || rethrow()
-        throw(ProtocolError("a result came without a descriptor of its own"))
-    end
-    taken = Cint[]
-    try
-        for (port, entry, found) in results
-            name = field(entry, "name", String, nothing)
-            name === nothing || (published[port] = name)
-            found === nothing && continue
-            mapping, fd = found
-            fd in taken && throw(ProtocolError("two results came with one descriptor"))
-            push!(taken, fd)
-            arrays = map_reply!(c, mapping, UInt64(entry["lease"]), fd, false)
-            length(arrays) == 1 || throw(ProtocolError("result $(repr(port)) has $(length(arrays)) tensors"))
-            push!(outputs, Symbol(port) => arrays[1])
-        end
+    # All of it is read before anything is mapped.
+    results, told = try
+        (results_of(reply), told_of(reply.body))
     catch
-        # What was mapped is garbage; the rest was not taken by anybody.
-        foreach(fd -> fd in taken || close_fd(fd), reply.fds)
-        locked(c) do
-            held = Set(mapped.lease for mapped in c.mapped)
-            foreach(((lease, _),) -> lease in held || end_lease!(c, lease), granted(reply.body))
-        end
+        locked(() -> discard!(c, reply), c)
         signal_reaper()
         rethrow()
     end
-    return Invocation(NamedTuple{Tuple(first.(outputs))}(Tuple(last.(outputs))), published,
-        Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(reply.body, "notes")],
-        size_field(reply.body, "copied_bytes", 0), copied,
-        [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
-         for page in (haskey(reply.body, "pages") ? objects(reply.body, "pages") : Dict{String,Any}[])],
-        size_field(reply.body, "minor_faults", 0),
-        Dict{String,Float64}(key => Float64(value) for (key, value) in field(reply.body, "seconds", Dict{String,Any}, Dict{String,Any}()) if value isa Real),
-        field(reply.body, "request_id", String, "-"))
+    mapped = [result for result in results if result.mapping !== nothing]
+    outputs = Any[]
+    for (index, result) in enumerate(mapped)
+        try
+            append!(outputs, map_reply!(c, result.mapping, result.lease, result.fd, false))
+        catch
+            # What is mapped already is garbage.
+            rest = mapped[index+1:end]
+            foreach(result -> close_fd(result.fd), rest)
+            locked(() -> foreach(result -> end_lease!(c, result.lease), rest), c)
+            signal_reaper()
+            rethrow()
+        end
+    end
+    return Invocation(NamedTuple{Tuple(Symbol(result.port) for result in mapped)}(Tuple(outputs)),
+        Dict{String,String}(result.port => result.name for result in results if result.name !== nothing),
+        told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.seconds, told.request_id)
 end
+
+"What an INVOKE's reply tells beside its results."
+told_of(body::Dict{String,Any}) = (
+    notes = Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(body, "notes")],
+    copied_bytes = size_field(body, "copied_bytes", 0),
+    pages = [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
+             for page in (haskey(body, "pages") ? objects(body, "pages") : Dict{String,Any}[])],
+    minor_faults = size_field(body, "minor_faults", 0),
+    seconds = Dict{String,Float64}(key => Float64(value) for (key, value) in field(body, "seconds", Dict{String,Any}, Dict{String,Any}()) if value isa Real),
+    request_id = field(body, "request_id", String, "-"),
+)

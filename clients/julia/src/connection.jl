@@ -120,7 +120,8 @@ end
 "A request without descriptors in its reply."
 function ask(c::Connection, op::Op, body)
     reply = request(c, op, body)
-    foreach(close_fd, reply.fds)
+    # Nothing was asked for that could be held.
+    locked(() -> discard!(c, reply), c)
     return reply.body
 end
 
@@ -178,9 +179,8 @@ end
 "What nobody waits for: its descriptors are closed, its leases released."
 function discard!(c::Connection, reply::Reply)
     foreach(close_fd, reply.fds)
-    for (lease, _) in granted(reply.body)
-        haskey(c.leases, lease) && end_lease!(c, lease)
-    end
+    reply.op == OK && foreach(((lease, _),) -> end_lease!(c, lease), granted(reply.body))
+    return nothing
 end
 
 "Runs what must not fail for its caller: the connection's end will be noticed by whoever needs it next."
@@ -292,14 +292,17 @@ function receive_all!(c::Connection)
             locked(() -> dispatch!(c, Reply(op, body, fds), sequence), c)
         catch e
             foreach(close_fd, fds)
-            e isa StraitError || rethrow()
-            return finish!(c, e)
+            e isa StraitError && return finish!(c, e)
+            # Somebody may wait for what this frame was, and for ever.
+            finish!(c, Disconnected("a frame of the host's could not be handled: $(sprint(showerror, e)); connect again"))
+            rethrow()
         end
     end
     return nothing
 end
 
 function dispatch!(c::Connection, reply::Reply, sequence::UInt32)
+    reply.op in (GONE, SHUTDOWN) && !isempty(reply.fds) && throw(ProtocolError("a $(reply.op) with descriptors"))
     if reply.op == GONE
         lease = get(c.leases, UInt64(size_field(reply.body, "lease")), nothing)
         if lease !== nothing
@@ -312,8 +315,8 @@ function dispatch!(c::Connection, reply::Reply, sequence::UInt32)
         throw(ProtocolError("it refused a frame: $(field(reply.body, "message", String, "no message"))"))
     elseif reply.op in (OK, WELCOME, ERROR)
         # Known here already, since their GONE may come before anybody looked at the reply.
-        for (lease, life_ms) in granted(reply.body)
-            hold!(c, lease, life_ms / 1000)
+        for (lease, life) in (reply.op == OK ? granted(reply.body) : Pair{UInt64,Int}[])
+            hold!(c, lease, life / 1000)
         end
         pending = get(c.waiting, sequence, nothing)
         if pending !== nothing && pending.wanted && pending.reply === nothing
@@ -432,14 +435,14 @@ end
 
 "The host gave them a new life, in milliseconds; it is answered."
 function renewed!(c::Connection, leases::Vector{UInt64}, body::Dict{String,Any})
-    life_ms = size_field(body, "expires_ms")
+    life = life_ms(body)
     locked(c) do
         for id in leases
             lease = get(c.leases, id, nothing)
-            lease === nothing || lease.gone !== nothing || hold!(c, id, life_ms / 1000)
+            lease === nothing || lease.gone !== nothing || hold!(c, id, life / 1000)
         end
     end
-    return life_ms
+    return life
 end
 
 # ---- mappings and their arrays
@@ -453,11 +456,11 @@ function map_reply!(c::Connection, mapping::Mapping, lease::UInt64, fd::Cint, wr
     arrays = Any[]
     address = C_NULL
     try
-        writable || mapping.seal in ("write", "host-write") || throw(MappingError(
-            "segment $(mapping.segment) is $(mapping.seal): somebody can still write to it; it has to be published first"))
+        check_seals(fd, mapping, writable)
         # An array without elements needs no pages, and could not keep any (all of them may be one object).
         if any(place -> place.bytes > 0, mapping.places)
             address = map_fd(fd, mapping.bytes, writable)
+            writable || foreach(place -> make_bools!(c, address, place, fd), mapping.places)
         end
         mapped = Mapped(address, mapping.bytes, mapping, lease, writable ? fd : Cint(-1), 0,
             Threads.Atomic{Int}(0), falses(length(mapping.places)), false)
@@ -488,6 +491,39 @@ function map_reply!(c::Connection, mapping::Mapping, lease::UInt64, fd::Cint, wr
         rethrow()
     end
     return arrays
+end
+
+"Linux has to vouch for what the host says of a segment."
+function check_seals(fd::Cint, mapping::Mapping, writable::Bool)
+    writable || mapping.seal in ("write", "host-write") || throw(MappingError(
+        "segment $(mapping.segment) is $(mapping.seal): somebody can still write to it; it has to be published first"))
+    seals = file_seals(fd)
+    # Without SHRINK a shorter file would turn reads into SIGBUS.
+    kept = seals >= 0 && seals & F_SEAL_SHRINK != 0
+    frozen = seals & (mapping.seal == "write" ? F_SEAL_WRITE : F_SEAL_WRITE | F_SEAL_FUTURE_WRITE) != 0
+    kept && (writable || frozen) || throw(MappingError(
+        "segment $(mapping.segment) is said to be $(mapping.seal), and its descriptor $(seals < 0 ? "is no sealed memory" : "has the seals $seals"): somebody could still change it"))
+    return nothing
+end
+
+"""
+`bool8` is true in any byte but 0; a `Bool` of Julia's with another byte than 0 and 1 reads as its lowest bit. Where there
+are such bytes their pages are replaced by private ones, which are counted as copied.
+"""
+function make_bools!(c::Connection, address::Ptr{Cvoid}, place::Place, fd::Cint)
+    place.spec.type === Bool && place.bytes > 0 || return nothing
+    bytes = unsafe_wrap(Array, Ptr{UInt8}(address + place.offset), place.bytes)
+    from = findfirst(>(0x01), bytes)
+    from === nothing && return nothing
+    begun = (place.offset + from - 1) & -PAGE_BYTES
+    map_private_over(address, begun, place.offset + place.bytes - begun, fd) do
+        for n in from:length(bytes)
+            # A page without one is only read, and stays the segment's.
+            bytes[n] > 0x01 && (bytes[n] = 0x01)
+        end
+    end
+    Threads.atomic_add!(c.copied_bytes, length(bytes) - from + 1)
+    return nothing
 end
 
 "The object whose death means that nothing refers to an array's elements any more."

@@ -92,7 +92,8 @@ end
 """
     ProtocolError
 
-The host said something that the protocol does not allow; the session is over.
+The host said something that the protocol does not allow. If it was a frame that cannot be read the session is over; if it
+was an answer that cannot be right nothing of it is kept, and the session goes on.
 """
 struct ProtocolError <: StraitError
     message::String

@@ -55,10 +55,10 @@ struct Kernel
     in_place::Bool
 end
 
-objects(body, key) = Dict{String,Any}[entry isa Dict{String,Any} ? entry : throw(ProtocolError("$(repr(key)) holds $(repr(entry))"))
+objects(body, key) = Dict{String,Any}[entry isa Dict{String,Any} ? entry : throw(ProtocolError("$(repr(key)) holds $(brief(entry)), no object"))
                                       for entry in field(body, key, Vector{Any})]
 
-texts(body, key) = String[entry isa String ? entry : throw(ProtocolError("$(repr(key)) holds $(repr(entry)), no text"))
+texts(body, key) = String[entry isa String ? entry : throw(ProtocolError("$(repr(key)) holds $(brief(entry)), no text"))
                           for entry in field(body, key, Vector{Any}, Any[])]
 
 function Port(body::Dict{String,Any})

@@ -22,6 +22,11 @@ const MAP_NORESERVE = Cint(0x4000)
 const MAP_FAILED = Ptr{Cvoid}(-1)
 const MADV_DONTFORK = Cint(10)
 const O_CLOEXEC = Cint(0o2000000)
+const F_GET_SEALS = Cint(1034)
+const F_SEAL_SHRINK = Cint(2)
+const F_SEAL_WRITE = Cint(8)
+const F_SEAL_FUTURE_WRITE = Cint(16)
+const PAGE_BYTES = 4096
 
 "Descriptors beside one frame, at most."
 const FDS_MAX = 16
@@ -136,8 +141,11 @@ function fds_in(control::Vector{UInt8}, filled::Int)
     return fds
 end
 
-mmap(address, bytes, protection, flags, fd) = ccall(:mmap, Ptr{Cvoid},
-    (Ptr{Cvoid}, Csize_t, Cint, Cint, Cint, Int64), address, bytes, protection, flags, fd, 0)
+"The seals of a memfd; -1 for whatever else a descriptor may be."
+file_seals(fd::Cint) = ccall(:fcntl, Cint, (Cint, Cint, Cint...), fd, F_GET_SEALS)
+
+mmap(address, bytes, protection, flags, fd, offset = 0) = ccall(:mmap, Ptr{Cvoid},
+    (Ptr{Cvoid}, Csize_t, Cint, Cint, Cint, Int64), address, bytes, protection, flags, fd, offset)
 
 "Keeps a forked child from seeing pages that the host may give to somebody else while the child lives."
 keep_from_children(address, bytes) =
@@ -173,6 +181,20 @@ function map_readonly_over(address::Ptr{Cvoid}, bytes::Int, fd::Cint)
     finally
         close_fd(reading)
     end
+    return nothing
+end
+
+"""
+Replaces a part of a mapping at `address`, from a page's beginning on, by a private one that `change` may write to: what
+it writes stays in this process. Read-only again afterwards.
+"""
+function map_private_over(change, address::Ptr{Cvoid}, offset::Int, bytes::Int, fd::Cint)
+    start = address + offset
+    found = mmap(start, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED, fd, offset)
+    found == MAP_FAILED && throw(MappingError("cannot map $bytes bytes for this process alone: $(Libc.strerror())"))
+    keep_from_children(start, bytes)
+    change()
+    systemerror("mprotect", ccall(:mprotect, Cint, (Ptr{Cvoid}, Csize_t, Cint), start, bytes, PROT_READ) != 0)
     return nothing
 end
 

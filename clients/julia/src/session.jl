@@ -406,9 +406,11 @@ function pages(page, key::String, after)
     while true
         body = page(isempty(found) ? nothing : after(last(found)))
         entries = objects(body, key)
+        repeated = !isempty(found) && !isempty(entries) && after(last(entries)) == after(last(found))
         append!(found, entries)
         field(body, "more", Bool, false) || return found
         isempty(entries) && throw(ProtocolError("an empty page of $(repr(key)) promises more"))
+        repeated && throw(ProtocolError("a page of $(repr(key)) came twice"))
     end
 end
 
@@ -431,7 +433,8 @@ end
     stats(session)
 
 Counts of this session and of its host:
-- `copied_bytes`: bytes of arrays that this session copied into segments, because they were in none
+- `copied_bytes`: bytes of arrays that this session copied into segments, because they were in none (and of tensors of `bool8`
+  with other bytes than 0 and 1, from the first such on)
 - `calls`: kernels that it called
 - `mappings`, `mapped_bytes`: segments that it has mapped now
 - `host`: what the host counts, a `Dict` (docs/protocol.md, STATS): its own copies are `host["copied_bytes"]`

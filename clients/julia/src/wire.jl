@@ -29,6 +29,11 @@ const BODY_BYTES_MAX = 61440
 const PROTOCOL_VERSION = 1
 "Every tensor of a segment starts on a multiple of this, which is enough for each element type."
 const ALIGN_BYTES = 64
+"More tensors in a segment, or dimensions in a tensor, no host has; types of unbounded size would be compiled for them."
+const TENSORS_MAX = 128
+const RANK_MAX = 8
+"Longer lives of leases count as this one (milliseconds), which a Float64 holds exactly."
+const LIFE_MS_MAX = 2^53
 
 "One frame; throws `ArgumentError` if `body` does not fit into one."
 function encode_frame(op::Op, sequence::UInt32, body)
@@ -67,14 +72,17 @@ end
 function field(body::Dict{String,Any}, key::String, ::Type{T}) where {T}
     found = get(body, key, nothing)
     found isa T && return found::T
-    throw(ProtocolError(haskey(body, key) ? "$(repr(key)) is $(repr(found)), no $T" : "a reply without $(repr(key))"))
+    throw(ProtocolError(haskey(body, key) ? "$(repr(key)) is $(brief(found)), no $T" : "a reply without $(repr(key))"))
 end
+"What the host sent, short enough for a message."
+brief(value) = (text = repr(value); length(text) <= 80 ? text : first(text, 80) * "…")
+
 field(body::Dict{String,Any}, key::String, ::Type{T}, default) where {T} =
     get(body, key, nothing) === nothing ? default : field(body, key, T)
 
 "A size or count: an integer from 0 to what an address can be."
 function sized(value, what)::Int
-    value isa JSON.Whole && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(repr(value)), no size"))
+    value isa JSON.Whole && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(brief(value)), no size"))
     return Int(value)
 end
 size_field(body::Dict{String,Any}, key::String) = sized(get(body, key, nothing), repr(key))
@@ -102,6 +110,13 @@ Base.eltype(spec::TensorSpec) = spec.type
 Base.show(io::IO, spec::TensorSpec) =
     print(io, spec.name, ": ", spec.type, "[", join(spec.dims, ", "), "]")
 
+"A name that becomes one of a `NamedTuple`."
+function symbolic(body::Dict{String,Any}, key::String)
+    name = field(body, key, String)
+    '\0' in name && throw(ProtocolError("$(repr(key)) is $(brief(name)): no name has a NUL"))
+    return name
+end
+
 "A tensor and where it lies in its segment: `bytes` from `offset` on."
 struct Place
     spec::TensorSpec
@@ -121,17 +136,21 @@ function Mapping(body::Dict{String,Any})
     version = field(body, "strait-mmap", JSON.Whole)
     version == 1 || throw(ProtocolError("a mapping of version $version, known is 1"))
     bytes = size_field(body, "bytes")
-    places = Place[place(tensor, bytes) for tensor in field(body, "tensors", Vector{Any})]
+    tensors = field(body, "tensors", Vector{Any})
+    length(tensors) <= TENSORS_MAX || throw(ProtocolError("a segment of $(length(tensors)) tensors, more than $TENSORS_MAX"))
+    places = Place[place(tensor, bytes) for tensor in tensors]
+    allunique(place.spec.name for place in places) || throw(ProtocolError("two tensors of a segment have one name"))
     return Mapping(field(body, "segment", String), bytes, field(body, "seal", String), places)
 end
 
 function place(body, segment_bytes::Int)
     body isa Dict{String,Any} || throw(ProtocolError("a tensor that is no object"))
-    name = field(body, "name", String)
+    name = symbolic(body, "name")
     dtype = field(body, "dtype", String)
     T = get(TYPE_OF, dtype, nothing)
     T === nothing && throw(MappingError("tensor $(repr(name)) has dtype $(repr(dtype)), which this client does not know: use a newer one"))
     shape = field(body, "shape", Vector{Any})
+    length(shape) <= RANK_MAX || throw(ProtocolError("tensor $(repr(name)) has $(length(shape)) dimensions, more than $RANK_MAX"))
     dims = reverse!(Int[sized(n, "a size in the shape of $(repr(name))") for n in shape])
     offset = sized(get(body, "offset", nothing), "the offset of $(repr(name))")
     bytes = sized(get(body, "length", nothing), "the length of $(repr(name))")
@@ -153,6 +172,8 @@ function failure(body::Dict{String,Any})
         field(body, "backtrace", String, nothing), field(body, "details", Dict{String,Any}, Dict{String,Any}()))
 end
 
+life_ms(body::Dict{String,Any}) = min(size_field(body, "expires_ms"), LIFE_MS_MAX)
+
 "Leases that a reply grants, with their lives in milliseconds."
 function granted(body::Dict{String,Any})
     found = Pair{UInt64,Int}[]
@@ -161,8 +182,8 @@ function granted(body::Dict{String,Any})
         entry isa Dict{String,Any} && haskey(entry, "lease") || continue
         lease = entry["lease"]
         lease === nothing && continue
-        lease isa JSON.Whole && lease > 0 || throw(ProtocolError("lease $(repr(lease))"))
-        push!(found, UInt64(lease) => size_field(entry, "expires_ms"))
+        lease isa JSON.Whole && lease > 0 || throw(ProtocolError("lease $(brief(lease))"))
+        push!(found, UInt64(lease) => life_ms(entry))
     end
     return found
 end

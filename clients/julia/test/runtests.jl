@@ -15,6 +15,7 @@ include("peer.jl")
     @testset "wire" begin include("wire.jl") end
     @testset "session" begin include("session.jl") end
     @testset "arrays" begin include("arrays.jl") end
+    @testset "a hostile host" begin include("hostile.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
     else
