@@ -516,9 +516,21 @@ fn mistakes_name_the_thing_and_the_remedy() {
         "TENSOR_NOT_FOUND",
     );
     assert!(text.contains("request: job-17"), "{text}");
-    good(
+    let refused = [
+        "-p",
+        "lo=2",
+        "-p",
+        "hi=1",
+        "-o",
+        "z",
+        "--request-id",
+        "job-18",
+    ];
+    bad(
         host.path(),
-        &[&call(&["-i", "x=x", "--request-id", "job-18"])[..]].concat(),
+        &[&["call", "clip", "-i", "x=x"][..], &refused].concat(),
+        3,
+        "BAD_PARAMETER",
     );
     let log = host.log();
     let lines: Vec<Value> = log
