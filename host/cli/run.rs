@@ -278,6 +278,7 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
             Failure::other("HOST", format!("input `{port}`: {error}"))
         };
         let mut pages = WriteMapping::new(&fd, range(place)?.end).map_err(unmapped)?;
+        pages.back_with_huge_pages(range(place)?, host.births());
         let _bar = Progress::start(format!("reading {}", path.display()), place.length);
         file.read_into(index, &mut pages.bytes_mut()[range(place)?])?;
     }

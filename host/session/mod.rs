@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use strait_client::wire;
 use strait_memory::{Adopted, Budget, Copied, HugeBirths, MemoryError, Open, Segment};
-use strait_tensor::{Column, FileLayout, HUGE_MIN_BYTES, TensorPlace};
+use strait_tensor::{Column, FileLayout, TensorPlace};
 
 use crate::config::Config;
 use crate::engine::Engine;
@@ -502,6 +502,12 @@ impl Host {
         Ok(())
     }
 
+    /// Counts the huge pages of segments that are filled in this process.
+    #[must_use]
+    pub fn births(&self) -> &HugeBirths {
+        &self.births
+    }
+
     /// A segment for the host's own code to fill: large tensors in huge pages, which takes time that no
     /// runtime thread has.
     ///
@@ -513,10 +519,8 @@ impl Host {
     ) -> Result<(Segment<Open>, FileLayout), Status> {
         let (segment, layout) = self.allocate(columns)?;
         for tensor in &layout.tensors {
-            if tensor.length >= HUGE_MIN_BYTES {
-                let range = tensor.offset..tensor.offset + tensor.length;
-                segment.back_with_huge_pages(range, &self.births);
-            }
+            let range = tensor.offset..tensor.offset + tensor.length;
+            segment.back_with_huge_pages(range, &self.births);
         }
         Ok((segment, layout))
     }

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strait_memory::{Inode, ReadMapping, WriteMapping};
-use strait_tensor::{Dtype, HUGE_MIN_BYTES, TensorPlace};
+use strait_tensor::{Dtype, TensorPlace};
 
 use crate::asynchronous::AsyncClient;
 use crate::connection::Connection;
@@ -133,9 +133,7 @@ impl OpenSegment {
             // Now and not when it was made: this is the thread that is going to fill it.
             Filling::Fresh(mut pages, fd) => {
                 for place in &self.mapping.tensors {
-                    if place.length >= HUGE_MIN_BYTES {
-                        pages.back_with_huge_pages(range(place), self.client.births());
-                    }
+                    pages.back_with_huge_pages(range(place), self.client.births());
                 }
                 Filling::Writable(pages, fd)
             }

@@ -15,6 +15,8 @@ use std::time::{Duration, Instant};
 use crate::HUGE_USIZE;
 use crate::pages::Reservation;
 
+/// Less than this stays in small pages: a huge page more or less would be too much of it.
+const WORTH_BYTES: usize = 2 * HUGE_USIZE;
 /// Bytes collapsed between two looks at the clock.
 const STEP_BYTES: usize = 8 << 20;
 /// A step that took longer is the last one.
@@ -48,7 +50,7 @@ impl HugeBirths {
         self.huge.load(Ordering::Relaxed)
     }
 
-    /// Backs the whole huge pages of `range` (offsets) with memory. Takes a tenth of a second for a
+    /// Backs the whole huge pages of `range` (offsets, 4 MiB and more) with memory. Takes a tenth of a second for a
     /// gigabyte at best: not for a thread that others wait for.
     ///
     /// # Safety
@@ -56,6 +58,9 @@ impl HugeBirths {
     /// that equal the file's offsets modulo [`crate::HUGE`]; nobody has written there yet and
     /// nothing moves or covers it during the call.
     pub(crate) unsafe fn back(&self, pages: &Reservation, range: Range<usize>) {
+        if range.len() < WORTH_BYTES {
+            return;
+        }
         let address = pages.start();
         let start = (address + range.start).next_multiple_of(HUGE_USIZE) - address;
         let end = ((address + range.end) / HUGE_USIZE * HUGE_USIZE).saturating_sub(address);

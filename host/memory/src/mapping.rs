@@ -275,7 +275,7 @@ impl WriteMapping {
         }
     }
 
-    /// Backs `range` (bytes), which is about to be filled for the first time, with huge pages as far
+    /// Backs `range` (bytes), which is about to be filled for the first time, with huge pages (from 4 MiB on) as far
     /// as Linux gives any; `births` counts them. What was written there may be zero afterwards.
     pub fn back_with_huge_pages(&mut self, range: Range<usize>, births: &HugeBirths) {
         let Some(pages) = &self.0.pages else {

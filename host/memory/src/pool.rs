@@ -33,8 +33,6 @@ const MAPPINGS_SHARE: u64 = 8;
 
 /// Where a large result's body starts: before it is a header of a page or two.
 const HUGE_FROM: u64 = HUGE;
-/// Bodies from this size on are born in huge pages.
-const HUGE_MIN_BYTES: u64 = 2 * HUGE;
 
 /// Makes, recycles and bounds result segments.
 #[derive(Debug)]
@@ -181,7 +179,7 @@ impl ResultPool {
             _bytes: self.bytes.try_reserve(capacity)?,
         };
         let mut parked = Parked::whole(&segment, mapping)?;
-        if bytes >= HUGE_FROM + HUGE_MIN_BYTES {
+        if bytes > HUGE_FROM {
             parked.back_with_huge_pages(HUGE_FROM..bytes, &self.births);
         }
         self.created.fetch_add(1, Ordering::Relaxed);

@@ -349,7 +349,7 @@ impl Segment<Open> {
     }
 
     /// Backs `range` (bytes), which this process is about to fill and nobody has written yet, with
-    /// huge pages as far as Linux gives any; `births` counts them.
+    /// huge pages (from 4 MiB on) as far as Linux gives any; `births` counts them.
     pub fn back_with_huge_pages(&self, range: Range<u64>, births: &HugeBirths) {
         let range = to_usize(range.start)..to_usize(range.end.min(self.bytes()));
         if range.is_empty() {

@@ -21,5 +21,5 @@ mod spec;
 pub use dtype::{Dtype, UnknownDtype};
 pub use files::{FileError, NpyError, TensorFile, write};
 pub use ipc::{IpcError, read_layout};
-pub use layout::{Column, FileLayout, HUGE_MIN_BYTES, LayoutError};
+pub use layout::{Column, FileLayout, LayoutError};
 pub use spec::{RANK_MAX, TensorPlace, TensorSpec};
