@@ -967,6 +967,55 @@ fn run_needs_no_host() {
 }
 
 #[test]
+fn a_core_module_that_is_no_plugin_says_what_it_lacks() {
+    let directory = TempDir::new().unwrap();
+    let here = directory.path();
+    let module = guest::module("core", "");
+    let export = |name: &str| format!("(export \"strait:kernel/kernels@0.1.0#{name}\" (func");
+    let without = |name: &str| module.replace(&export(name), "(export \"other\" (func");
+    let whole = guest::with_bindings(&module);
+    fs::write(here.join("good.wasm"), &whole).unwrap();
+    assert!(good(here, &["kernels", "good.wasm"]).starts_with("k  (core 0.0.1)"));
+
+    let misfits = [
+        (
+            guest::with_bindings(&without("run")),
+            "it is a core module without the export `strait:kernel/kernels@0.1.0#run`",
+        ),
+        (
+            guest::with_bindings(&module.replace(
+                &format!("{} $bind", export("bind")),
+                &format!("{} $run", export("bind")),
+            )),
+            "`strait:kernel/kernels@0.1.0#bind` has the type (i32) -> i32 and must have (i32, i32, i32, i32) -> i32",
+        ),
+        (
+            guest::with_bindings(&module.replace("cabi_realloc", "other_realloc")),
+            "it is a core module that does not become a component",
+        ),
+        (
+            wat::parse_str(&module).unwrap(),
+            "it is a core module without the section `component-type`",
+        ),
+        (
+            wat::parse_str("(module (func (export \"run\")))").unwrap(),
+            "without the exports `strait:kernel/kernels@0.1.0#describe`, `strait:kernel/kernels@0.1.0#open`",
+        ),
+    ];
+    for (bytes, says) in misfits {
+        fs::write(here.join("core.wasm"), bytes).unwrap();
+        let text = bad(here, &["kernels", "core.wasm"], 3, "BAD_PLUGIN");
+        assert!(text.contains(says), "{text:?} lacks {says:?}");
+        assert!(text.contains("core.wasm"), "{text:?}");
+    }
+    // Cut off anywhere: an error, and `bad` fails on a panic.
+    for length in [8, 9, 40, whole.len() / 2, whole.len() - 1] {
+        fs::write(here.join("core.wasm"), &whole[..length]).unwrap();
+        bad(here, &["kernels", "core.wasm"], 3, "BAD_PLUGIN");
+    }
+}
+
+#[test]
 fn integer_parameters_are_exact() {
     let host = Served::start(&[]);
     let here = host.path();

@@ -15,6 +15,7 @@ mod abi;
     reason = "a compiled artifact is believed; see the module's doc"
 )]
 mod cache;
+mod core_module;
 #[expect(unsafe_code, reason = "signal handler of a store")]
 mod fault;
 #[expect(unsafe_code, reason = "linear memories on our own reservations")]
@@ -184,7 +185,7 @@ impl Engine {
     /// # Errors
     /// [`LoadError`], naming what is wrong with the plugin.
     pub fn load(&self, bytes: Arc<[u8]>) -> Result<Plugin, LoadError> {
-        let bytes = component(bytes)?;
+        let bytes = core_module::component(bytes)?;
         let hash = Plugin::hash(&bytes);
         let compiled = self.compile(&hash, &bytes)?;
         let description = invoke::describe(self, &compiled).map_err(LoadError::Describe)?;
@@ -269,24 +270,6 @@ impl Engine {
             self.running.load(Ordering::Relaxed),
         )
     }
-}
-
-/// `bytes`, with a component around it if it is a core module.
-fn component(bytes: Arc<[u8]>) -> Result<Arc<[u8]>, LoadError> {
-    const CORE_MODULE: &[u8] = b"\0asm\x01\0\0\0";
-    if !bytes.starts_with(CORE_MODULE) {
-        return Ok(bytes);
-    }
-    wit_component::ComponentEncoder::default()
-        .validate(true)
-        .module(&bytes)
-        .and_then(|mut encoder| encoder.encode())
-        .map(Arc::from)
-        .map_err(|e| {
-            LoadError::NotAPlugin(format!(
-                "a core module that does not become a component: {e:#}"
-            ))
-        })
 }
 
 /// Limits under which a plugin's `describe` runs when it is loaded.

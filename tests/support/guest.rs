@@ -4,7 +4,11 @@
 //! well-behaved plugin with one kernel `k`: `x` (float64, rank 0 to 8) to `y`, of the same spec.
 //! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (control records).
 
-#![allow(unreachable_pub, reason = "a module of test binaries")]
+#![allow(
+    unreachable_pub,
+    dead_code,
+    reason = "a module of test binaries, each of which uses a part of it"
+)]
 
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
@@ -145,8 +149,8 @@ fn description(plugin: &str) -> Vec<u8> {
     data.bytes
 }
 
-/// The component of a guest file's text. `plugin` is the name that it gives itself.
-pub fn component(plugin: &str, text: &str) -> Vec<u8> {
+/// The core module of a guest file's text, as text. `plugin` is the name that it gives itself.
+pub fn module(plugin: &str, text: &str) -> String {
     let escaped: String = description(plugin)
         .iter()
         .map(|b| format!("\\{b:02x}"))
@@ -165,7 +169,7 @@ pub fn component(plugin: &str, text: &str) -> Vec<u8> {
         .filter(|line| !line.starts_with("(import"))
         .map(|l| format!("{l}\n"))
         .collect();
-    let wat = format!(
+    format!(
         r#"(module
         {imports}
         (memory (export "memory") 2)
@@ -186,14 +190,23 @@ pub fn component(plugin: &str, text: &str) -> Vec<u8> {
         (export "strait:kernel/kernels@0.1.0#notes" (func $notes))
         (export "strait:kernel/kernels@0.1.0#last-error" (func $last_error))
         (export "cabi_realloc" (func $realloc)))"#
-    );
-    let mut module = wat::parse_str(&wat).unwrap_or_else(|e| panic!("{plugin}: {e}"));
+    )
+}
+
+/// A core module with the section that bindings put in.
+pub fn with_bindings(wat: &str) -> Vec<u8> {
+    let mut module = wat::parse_str(wat).unwrap_or_else(|e| panic!("{e}: {wat}"));
     let mut resolve = wit_parser::Resolve::default();
     let (package, _) = resolve.push_path("wit").unwrap();
     let world = resolve.select_world(&[package], Some("plugin")).unwrap();
     embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
+    module
+}
+
+/// The component of a guest file's text. `plugin` is the name that it gives itself.
+pub fn component(plugin: &str, text: &str) -> Vec<u8> {
     ComponentEncoder::default()
-        .module(&module)
+        .module(&with_bindings(&module(plugin, text)))
         .unwrap()
         .validate(true)
         .encode()
