@@ -1016,6 +1016,61 @@ fn a_core_module_that_is_no_plugin_says_what_it_lacks() {
 }
 
 #[test]
+fn a_plugin_in_a_file_may_have_any_name() {
+    let directory = TempDir::new().unwrap();
+    let here = directory.path();
+    let bytes = guest::component("standard", "");
+    fs::write(here.join("standard.wasm"), bytes).unwrap();
+    put_f64(&here.join("x.npy"), &[2], &[1.0, 2.0]);
+    assert!(good(here, &["kernels", "standard.wasm"]).starts_with("k  (standard 0.0.1)"));
+    good(
+        here,
+        &["run", "standard.wasm", "-i", "x=x.npy", "-o", "y.npy"],
+    );
+    assert_eq!(get_f64(&here.join("y.npy")), (vec![2], vec![1.0, 2.0]));
+}
+
+fn pipe(path: &Path) {
+    let made = Command::new("mkfifo").arg(path).status().unwrap();
+    assert!(made.success());
+}
+
+#[test]
+fn a_plugin_is_a_regular_file_and_nobody_waits_for_another() {
+    let directory = TempDir::new().unwrap();
+    let here = directory.path();
+    put_f64(&here.join("x.npy"), &[2], &[1.0, 2.0]);
+    pipe(&here.join("pipe.wasm"));
+    fs::create_dir(here.join("directory.wasm")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", here.join("zero.wasm")).unwrap();
+    let _socket = std::os::unix::net::UnixListener::bind(here.join("socket.wasm")).unwrap();
+    let huge = fs::File::create(here.join("huge.wasm")).unwrap();
+    huge.set_len(1 << 40).unwrap();
+    for (file, says) in [
+        ("pipe.wasm", "not a regular file"),
+        ("directory.wasm", "not a regular file"),
+        ("zero.wasm", "not a regular file"),
+        ("socket.wasm", "not a regular file"),
+        (
+            "huge.wasm",
+            "has 1099511627776 bytes; a plugin has at most 268435456",
+        ),
+    ] {
+        for arguments in [
+            &["kernels", file][..],
+            &["run", file, "-i", "x=x.npy", "-o", "y.npy"],
+        ] {
+            let text = bad(here, arguments, 3, "BAD_FILE");
+            assert!(text.contains(file) && text.contains(says), "{text:?}");
+        }
+        let output = run(here, &["serve", "--directory", "host", "--plugin", file]);
+        let text = stderr(&output);
+        assert_ne!(code(&output), 0, "{text}");
+        assert!(text.contains(file) && text.contains(says), "{text:?}");
+    }
+}
+
+#[test]
 fn integer_parameters_are_exact() {
     let host = Served::start(&[]);
     let here = host.path();

@@ -282,12 +282,12 @@ impl Failure {
     /// The operating system's answer about a file that the caller named.
     pub(super) fn file(error: &io::Error, message: String) -> Self {
         use io::ErrorKind::{
-            IsADirectory, NotADirectory, NotFound, PermissionDenied, UnexpectedEof,
+            InvalidFilename, InvalidInput, IsADirectory, NotADirectory, NotFound, PermissionDenied,
+            UnexpectedEof,
         };
         match error.kind() {
-            NotFound | PermissionDenied | IsADirectory | NotADirectory | UnexpectedEof => {
-                Self::input("BAD_FILE", message)
-            }
+            NotFound | PermissionDenied | IsADirectory | NotADirectory | UnexpectedEof
+            | InvalidInput | InvalidFilename => Self::input("BAD_FILE", message),
             _ => Self::other("FILE", message),
         }
     }

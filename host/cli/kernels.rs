@@ -96,10 +96,8 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
 /// Those of one plugin.
 fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
     let host = run::private_host(serve::load(None)?)?;
-    let plugin = run::load_plugin(&host, file)?;
-    let mut kernels: Vec<Kernel> = host.plugins().kernels().iter().map(Kernel::from).collect();
-    kernels.retain(|kernel| kernel.plugin == plugin.description.name);
-    Ok(kernels)
+    run::load_plugin(&host, file)?;
+    Ok(host.plugins().kernels().iter().map(Kernel::from).collect())
 }
 
 /// A kernel for people, several lines.

@@ -7,6 +7,10 @@ mod check;
 mod number;
 
 use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 use std::sync::{Arc, RwLock};
 
 use sha2::{Digest, Sha256};
@@ -172,7 +176,36 @@ pub struct Plugin {
     pub description: Description,
 }
 
+/// Largest file that is read as a plugin; those that we know have 1 MiB at most.
+const FILE_BYTES_MAX: u64 = 256 << 20;
+
 impl Plugin {
+    /// The bytes of a plugin's file.
+    ///
+    /// # Errors
+    /// If it is no regular file, has more than 256 MiB, or cannot be read.
+    pub fn read(path: &Path) -> io::Result<Vec<u8>> {
+        let metadata = fs::metadata(path)?;
+        let refused = |reason| Err(io::Error::new(io::ErrorKind::InvalidInput, reason));
+        if !metadata.is_file() {
+            return refused("it is not a regular file".to_owned());
+        }
+        if metadata.len() > FILE_BYTES_MAX {
+            return refused(format!(
+                "it has {} bytes; a plugin has at most {FILE_BYTES_MAX}",
+                metadata.len()
+            ));
+        }
+        // Somebody's lease on the file, or a pipe that came there just now, would make us wait.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)?;
+        let mut bytes = Vec::new();
+        file.take(FILE_BYTES_MAX).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    }
+
     /// Sha-256 of a plugin's bytes.
     #[must_use]
     pub fn hash(bytes: &[u8]) -> PluginHash {
@@ -268,6 +301,12 @@ impl Plugins {
         let plugin = Arc::new(plugin);
         by_name.insert(plugin.description.name.clone(), Arc::clone(&plugin));
         Ok(plugin)
+    }
+
+    /// Takes all of them away.
+    pub fn clear(&self) {
+        let mut by_name = self.by_name.write().unwrap_or_else(|e| e.into_inner());
+        by_name.clear();
     }
 
     /// All kernels, sorted by plugin and name.

@@ -198,7 +198,7 @@ impl Host {
             config,
         });
         let read = |path: &PathBuf| {
-            std::fs::read(path).map_err(|e| anyhow::anyhow!("plugin {}: {e}", path.display()))
+            Plugin::read(path).map_err(|e| anyhow::anyhow!("plugin {}: {e}", path.display()))
         };
         let standard = host
             .config
