@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
-    /// One byte, 0 or 1.
+    /// One byte: 0 is false, any other true.
     Bool8,
     /// Signed, 8 bits.
     Int8,

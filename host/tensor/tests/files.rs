@@ -141,6 +141,126 @@ fn a_bool8_is_0_or_1() {
     assert_eq!(read(&mut open(&path), 0), [0, 1, 1, 1]);
 }
 
+/// A file of `descr` with one element in `data`.
+fn with_descr(path: &Path, descr: &str, data: &[u8]) {
+    let mut header = format!("{{'descr': {descr:?}, 'fortran_order': False, 'shape': (1,), }}");
+    header.push('\n');
+    let length = u16::try_from(header.len()).expect("a short header");
+    let start = [b"\x93NUMPY\x01\x00", &length.to_le_bytes()[..]].concat();
+    fs::write(path, [&start, header.as_bytes(), data].concat()).expect("writes there");
+}
+
+/// Each spelling was tried with numpy 2.4 on 64-bit Linux.
+#[test]
+fn every_spelling_of_a_dtype_that_numpy_loads_is_read() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("x.npy");
+    let spellings = [
+        (Dtype::Bool8, "b1 |b1 <b1 >b1 ? =? <? bool bool_"),
+        (Dtype::Int8, "i1 |i1 <i1 >i1 =i1 b int8 byte"),
+        (Dtype::Int16, "i2 <i2 |i2 =i2 h <h int16 short"),
+        (Dtype::Int32, "i4 <i4 |i4 =i4 i <i int32 intc"),
+        (
+            Dtype::Int64,
+            "i8 <i8 |i8 =i8 l <l q n p int64 int int_ long longlong intp",
+        ),
+        (Dtype::Uint8, "u1 |u1 >u1 B uint8 ubyte"),
+        (Dtype::Uint16, "u2 <u2 |u2 H uint16 ushort"),
+        (Dtype::Uint32, "u4 <u4 =u4 I uint32 uintc"),
+        (
+            Dtype::Uint64,
+            "u8 <u8 =u8 L Q N P uint64 uint ulong ulonglong uintp",
+        ),
+        (Dtype::Float16, "f2 <f2 |f2 e <e float16 half"),
+        (Dtype::Float32, "f4 <f4 =f4 f float32 single"),
+        (Dtype::Float64, "f8 <f8 |f8 =f8 d <d float64 float double"),
+        (Dtype::Complex64, "c8 <c8 =c8 F complex64 csingle"),
+        (
+            Dtype::Complex128,
+            "c16 <c16 |c16 D complex128 complex cdouble",
+        ),
+        (Dtype::Bfloat16, "V2 <V2 |V2 =V2"),
+        (Dtype::Float8E5m2, "<f1"),
+    ];
+    for (dtype, spellings) in spellings {
+        for descr in spellings.split(' ') {
+            let data: Vec<u8> = (0..dtype.size())
+                .map(|i| 0x40 - u8::try_from(i).expect("at most 16"))
+                .collect();
+            with_descr(&path, descr, &data);
+            let mut file = open(&path);
+            let spec = &file.tensors()[0].1;
+            assert_eq!((spec.dtype, &*spec.shape), (dtype, &[1][..]), "{descr}");
+            if dtype == Dtype::Bool8 {
+                assert_eq!(read(&mut file, 0), [1], "{descr}");
+            } else {
+                assert_eq!(read(&mut file, 0), data, "{descr}");
+            }
+        }
+    }
+    // The other order, number by number; a byte has none.
+    for (descr, is_swapped, parts) in [
+        (">h", true, 1),
+        (">i4", true, 1),
+        (">Q", true, 1),
+        (">e", true, 1),
+        (">f4", true, 1),
+        (">d", true, 1),
+        (">F", true, 2),
+        (">c16", true, 2),
+        (">b", false, 1),
+        (">?", false, 1),
+    ] {
+        let size = match descr {
+            ">h" | ">e" => 2,
+            ">i4" | ">f4" => 4,
+            ">b" | ">?" => 1,
+            ">c16" => 16,
+            _ => 8,
+        };
+        let data: Vec<u8> = (1..=size).collect();
+        with_descr(&path, descr, &data);
+        let mut expected = data;
+        if is_swapped {
+            let part = expected.len() / parts;
+            expected.chunks_mut(part).for_each(<[u8]>::reverse);
+        }
+        assert_eq!(read(&mut open(&path), 0), expected, "{descr}");
+    }
+}
+
+#[test]
+fn a_dtype_that_is_refused_is_named_for_what_it_is() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    let path = directory.path().join("x.npy");
+    for (descrs, says) in [
+        ("f16 <f16 g longdouble float128", "a long double"),
+        ("c32 >c32 G clongdouble complex256", "a long complex"),
+        ("O |O object object_", "Python objects"),
+        ("S S10 |S3 a5 bytes bytes_ c", "of byte strings"),
+        ("U <U3 str str_ unicode", "of strings"),
+        ("M8 <M8[s] datetime64 datetime64[ns]", "of dates"),
+        ("m8 <m8[us] timedelta64", "of time differences"),
+        ("V V8 |V16 void", "of opaque bytes"),
+        ("V1 |V1", "which one is not in the file"),
+        ("f8,f8 1f8 (2,)i4", "structured"),
+        (
+            "x i3 f3 b2 q8 float_ float8 int128 >int32 <float64 |bool Float64 @f8 string d8",
+            "is not known",
+        ),
+        ("\u{e4}", "is not known"),
+    ] {
+        for descr in descrs.split(' ') {
+            with_descr(&path, descr, &[0; 32]);
+            let text = refusal(&path);
+            assert!(text.contains(says), "{descr}: {text}");
+            assert!(text.contains(&format!("dtype {descr:?} is ")), "{text}");
+        }
+    }
+    with_descr(&path, "", &[0; 32]);
+    assert!(refusal(&path).contains("is not known"));
+}
+
 fn refusal(path: &Path) -> String {
     TensorFile::open(path).expect_err("a refusal").to_string()
 }
@@ -247,15 +367,11 @@ fn a_damaged_npy_header_says_where() {
             "9 axes",
         ),
         (
-            "{'descr': 'f8', 'fortran_order': False, 'shape': (1,)}",
-            "without a byte order",
-        ),
-        (
             "{'descr': '>V2', 'fortran_order': False, 'shape': (4,)}",
             "big-endian",
         ),
         (
-            "{'descr': '<q8', 'fortran_order': False, 'shape': (1,)}",
+            "{'descr': '<f3', 'fortran_order': False, 'shape': (1,)}",
             "not known",
         ),
         (

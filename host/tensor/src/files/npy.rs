@@ -325,7 +325,8 @@ impl<'a> Python<'a> {
     }
 }
 
-/// numpy's word for a dtype, and whether it means big-endian bytes.
+/// numpy's word for a dtype, and whether it means big-endian bytes. What `numpy.load` takes is read:
+/// codes with or without a size, and the dtypes' names.
 fn parse_descr(descr: &str) -> Result<(Dtype, bool), NpyError> {
     let refused = |reason| NpyError::Dtype {
         descr: descr.to_owned(),
@@ -336,20 +337,20 @@ fn parse_descr(descr: &str) -> Result<(Dtype, bool), NpyError> {
         _ => ("", descr),
     };
     let dtype = match kind {
-        "b1" => Dtype::Bool8,
-        "i1" => Dtype::Int8,
-        "i2" => Dtype::Int16,
-        "i4" => Dtype::Int32,
-        "i8" => Dtype::Int64,
-        "u1" => Dtype::Uint8,
-        "u2" => Dtype::Uint16,
-        "u4" => Dtype::Uint32,
-        "u8" => Dtype::Uint64,
-        "f2" => Dtype::Float16,
-        "f4" => Dtype::Float32,
-        "f8" => Dtype::Float64,
-        "c8" => Dtype::Complex64,
-        "c16" => Dtype::Complex128,
+        "b1" | "?" => Dtype::Bool8,
+        "i1" | "b" => Dtype::Int8,
+        "i2" | "h" => Dtype::Int16,
+        "i4" | "i" => Dtype::Int32,
+        "i8" | "l" | "q" | "n" | "p" => Dtype::Int64,
+        "u1" | "B" => Dtype::Uint8,
+        "u2" | "H" => Dtype::Uint16,
+        "u4" | "I" => Dtype::Uint32,
+        "u8" | "L" | "Q" | "N" | "P" => Dtype::Uint64,
+        "f2" | "e" => Dtype::Float16,
+        "f4" | "f" => Dtype::Float32,
+        "f8" | "d" => Dtype::Float64,
+        "c8" | "F" => Dtype::Complex64,
+        "c16" | "D" => Dtype::Complex128,
         // ml_dtypes: its other one-byte floats are of kind V.
         "f1" => Dtype::Float8E5m2,
         "V2" if order == ">" => return Err(refused("two opaque bytes, big-endian")),
@@ -361,29 +362,76 @@ fn parse_descr(descr: &str) -> Result<(Dtype, bool), NpyError> {
                  the file; save it as .arrow, which keeps the type, or as uint8",
             ));
         }
-        _ => return Err(refused(why_not(kind))),
+        name => match named(name).filter(|_| order.is_empty()) {
+            Some(dtype) => dtype,
+            None => return Err(refused(why_not(name))),
+        },
     };
-    let big_endian = match order {
-        "<" => false,
-        ">" => true,
-        _ if dtype.size() == 1 => false,
-        _ => return Err(refused("without a byte order; save it again as '<' or '>'")),
-    };
+    // '|', '=' and none at all mean the machine's own order, as in numpy.
+    let big_endian = order == ">" && dtype.size() > 1;
     Ok((dtype, big_endian))
+}
+
+/// The dtype of that name in numpy, with C's `long` of 64 bits.
+fn named(name: &str) -> Option<Dtype> {
+    Some(match name {
+        "bool" | "bool_" => Dtype::Bool8,
+        "byte" => Dtype::Int8,
+        "short" => Dtype::Int16,
+        "intc" => Dtype::Int32,
+        "int" | "int_" | "long" | "longlong" | "intp" => Dtype::Int64,
+        "ubyte" => Dtype::Uint8,
+        "ushort" => Dtype::Uint16,
+        "uintc" => Dtype::Uint32,
+        "uint" | "ulong" | "ulonglong" | "uintp" => Dtype::Uint64,
+        "half" => Dtype::Float16,
+        "single" => Dtype::Float32,
+        "float" | "double" => Dtype::Float64,
+        "csingle" => Dtype::Complex64,
+        "complex" | "cdouble" => Dtype::Complex128,
+        name => return name.parse().ok(),
+    })
 }
 
 /// What a dtype is that no kernel takes, and what to do.
 fn why_not(kind: &str) -> &'static str {
-    match kind.as_bytes().first() {
-        Some(b'O') => "of Python objects; convert it with .astype() to a dtype of numbers",
-        Some(b'S' | b'a') => "of byte strings; tensors hold numbers only",
-        Some(b'U') => "of strings; tensors hold numbers only",
-        Some(b'M') => "of dates; save .view('int64') instead",
-        Some(b'm') => "of time differences; save .view('int64') instead",
-        Some(b'V') => "of opaque bytes; save .view('uint8') instead",
-        Some(b'f') => "a long double; convert it with .astype('float64')",
-        Some(b'c') => "a long complex; convert it with .astype('complex128')",
-        _ => "not known",
+    match kind {
+        "O" | "object" | "object_" => {
+            return "of Python objects; convert it with .astype() to a dtype of numbers";
+        }
+        "str" | "str_" | "unicode" => return "of strings; tensors hold numbers only",
+        "bytes" | "bytes_" | "c" => return "of byte strings; tensors hold numbers only",
+        "void" => return "of opaque bytes; save .view('uint8') instead",
+        "f16" | "g" | "longdouble" | "float128" => {
+            return "a long double; convert it with .astype('float64')";
+        }
+        "c32" | "G" | "clongdouble" | "complex256" => {
+            return "a long complex; convert it with .astype('complex128')";
+        }
+        _ => {}
+    }
+    // With a size or a unit behind.
+    let is = |name| {
+        let rest = kind.strip_prefix(name);
+        rest.is_some_and(|rest| {
+            rest.trim_start_matches(|c: char| c.is_ascii_digit())
+                .is_empty()
+        }) || rest.is_some_and(|rest| rest.contains('['))
+    };
+    if kind.contains(',') || kind.starts_with(|c: char| c.is_ascii_digit() || c == '(') {
+        "structured or of arrays; save each of its fields as an array of its own"
+    } else if is("S") || is("a") {
+        "of byte strings; tensors hold numbers only"
+    } else if is("U") {
+        "of strings; tensors hold numbers only"
+    } else if is("M") || is("datetime") {
+        "of dates; save .view('int64') instead"
+    } else if is("m") || is("timedelta") {
+        "of time differences; save .view('int64') instead"
+    } else if is("V") {
+        "of opaque bytes; save .view('uint8') instead"
+    } else {
+        "not known; save the array again with numpy.save"
     }
 }
 
