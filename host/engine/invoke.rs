@@ -540,8 +540,17 @@ fn place(cursor: &mut usize, tensor: &TensorPlace, window: bool) -> Option<Spot>
 /// A result that is being made.
 struct Making {
     port: String,
-    bound: TensorPlace,
+    /// Of the largest tensor that it can become.
+    layout: FileLayout,
     segment: PoolSegment,
+}
+
+impl Making {
+    /// Where the tensor lies, as large as it can become.
+    fn bound(&self) -> &TensorPlace {
+        // `take_results` made a layout of one column.
+        &self.layout.tensors[0]
+    }
 }
 
 /// The windows that are in. Whatever happens they go home before the store ends: losing the one
@@ -782,11 +791,9 @@ fn take_results(
             } else {
                 engine.pool.take(layout.capacity, request.owner)
             };
-            let [bound] = <[TensorPlace; 1]>::try_from(layout.tensors)
-                .map_err(|_| names.host("a layout of one column has not one tensor"))?;
             Ok(Making {
                 port: column.name,
-                bound,
+                layout,
                 segment: segment.map_err(|e| names.memory(e))?,
             })
         })
@@ -809,7 +816,7 @@ fn reserve_and_bind(
         .inputs
         .iter()
         .map(|i| &i.place)
-        .chain(making.iter().map(|m| &m.bound))
+        .chain(making.iter().map(Making::bound))
         .collect();
     let moves = |index: usize, tensor: &TensorPlace| {
         let read_only = index < request.inputs.len();
@@ -886,7 +893,7 @@ fn reserve_and_bind(
     let outputs: Vec<_> = making
         .iter()
         .enumerate()
-        .map(|(index, m)| bound(inputs.len() + index, &m.bound, Role::Data))
+        .map(|(index, m)| bound(inputs.len() + index, m.bound(), Role::Data))
         .collect();
     instance
         .guest
@@ -969,7 +976,8 @@ fn move_in(
             .segment
             .take_parked()
             .ok_or_else(|| names.host("a result's mapping is not at home"))?;
-        let part = making.bound.offset..making.bound.offset + *bytes as u64;
+        let offset = making.bound().offset;
+        let part = offset..offset + *bytes as u64;
         let window = go(parked, part, *at)?;
         windows.outputs.push((index, Some(window)));
     }
@@ -1105,7 +1113,7 @@ fn extents(
         .into_iter()
         .zip(making)
         .map(|(extent, making)| {
-            let bound = &making.bound.spec.shape;
+            let bound = &making.bound().spec.shape;
             let within = extent.shape.len() == bound.len()
                 && extent
                     .shape
@@ -1155,16 +1163,20 @@ fn finish(
     names: &Names<'_>,
     copied: &Copied,
 ) -> Result<Output, InvokeError> {
-    let spec = TensorSpec {
-        dtype: making.bound.spec.dtype,
-        shape,
+    let layout = if making.bound().spec.shape == shape {
+        making.layout
+    } else {
+        let bound = making.bound();
+        let column = Column {
+            name: making.port.clone(),
+            spec: TensorSpec {
+                dtype: bound.spec.dtype,
+                shape,
+            },
+            reserve_bytes: bound.length,
+        };
+        plan(&column).map_err(|e| names.bad("extents", e.to_string()))?
     };
-    let column = Column {
-        name: making.port.clone(),
-        spec,
-        reserve_bytes: making.bound.length,
-    };
-    let layout = plan(&column).map_err(|e| names.bad("extents", e.to_string()))?;
     let tensor = &layout.tensors[0];
     let (offset, length) = (tensor.offset, tensor.length);
     let segment = &mut making.segment;
