@@ -20,7 +20,7 @@ use strait::lease::Principal;
 use strait::session::{Answer, Host, Invoked};
 use strait_client::{Client, NewTensor};
 use strait_memory::{Budget, Copied, Segment, WriteMapping};
-use strait_tensor::{Column, Dtype, TensorSpec};
+use strait_tensor::{Column, Dtype, FileLayout, TensorSpec};
 
 const MIB: usize = 1 << 20;
 const ME: Principal = Principal { uid: 1 };
@@ -49,10 +49,8 @@ impl Rig {
             shape: vec![bytes as u64 / 8],
         };
         let upload = self.0.begin_upload(ME, name, true).unwrap();
-        let (segment, layout) = self
-            .0
-            .allocate_to_fill(&[Column::new("x", spec).unwrap()])
-            .unwrap();
+        let layout = FileLayout::plan(&[Column::new("x", spec).unwrap()]).unwrap();
+        let segment = self.0.allocate_to_fill(&layout).unwrap();
         let values: Vec<u8> = (0..bytes / 8)
             .flat_map(|i| (i as f64).to_le_bytes())
             .collect();

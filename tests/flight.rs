@@ -358,16 +358,308 @@ async fn a_table_goes_in_and_comes_out() {
         &one("strait.dtype", "bfloat16")
     );
 
-    // Copied: once into the segment; out of it once into a message, whose columns start on
-    // multiples of 64 bytes, and once by gRPC.
+    // Copied: out of gRPC's buffer, and into the segment; out of it once into a message, whose
+    // columns start on multiples of 64 bytes, and once by gRPC.
     let copied = || rig.host.stats(None)["copied"].clone();
-    assert_eq!(copied()["flight_in"], 4 * 8 + 24 * 4 + 24 * 4 + 4 * 2 + 4);
+    assert_eq!(
+        copied()["flight_in"],
+        2 * (4 * 8 + 24 * 4 + 24 * 4 + 4 * 2 + 4)
+    );
     let out = 2 * (64 + 128 + 128 + 64 + 64);
     assert_eq!(copied()["flight_out"], out);
     // A single column goes from the segment's own pages.
     rig.put("y", self::floats(80)).await.unwrap();
     rig.get("y").await.unwrap();
     assert_eq!(copied()["flight_out"], out + 640);
+    rig.end().await;
+}
+
+fn lists(size: i32, values: Vec<f64>) -> FixedSizeListArray {
+    let item = Arc::new(Field::new("item", DataType::Float64, true));
+    FixedSizeListArray::new(item, size, Arc::new(Float64Array::from(values)), None)
+}
+
+fn notes(pairs: &[(&str, &str)]) -> HashMap<String, String> {
+    let own = |(key, value): &(&str, &str)| ((*key).to_owned(), (*value).to_owned());
+    pairs.iter().map(own).collect()
+}
+
+/// One column of every kind that is taken, with all that a schema can say about it.
+fn everything() -> RecordBatch {
+    let extension = "ARROW:extension:name";
+    let parameters = "ARROW:extension:metadata";
+    let tensor = |json| notes(&[(extension, "arrow.fixed_shape_tensor"), (parameters, json)]);
+    let f64s = || -> ArrayRef { Arc::new(Float64Array::from(vec![1.5, f64::NAN])) };
+    let lists = |size: i32| -> ArrayRef {
+        Arc::new(self::lists(size, (0..2 * size).map(f64::from).collect()))
+    };
+    let named = Arc::new(
+        Field::new("élément", DataType::Float64, false).with_metadata(notes(&[("unit", "m")])),
+    );
+    let deep = |depth: usize| -> ArrayRef {
+        (0..depth).fold(
+            Arc::new(Float64Array::from_iter_values(
+                (0..1 << (depth + 1)).map(f64::from),
+            )),
+            |values: ArrayRef, _| {
+                let item = Arc::new(Field::new("item", values.data_type().clone(), true));
+                Arc::new(FixedSizeListArray::new(item, 2, values, None))
+            },
+        )
+    };
+    let complex: ArrayRef = lists(2);
+    let columns: Vec<(&str, bool, ArrayRef, HashMap<String, String>)> = vec![
+        ("plain", false, f64s(), notes(&[])),
+        (
+            "nullable",
+            true,
+            f64s(),
+            notes(&[("unit", "K"), ("empty", ""), ("ü", "\u{1f600}\n")]),
+        ),
+        ("list", true, lists(3), notes(&[])),
+        (
+            "named item",
+            false,
+            Arc::new(FixedSizeListArray::new(named, 1, f64s(), None)),
+            notes(&[]),
+        ),
+        ("lists of lists", true, deep(2), notes(&[("k", "v")])),
+        ("as deep as it goes", false, deep(7), notes(&[])),
+        ("tensor", true, lists(6), tensor(r#"{"shape":[2,3]}"#)),
+        (
+            "dim_names",
+            true,
+            lists(6),
+            tensor(r#"{ "dim_names": ["H", "W"], "shape": [2, 3] }"#),
+        ),
+        (
+            "identity",
+            true,
+            lists(6),
+            tensor(r#"{"shape":[2,3],"permutation":[0,1]}"#),
+        ),
+        (
+            "bool8",
+            true,
+            Arc::new(Int8Array::from(vec![7, 0])),
+            notes(&[(extension, "arrow.bool8"), (parameters, ""), ("k", "v")]),
+        ),
+        (
+            "bf16",
+            true,
+            Arc::new(UInt16Array::from(vec![1, 2])),
+            notes(&[("strait.dtype", "bfloat16")]),
+        ),
+        (
+            "c128",
+            false,
+            complex,
+            notes(&[("strait.dtype", "complex128")]),
+        ),
+        (
+            "theirs",
+            true,
+            Arc::new(Int64Array::from(vec![1, 2])),
+            notes(&[(extension, "acme.id"), (parameters, "{}")]),
+        ),
+    ];
+    let fields: Vec<_> = columns
+        .iter()
+        .map(|(name, nullable, array, metadata)| {
+            Field::new(*name, array.data_type().clone(), *nullable).with_metadata(metadata.clone())
+        })
+        .collect();
+    let arrays = columns.into_iter().map(|(_, _, array, _)| array).collect();
+    let schema =
+        Schema::new_with_metadata(fields, notes(&[("pandas", "{\"index\": []}"), ("", "")]));
+    RecordBatch::try_new(Arc::new(schema), arrays).unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_schema_says_comes_back() {
+    let rig = Rig::new().await;
+    let sent = everything();
+    rig.put("x", sent.clone()).await.unwrap();
+    let [got] = <[RecordBatch; 1]>::try_from(rig.get("x").await.unwrap()).unwrap();
+    assert_eq!(got.schema(), sent.schema());
+    for (index, field) in sent.schema().fields().iter().enumerate() {
+        let (got, sent) = (got.column(index).to_data(), sent.column(index).to_data());
+        assert_eq!(got, sent, "{}", field.name());
+    }
+    let info = rig.info(path("x")).await.unwrap();
+    assert_eq!(info.try_decode_schema().unwrap(), *sent.schema());
+    let schema = rig.easy().await.get_schema(path("x")).await.unwrap();
+    assert_eq!(schema, *sent.schema());
+
+    // And mapped: the segment is an Arrow file, with all of it.
+    let segment = rig.host.lookup(rig.me(), "x").unwrap();
+    let mut file = vec![0; usize::try_from(segment.bytes()).unwrap()];
+    let uncounted = strait_memory::Copied::new();
+    segment.read_at(0, &mut file, &uncounted).unwrap();
+    assert_eq!(
+        strait_tensor::read_layout(&file).unwrap(),
+        segment.tensors()
+    );
+    let reader = arrow_ipc::reader::FileReader::try_new(std::io::Cursor::new(&file), None).unwrap();
+    assert_eq!(reader.schema(), sent.schema());
+    let [mapped] =
+        <[RecordBatch; 1]>::try_from(reader.collect::<Result<Vec<_>, _>>().unwrap()).unwrap();
+    assert_eq!(mapped.column(4).to_data(), sent.column(4).to_data());
+
+    // Of one row, 0-d.
+    let point = batch(vec![(
+        "p",
+        Arc::new(Float64Array::from(vec![7.0])),
+        notes(&[("strait.shape", "[]"), ("unit", "m")]),
+    )]);
+    rig.put("point", point.clone()).await.unwrap();
+    assert_eq!(rig.get("point").await.unwrap(), [point]);
+    // arrow-rs's own writing of a tensor, which pyarrow cannot read: without its nulls.
+    let nulls = r#"{"shape":[2,3],"dim_names":null,"permutations":null}"#;
+    let tensor = |json| {
+        notes(&[
+            ("ARROW:extension:name", "arrow.fixed_shape_tensor"),
+            ("ARROW:extension:metadata", json),
+        ])
+    };
+    let values: ArrayRef = Arc::new(lists(6, vec![0.0; 6]));
+    rig.put(
+        "nulls",
+        batch(vec![("t", Arc::clone(&values), tensor(nulls))]),
+    )
+    .await
+    .unwrap();
+    let without = batch(vec![("t", values, tensor(r#"{"shape":[2,3]}"#))]);
+    assert_eq!(rig.get("nulls").await.unwrap(), [without]);
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn metadata_that_cannot_be_kept_is_refused_by_name() {
+    let rig = Rig::new().await;
+    let used = rig.used();
+    let column = || -> Vec<ArrayRef> { vec![Arc::new(Float64Array::from(vec![1.0]))] };
+    let of = |metadata: HashMap<String, String>, own: HashMap<String, String>| {
+        let field = Field::new("x", DataType::Float64, false).with_metadata(own);
+        let schema = Schema::new_with_metadata(vec![field], metadata);
+        RecordBatch::try_new(Arc::new(schema), column()).unwrap()
+    };
+    let refused = |result: Result<Value, Status>, words: &[&str]| {
+        self::refused(result, Code::InvalidArgument, "BAD_TENSOR", words);
+    };
+    let half = "v".repeat(32 << 10);
+    let most = of(notes(&[("a", &half[1..])]), notes(&[("b", &half[1..])]));
+    rig.put("most", most.clone()).await.unwrap();
+    assert_eq!(rig.get("most").await.unwrap(), [most]);
+    rig.host.drop_flight(rig.me(), "most").unwrap();
+    let more = of(notes(&[("a", &half)]), notes(&[("b", &half[1..])]));
+    refused(rig.put("x", more).await, &["65537 bytes", "65536"]);
+
+    // Two entries of one key, and one that is no text, as C++ may write them.
+    let data = messages(
+        &of(notes(&[("key1", "v"), ("key2", "w")]), notes(&[])),
+        Some("x"),
+    )
+    .await;
+    let changed = |from: &[u8], to: &[u8]| {
+        let mut data = data.clone();
+        let mut header = data[0].data_header.to_vec();
+        let at = header
+            .windows(from.len())
+            .position(|part| part == from)
+            .unwrap();
+        header[at..at + to.len()].copy_from_slice(to);
+        data[0].data_header = header.into();
+        data
+    };
+    let twice = changed(b"key2", b"key1");
+    refused(
+        rig.put_all("x", twice, &[]).await,
+        &["schema", "two", "`key1`"],
+    );
+    let bytes = changed(b"key2", b"key\xff");
+    refused(rig.put_all("x", bytes, &[]).await, &["UTF-8", "base64"]);
+    // A batch's own metadata.
+    let mut batch = data.clone();
+    let mut builder = arrow_ipc::convert::IpcSchemaEncoder::new().schema_to_fb(&Schema::empty());
+    builder.reset();
+    let pairs = arrow_ipc::convert::metadata_to_fb(&mut builder, &notes(&[("offset", "7")]).into());
+    let mut message = arrow_ipc::MessageBuilder::new(&mut builder);
+    message.add_version(arrow_ipc::MetadataVersion::V5);
+    message.add_custom_metadata(pairs);
+    let message = message.finish();
+    builder.finish(message, None);
+    batch[1].data_header = builder.finished_data().to_vec().into();
+    refused(
+        rig.put_all("x", batch, &[]).await,
+        &["`offset`", "schema's"],
+    );
+    assert_eq!(
+        (rig.used(), rig.host.list(rig.me(), None, 10).len()),
+        (used, 0)
+    );
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_has_the_limits_of_the_data_socket() {
+    let rig = Rig::new().await;
+    let used = rig.used();
+    let named = |names: &[&str]| {
+        let column = |name| {
+            (
+                name,
+                Arc::new(Float64Array::from(vec![1.0])) as ArrayRef,
+                HashMap::new(),
+            )
+        };
+        batch(names.iter().copied().map(column).collect())
+    };
+    let many = |count: usize| {
+        let names: Vec<_> = (0..count).map(|i| format!("c{i}")).collect();
+        named(&names.iter().map(String::as_str).collect::<Vec<_>>())
+    };
+    let long = "n".repeat(200);
+    rig.put("most", many(128)).await.unwrap();
+    rig.put("long", named(&[&long, "#", "é"])).await.unwrap();
+    for name in ["most", "long"] {
+        rig.host.drop_flight(rig.me(), name).unwrap();
+    }
+    let huge = "n".repeat(50_000);
+    for (batch, words) in [
+        (many(129), &["129 tensors", "128"][..]),
+        (many(1000), &["1000 tensors", "128"]),
+        (many(50_000), &["header of", "1048576"]),
+        (named(&[""]), &["\"\"", "0 bytes"]),
+        (named(&[&format!("{long}n")]), &["201 bytes", "200"]),
+        (named(&[&huge]), &["50000 bytes"]),
+        (named(&["a\nb"]), &["a\\nb", "control"]),
+        (named(&["a", "b", "a"]), &["two tensors", "\"a\""]),
+    ] {
+        let data = messages(&batch, Some("x")).await;
+        // By the schema alone, before the first batch.
+        for count in [1, data.len()] {
+            let sent = data[..count].to_vec();
+            refused(
+                rig.put_all("x", sent, &[]).await,
+                Code::InvalidArgument,
+                "BAD_TENSOR",
+                words,
+            );
+        }
+    }
+    let none = arrow_flight::SchemaAsIpc::new(&Schema::empty(), &Default::default()).into();
+    let none = FlightData::with_descriptor(none, path("x"));
+    refused(
+        rig.put_all("x", vec![none], &[]).await,
+        Code::InvalidArgument,
+        "BAD_TENSOR",
+        &["0 tensors"],
+    );
+    assert_eq!(
+        (rig.used(), rig.host.list(rig.me(), None, 10).len()),
+        (used, 0)
+    );
     rig.end().await;
 }
 
@@ -1015,7 +1307,16 @@ async fn uploads_that_are_no_tensors_are_refused_by_name() {
         Arc::new(Float64Array::from(vec![Some(1.0), None])),
         None,
     );
-    let bool8 = HashMap::from([("ARROW:extension:name".to_owned(), "arrow.bool8".to_owned())]);
+    let pairs: ArrayRef = Arc::new(lists(2, (0..6).map(f64::from).collect()));
+    let tensor = |json: &str| {
+        HashMap::from([
+            (
+                "ARROW:extension:name".to_owned(),
+                "arrow.fixed_shape_tensor".to_owned(),
+            ),
+            ("ARROW:extension:metadata".to_owned(), json.to_owned()),
+        ])
+    };
     for (column, metadata, words) in [
         (text, HashMap::new(), &["`bad`", "Utf8", "text"][..]),
         (words, HashMap::new(), &["`bad`", "dictionary"]),
@@ -1024,14 +1325,29 @@ async fn uploads_that_are_no_tensors_are_refused_by_name() {
         (moments, HashMap::new(), &["`bad`", "time"]),
         (Arc::new(inner), HashMap::new(), &["`bad`", "1 nulls"]),
         (
-            Arc::new(Int8Array::from(vec![0, 1, 7])),
-            bool8,
-            &["`bad`", "truth value 2", "byte 7"],
-        ),
-        (
             Arc::new(UInt16Array::from(vec![0])),
             HashMap::from([("strait.dtype".to_owned(), "float64".to_owned())]),
             &["bad", "float64", "uint16"],
+        ),
+        (
+            pairs.clone(),
+            tensor(r#"{"shape":[2,1],"permutation":[1,0]}"#),
+            &["`bad`", "permuted", "[1, 0]"],
+        ),
+        (
+            pairs.clone(),
+            tensor(r#"{"shape":[2,1],"permutations":[1,0],"dim_names":null}"#),
+            &["`bad`", "permuted"],
+        ),
+        (
+            pairs,
+            tensor(r#"{"shape":[2,1],"dim_names":["x"]}"#),
+            &["`bad`", "1 dim_names", "2 axes"],
+        ),
+        (
+            Arc::new(Float64Array::from(vec![1.0])),
+            HashMap::from([("strait.shape".to_owned(), "[1]".to_owned())]),
+            &["`bad`", "strait.shape"],
         ),
     ] {
         let data = messages(&batch(vec![("bad", column, metadata)]), Some("x")).await;

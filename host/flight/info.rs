@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, IpcMessage, SchemaAsIpc, Ticket};
 use arrow_ipc::writer::IpcWriteOptions;
-use arrow_schema::Schema;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use strait_client::wire;
-use strait_tensor::{Column, FileLayout, TensorSpec};
+use strait_memory::Copied;
+use strait_tensor::TensorSpec;
 
 use crate::error::{Code, Status};
 use crate::lease::{LiveSegment, SegmentId};
@@ -18,6 +18,8 @@ use crate::session::{Host, Invoked};
 
 /// Where the first message of a segment begins.
 const FIRST_MESSAGE: usize = 8;
+/// No schema of a segment that the host laid out comes near this.
+const SCHEMA_BYTES_MAX: u64 = 2 << 20;
 
 pub(super) fn bad_request(message: impl Into<String>) -> Status {
     Status::new(Code::InvalidArgument, "BAD_REQUEST", message)
@@ -120,55 +122,57 @@ pub(super) fn segment_id(text: &str) -> Result<SegmentId, Status> {
     text.parse().map_err(|error: String| bad_request(error))
 }
 
-/// Columns as an Arrow schema. Their lengths may differ.
-///
-/// # Errors
-/// `BAD_TENSOR` for what Arrow has no type for.
-pub(super) fn schema<'a>(
-    tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
-) -> Result<Schema, Status> {
-    let mut fields = Vec::new();
-    for (name, spec) in tensors {
-        // The tensor room knows how a tensor is spelt in Arrow: let it write the schema message.
-        let layout = FileLayout::plan(&[Column::new(name, spec.clone())?])?;
-        let message = layout.header.get(FIRST_MESSAGE..).unwrap_or_default();
-        let one = arrow_ipc::convert::try_schema_from_ipc_buffer(message)
-            .map_err(|error| host_bug("reading a schema of ours", error))?;
-        fields.extend(one.fields.iter().cloned());
-    }
-    Ok(Schema::new(fields))
-}
-
 /// A schema as an encapsulated IPC message.
-pub(super) fn schema_bytes(schema: &Schema) -> Result<Bytes, Status> {
-    let message: IpcMessage = SchemaAsIpc::new(schema, &IpcWriteOptions::default())
+fn schema_bytes<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
+) -> Result<Bytes, Status> {
+    let schema = strait_tensor::schema(tensors)?;
+    let message: IpcMessage = SchemaAsIpc::new(&schema, &IpcWriteOptions::default())
         .try_into()
         .map_err(|error| host_bug("writing a schema", error))?;
     Ok(message.0)
 }
 
-pub(super) fn segment_schema(segment: &LiveSegment) -> Result<Schema, Status> {
-    schema(
-        segment
-            .tensors()
-            .iter()
-            .map(|tensor| (tensor.name.as_str(), &tensor.spec)),
-    )
-}
-
-/// A segment's schema as an encapsulated IPC message.
+/// A segment's schema as an encapsulated IPC message: as it was put, with its metadata.
 ///
 /// # Errors
 /// `BAD_TENSOR` for an adopted segment with a tensor that Arrow has no type for.
 pub(super) fn segment_schema_bytes(segment: &LiveSegment) -> Result<Bytes, Status> {
-    schema_bytes(&segment_schema(segment)?)
+    if let Some(message) = own_schema(segment)? {
+        return Ok(message);
+    }
+    let tensors = segment.tensors().iter();
+    schema_bytes(tensors.map(|tensor| (tensor.name.as_str(), &tensor.spec)))
+}
+
+/// The schema in the segment's own Arrow file, if it is one (an adopted segment need not be).
+fn own_schema(segment: &LiveSegment) -> Result<Option<Bytes>, Status> {
+    // The host's own header, which is no tensor's bytes: not counted.
+    let uncounted = Copied::new();
+    let first_tensor = segment.tensors().iter().map(|tensor| tensor.offset).min();
+    let room = first_tensor.unwrap_or(0).min(SCHEMA_BYTES_MAX);
+    let mut start = [0; FIRST_MESSAGE + 8];
+    if room < start.len() as u64 {
+        return Ok(None);
+    }
+    segment.read_at(0, &mut start, &uncounted)?;
+    let length = start
+        .last_chunk()
+        .and_then(strait_tensor::message_bytes)
+        .map(|length| start.len() as u64 + u64::from(length));
+    let Some(length) = length.filter(|length| *length <= room) else {
+        return Ok(None);
+    };
+    let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
+    segment.read_at(0, &mut header, &uncounted)?;
+    let found = strait_tensor::schema_message(&header, segment.tensors()).map(<[u8]>::len);
+    let message = Bytes::from(header);
+    Ok(found.map(|bytes| message.slice(FIRST_MESSAGE..FIRST_MESSAGE + bytes)))
 }
 
 /// What `GetSchema` answers for an invocation: all outputs as columns.
 pub(super) fn outputs_schema_bytes(outputs: &[(String, TensorSpec)]) -> Result<Bytes, Status> {
-    schema_bytes(&schema(
-        outputs.iter().map(|(port, spec)| (port.as_str(), spec)),
-    )?)
+    schema_bytes(outputs.iter().map(|(port, spec)| (port.as_str(), spec)))
 }
 
 /// The mapping as JSON.
@@ -272,7 +276,7 @@ pub(super) fn results(
             .flat_map(|result| result.segment.tensors())
     };
     Ok(FlightInfo {
-        schema: schema_bytes(&schema(tensors().map(|t| (t.name.as_str(), &t.spec)))?)?,
+        schema: schema_bytes(tensors().map(|t| (t.name.as_str(), &t.spec)))?,
         flight_descriptor: Some(descriptor),
         endpoint: endpoints,
         // Several outputs are several tables: a sum over them would mean nothing.

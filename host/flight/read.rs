@@ -12,9 +12,8 @@
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-use arrow_flight::{FlightData, SchemaAsIpc};
+use arrow_flight::FlightData;
 use arrow_ipc::convert::IpcSchemaEncoder;
-use arrow_ipc::writer::IpcWriteOptions;
 use arrow_ipc::{
     Buffer, FieldNode, MessageBuilder, MessageHeader, MetadataVersion, RecordBatchBuilder,
 };
@@ -22,7 +21,7 @@ use arrow_schema::Schema;
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use strait_memory::{Charge, ReadMapping};
-use strait_tensor::TensorSpec;
+use strait_tensor::{SchemaColumn, TensorSpec};
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::call::Call;
@@ -36,6 +35,8 @@ const BODY_BYTES: u64 = 512 << 10;
 /// Longer bodies are charged to the host's budget: the usual ones (with the padding of a few
 /// hundred columns) are small beside what a connection buffers.
 const UNCHARGED_BYTES_MAX: u64 = 2 * BODY_BYTES;
+/// What comes before the flatbuffer of an encapsulated message.
+const PREFIX_BYTES: usize = 8;
 /// The IPC format's alignment of buffers.
 const BUFFER_ALIGN: usize = 64;
 /// Buffers that wait for their next use: gRPC holds one while the next is read.
@@ -46,25 +47,14 @@ const SPARE_MAX: usize = 2;
 struct ColumnPlace {
     offset: u64,
     row_bytes: u64,
-    /// Values of storage in a row that is a list; none for a primitive column.
-    row_values: Option<u64>,
+    /// Values in one row: 1, then those of each list in Arrow's storage.
+    levels: Vec<u64>,
 }
 
 impl ColumnPlace {
     fn bytes(&self, rows: u64) -> u64 {
         self.row_bytes * rows
     }
-}
-
-/// Values in one row, if a row is a list in Arrow's storage.
-fn row_values(spec: &TensorSpec) -> Option<u64> {
-    let inner = spec.shape.get(1..).unwrap_or_default();
-    let pair = if spec.dtype.is_complex() { 2 } else { 1 };
-    let is_list = spec.dtype.is_complex() || !inner.is_empty();
-    let values = inner
-        .iter()
-        .fold(pair, |values: u64, axis| values.saturating_mul(*axis));
-    is_list.then_some(values)
 }
 
 /// What one stream reads, and how it is cut.
@@ -83,10 +73,12 @@ struct Reader {
 }
 
 impl Reader {
+    /// `schema` is the segment's, as a flatbuffer.
+    ///
     /// # Errors
     /// `UNSUPPORTED_OP` if its tensors are of different lengths; `INLINE_TOO_LARGE` if one row
     /// does not fit a message.
-    fn new(host: &Arc<Host>, segment: Arc<LiveSegment>) -> Result<Self, Status> {
+    fn new(host: &Arc<Host>, segment: Arc<LiveSegment>, schema: &[u8]) -> Result<Self, Status> {
         let tensors = segment.tensors();
         let rows = |spec: &TensorSpec| spec.shape.first().copied().unwrap_or(1);
         let count = tensors.first().map_or(0, |tensor| rows(&tensor.spec));
@@ -99,12 +91,13 @@ impl Reader {
             );
             return Err(Status::new(Code::Unimplemented, "UNSUPPORTED_OP", message));
         }
-        let columns: Vec<ColumnPlace> = tensors
-            .iter()
-            .map(|tensor| ColumnPlace {
+        let columns: Vec<ColumnPlace> = declared(schema)?
+            .into_iter()
+            .zip(tensors)
+            .map(|(column, tensor)| ColumnPlace {
                 offset: tensor.offset,
                 row_bytes: tensor.length.checked_div(count).unwrap_or(0),
-                row_values: row_values(&tensor.spec),
+                levels: column.levels,
             })
             .collect();
         let row_bytes: u64 = columns.iter().map(|column| column.row_bytes).sum();
@@ -297,16 +290,24 @@ fn signed(value: u64) -> Result<i64, Status> {
     i64::try_from(value).map_err(|error| host_bug("counting rows", error))
 }
 
+/// What a schema message declares.
+fn declared(schema: &[u8]) -> Result<Vec<SchemaColumn>, Status> {
+    let bug = |error: &dyn std::fmt::Display| host_bug("reading a schema", error);
+    let message = arrow_ipc::root_as_message(schema).map_err(|error| bug(&error))?;
+    let schema = message
+        .header_as_schema()
+        .ok_or_else(|| bug(&"another message"))?;
+    strait_tensor::read_schema(schema).map_err(|error| bug(&error))
+}
+
 /// The metadata of a record batch of `rows` rows, none of them null.
 fn batch_header(columns: &[ColumnPlace], rows: u64, bytes: u64) -> Result<Vec<u8>, Status> {
     let mut nodes = Vec::new();
     let mut buffers = Vec::new();
     let mut start = 0;
     for column in columns {
-        nodes.push(FieldNode::new(signed(rows)?, 0));
-        buffers.push(Buffer::new(signed(start)?, 0));
-        if let Some(values) = column.row_values {
-            nodes.push(FieldNode::new(signed(rows.saturating_mul(values))?, 0));
+        for values in &column.levels {
+            nodes.push(FieldNode::new(signed(rows.saturating_mul(*values))?, 0));
             buffers.push(Buffer::new(signed(start)?, 0));
         }
         let used = column.bytes(rows);
@@ -348,9 +349,9 @@ pub(super) fn stream(
     held: Held,
     call: Call,
 ) -> Result<BoxStream<'static, Result<FlightData, tonic::Status>>, Status> {
-    let schema = info::segment_schema(&segment)?;
-    let schema = FlightData::from(SchemaAsIpc::new(&schema, &IpcWriteOptions::default()));
-    let reader = Arc::new(Reader::new(host, segment)?);
+    let schema = info::segment_schema_bytes(&segment)?.slice(PREFIX_BYTES..);
+    let reader = Arc::new(Reader::new(host, segment, &schema)?);
+    let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());
     let batches = parts.map(move |rows| reader.message(rows));
     let messages = stream::once(async move { Ok(schema) })
@@ -365,34 +366,15 @@ pub(super) fn stream(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use strait_tensor::Dtype;
-
-    #[test]
-    fn values_of_a_row_are_those_of_the_storage() {
-        for (dtype, shape, values) in [
-            (Dtype::Float64, &[][..], None),
-            (Dtype::Float64, &[5], None),
-            (Dtype::Float64, &[5, 3, 2], Some(6)),
-            (Dtype::Float64, &[5, 3, 0], Some(0)),
-            (Dtype::Complex64, &[], Some(2)),
-            (Dtype::Complex64, &[5, 3], Some(6)),
-        ] {
-            let spec = TensorSpec {
-                dtype,
-                shape: shape.to_vec(),
-            };
-            assert_eq!(row_values(&spec), values, "{spec}");
-        }
-    }
 
     #[test]
     fn a_header_reads_back() {
-        let column = |row_bytes, row_values| ColumnPlace {
+        let column = |row_bytes, levels: &[u64]| ColumnPlace {
             offset: 0,
             row_bytes,
-            row_values,
+            levels: levels.to_vec(),
         };
-        let columns = [column(8, None), column(12, Some(3))];
+        let columns = [column(8, &[1]), column(12, &[1, 3])];
         let header = batch_header(&columns, 5, body_bytes(&columns, 5)).expect("small");
         let message = arrow_ipc::root_as_message(&header).expect("a message");
         let batch = message.header_as_record_batch().expect("a batch");

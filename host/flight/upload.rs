@@ -1,41 +1,44 @@
 //! DoPut: record batches into a new segment.
 //!
 //! ```text
-//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked ──▶ end: rows are known
-//!                                                                     └─▶ segment, one counted copy
+//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked, copied ──▶ end: rows are known
+//!                                                                             └─▶ segment, a second copy
 //! ```
-//! What arrives is kept as gRPC delivered it, charged to the host's budget, and copied once. Every
-//! length in it is held against the bytes that there are; nothing is decoded.
+//! A batch's values are copied out of gRPC's buffer, so that an upload holds the bytes of its
+//! tensors, charged to the host's budget, and never what else came in its messages. Every length
+//! is held against the bytes that there are; nothing is decoded.
 
+use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
-use arrow_array::RecordBatch;
 use arrow_flight::FlightData;
-use arrow_ipc::writer::FileWriter;
-use arrow_ipc::{Endianness, MessageHeader};
-use arrow_schema::{DataType, Field, Schema};
-use bytes::Bytes;
+use arrow_ipc::{KeyValue, MessageHeader};
+use arrow_schema::{Field, Schema};
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
-use strait_tensor::{Column, Dtype, TensorSpec};
+use strait_tensor::{Column, Dtype, FileLayout, LayoutError, Row, TensorSpec};
 
 use super::info::{bad_request, host_bug};
 use crate::error::{Code, Status};
 use crate::lease::LiveSegment;
-use crate::session::{Host, Upload};
+use crate::session::{self, Host, Upload};
 
-/// What a message costs beside its bytes.
-const MESSAGE_OVERHEAD_BYTES: u64 = 256;
-/// Field metadata of a 0-d tensor: one row that is the only element.
-const SHAPE_KEY: &str = "strait.shape";
-const SHAPE_0D: &str = "[]";
+/// Longest flatbuffer of a message. A schema of the most and longest names with the most metadata
+/// has a third of that.
+const HEADER_BYTES_MAX: usize = 1 << 20;
+/// Most bytes of a schema's metadata, keys and values of all its fields together.
+const METADATA_BYTES_MAX: usize = 64 << 10;
+/// Longer bodies are not copied on a thread of the runtime.
+const COPY_INLINE_BYTES_MAX: usize = 1 << 20;
+const EXTENSION_METADATA: &str = "ARROW:extension:metadata";
+const EXTENSION_NAME: &str = "ARROW:extension:name";
 
-fn bad_tensor(message: String) -> Status {
+fn bad_tensor(message: impl Into<String>) -> Status {
     Status::new(Code::InvalidArgument, "BAD_TENSOR", message)
 }
 
-/// A column of the schema.
+/// A column, and its values as they arrived.
 #[derive(Debug)]
 struct ColumnPlan {
     name: String,
@@ -46,13 +49,30 @@ struct ColumnPlan {
     row_bytes: u64,
     /// Values in one row, for the column itself and each list level below it.
     levels: Vec<u64>,
+    values: Values,
+}
+
+/// Bytes that arrived. Given back on a thread of their own if they are many: an upload may be
+/// dropped on a thread of the runtime.
+#[derive(Debug, Default)]
+struct Values(Vec<u8>);
+
+impl Drop for Values {
+    fn drop(&mut self) {
+        if self.0.len() > COPY_INLINE_BYTES_MAX
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let values = std::mem::take(&mut self.0);
+            runtime.spawn_blocking(move || drop(values));
+        }
+    }
 }
 
 impl ColumnPlan {
     fn spec(&self, rows: u64) -> Result<TensorSpec, Status> {
         if self.is_0d && rows != 1 {
             return Err(bad_tensor(format!(
-                "column `{}` says that it is 0-d ({SHAPE_KEY}={SHAPE_0D}) but has {rows} rows; send one row, or leave that metadata out",
+                "column `{}` says that it is 0-d (strait.shape=[]) but has {rows} rows; send one row, or leave that metadata out",
                 self.name
             )));
         }
@@ -68,85 +88,137 @@ impl ColumnPlan {
     }
 }
 
-/// Values in a row of each level of `field`: 1 for the column itself, then those of its lists.
-fn levels(field: &Field) -> Result<Vec<u64>, Status> {
-    let mut levels = vec![1_u64];
-    let mut values = 1_u64;
-    let mut inner = field.data_type();
-    let refused = |reason: String| bad_tensor(format!("column `{}` {reason}", field.name()));
-    while let DataType::FixedSizeList(item, size) = inner {
-        values = u64::try_from(*size)
-            .ok()
-            .and_then(|size| values.checked_mul(size))
-            .ok_or_else(|| {
-                refused(format!(
-                    "has lists of {size} in lists of {values} values, which nobody can count"
-                ))
-            })?;
-        levels.push(values);
-        inner = item.data_type();
+/// Holds a schema's metadata against what can be kept: a bounded amount, each key once.
+#[derive(Debug, Default)]
+struct Metadata {
+    bytes: usize,
+}
+
+impl Metadata {
+    fn check<'a>(
+        &mut self,
+        whose: &str,
+        pairs: impl IntoIterator<Item = KeyValue<'a>>,
+    ) -> Result<(), Status> {
+        let mut keys = HashSet::new();
+        for pair in pairs {
+            let (Some(key), Some(value)) = (pair.key(), pair.value()) else {
+                return Err(bad_tensor(format!(
+                    "{whose} has a metadata entry without a key or a value"
+                )));
+            };
+            if !keys.insert(key) {
+                return Err(bad_tensor(format!(
+                    "{whose} has two metadata entries `{key:.100}`; one is kept for each key: join them"
+                )));
+            }
+            self.bytes += key.len() + value.len();
+        }
+        Ok(())
     }
-    let advice = match inner {
-        _ if inner.is_integer() || inner.is_floating() => return Ok(levels),
-        DataType::Dictionary(..) => "is dictionary-encoded; decode it first",
-        DataType::Boolean => {
-            "has its truth values packed into bits; cast it to int8 (arrow.bool8), one byte each"
+
+    fn check_field(&mut self, field: arrow_ipc::Field<'_>) -> Result<(), Status> {
+        let whose = format!("column `{:.100}`", field.name().unwrap_or_default());
+        // A tensor's fields lie in one another; the schema was read before, so not deeply.
+        let mut inner = Some(field);
+        while let Some(field) = inner {
+            self.check(&whose, field.custom_metadata().into_iter().flatten())?;
+            inner = field
+                .children()
+                .and_then(|children| children.into_iter().next());
+            // The name of a column has a limit of its own.
+            self.bytes += inner.and_then(|field| field.name()).map_or(0, str::len);
         }
-        DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View => {
-            "is text (utf8); a tensor has numbers of a fixed width, so leave it out or encode it"
+        Ok(())
+    }
+
+    fn check_schema(mut self, schema: arrow_ipc::Schema<'_>) -> Result<(), Status> {
+        self.check("the schema", schema.custom_metadata().into_iter().flatten())?;
+        for field in schema.fields().into_iter().flatten() {
+            self.check_field(field)?;
         }
-        DataType::Date32
-        | DataType::Date64
-        | DataType::Time32(_)
-        | DataType::Time64(_)
-        | DataType::Timestamp(..)
-        | DataType::Duration(_) => "is a time; cast it to the integers that it stores",
-        _ => {
-            "has no numbers of a fixed width; send integers, floats, fixed-size lists or fixed-shape tensors of them"
+        if self.bytes > METADATA_BYTES_MAX {
+            return Err(bad_tensor(format!(
+                "the schema and its columns have {} bytes of metadata; {METADATA_BYTES_MAX} are kept: leave some out",
+                self.bytes
+            )));
         }
-    };
-    Err(refused(format!("{advice} (its Arrow type is {inner})")))
+        Ok(())
+    }
+}
+
+/// The field as it is kept. arrow-rs writes nulls into the parameters of a fixed-shape tensor,
+/// which pyarrow cannot read; what is null is as good as left out.
+fn kept(field: &Field) -> Field {
+    let metadata = field.metadata();
+    let parameters = (metadata.get(EXTENSION_NAME).map(String::as_str)
+        == Some("arrow.fixed_shape_tensor"))
+    .then(|| metadata.get(EXTENSION_METADATA))
+    .flatten()
+    .and_then(|json| serde_json::from_str(json).ok());
+    match parameters {
+        Some(serde_json::Value::Object(mut parameters))
+            if parameters.values().any(serde_json::Value::is_null) =>
+        {
+            parameters.retain(|_, value| !value.is_null());
+            let json = serde_json::Value::Object(parameters).to_string();
+            let metadata = metadata.clone().with(EXTENSION_METADATA, json);
+            field.clone().with_metadata(metadata)
+        }
+        _ => field.clone(),
+    }
 }
 
 /// What the schema says that the stream holds.
 #[derive(Debug)]
-struct Columns(Vec<ColumnPlan>);
+struct Columns {
+    plans: Vec<ColumnPlan>,
+    /// As it is kept in the segment.
+    schema: Schema,
+}
 
 impl Columns {
-    fn of(schema: arrow_ipc::Schema<'_>) -> Result<Self, Status> {
-        if schema.endianness() != Endianness::Little {
-            return Err(bad_tensor(
-                "the schema's numbers are big-endian; send them little-endian".to_owned(),
-            ));
-        }
-        let schema = arrow_ipc::convert::try_fb_to_schema(schema)
-            .map_err(|error| bad_tensor(format!("the schema is not valid Arrow: {error}")))?;
-        let mut plans = Vec::with_capacity(schema.fields.len());
-        let mut fields = Vec::with_capacity(schema.fields.len());
-        for field in &schema.fields {
-            let mut metadata = field.metadata().clone();
-            let is_0d = metadata
-                .remove(SHAPE_KEY)
-                .is_some_and(|shape| shape == SHAPE_0D);
-            fields.push(field.as_ref().clone().with_metadata(metadata));
-            plans.push((is_0d, levels(field)?));
-        }
-        // The tensor room reads IPC files and knows what is a tensor: show it an empty one.
-        let places = strait_tensor::read_layout(&empty_file(Schema::new(fields))?)
-            .map_err(|error| bad_tensor(error.to_string()))?;
-        let plans = places.into_iter().zip(plans).map(|(place, (is_0d, levels))| {
-            let inner = place.spec.shape.get(1..).unwrap_or_default().to_vec();
-            if is_0d && !inner.is_empty() {
-                return Err(bad_tensor(format!(
-                    "column `{}` says that it is 0-d ({SHAPE_KEY}={SHAPE_0D}) but its rows have the shape {inner:?}",
-                    place.name
-                )));
+    fn of(message: arrow_ipc::Schema<'_>) -> Result<Self, Status> {
+        let columns = strait_tensor::read_schema(message)
+            .map_err(|error| bad_tensor(format!("the schema: {error}")))?;
+        session::check_columns(columns.iter().map(|column| column.name.as_str()))?;
+        Metadata::default().check_schema(message)?;
+        let mut names = HashSet::new();
+        let mut plans = Vec::with_capacity(columns.len());
+        for column in columns {
+            let name = column.name;
+            if !names.insert(name.clone()) {
+                return Err(LayoutError::NameTwice { name }.into());
             }
-            let row = TensorSpec { dtype: place.spec.dtype, shape: inner };
-            let row_bytes = row.bytes()?;
-            Ok(ColumnPlan { name: place.name, dtype: row.dtype, inner: row.shape, is_0d, row_bytes, levels })
-        });
-        plans.collect::<Result<_, _>>().map(Self)
+            let Row {
+                dtype,
+                shape,
+                is_0d,
+            } = column
+                .row
+                .map_err(|reason| bad_tensor(format!("column `{name}`: {reason}")))?;
+            let row = TensorSpec { dtype, shape };
+            plans.push(ColumnPlan {
+                row_bytes: row.bytes()?,
+                name,
+                dtype,
+                inner: row.shape,
+                is_0d,
+                levels: column.levels,
+                values: Values::default(),
+            });
+        }
+        // What cannot be said in Arrow however many rows come.
+        let rows = plans.iter().map(|plan| plan.spec(1));
+        let rows = rows.collect::<Result<Vec<_>, _>>()?;
+        strait_tensor::schema(plans.iter().map(|plan| plan.name.as_str()).zip(&rows))?;
+        let schema = arrow_ipc::convert::try_fb_to_schema(message)
+            .map_err(|error| bad_tensor(format!("the schema is not valid Arrow: {error}")))?;
+        let fields: Vec<Field> = schema.fields().iter().map(|field| kept(field)).collect();
+        Ok(Self {
+            plans,
+            schema: Schema::new_with_metadata(fields, schema.metadata().clone()),
+        })
     }
 
     /// Where each column's values lie in a batch's `body`, and its rows.
@@ -157,15 +229,15 @@ impl Columns {
     ) -> Result<(u64, Vec<Range<usize>>), Status> {
         if batch.compression().is_some() {
             return Err(bad_tensor(
-                "the batch is compressed; send it uncompressed: the copy is local".to_owned(),
+                "the batch is compressed; send it uncompressed: the copy is local",
             ));
         }
         let rows = u64::try_from(batch.length())
             .map_err(|_| bad_tensor(format!("a batch of {} rows", batch.length())))?;
         let mut nodes = batch.nodes().into_iter().flatten();
         let mut buffers = batch.buffers().into_iter().flatten();
-        let mut ranges = Vec::with_capacity(self.0.len());
-        for column in &self.0 {
+        let mut ranges = Vec::with_capacity(self.plans.len());
+        for column in &self.plans {
             let wrong = |what: String| bad_tensor(format!("column `{}`: {what}", column.name));
             for (level, values) in column.levels.iter().enumerate() {
                 let node = nodes
@@ -211,19 +283,11 @@ impl Columns {
                         column.row_bytes
                     ))
                 })?;
-            if column.dtype == Dtype::Bool8
-                && let Some(at) = body[range.clone()].iter().position(|byte| *byte > 1)
-            {
-                return Err(wrong(format!(
-                    "truth value {at} of a batch is the byte {}; bool8 has 0 and 1",
-                    body[range][at]
-                )));
-            }
             ranges.push(range);
         }
         if nodes.next().is_some() || buffers.next().is_some() {
             return Err(bad_tensor(
-                "a batch has more nodes or buffers than its schema".to_owned(),
+                "a batch has more nodes or buffers than its schema",
             ));
         }
         Ok((rows, ranges))
@@ -246,30 +310,6 @@ fn values_range(
     (inside && needed <= length).then(|| start..start + needed)
 }
 
-/// An IPC file of that schema and no rows.
-fn empty_file(schema: Schema) -> Result<Vec<u8>, Status> {
-    let write = || {
-        let mut writer = FileWriter::try_new(Vec::new(), &schema)?;
-        writer.write(&RecordBatch::new_empty(Arc::new(schema.clone())))?;
-        writer.into_inner()
-    };
-    write().map_err(|error| {
-        bad_tensor(format!(
-            "the schema cannot be written as an Arrow file: {error}"
-        ))
-    })
-}
-
-/// A batch as it arrived.
-#[derive(Debug)]
-struct Batch {
-    rows: u64,
-    body: Bytes,
-    /// For each column.
-    ranges: Vec<Range<usize>>,
-    _charge: Charge,
-}
-
 /// A flight while its batches arrive. Dropped before the end it leaves nothing.
 #[derive(Debug)]
 struct Arriving {
@@ -277,11 +317,12 @@ struct Arriving {
     upload: Upload,
     columns: Option<Columns>,
     rows: u64,
-    batches: Vec<Batch>,
+    /// For the values that the columns hold.
+    charge: Charge,
 }
 
 impl Arriving {
-    fn take(&mut self, data: FlightData) -> Result<(), Status> {
+    fn take(&mut self, data: &FlightData) -> Result<(), Status> {
         if data.data_header.is_empty() {
             if data.data_body.is_empty() {
                 return Ok(()); // application metadata alone
@@ -291,14 +332,22 @@ impl Arriving {
                 data.data_body.len()
             )));
         }
-        let message = arrow_ipc::root_as_message(&data.data_header).map_err(|error| {
-            let found = error.to_string();
-            bad_request(format!(
-                "a message's metadata is corrupt: {}",
-                found.lines().next().unwrap_or_default()
-            ))
-        })?;
-        match (message.header_type(), &self.columns) {
+        if data.data_header.len() > HEADER_BYTES_MAX {
+            return Err(bad_tensor(format!(
+                "a message has a header of {} bytes, at most {HEADER_BYTES_MAX} are read; \
+                 send fewer columns or less metadata",
+                data.data_header.len()
+            )));
+        }
+        let message = arrow_ipc::root_as_message(&data.data_header)
+            .map_err(|error| unreadable(&error.to_string()))?;
+        if let Some(pair) = message.custom_metadata().into_iter().flatten().next() {
+            return Err(bad_tensor(format!(
+                "a message has metadata of its own (`{:.100}`), which is not kept; put it into the schema's",
+                pair.key().unwrap_or_default()
+            )));
+        }
+        match (message.header_type(), &mut self.columns) {
             (MessageHeader::Schema, None) => {
                 let schema = message
                     .header_as_schema()
@@ -307,13 +356,6 @@ impl Arriving {
                 Ok(())
             }
             (MessageHeader::RecordBatch, Some(columns)) => {
-                let bytes =
-                    (data.data_header.len() + data.data_body.len()) as u64 + MESSAGE_OVERHEAD_BYTES;
-                let charge = self
-                    .host
-                    .budget()
-                    .try_reserve(bytes)
-                    .map_err(MemoryError::from)?;
                 let batch = message
                     .header_as_record_batch()
                     .ok_or_else(|| bad_request("a batch message without a batch"))?;
@@ -321,23 +363,21 @@ impl Arriving {
                 self.rows = self
                     .rows
                     .checked_add(rows)
-                    .ok_or_else(|| bad_tensor("more than 2^64 rows".to_owned()))?;
-                if rows > 0 {
-                    self.batches.push(Batch {
-                        rows,
-                        body: data.data_body,
-                        ranges,
-                        _charge: charge,
-                    });
+                    .ok_or_else(|| bad_tensor("more than 2^64 rows"))?;
+                let bytes = ranges.iter().map(|range| range.len() as u64).sum();
+                let charge = self.host.budget().try_reserve(bytes);
+                self.charge.absorb(charge.map_err(MemoryError::from)?);
+                for (plan, range) in columns.plans.iter_mut().zip(ranges) {
+                    plan.values.0.extend_from_slice(&data.data_body[range]);
                 }
+                self.host.uploads_copied().add(bytes);
                 Ok(())
             }
             (MessageHeader::Schema, Some(_)) => {
                 Err(bad_request("a second schema; one upload is one table"))
             }
             (MessageHeader::DictionaryBatch, _) => Err(bad_tensor(
-                "a dictionary batch; tensors are not dictionary-encoded, decode them first"
-                    .to_owned(),
+                "a dictionary batch; tensors are not dictionary-encoded, decode them first",
             )),
             (other, _) => Err(bad_request(format!(
                 "a message of kind {}; an upload is a schema and then record batches",
@@ -347,31 +387,34 @@ impl Arriving {
     }
 
     /// Copies what arrived into a segment and publishes it. Blocks.
-    fn finish(self) -> Result<Arc<LiveSegment>, Status> {
-        let Self {
-            host,
-            upload,
-            columns,
-            rows,
-            batches,
-        } = self;
-        let Columns(plans) =
-            columns.ok_or_else(|| bad_request("the upload ended before its schema"))?;
+    fn finish(mut self) -> Result<Arc<LiveSegment>, Status> {
+        let Columns { mut plans, schema } = self
+            .columns
+            .take()
+            .ok_or_else(|| bad_request("the upload ended before its schema"))?;
         let columns = plans
             .iter()
-            .map(|plan| Ok(Column::new(&plan.name, plan.spec(rows)?)?))
+            .map(|plan| Ok(Column::new(&plan.name, plan.spec(self.rows)?)?))
             .collect::<Result<Vec<_>, Status>>()?;
-        let (segment, layout) = host.allocate_to_fill(&columns)?;
-        let mut before = 0;
-        for batch in batches {
-            for ((plan, place), range) in plans.iter().zip(&layout.tensors).zip(&batch.ranges) {
-                let offset = place.offset + before * plan.row_bytes;
-                segment.write_at(offset, &batch.body[range.clone()], host.uploads_copied())?;
-            }
-            before += batch.rows;
+        let layout = FileLayout::plan_as(&columns, &schema)?;
+        let segment = self.host.allocate_to_fill(&layout)?;
+        for (plan, place) in plans.iter_mut().zip(&layout.tensors) {
+            let values = std::mem::take(&mut plan.values.0);
+            segment.write_at(place.offset, &values, self.host.uploads_copied())?;
         }
-        upload.finish(segment, layout)
+        self.upload.finish(segment, layout)
     }
+}
+
+fn unreadable(found: &str) -> Status {
+    // The lines behind the first name the flatbuffer fields on the way there.
+    let found = found.lines().next().unwrap_or_default();
+    if found.starts_with("Utf8 error") {
+        return bad_tensor(format!(
+            "a column's name or the schema's metadata is not UTF-8 ({found}); encode it as text, base64 for instance"
+        ));
+    }
+    bad_request(format!("a message's metadata is corrupt: {found}"))
 }
 
 /// What the client's stream ended with instead of its end.
@@ -432,18 +475,37 @@ pub(super) async fn receive(
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
     let upload = host.begin_upload(principal, name(&first)?, replace)?;
+    let charge = host.budget().try_reserve(0).map_err(MemoryError::from)?;
     let mut arriving = Arriving {
         host,
         upload,
         columns: None,
         rows: 0,
-        batches: Vec::new(),
+        charge,
     };
-    arriving.take(first)?;
+    arriving.take(&first)?;
+    drop(first);
     while let Some(message) = messages.next().await {
-        arriving.take(message.map_err(ended)?)?;
+        let message = message.map_err(ended)?;
+        if message.data_body.len() <= COPY_INLINE_BYTES_MAX {
+            arriving.take(&message)?;
+        } else {
+            arriving = off_the_runtime(move || {
+                arriving.take(&message)?;
+                Ok(arriving)
+            })
+            .await?;
+        }
     }
-    match tokio::task::spawn_blocking(move || arriving.finish()).await {
+    // What gRPC still holds goes before the segment comes.
+    drop(messages);
+    off_the_runtime(move || arriving.finish()).await
+}
+
+async fn off_the_runtime<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, Status> + Send + 'static,
+) -> Result<T, Status> {
+    match tokio::task::spawn_blocking(work).await {
         Ok(result) => result,
         Err(error) => Err(host_bug("storing an upload", error)),
     }

@@ -512,26 +512,22 @@ impl Host {
     /// runtime thread has.
     ///
     /// # Errors
-    /// `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
-    pub fn allocate_to_fill(
-        &self,
-        columns: &[Column],
-    ) -> Result<(Segment<Open>, FileLayout), Status> {
-        let (segment, layout) = self.allocate(columns)?;
+    /// `BUDGET_EXCEEDED`, `DRAINING`.
+    pub fn allocate_to_fill(&self, layout: &FileLayout) -> Result<Segment<Open>, Status> {
+        let segment = self.allocate(layout)?;
         for tensor in &layout.tensors {
             let range = tensor.offset..tensor.offset + tensor.length;
             segment.back_with_huge_pages(range, &self.births);
         }
-        Ok((segment, layout))
+        Ok(segment)
     }
 
-    /// A segment with header and footer already in it.
+    /// A segment for that layout, with header and footer already in it.
     ///
     /// # Errors
-    /// `BAD_TENSOR`, `BUDGET_EXCEEDED`, `DRAINING`.
-    fn allocate(&self, columns: &[Column]) -> Result<(Segment<Open>, FileLayout), Status> {
+    /// `BUDGET_EXCEEDED`, `DRAINING`.
+    fn allocate(&self, layout: &FileLayout) -> Result<Segment<Open>, Status> {
         self.admit()?;
-        let layout = FileLayout::plan(columns)?;
         let made =
             Segment::create(layout.capacity, &self.budget).and_then(|segment: Segment<Open>| {
                 let uncounted = Copied::new();
@@ -539,8 +535,7 @@ impl Host {
                 segment.write_at(layout.footer_offset, &layout.footer, &uncounted)?;
                 Ok(segment)
             });
-        let segment = made.map_err(|e| status::memory("no segment could be made", e))?;
-        Ok((segment, layout))
+        made.map_err(|e| status::memory("no segment could be made", e))
     }
 
     /// A segment for a client to fill, and the descriptor to send.
@@ -565,7 +560,8 @@ impl Host {
                 )
             })
             .collect::<Result<Vec<_>, _>>()?;
-        let (segment, layout) = self.allocate(&columns)?;
+        let layout = FileLayout::plan(&columns)?;
+        let segment = self.allocate(&layout)?;
         let fd = segment
             .client_fd()
             .map_err(|e: MemoryError| status::memory("no descriptor", e))?;
@@ -887,7 +883,10 @@ pub fn check_name(name: &str) -> Result<(), Status> {
 }
 
 /// Names of a segment's tensors: few and short enough for a mapping to fit a frame.
-fn check_columns<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> Result<(), Status> {
+///
+/// # Errors
+/// `BAD_TENSOR` with what is possible.
+pub fn check_columns<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> Result<(), Status> {
     let bad = |message: String| Err(Status::new(Code::InvalidArgument, "BAD_TENSOR", message));
     if names.len() == 0 || names.len() > COLUMNS_MAX {
         return bad(format!(

@@ -31,7 +31,7 @@ def test_flight_info_of_a_tensor(client):
     mapping = put(client, "x", pa.table({"x": np.arange(1000.0)}))
     info = client.get_flight_info(path("x"))
     assert (info.total_records, info.total_bytes) == (1000, 8000)
-    assert info.schema == pa.schema([pa.field("x", pa.float64(), nullable=False)])
+    assert info.schema == pa.schema([pa.field("x", pa.float64())])
     [endpoint] = info.endpoints
     assert endpoint.locations == []
     assert mapping["strait-mmap"] == 1 and mapping["seal"] == "write"
@@ -88,6 +88,88 @@ def test_every_primitive_type(client, dtype):
     table.validate(full=True)
     np.testing.assert_array_equal(table["a"].to_numpy(), values)
     np.testing.assert_array_equal(table["b"].to_numpy(), values[::-1])
+
+
+def annotated(arrays, nullable=True):
+    """A table whose fields and schema all have metadata."""
+    fields = [
+        pa.field(name, array.type, nullable, {"unit": "m", "note": "é\n", "empty": ""})
+        for name, array in arrays.items()
+    ]
+    return pa.Table.from_arrays(list(arrays.values()), schema=pa.schema(fields, {"pandas": "{}", "k": "v" * 5000}))
+
+
+def shaped(dim_names=None, permutation=None):
+    kind = pa.fixed_shape_tensor(pa.float32(), [2, 3], dim_names, permutation)
+    return pa.ExtensionArray.from_storage(kind, pa.array([[0.0] * 6, [1.5] * 6], kind.storage_type))
+
+
+KINDS = {
+    "primitive": pa.array([1, 2], pa.uint16()),
+    "list": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float64(), 2)),
+    "list of named items": pa.array(
+        [[1, 2], [3, 4]], pa.list_(pa.field("v", pa.int8(), nullable=False, metadata={"a": "b"}), 2)
+    ),
+    "lists of lists": pa.array([[[1, 2]], [[3, 4]]], pa.list_(pa.list_(pa.int64(), 2), 1)),
+    "tensor": shaped(),
+    "dim_names": shaped(["H", "W"]),
+    "identity": shaped(["H", "W"], [0, 1]),
+    "bool8": pa.ExtensionArray.from_storage(pa.bool8(), pa.array([5, 0], pa.int8())),
+}
+
+
+@pytest.mark.parametrize("nullable", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_table_comes_back_with_all_that_its_schema_says(host, client, kind, nullable):
+    table = annotated({"x": KINDS[kind]}, nullable)
+    put(client, "kept", table)
+    for got in [
+        client.do_get(flight.Ticket("kept")).read_all(),
+        ipc.open_file(pa.py_buffer(recvd_segment(host, client, "kept")[1])).read_all(),
+    ]:
+        got.validate(full=True)
+        assert got.equals(table, check_metadata=True), got.schema
+    for schema in [
+        client.get_schema(path("kept")).schema,
+        client.get_flight_info(path("kept")).schema,
+        next(client.list_flights(b"kept")).schema,
+    ]:
+        assert schema.equals(table.schema, check_metadata=True), schema
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"strait.dtype": "bfloat16"},
+        {"strait.dtype": "float8_e5m2"},
+        {"strait.dtype": "complex64"},
+        {"strait.shape": "[]", "strait.dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_our_own_metadata_comes_back_too(client, metadata):
+    storage = {"bfloat16": pa.uint16(), "float8_e5m2": pa.uint8(), "complex64": pa.list_(pa.float32(), 2)}
+    kind = storage[metadata["strait.dtype"]]
+    rows = 1 if "strait.shape" in metadata else 3
+    field = pa.field("x", kind, metadata=metadata | {"unit": "s"})
+    array = pa.array([[1.0, 2.0]] * rows if pa.types.is_fixed_size_list(kind) else [7] * rows, kind)
+    table = pa.Table.from_arrays([array], schema=pa.schema([field], {"a": "b"}))
+    mapping = put(client, "own", table)
+    assert mapping["tensors"][0]["dtype"] == metadata["strait.dtype"]
+    assert mapping["tensors"][0]["shape"] == ([] if rows == 1 else [3])
+    assert client.do_get(flight.Ticket("own")).read_all().equals(table, check_metadata=True)
+
+
+def test_metadata_that_cannot_be_kept(client):
+    def refused(table, *words):
+        raised(pa.ArrowInvalid, "BAD_TENSOR", words, lambda: put(client, "bad", table))
+
+    x = pa.array([1.0])
+    refused(pa.table({"x": x}, metadata={"k": "v" * 65536}), "65537 bytes", "65536")
+    refused(pa.table({"x": x}, metadata={"k": b"\xff"}), "UTF-8")
+    refused(pa.table({"x": shaped(None, [1, 0])}), "`x`", "permuted")
+    refused(pa.table({f"c{i}": x for i in range(129)}), "129 tensors")
+    raised(KeyError, "TENSOR_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
 
 
 def test_100_mb_at_default_limits_both_ways(client):

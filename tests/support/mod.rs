@@ -17,7 +17,7 @@ use strait::lease::{LiveSegment, Principal};
 use strait::session::{Answer, Host, Invoked};
 use strait_client::wire;
 use strait_memory::Copied;
-use strait_tensor::{Column, Dtype, TensorSpec};
+use strait_tensor::{Column, Dtype, FileLayout, TensorSpec};
 
 /// The principal of the tests.
 pub const ME: Principal = Principal { uid: 4242 };
@@ -80,7 +80,8 @@ impl Rig {
             "the test's own arithmetic"
         );
         let upload = self.host.begin_upload(ME, name, true).unwrap();
-        let (segment, layout) = self.host.allocate_to_fill(&[column]).unwrap();
+        let layout = FileLayout::plan(&[column]).unwrap();
+        let segment = self.host.allocate_to_fill(&layout).unwrap();
         segment
             .write_at(layout.tensors[0].offset, bytes, &Copied::new())
             .unwrap();

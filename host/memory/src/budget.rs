@@ -136,6 +136,18 @@ impl Charge {
     pub fn amount(&self) -> u64 {
         self.amount
     }
+
+    /// Takes over what `other`, of the same budget, holds.
+    ///
+    /// # Panics
+    /// If it is of another budget.
+    pub fn absorb(&mut self, mut other: Charge) {
+        assert!(
+            Arc::ptr_eq(&self.budget, &other.budget),
+            "charges of two budgets"
+        );
+        self.amount += std::mem::take(&mut other.amount);
+    }
 }
 
 impl Drop for Charge {
@@ -159,6 +171,16 @@ mod tests {
         drop(seven);
         assert_eq!(budget.used(), 0);
         assert_eq!(budget.try_reserve(10).expect("10 of 10").amount(), 10);
+    }
+
+    #[test]
+    fn charges_become_one() {
+        let budget = Budget::new("things", 10);
+        let mut sum = budget.try_reserve(3).expect("3 of 10");
+        sum.absorb(budget.try_reserve(4).expect("7 of 10"));
+        assert_eq!((sum.amount(), budget.used()), (7, 7));
+        drop(sum);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]

@@ -8,6 +8,8 @@
 //! Header and footer belong to the host: no window ever covers them, or a guest could write the
 //! flatbuffers that a consumer parses.
 
+use arrow_schema::Schema;
+
 use crate::ipc;
 use crate::{RANK_MAX, TensorPlace, TensorSpec};
 
@@ -151,6 +153,21 @@ pub enum LayoutError {
     },
 }
 
+/// Tensors as an Arrow schema. Their lengths may differ.
+///
+/// # Errors
+/// [`LayoutError::RowTooLong`] for what Arrow has no type for.
+pub fn schema<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
+) -> Result<Schema, LayoutError> {
+    let field = |(name, spec)| {
+        check_row(name, spec)?;
+        Ok(ipc::field(name, spec))
+    };
+    let fields = tensors.into_iter().map(field);
+    Ok(Schema::new(fields.collect::<Result<Vec<_>, _>>()?))
+}
+
 impl FileLayout {
     /// Lays `columns` out, in order.
     ///
@@ -162,7 +179,44 @@ impl FileLayout {
     /// `i32::MAX` values, or sizes that cannot be counted.
     pub fn plan(columns: &[Column]) -> Result<FileLayout, LayoutError> {
         let rows = check(columns)?;
-        let metadata_bytes = metadata_bytes_max(columns)?;
+        let schema = schema(columns.iter().map(|c| (c.name.as_str(), &c.spec)))?;
+        Self::frame(columns, rows, &schema, metadata_bytes_max(columns, 0)?)
+    }
+
+    /// The same with a schema of the caller's, which declares just `columns`: its metadata,
+    /// nullability and kinds of lists are kept in the file.
+    ///
+    /// # Errors
+    /// As [`FileLayout::plan`].
+    ///
+    /// # Panics
+    /// If `schema` declares other columns: [`crate::read_schema`] tells what it declares.
+    pub fn plan_as(columns: &[Column], schema: &Schema) -> Result<FileLayout, LayoutError> {
+        let rows = check(columns)?;
+        // Lists of empty lists may have values without having bytes.
+        for (column, field) in columns.iter().zip(schema.fields()) {
+            if ipc::values(field, rows).is_none() {
+                return Err(LayoutError::Overflow {
+                    spec: column.spec.clone(),
+                });
+            }
+        }
+        let metadata_bytes = metadata_bytes_max(columns, ipc::schema_bytes(schema))?;
+        let layout = Self::frame(columns, rows, schema, metadata_bytes)?;
+        assert!(
+            ipc::schema_message(&layout.header, &layout.tensors).is_some(),
+            "the schema declares other tensors than {:?}",
+            layout.tensors
+        );
+        Ok(layout)
+    }
+
+    fn frame(
+        columns: &[Column],
+        rows: u64,
+        schema: &Schema,
+        metadata_bytes: u64,
+    ) -> Result<FileLayout, LayoutError> {
         // The bound decides, not the bytes written: digits of a shape must not move a tensor.
         let body_offset = (8 + metadata_bytes).next_multiple_of(TENSOR_ALIGN_BYTES);
 
@@ -184,7 +238,7 @@ impl FileLayout {
         }
 
         let ipc::Framing { header, footer } =
-            ipc::frame(&tensors, rows, body_offset, footer_offset);
+            ipc::frame(schema, &tensors, rows, body_offset, footer_offset);
         let bytes = footer_offset + footer.len() as u64;
         assert!(
             header.len() as u64 == body_offset && bytes <= capacity,
@@ -231,16 +285,21 @@ fn check(columns: &[Column]) -> Result<u64, LayoutError> {
                 bytes,
             });
         }
-        let elements = row_elements(spec);
-        if elements > i32::MAX.cast_unsigned().into() {
-            return Err(LayoutError::RowTooLong {
-                name: name.clone(),
-                spec: spec.clone(),
-                elements,
-            });
-        }
+        check_row(name, spec)?;
     }
     Ok(first_rows)
+}
+
+fn check_row(name: &str, spec: &TensorSpec) -> Result<(), LayoutError> {
+    let elements = row_elements(spec);
+    if elements > i32::MAX.cast_unsigned().into() {
+        return Err(LayoutError::RowTooLong {
+            name: name.to_owned(),
+            spec: spec.clone(),
+            elements,
+        });
+    }
+    Ok(())
 }
 
 fn rows(spec: &TensorSpec) -> u64 {
@@ -288,11 +347,12 @@ fn place(column: &Column, free: u64) -> Result<(TensorPlace, u64), LayoutError> 
 }
 
 /// An upper bound of the bytes of header and footer, each, from the number and names of the
-/// columns alone.
-fn metadata_bytes_max(columns: &[Column]) -> Result<u64, LayoutError> {
+/// columns alone, and `schema_bytes` of a schema that is not ours.
+fn metadata_bytes_max(columns: &[Column], schema_bytes: u64) -> Result<u64, LayoutError> {
     // The widest column (7 inner axes of 19 digits, a dtype of our own) takes 497 bytes beside its
     // name, what is around the columns less than 200; `frame` checks that they fit.
-    let bytes = columns.iter().fold(1024_u64, |bytes, column| {
+    let around = schema_bytes.saturating_add(1024);
+    let bytes = columns.iter().fold(around, |bytes, column| {
         bytes
             .saturating_add(640)
             .saturating_add(column.name.len() as u64)

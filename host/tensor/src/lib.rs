@@ -20,6 +20,8 @@ mod spec;
 
 pub use dtype::{Dtype, UnknownDtype};
 pub use files::{FileError, NpyError, TensorFile, write};
-pub use ipc::{IpcError, read_layout};
-pub use layout::{Column, FileLayout, LayoutError};
+pub use ipc::{
+    IpcError, Row, SchemaColumn, message_bytes, read_layout, read_schema, schema_message,
+};
+pub use layout::{Column, FileLayout, LayoutError, schema};
 pub use spec::{RANK_MAX, TensorPlace, TensorSpec};

@@ -9,7 +9,9 @@ use arrow_ipc::reader::{FileReader, StreamReader};
 use arrow_schema::DataType;
 use proptest::prelude::*;
 use strait_tensor::layout::{HUGE_ALIGN_BYTES, HUGE_MIN_BYTES, PAGE_BYTES, TENSOR_ALIGN_BYTES};
-use strait_tensor::{Column, Dtype, FileLayout, LayoutError, TensorSpec, read_layout};
+use strait_tensor::{
+    Column, Dtype, FileLayout, LayoutError, TensorSpec, read_layout, schema_message,
+};
 
 fn spec(dtype: Dtype, shape: &[u64]) -> TensorSpec {
     TensorSpec {
@@ -389,6 +391,63 @@ fn columns_that_arrow_rs_made_are_found() {
     );
     let names = text(&write(vec![("names", &names), ("x", &x)], 1));
     assert!(names.contains(r#"column "names" is no tensor"#), "{names}");
+}
+
+#[test]
+fn a_schema_of_the_callers_is_kept() {
+    use arrow_schema::{Field, Schema};
+    let note =
+        |value: &str| std::collections::HashMap::from([("note".to_owned(), value.to_owned())]);
+    let inner = Arc::new(Field::new("v", DataType::Float32, false).with_metadata(note("inner")));
+    let lists = DataType::FixedSizeList(
+        Arc::new(Field::new("row", DataType::FixedSizeList(inner, 3), true)),
+        2,
+    );
+    let fields = vec![
+        Field::new("t", lists, true).with_metadata(note("outer")),
+        Field::new("x", DataType::Float64, true),
+    ];
+    // So much that the body starts later than usual.
+    let schema = Schema::new_with_metadata(fields, note(&"n".repeat(70 << 10)));
+    let columns = [
+        column("t", Dtype::Float32, &[5, 2, 3]),
+        column("x", Dtype::Float64, &[5]),
+    ];
+    let layout = FileLayout::plan_as(&columns, &schema).expect("a schema of these columns");
+    check_plan(&columns, &layout);
+    assert!(layout.tensors[0].offset > TENSOR_ALIGN_BYTES);
+    let bytes = file(&layout);
+    assert_eq!(read_layout(&bytes).expect("our own file"), layout.tensors);
+    assert_eq!(*read_by_arrow(&bytes).schema(), schema);
+
+    let message = schema_message(&layout.header, &layout.tensors).expect("its schema");
+    let read = arrow_ipc::convert::try_schema_from_ipc_buffer(message).expect("a schema");
+    assert_eq!(read, schema);
+    // Of other tensors, cut off, or of other bytes: not this file's.
+    assert_eq!(schema_message(&layout.header, &layout.tensors[..1]), None);
+    let mut other = layout.tensors.clone();
+    other[1].spec.dtype = Dtype::Int64;
+    assert_eq!(schema_message(&layout.header, &other), None);
+    for end in [0, 7, 8, 15, 16, 70 << 10] {
+        assert_eq!(schema_message(&layout.header[..end], &layout.tensors), None);
+    }
+    assert_eq!(schema_message(&[0xff; 4096], &layout.tensors), None);
+
+    // Lists of empty lists have values without bytes.
+    let empty = Arc::new(Field::new("v", DataType::Int8, true));
+    let empty = DataType::FixedSizeList(empty, 0);
+    let lists = DataType::FixedSizeList(Arc::new(Field::new("l", empty, true)), i32::MAX);
+    let schema = Schema::new(vec![Field::new("t", lists, true)]);
+    let columns = [column(
+        "t",
+        Dtype::Int8,
+        &[1 << 40, i32::MAX.cast_unsigned().into(), 0],
+    )];
+    let refused = FileLayout::plan_as(&columns, &schema);
+    assert!(
+        matches!(refused, Err(LayoutError::Overflow { .. })),
+        "{refused:?}"
+    );
 }
 
 fn any_dtype() -> impl Strategy<Value = Dtype> {

@@ -9,7 +9,8 @@ mod write;
 
 pub(crate) use read::{Codec, Piece, columns};
 pub use read::{IpcError, read_layout};
-pub(crate) use write::{Framing, frame};
+pub use schema::{Row, SchemaColumn, message_bytes, read_schema, schema_message};
+pub(crate) use write::{Framing, field, frame, schema_bytes, values};
 
 /// The first bytes of an IPC file; six of them, without the padding, also end it.
 const MAGIC: [u8; 8] = *b"ARROW1\0\0";

@@ -1,11 +1,12 @@
 //! Which columns a schema declares, and which of them are tensors.
 
-use arrow_ipc::{Field, MetadataVersion, Precision, Schema, Type, UnionMode};
+use arrow_ipc::{Field, MetadataVersion, Precision, Schema, Type, UnionMode, root_as_message};
 
 use super::{
-    BOOL8, DTYPE_KEY, EXTENSION_METADATA, EXTENSION_NAME, FIXED_SHAPE_TENSOR, SHAPE_0D, SHAPE_KEY,
+    BOOL8, CONTINUATION, DTYPE_KEY, EXTENSION_METADATA, EXTENSION_NAME, FIXED_SHAPE_TENSOR,
+    IpcError, MAGIC, METADATA_BYTES_MAX, SHAPE_0D, SHAPE_KEY,
 };
-use crate::{Dtype, RANK_MAX};
+use crate::{Dtype, RANK_MAX, TensorPlace};
 
 /// Lists within lists deeper than this are not followed.
 const DEPTH_MAX: usize = 32;
@@ -30,11 +31,71 @@ pub(super) struct Node {
 }
 
 /// A tensor without its leading axis, the rows.
-pub(super) struct Row {
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<u64>,
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// The type of the elements.
+    pub dtype: Dtype,
+    /// The axes after the first.
+    pub shape: Vec<u64>,
     /// One row that is the only element.
-    pub(super) is_0d: bool,
+    pub is_0d: bool,
+}
+
+/// A column that a schema declares.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchemaColumn {
+    /// Its name.
+    pub name: String,
+    /// What it is as a tensor, or why it is none.
+    pub row: Result<Row, String>,
+    /// Values in one row for each of its field nodes, outer before inner: 1, then those of its
+    /// lists. Meaningless if it is no tensor.
+    pub levels: Vec<u64>,
+}
+
+/// What `schema` declares, column by column.
+///
+/// # Errors
+/// [`IpcError::Invalid`] for a schema that no column of can be read.
+pub fn read_schema(schema: Schema<'_>) -> Result<Vec<SchemaColumn>, IpcError> {
+    let columns = declared(schema, MetadataVersion::V5).map_err(IpcError::Invalid)?;
+    let column = |declared: Declared| SchemaColumn {
+        name: declared.name,
+        levels: declared.nodes.iter().map(|node| node.values).collect(),
+        row: declared.tensor,
+    };
+    Ok(columns.into_iter().map(column).collect())
+}
+
+/// The schema of the file that begins with `header`, as an encapsulated message, if that file has
+/// just `tensors`. For bytes that nobody can still write.
+pub fn schema_message<'a>(header: &'a [u8], tensors: &[TensorPlace]) -> Option<&'a [u8]> {
+    let file = header.strip_prefix(&MAGIC)?;
+    let (start, rest) = file.split_first_chunk::<8>()?;
+    let bytes = usize::try_from(message_bytes(start)?).ok()?;
+    let schema = root_as_message(rest.get(..bytes)?)
+        .ok()?
+        .header_as_schema()?;
+    let columns = read_schema(schema).ok()?;
+    let fits = columns.len() == tensors.len()
+        && columns.iter().zip(tensors).all(|(column, tensor)| {
+            column.name == tensor.name
+                && column.row.as_ref().is_ok_and(|row| {
+                    row.dtype == tensor.spec.dtype
+                        && row.is_0d == tensor.spec.shape.is_empty()
+                        && row.shape == tensor.spec.shape.get(1..).unwrap_or_default()
+                })
+        });
+    fits.then_some(&file[..start.len() + bytes])
+}
+
+/// The length of the first message of a file of ours, of which these are bytes 8 to 15.
+pub fn message_bytes(start: &[u8; 8]) -> Option<u32> {
+    let length = start.strip_prefix(&CONTINUATION)?;
+    let length = i32::from_le_bytes(length.try_into().ok()?);
+    u32::try_from(length)
+        .ok()
+        .filter(|length| (1..=METADATA_BYTES_MAX).contains(length))
 }
 
 /// Reads the columns, or says what is wrong with the schema.
@@ -121,7 +182,7 @@ fn push_nodes(
 /// Reads a field as a tensor and notes on its nodes how many values they have in a row.
 fn row(field: Field<'_>, nodes: &mut [Node]) -> Result<Row, String> {
     if field.dictionary().is_some() {
-        return Err("it is dictionary-encoded; decode it before writing the file".to_owned());
+        return Err("it is dictionary-encoded; decode it first".to_owned());
     }
     let mut shape = Vec::new();
     let mut values = 1_u64;
@@ -220,8 +281,11 @@ fn primitive(field: Field<'_>) -> Result<Dtype, String> {
             "its booleans are packed into bits; cast them to int8 (arrow.bool8), one byte each"
                 .to_owned()
         }
+        Type::Utf8 | Type::LargeUtf8 | Type::Utf8View => format!(
+            "it is text ({name}); a tensor has numbers of a fixed width, so leave it out or encode it"
+        ),
         Type::Date | Type::Time | Type::Timestamp | Type::Duration => {
-            format!("its type is {name}; cast it to the integers that it stores")
+            format!("it is a time ({name}); cast it to the integers that it stores")
         }
         _ => format!("its type, {name}, has no fixed-width numbers"),
     })
@@ -232,11 +296,26 @@ fn tensor_shape(field: Field<'_>, lists: &[u64]) -> Result<Vec<u64>, String> {
     #[derive(serde::Deserialize)]
     struct Parameters {
         shape: Vec<u64>,
+        /// arrow-rs writes `permutations`, against the specification.
+        #[serde(alias = "permutations")]
         permutation: Option<Vec<u64>>,
+        dim_names: Option<Vec<String>>,
     }
     let json = metadata(field, EXTENSION_METADATA).unwrap_or_default();
-    let Parameters { shape, permutation } = serde_json::from_str(json)
-        .map_err(|error| format!("{FIXED_SHAPE_TENSOR} metadata {json:?}: {error}"))?;
+    let Parameters {
+        shape,
+        permutation,
+        dim_names,
+    } = serde_json::from_str(json)
+        .map_err(|error| format!("{FIXED_SHAPE_TENSOR} metadata {json:.100?}: {error}"))?;
+    // Kept as it is, and pyarrow could not read it back.
+    if let Some(names) = dim_names.filter(|names| names.len() != shape.len()) {
+        return Err(format!(
+            "{FIXED_SHAPE_TENSOR} has {} dim_names for a shape of {} axes; name each or none",
+            names.len(),
+            shape.len()
+        ));
+    }
     if let Some(permutation) = permutation
         && !permutation.iter().copied().eq(0..shape.len() as u64)
     {

@@ -25,20 +25,21 @@ pub(crate) struct Framing {
 /// Writes header and footer of a file whose body spans `body_offset..body_end`.
 ///
 /// The caller has checked the tensors: all of `rows` rows, rows of at most `i32::MAX` values,
-/// offsets and sizes within `i64`, metadata within [`super::METADATA_BYTES_MAX`].
+/// offsets and sizes within `i64`, metadata within [`super::METADATA_BYTES_MAX`]; and `schema`
+/// declares them.
 pub(crate) fn frame(
+    schema: &Schema,
     tensors: &[TensorPlace],
     rows: u64,
     body_offset: u64,
     body_end: u64,
 ) -> Framing {
-    let schema = Schema::new(tensors.iter().map(field).collect::<Vec<_>>());
     let body_bytes = signed(body_end - body_offset);
 
     let mut header = MAGIC.to_vec();
-    push_message(&mut header, &schema_message(&schema), None);
+    push_message(&mut header, &schema_message(schema), None);
     let batch_offset = header.len();
-    let batch = batch_message(tensors, rows, body_offset, body_bytes);
+    let batch = batch_message(schema, tensors, rows, body_offset, body_bytes);
     push_message(&mut header, &batch, Some(body_offset));
 
     let metadata_bytes = i32::try_from(header.len() - batch_offset)
@@ -46,8 +47,26 @@ pub(crate) fn frame(
     let block = Block::new(signed(batch_offset as u64), metadata_bytes, body_bytes);
     Framing {
         header,
-        footer: footer(&schema, block),
+        footer: footer(schema, block),
     }
+}
+
+/// Values of a column of `rows` rows, and of each list below it, if they can be counted in `i64`.
+pub(crate) fn values(field: &Field, rows: u64) -> Option<Vec<u64>> {
+    let countable = |count: u64| i64::try_from(count).is_ok().then_some(count);
+    let mut counts = vec![countable(rows)?];
+    let (mut count, mut level) = (rows, field.data_type());
+    while let DataType::FixedSizeList(item, size) = level {
+        count = count.checked_mul(u64::try_from(*size).ok()?)?;
+        counts.push(countable(count)?);
+        level = item.data_type();
+    }
+    Some(counts)
+}
+
+/// Bytes that `schema` takes in a header, or in a footer.
+pub(crate) fn schema_bytes(schema: &Schema) -> u64 {
+    schema_message(schema).len() as u64
 }
 
 fn signed(value: u64) -> i64 {
@@ -81,17 +100,20 @@ fn schema_message(schema: &Schema) -> Vec<u8> {
     finish_message(builder, MessageHeader::Schema, header, 0)
 }
 
-fn batch_message(tensors: &[TensorPlace], rows: u64, body_offset: u64, body_bytes: i64) -> Vec<u8> {
+fn batch_message(
+    schema: &Schema,
+    tensors: &[TensorPlace],
+    rows: u64,
+    body_offset: u64,
+    body_bytes: i64,
+) -> Vec<u8> {
     let mut nodes = Vec::new();
     let mut buffers = Vec::new();
-    for tensor in tensors {
+    for (field, tensor) in schema.fields().iter().zip(tensors) {
         let start = signed(tensor.offset - body_offset);
-        // A validity buffer of no bytes, for the list and for its values: nothing is null.
-        nodes.push(FieldNode::new(signed(rows), 0));
-        buffers.push(Buffer::new(start, 0));
-        if let Some(row) = row_shape(&tensor.spec) {
-            let values = signed(rows * row_values(&row));
-            nodes.push(FieldNode::new(values, 0));
+        for count in values(field, rows).expect("the layout keeps counts within i64") {
+            // Each level has a validity buffer of no bytes: nothing is null.
+            nodes.push(FieldNode::new(signed(count), 0));
             buffers.push(Buffer::new(start, 0));
         }
         buffers.push(Buffer::new(start, signed(tensor.length)));
@@ -163,8 +185,8 @@ fn row_values(shape: &[u64]) -> u64 {
     }
 }
 
-fn field(tensor: &TensorPlace) -> Field {
-    let spec = &tensor.spec;
+/// How a tensor is written in Arrow. Its rows have at most `i32::MAX` values.
+pub(crate) fn field(name: &str, spec: &TensorSpec) -> Field {
     let (primitive, dtype_is_storage) = storage(spec.dtype);
     let mut metadata = HashMap::new();
     let mut note = |key: &str, value: String| metadata.insert(key.to_owned(), value);
@@ -193,7 +215,7 @@ fn field(tensor: &TensorPlace) -> Field {
             DataType::new_fixed_size_list(primitive, values, true)
         }
     };
-    Field::new(&tensor.name, data_type, false).with_metadata(metadata)
+    Field::new(name, data_type, false).with_metadata(metadata)
 }
 
 /// Parameters of `arrow.fixed_shape_tensor`, by hand: pyarrow refuses the nulls that
