@@ -411,8 +411,8 @@ fn a_column_that_is_no_tensor_hurts_only_when_asked_for() {
         ("run_end", "RunEndEncoded"),
         ("text_lists", "Utf8"),
         ("permuted", "permuted"),
-        ("nulls", "1 nulls"),
-        ("list_nulls", "1 nulls"),
+        ("nulls", "1 null;"),
+        ("list_nulls", "1 null;"),
     ];
     for name in ["every_kind.arrow", "every_kind_stream.arrow"] {
         let file = open(&data(name));
@@ -426,6 +426,37 @@ fn a_column_that_is_no_tensor_hurts_only_when_asked_for() {
             );
         }
     }
+}
+
+#[test]
+fn nulls_are_counted_once() {
+    let file = open(&data("nulls.arrow"));
+    let compressed = open(&data("nulls_lz4.arrow"));
+    for (column, counted) in [
+        ("values", "1 null;"),
+        // Two values under the null row are null, too.
+        ("rows", "1 null;"),
+        ("rows_over_values", "1 null;"),
+        ("in_rows", "2 nulls;"),
+        ("rows_and_in_rows", "3 nulls;"),
+        ("lists_in_lists", "4 nulls;"),
+        ("many", "350 nulls;"),
+    ] {
+        for file in [&file, &compressed] {
+            let text = file.find(column).expect_err("nulls").to_string();
+            assert!(text.contains(&format!("has {counted}")), "{column}: {text}");
+        }
+    }
+}
+
+#[test]
+fn feather_1_is_named() {
+    let text = refusal(&data("version1.feather"));
+    assert!(
+        text.contains("version1.feather: Feather version 1"),
+        "{text}"
+    );
+    assert!(text.contains("write it as version 2"), "{text}");
 }
 
 #[test]
@@ -454,7 +485,23 @@ fn mistakes_of_the_caller() {
         "{text}"
     );
     fs::create_dir(path("directory.npy")).expect("creates a directory");
-    assert!(refusal(&path("directory.npy")).contains("not a regular file"));
+    let pipe = std::process::Command::new("mkfifo")
+        .arg(path("pipe.npy"))
+        .status();
+    assert!(pipe.expect("mkfifo").success());
+    let _socket = std::os::unix::net::UnixListener::bind(path("socket.npy")).expect("a socket");
+    std::os::unix::fs::symlink("/dev/zero", path("zero.npy")).expect("a link");
+    std::os::unix::fs::symlink(path("loop.npy"), path("loop.npy")).expect("a link");
+    for name in ["directory", "pipe", "socket", "zero"] {
+        let text = refusal(&path(name).with_extension("npy"));
+        assert!(text.contains("not a regular file"), "{text}");
+        assert!(text.contains(name), "{text}");
+    }
+    assert!(refusal(&path("loop.npy")).contains("loop.npy: cannot open it"));
+    let linked = path("linked.npy");
+    std::os::unix::fs::symlink(data("u8.npy").canonicalize().expect("it is there"), &linked)
+        .expect("a link");
+    assert_eq!(open(&linked).tensors()[0].0, "linked");
     fs::write(path("text.arrow"), "a,b\n1,2\n").expect("writes there");
     assert!(
         refusal(&path("text.arrow")).contains("not Arrow IPC"),

@@ -4,11 +4,12 @@ mod npy;
 mod transpose;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use crate::ipc::{self, Codec, IpcError, Piece};
+use crate::ipc::{self, IpcError, Piece};
 use crate::{Column, Dtype, FileLayout, LayoutError, TensorSpec};
 
 pub use npy::NpyError;
@@ -36,7 +37,10 @@ pub enum FileError {
         path: PathBuf,
     },
     /// A directory, pipe or device.
-    #[error("{}: not a regular file", path.display())]
+    #[error(
+        "{}: not a regular file but a directory, pipe, socket or device; write the tensor to a file first",
+        path.display()
+    )]
     NotAFile {
         /// The path.
         path: PathBuf,
@@ -173,13 +177,17 @@ impl TensorFile {
     pub fn open(path: &Path) -> Result<TensorFile, FileError> {
         let format = Format::of(path)?;
         let io = |doing| move |error| io_error(path, doing, error);
-        // Before opening: a pipe without a writer would block there.
         if !fs::metadata(path).map_err(io("open it"))?.is_file() {
             return Err(FileError::NotAFile {
                 path: path.to_owned(),
             });
         }
-        let file = File::open(path).map_err(io("open it"))?;
+        // Somebody's lease on the file, or a pipe that came there just now, would make us wait.
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(io("open it"))?;
         let bytes = file.metadata().map_err(io("read its size"))?.len();
         let mut opened = TensorFile {
             path: path.to_owned(),
@@ -319,7 +327,9 @@ impl TensorFile {
                     let length = usize::try_from(piece.bytes).expect("a part of a slice");
                     // The pieces' rows sum up to those of the tensor.
                     let (part, behind) = rest.split_at_mut(length);
-                    read_piece(&self.file, name, piece, part).map_err(|reason| self.ipc(reason))?;
+                    piece
+                        .read_into(&self.file, name, part)
+                        .map_err(|reason| self.ipc(reason))?;
                     rest = behind;
                 }
             }
@@ -357,40 +367,6 @@ fn check_buffer(path: &Path, name: &str, spec: &TensorSpec, given: usize) -> Res
         needed,
         given,
     })
-}
-
-/// Reads one record batch's part of a column into `part`, which has exactly its size.
-fn read_piece(mut file: &File, name: &str, piece: &Piece, part: &mut [u8]) -> Result<(), IpcError> {
-    file.seek(SeekFrom::Start(piece.offset))?;
-    match piece.codec {
-        Codec::Plain => file.read_exact(part)?,
-        Codec::Lz4Frame => {
-            let mut length = [0; 8];
-            file.read_exact(&mut length)?;
-            match i64::from_le_bytes(length) {
-                // "Not compressed after all", as writers do where it does not pay.
-                -1 if piece.stored_bytes - 8 >= piece.bytes => file.read_exact(part)?,
-                length if u64::try_from(length).is_ok_and(|length| length >= piece.bytes) => {
-                    let frame = io::BufReader::new(file.take(piece.stored_bytes - 8));
-                    lz4_flex::frame::FrameDecoder::new(frame)
-                        .read_exact(part)
-                        .map_err(|error| {
-                            IpcError::Invalid(format!(
-                                "column {name:?}: damaged LZ4 data of {} bytes at byte {}: {error}",
-                                piece.stored_bytes, piece.offset
-                            ))
-                        })?;
-                }
-                length => {
-                    return Err(IpcError::Invalid(format!(
-                        "column {name:?}: compressed data of {length} bytes where {} belong",
-                        piece.bytes
-                    )));
-                }
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Writes one tensor into a file by its extension: `.npy`, exactly as numpy and ml_dtypes would

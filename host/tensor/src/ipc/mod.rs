@@ -7,8 +7,8 @@ mod read;
 mod schema;
 mod write;
 
-pub(crate) use read::{Codec, Piece, columns};
 pub use read::{IpcError, read_layout};
+pub(crate) use read::{Piece, columns};
 pub use schema::{Row, SchemaColumn, message_bytes, read_schema, schema_message};
 pub(crate) use write::{Framing, field, frame, schema_bytes, values};
 

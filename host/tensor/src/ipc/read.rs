@@ -4,6 +4,7 @@
 //! used or allocated.
 
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 
 use arrow_ipc::{
     Buffer, CompressionType, FieldNode, MessageHeader, MetadataVersion, RecordBatch,
@@ -33,6 +34,11 @@ pub enum IpcError {
         /// The length of the data.
         end: u64,
     },
+    /// The format that Feather was before it was Arrow IPC.
+    #[error(
+        "Feather version 1, which is not Arrow IPC; write it as version 2, which pyarrow does by default"
+    )]
+    FeatherV1,
     /// Metadata of a size that nobody means.
     #[error("{what} of {bytes} bytes; at most {METADATA_BYTES_MAX} are read")]
     MetadataTooLarge {
@@ -62,13 +68,14 @@ pub enum IpcError {
     },
     /// A column with nulls.
     #[error(
-        "column {column:?} has {nulls} nulls; tensors have none: fill or drop them, or pass them as \
-         a mask of their own"
+        "column {column:?} has {nulls} null{}; tensors have none: fill or drop them, or pass them as \
+         a mask of their own",
+        if *nulls == 1 { "" } else { "s" }
     )]
     Nulls {
         /// The column.
         column: String,
-        /// How many.
+        /// How many: rows, and values in rows that are not null themselves.
         nulls: u64,
     },
     /// A column that is no tensor.
@@ -113,12 +120,14 @@ impl From<io::Error> for IpcError {
     }
 }
 
+/// The first bytes of a Feather file of version 1.
+const FEATHER_V1: &[u8] = b"FEA1";
 /// No codec that is read makes more than this out of a byte; LZ4 makes 255.
 const EXPANSION_MAX: u64 = 256;
 
 /// How the bytes of a buffer lie in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Codec {
+enum Codec {
     Plain,
     /// A length (`i64`, -1: plain bytes follow), then a frame.
     Lz4Frame,
@@ -127,12 +136,53 @@ pub(crate) enum Codec {
 /// One record batch's part of a column.
 #[derive(Debug, Clone)]
 pub(crate) struct Piece {
-    pub(crate) offset: u64,
+    offset: u64,
     /// Bytes in the file from `offset` on; those of the piece itself if it is plain.
-    pub(crate) stored_bytes: u64,
+    stored_bytes: u64,
     /// Bytes of the tensor.
     pub(crate) bytes: u64,
-    pub(crate) codec: Codec,
+    codec: Codec,
+}
+
+impl Piece {
+    /// Reads it into `part`, which has exactly its size. `name` is the column's, for errors.
+    pub(crate) fn read_into(
+        &self,
+        mut reader: impl Read + Seek,
+        name: &str,
+        part: &mut [u8],
+    ) -> Result<(), IpcError> {
+        reader.seek(SeekFrom::Start(self.offset))?;
+        match self.codec {
+            Codec::Plain => reader.read_exact(part)?,
+            Codec::Lz4Frame => {
+                let mut length = [0; 8];
+                reader.read_exact(&mut length)?;
+                match i64::from_le_bytes(length) {
+                    // "Not compressed after all", as writers do where it does not pay.
+                    -1 if self.stored_bytes - 8 >= self.bytes => reader.read_exact(part)?,
+                    length if u64::try_from(length).is_ok_and(|length| length >= self.bytes) => {
+                        let frame = io::BufReader::new(reader.take(self.stored_bytes - 8));
+                        lz4_flex::frame::FrameDecoder::new(frame)
+                            .read_exact(part)
+                            .map_err(|error| {
+                                IpcError::Invalid(format!(
+                                    "column {name:?}: damaged LZ4 data of {} bytes at byte {}: {error}",
+                                    self.stored_bytes, self.offset
+                                ))
+                            })?;
+                    }
+                    length => {
+                        return Err(IpcError::Invalid(format!(
+                            "column {name:?}: compressed data of {length} bytes where {} belong",
+                            self.bytes
+                        )));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A column, with its pieces in order, or why it is none of ours.
@@ -184,6 +234,8 @@ pub(crate) fn columns(reader: impl Read + Seek, bytes: u64) -> Result<Vec<Found>
     let mut source = Source::new(reader, bytes);
     let Contents { columns, batches } = if source.starts_with(&MAGIC[..MAGIC_END.len()])? {
         read_footer(&mut source)?
+    } else if source.starts_with(FEATHER_V1)? {
+        return Err(IpcError::FeatherV1);
     } else {
         read_stream(&mut source)?
     };
@@ -478,15 +530,15 @@ impl Gathered {
                 reason,
             };
             let row = tensor.map_err(not_a_tensor)?;
+            if is_zstd {
+                return Err(IpcError::Zstd {
+                    column: name.clone(),
+                });
+            }
             if nulls > 0 {
                 return Err(IpcError::Nulls {
                     column: name.clone(),
                     nulls,
-                });
-            }
-            if is_zstd {
-                return Err(IpcError::Zstd {
-                    column: name.clone(),
                 });
             }
             if row.is_0d && rows != 1 {
@@ -551,9 +603,69 @@ fn read_batch<R: Read + Seek>(
     })?;
     let mut walk = Walk::new(record, body_offset, body_bytes)?;
     for column in gathered {
-        walk.column(column)?;
+        let levels = walk.column(column)?;
+        column.nulls = column.nulls.saturating_add(count_nulls(
+            &mut source.reader,
+            &column.declared.name,
+            walk.rows,
+            levels,
+        )?);
     }
     walk.finish()
+}
+
+/// The nulls of one field node of a tensor: of a list, outer before inner, or of its values.
+struct Level {
+    nulls: u64,
+    /// A bit for each value, 0 where it is null; for levels with nulls, if there are several.
+    validity: Option<Piece>,
+    /// Values in one row of the column.
+    values: u64,
+}
+
+/// Counts those of one batch: what lies in a list that is null itself does not count again.
+fn count_nulls(
+    mut reader: impl Read + Seek,
+    name: &str,
+    rows: u64,
+    levels: Vec<Level>,
+) -> Result<u64, IpcError> {
+    if levels.iter().all(|level| level.validity.is_none()) {
+        return Ok(levels.iter().map(|level| level.nulls).sum());
+    }
+    let mut validities = Vec::new();
+    for level in levels {
+        let mut bits = Vec::new();
+        if let Some(piece) = level.validity {
+            bits.resize(usize::try_from(piece.bytes).expect("bytes of this file"), 0);
+            piece.read_into(&mut reader, name, &mut bits)?;
+        }
+        validities.push((bits, level.values));
+    }
+    Ok(nulls_in(&validities, 0..rows))
+}
+
+/// Those among the values `range` of the first level.
+fn nulls_in(levels: &[(Vec<u8>, u64)], range: Range<u64>) -> u64 {
+    let Some(((bits, values), deeper)) = levels.split_first() else {
+        return 0;
+    };
+    let size = deeper
+        .first()
+        .map_or(0, |(_, inner)| inner.checked_div(*values).unwrap_or(0));
+    let is_null = |at: u64| {
+        let byte = usize::try_from(at / 8).ok().and_then(|byte| bits.get(byte));
+        byte.is_some_and(|byte| byte >> (at % 8) & 1 == 0)
+    };
+    range
+        .map(|at| {
+            if is_null(at) {
+                1
+            } else {
+                nulls_in(deeper, at * size..(at + 1) * size)
+            }
+        })
+        .sum()
 }
 
 /// Goes through the nodes and buffers of a record batch, in the order of the schema.
@@ -602,16 +714,21 @@ impl Walk {
         })
     }
 
-    fn column(&mut self, column: &mut Gathered) -> Result<(), IpcError> {
+    /// Appends the batch's part to the column and answers what its nulls are counted from.
+    fn column(&mut self, column: &mut Gathered) -> Result<Vec<Level>, IpcError> {
         let name = &column.declared.name;
         let mut values = self.rows;
         let mut last = None;
+        let mut levels = Vec::new();
         for node in &column.declared.nodes {
-            values = self.node(name, node, &mut column.nulls)?;
-            last = self.buffers(name, node)?.or(last);
+            let nulls;
+            (values, nulls) = self.node(name, node)?;
+            let buffers = self.buffers(name, node)?;
+            last = buffers.map(|(_, last)| last).or(last);
+            levels.push((nulls, buffers.map(|(first, _)| first), values, node.values));
         }
         let Ok(row) = &column.declared.tensor else {
-            return Ok(());
+            return Ok(Vec::new());
         };
         let value_bytes = row.dtype.size() / if row.dtype.is_complex() { 2 } else { 1 };
         let bytes = values.checked_mul(value_bytes);
@@ -624,25 +741,36 @@ impl Walk {
         column.rows = rows;
         if self.is_zstd {
             column.is_zstd = true;
-            return Ok(());
+            return Ok(Vec::new());
         }
         column
             .pieces
             .push(self.piece(name, offset, stored_bytes, bytes)?);
-        Ok(())
+        let several = levels.iter().filter(|(nulls, ..)| *nulls > 0).count() > 1;
+        let level = |(nulls, validity, values, in_a_row): (u64, Option<(u64, u64)>, u64, u64)| {
+            let validity = validity
+                .filter(|_| several && nulls > 0)
+                .map(|(offset, stored)| self.piece(name, offset, stored, values.div_ceil(8)));
+            Ok(Level {
+                nulls,
+                validity: validity.transpose()?,
+                values: in_a_row,
+            })
+        };
+        levels.into_iter().map(level).collect()
     }
 
-    /// Checks the next node and answers how many values it has in a tensor of this many rows.
-    fn node(&mut self, name: &str, node: &Node, nulls: &mut u64) -> Result<u64, IpcError> {
+    /// Checks the next node; answers its values in a tensor of this many rows, and its nulls.
+    fn node(&mut self, name: &str, node: &Node) -> Result<(u64, u64), IpcError> {
         let found = self.nodes.next().ok_or_else(|| {
             IpcError::Invalid(format!(
                 "column {name:?}: the record batch has no node for it"
             ))
         })?;
         let length = unsigned("the length of a node", found.length())?;
-        *nulls = nulls.saturating_add(unsigned("a count of nulls", found.null_count())?);
+        let nulls = unsigned("a count of nulls", found.null_count())?;
         match self.rows.checked_mul(node.values) {
-            Some(values) if values <= length => Ok(values),
+            Some(values) if values <= length => Ok((values, nulls)),
             _ => Err(IpcError::Invalid(format!(
                 "column {name:?}: {length} values for {} rows of {}",
                 self.rows, node.values
@@ -650,8 +778,14 @@ impl Walk {
         }
     }
 
-    /// Takes the buffers of a node; answers offset (in the file) and length of the last one.
-    fn buffers(&mut self, name: &str, node: &Node) -> Result<Option<(u64, u64)>, IpcError> {
+    /// Takes the buffers of a node; answers offset (in the file) and length of the first and the
+    /// last one.
+    #[expect(clippy::type_complexity, reason = "two pairs")]
+    fn buffers(
+        &mut self,
+        name: &str,
+        node: &Node,
+    ) -> Result<Option<((u64, u64), (u64, u64))>, IpcError> {
         let invalid = |reason| IpcError::Invalid(format!("column {name:?}: {reason}"));
         let mut count = node.buffers as u64;
         if node.is_view {
@@ -661,7 +795,7 @@ impl Walk {
                 .ok_or_else(|| invalid("the record batch does not say how many buffers it has"))?;
             count = count.saturating_add(unsigned("a count of buffers", views)?);
         }
-        let mut last = None;
+        let mut ends = None;
         for _ in 0..count {
             let buffer = self
                 .buffers
@@ -678,9 +812,10 @@ impl Walk {
                     )));
                 }
             }
-            last = Some((self.body_offset + offset, length));
+            let this = (self.body_offset + offset, length);
+            ends = Some((ends.map_or(this, |(first, _)| first), this));
         }
-        Ok(last)
+        Ok(ends)
     }
 
     fn piece(

@@ -11,6 +11,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pyarrow as pa
+from pyarrow import feather
 
 HERE = Path(__file__).parent
 expected = {}
@@ -186,8 +187,40 @@ def make_arrow():
     note("no_batches.arrow", "v", np.zeros((0, 2), "i1"))
 
 
+def make_nulls():
+    """Columns with nulls, in two batches; the second begins within a byte of the validity."""
+    rows = 300
+    row = pa.list_(pa.int64(), 2)
+    masked = np.zeros(rows, bool)
+    masked[1] = True
+
+    def padded(first, rest, kind):
+        return pa.array(first + [rest] * (rows - len(first)), kind)
+
+    many = [None if i % 3 == 0 else [None if i % 6 == 2 else i, None] for i in range(rows)]
+    columns = {
+        "values": padded([1, None], 0, pa.int64()),
+        "rows": padded([[1, 2], None], [3, 4], row),
+        "rows_over_values": pa.FixedSizeListArray.from_arrays(
+            pa.array(np.arange(2 * rows)), 2, mask=pa.array(masked)
+        ),
+        "in_rows": padded([[1, None], [None, 4]], [5, 6], row),
+        "rows_and_in_rows": padded([[1, None], None, [None, 5]], [6, 7], row),
+        "lists_in_lists": padded(
+            [[[1, None], None], None, [[5, 6], [None, 8]]], [[0, 0], [0, 0]], pa.list_(row, 2)
+        ),
+        "many": pa.array(many, row),
+    }
+    batch = pa.record_batch(columns)
+    halves = [batch.slice(0, 101), batch.slice(101)]
+    write_ipc("nulls.arrow", halves)
+    write_ipc("nulls_lz4.arrow", halves, compression="lz4")
+
+
 make_npy()
 make_arrow()
+make_nulls()
+feather.write_feather(pa.table({"x": [1.0, 2.0]}), HERE / "version1.feather", version=1)
 lines = ",\n".join(
     f"{json.dumps(file)}: [\n" + ",\n".join(f"  {json.dumps(t)}" for t in tensors) + "\n]"
     for file, tensors in expected.items()
