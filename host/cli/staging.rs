@@ -26,7 +26,39 @@ struct Staged {
     /// Beside the target, hence on the same file system, so that a rename is enough.
     directory: PathBuf,
     file: PathBuf,
+    /// As the caller named it.
     target: PathBuf,
+    /// Where that is: behind links.
+    real: PathBuf,
+}
+
+/// Where a file to be written at `target` goes: a link there stays, and what it leads to is replaced.
+fn behind_links(target: &Path) -> Result<PathBuf, Failure> {
+    let refused = |what: &str| Failure::input("BAD_FILE", format!("{}: {what}", target.display()));
+    match fs::metadata(target) {
+        Ok(there) if there.is_dir() => Err(refused("this is a directory; name a file")),
+        Ok(there) if !there.is_file() => Err(refused(
+            "this is a pipe, socket or device, which would be replaced; name a file",
+        )),
+        Ok(_) => fs::canonicalize(target)
+            .map_err(|error| Failure::file(&error, format!("{}: {error}", target.display()))),
+        Err(_) if fs::symlink_metadata(target).is_ok_and(|there| there.is_symlink()) => Err(
+            refused("this is a link that leads nowhere; remove it or name what it should lead to"),
+        ),
+        // A directory that is not there is told when something is made in it.
+        Err(_) => Ok(target
+            .parent()
+            .map(|parent| {
+                if parent.as_os_str().is_empty() {
+                    Path::new(".")
+                } else {
+                    parent
+                }
+            })
+            .and_then(|parent| fs::canonicalize(parent).ok())
+            .zip(target.file_name())
+            .map_or_else(|| target.to_owned(), |(parent, name)| parent.join(name))),
+    }
 }
 
 impl Staging {
@@ -48,20 +80,15 @@ impl Staging {
                 return Err(Failure::input("BAD_FILE", message));
             }
         };
-        if target.is_dir() {
-            return Err(Failure::input(
-                "BAD_FILE",
-                format!("{}: this is a directory; name a file", target.display()),
-            ));
-        }
-        if self.0.iter().any(|staged| staged.target == target) {
+        let real = behind_links(target)?;
+        if self.0.iter().any(|staged| staged.real == real) {
             return Err(Failure::input(
                 "BAD_FILE",
                 format!("{}: two outputs go there", target.display()),
             ));
         }
         let number = self.0.len();
-        let directory = target.with_file_name(format!(".strait-{}-{number}", std::process::id()));
+        let directory = real.with_file_name(format!(".strait-{}-{number}", std::process::id()));
         // Registered first, so that no signal comes between.
         live().push(directory.clone());
         DirBuilder::new()
@@ -79,6 +106,7 @@ impl Staging {
             directory,
             file,
             target: target.to_owned(),
+            real,
         });
         Ok(())
     }
@@ -103,8 +131,11 @@ impl Staging {
 
     /// Moves all files to where they belong, over what is there.
     pub(super) fn finish(self) -> Result<(), Failure> {
-        for Staged { file, target, .. } in &self.0 {
-            fs::rename(file, target).map_err(|error| {
+        for Staged {
+            file, target, real, ..
+        } in &self.0
+        {
+            fs::rename(file, real).map_err(|error| {
                 Failure::file(
                     &error,
                     format!(
@@ -202,6 +233,45 @@ mod tests {
             .expect("it can be written");
         staging.finish().expect("it can be moved");
         assert_eq!(entries(directory.path()), ["a.npy"]);
+    }
+
+    #[test]
+    fn a_link_stays_and_what_it_leads_to_is_replaced() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let at = |name: &str| directory.path().join(name);
+        fs::create_dir(at("elsewhere")).expect("a directory");
+        fs::write(at("elsewhere/old.npy"), "old").expect("it can be written");
+        std::os::unix::fs::symlink("elsewhere/old.npy", at("link.npy")).expect("a link");
+        std::os::unix::fs::symlink("nowhere.npy", at("broken.npy")).expect("a link");
+        std::os::unix::fs::symlink("/dev/null", at("null.npy")).expect("a link");
+        let spec = TensorSpec {
+            dtype: Dtype::Uint8,
+            shape: vec![1],
+        };
+        let mut staging = Staging::default();
+        staging.add(&at("link.npy")).expect("it can be written");
+        for (again, says) in [
+            ("elsewhere/old.npy", "two outputs go there"),
+            ("elsewhere/../link.npy", "two outputs go there"),
+            ("broken.npy", "a link that leads nowhere"),
+            ("null.npy", "a pipe, socket or device"),
+            ("elsewhere", "the extension says the format"),
+        ] {
+            let text = staging.add(&at(again)).expect_err("refused").to_string();
+            assert!(text.contains(says) && text.contains(again), "{text}");
+        }
+        staging
+            .write(0, &[("x", spec, &[7])])
+            .expect("it can be written");
+        staging.finish().expect("it can be moved");
+        assert!(fs::symlink_metadata(at("link.npy")).is_ok_and(|there| there.is_symlink()));
+        assert!(fs::read(at("elsewhere/old.npy")).is_ok_and(|bytes| bytes.ends_with(&[7])));
+        assert_eq!(entries(&at("elsewhere")), ["old.npy"]);
+        let mut staging = Staging::default();
+        staging.add(&at("new.npy")).expect("it can be written");
+        staging
+            .add(&at("elsewhere/../new.npy"))
+            .expect_err("the same");
     }
 
     #[test]
