@@ -1030,6 +1030,63 @@ fn a_plugin_in_a_file_may_have_any_name() {
     assert_eq!(get_f64(&here.join("y.npy")), (vec![2], vec![1.0, 2.0]));
 }
 
+#[test]
+fn a_name_with_line_breaks_makes_no_line_of_its_own() {
+    let directory = TempDir::new().unwrap();
+    let here = directory.path();
+    let forged = "x\nstrait: all is well\u{1b}[2J\u{85}.npy";
+    put_f64(&here.join(forged), &[2], &[1.0, 2.0]);
+    fs::write(here.join("no.npy"), "no numbers").unwrap();
+    let input = format!("x={forged}");
+    for (arguments, exit) in [
+        (vec!["run", "scale-shift", "-i", &input, "-o", forged], 0),
+        (
+            vec![
+                "run",
+                "scale-shift",
+                "-i",
+                &input,
+                "-p",
+                "a=1\n2",
+                "-o",
+                "y.npy",
+            ],
+            3,
+        ),
+        (
+            vec!["run", "scale-shift", "-i", &input, "-o", "missing\n/y.npy"],
+            3,
+        ),
+        (vec!["run", forged, "-i", &input, "-o", "y.npy"], 3),
+        (vec!["run", "a\r\nb.wasm", "-i", &input, "-o", "y.npy"], 3),
+        (
+            vec!["run", "scale-shift", "-i", "x=a\nb.npy", "-o", "y.npy"],
+            3,
+        ),
+    ] {
+        let output = run(here, &arguments);
+        assert_eq!(code(&output), exit, "{}", stderr(&output));
+        for text in [stdout(&output), stderr(&output)] {
+            let odd = text.lines().find(|line| {
+                line.starts_with("strait: all") || line.contains(|c: char| c.is_control())
+            });
+            assert_eq!(odd, None, "{text}");
+        }
+        let json = run(here, &[&arguments[..], &["--json"]].concat()).stdout;
+        let text = String::from_utf8(json).unwrap();
+        assert_eq!(
+            text.matches(|c: char| c.is_control()).collect::<Vec<_>>(),
+            ["\n"]
+        );
+        let object: Value = serde_json::from_str(&text).unwrap();
+        if exit == 0 {
+            assert_eq!(object["outputs"][0]["file"], forged);
+        } else {
+            assert!(object["error"]["message"].is_string());
+        }
+    }
+}
+
 fn pipe(path: &Path) {
     let made = Command::new("mkfifo").arg(path).status().unwrap();
     assert!(made.success());

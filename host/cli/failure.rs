@@ -199,7 +199,9 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "strait: {}\n  reason: {}", self.0.message, self.0.reason)?;
+        // Names, paths and guests' words are in it: none of them makes a line that looks like ours.
+        let message = output::line(&self.0.message);
+        write!(f, "strait: {message}\n  reason: {}", self.0.reason)?;
         if let Some(code) = &self.0.code {
             write!(f, " ({code})")?;
         }
@@ -207,10 +209,13 @@ impl fmt::Display for Failure {
             write!(f, "\n  hint: {hint}")?;
         }
         if let Some(id) = &self.0.request_id {
-            write!(f, "\n  request: {id}")?;
+            write!(f, "\n  request: {}", output::line(id))?;
         }
         if let Some(backtrace) = &self.0.backtrace {
-            write!(f, "\n  guest backtrace:\n{}", backtrace.trim_end())?;
+            write!(f, "\n  guest backtrace:")?;
+            for line in backtrace.trim_end().lines() {
+                write!(f, "\n    {}", output::line(line))?;
+            }
         }
         Ok(())
     }
@@ -313,6 +318,28 @@ mod tests {
         ] {
             assert_eq!(Exit::of(code, reason), exit, "{code}/{reason}");
         }
+    }
+
+    #[test]
+    fn nobody_forges_a_line() {
+        let mut failure = Failure::input("BAD_FILE", "a\nstrait: done\u{1b}[2J.npy: not there");
+        failure.0.backtrace = Some("  0: f\n1: g\rh\n".to_owned());
+        let text = failure.to_string();
+        let lines: Vec<&str> = text.split('\n').collect();
+        assert_eq!(
+            lines,
+            [
+                "strait: a\\nstrait: done\\u{1b}[2J.npy: not there",
+                "  reason: BAD_FILE",
+                "  guest backtrace:",
+                "      0: f",
+                "    1: g\\rh",
+            ]
+        );
+        assert_eq!(
+            failure.to_json()["message"],
+            "a\nstrait: done\u{1b}[2J.npy: not there"
+        );
     }
 
     #[test]

@@ -197,7 +197,11 @@ fn parameter(parameter: &Parameter) -> Vec<String> {
 /// What a kernel had to say, on stderr: stdout is for results.
 pub(super) fn tell<'a>(notes: impl IntoIterator<Item = (&'a str, &'a str)>) {
     for (key, text) in notes {
-        output::complain(&format!("note: {key}: {text}"));
+        output::complain(&format!(
+            "note: {}: {}",
+            output::line(key),
+            output::line(text)
+        ));
     }
 }
 

@@ -27,7 +27,10 @@ pub(super) fn text(text: &str) -> Result<(), Failure> {
 /// Writes one JSON object and a line feed to stdout.
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     match serde_json::to_string(value) {
-        Ok(line) => text(&line),
+        // What JSON leaves as it is and a terminal obeys stands in strings only.
+        Ok(line) => text(&escaped(&line, obeyed, |c| {
+            format!("\\u{:04x}", u32::from(c))
+        })),
         Err(error) => Err(Failure::other(
             "OUTPUT",
             format!("the answer is not JSON: {error}"),
@@ -40,21 +43,41 @@ pub(super) fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "{}", harmless(text));
 }
 
-/// Without control characters: kernels and file headers say what they like, a terminal obeys.
+/// What somebody else said, on one line: a name, path, message or note.
+pub(super) fn line(text: &str) -> Cow<'_, str> {
+    escaped(text, obeyed, |c| c.escape_default().to_string())
+}
+
+/// Lines of ours, with control characters escaped wherever they come from.
 fn harmless(text: &str) -> Cow<'_, str> {
-    let bad = |c: char| c.is_control() && c != '\n' && c != '\t';
-    if !text.contains(bad) {
+    let bad = |c: char| obeyed(c) && c != '\n' && c != '\t';
+    escaped(text, bad, |c| c.escape_default().to_string())
+}
+
+/// Characters that a terminal does not show but obeys: control characters, other line breaks, and
+/// those that turn the direction of writing.
+fn obeyed(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+}
+
+fn escaped(
+    text: &str,
+    bad: impl Fn(char) -> bool,
+    escape: impl Fn(char) -> String,
+) -> Cow<'_, str> {
+    if !text.contains(&bad) {
         return Cow::Borrowed(text);
     }
-    text.chars()
-        .map(|c| {
-            if bad(c) {
-                char::REPLACEMENT_CHARACTER
-            } else {
-                c
-            }
-        })
-        .collect()
+    let mut safe = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if bad(c) {
+            safe.push_str(&escape(c));
+        } else {
+            safe.push(c);
+        }
+    }
+    safe.into()
 }
 
 /// A table without frame lines; columns whose heading ends with `>` are right-aligned.
@@ -65,7 +88,7 @@ pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>
         .set_content_arrangement(ContentArrangement::Disabled);
     let right: Vec<bool> = heading.iter().map(|name| name.ends_with('>')).collect();
     let cell = |index: usize, text: &str| {
-        let cell = Cell::new(harmless(text));
+        let cell = Cell::new(line(text));
         match right.get(index) {
             Some(true) => cell.set_alignment(CellAlignment::Right),
             _ => cell,
@@ -129,7 +152,8 @@ pub(super) struct Progress {
 impl Progress {
     /// Shows `what` and how much of `total` bytes this process has read or written since now, by
     /// Linux's own count. Nothing is shown if stderr is no terminal.
-    pub(super) fn start(what: String, total: u64) -> Self {
+    pub(super) fn start(what: &str, total: u64) -> Self {
+        let what = line(what).into_owned();
         if !io::stderr().is_terminal() {
             return Self {
                 stop: None,
@@ -207,7 +231,13 @@ mod tests {
     #[test]
     fn a_terminal_gets_no_control_characters() {
         assert_eq!(harmless("plain\ttext\n"), "plain\ttext\n");
-        assert_eq!(harmless("\u{1b}[2Jgone"), "\u{fffd}[2Jgone");
+        assert_eq!(harmless("\u{1b}[2Jgone"), "\\u{1b}[2Jgone");
+        assert_eq!(line("a\n\tb\r\0"), "a\\n\\tb\\r\\u{0}");
+        assert_eq!(
+            line("\u{202e}yp.npy\u{2028}\u{85}"),
+            "\\u{202e}yp.npy\\u{2028}\\u{85}"
+        );
+        assert_eq!(line("sch\u{f6}n \u{6570}"), "sch\u{f6}n \u{6570}");
     }
 
     #[test]

@@ -281,7 +281,7 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
         };
         let mut pages = WriteMapping::new(&fd, range(place)?.end).map_err(unmapped)?;
         pages.back_with_huge_pages(range(place)?, host.births());
-        let _bar = Progress::start(format!("reading {}", path.display()), place.length);
+        let _bar = Progress::start(&format!("reading {}", path.display()), place.length);
         file.read_into(index, &mut pages.bytes_mut()[range(place)?])?;
     }
     host.publish(owner(), &segment, port, false)?;
@@ -341,7 +341,7 @@ fn write_all(
         let fd = result.segment.readonly_fd().map_err(Status::from)?;
         let pages = ReadMapping::of_result(&fd, range(place)?.end)
             .map_err(|error| Failure::other("HOST", format!("output `{port}`: {error}")))?;
-        let _bar = Progress::start(format!("writing {target}"), place.length);
+        let _bar = Progress::start(&format!("writing {target}"), place.length);
         staging.write(
             index,
             &[(port, place.spec.clone(), &pages.bytes()[range(place)?])],

@@ -56,8 +56,12 @@ pub(super) struct ServeArgs {
 
 /// The settings of a file and the environment.
 pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
-    Config::load(file)
-        .map_err(|error| Failure::input("BAD_SETTING", format!("settings: {error:#}")))
+    Config::load(file).map_err(|error| {
+        // A mistake in TOML is drawn over several lines.
+        let error = format!("{error:#}");
+        let lines: Vec<&str> = error.lines().map(str::trim).collect();
+        Failure::input("BAD_SETTING", format!("settings: {}", lines.join(" ")))
+    })
 }
 
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {

@@ -61,7 +61,7 @@ fn chosen(file: &TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<us
         return Ok(vec![file.find(column)?]);
     }
     for (_, reason) in file.unsupported() {
-        output::complain(&format!("strait: left out: {reason}"));
+        output::complain(&format!("strait: left out: {}", output::line(reason)));
     }
     if file.tensors().is_empty() {
         return Err(Failure::input(
@@ -111,7 +111,7 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
             .iter()
             .map(|tensor| tensor.length)
             .sum();
-        let _bar = Progress::start(format!("reading {}", path.display()), total);
+        let _bar = Progress::start(&format!("reading {}", path.display()), total);
         for (&index, tensor) in chosen.iter().zip(&tensors) {
             let bytes = segment.bytes_mut(&tensor.name)?;
             file.read_into(index, bytes)?;
@@ -166,7 +166,7 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
         .collect();
     {
         let total = tensors.iter().map(|(_, _, bytes)| bytes.len() as u64).sum();
-        let _bar = Progress::start(format!("writing {}", args.file.display()), total);
+        let _bar = Progress::start(&format!("writing {}", args.file.display()), total);
         staging.write(0, &tensors)?;
     }
     staging.finish()?;
