@@ -202,6 +202,34 @@ fn every_store_into_an_input_is_refused() {
 }
 
 #[test]
+fn what_rustc_makes_of_a_copy_into_an_input_is_refused() {
+    const WAYS: usize = 148;
+    let rig = Rig::new();
+    let plugin = std::fs::read("plugins/prebuilt/tests/input-writer.wasm").unwrap();
+    rig.host.load_plugin(&plugin).unwrap();
+    let x = rig.put_f64("x", &input(0));
+    let before = bytes_of(&x);
+    let call = |way: usize| {
+        let call =
+            json!({"kernel": "write-input", "inputs": {"x": "x"}, "parameters": {"way": way}});
+        rig.invoke(call).unwrap_err()
+    };
+    for way in 0..WAYS {
+        let status = call(way);
+        assert_eq!(status.reason, "INPUT_WRITTEN", "{way}: {status}");
+        assert!(bytes_of(&x) == before, "way {way} changed its input");
+        let next = rig
+            .invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}}))
+            .unwrap();
+        assert!(
+            bytes_of(&next.results[0].segment) == before,
+            "the next call after way {way}"
+        );
+    }
+    assert_eq!(call(WAYS).reason, "BAD_PARAMETER", "there are more ways");
+}
+
+#[test]
 fn a_guest_does_not_go_on_after_a_store_that_is_no_trap() {
     let rig = Rig::with(|config| config.limits.deadline_ms_default = 600_000);
     let fill = format!("(memory.fill (global.get $x4) (i32.const 255) (i32.const {BYTES}))");

@@ -29,6 +29,11 @@ const PLUGINS: &[Plugin] = &[
         folder: "examples/moving-average",
         component: "examples/moving-average.wasm",
     },
+    Plugin {
+        package: "input-writer",
+        folder: "tests/input-writer",
+        component: "tests/input-writer.wasm",
+    },
 ];
 
 /// What a prebuilt component was made from.
