@@ -89,6 +89,8 @@ type segment struct {
 	pages shm.Pages
 	// The descriptor to map anew from, as long as the segment can be written to; else -1.
 	fd int
+	// Fills of the client's own under way, which freeze would make crash.
+	fills int
 	// Handles that are not released, and uses of the pages under way. At 0 they are unmapped.
 	holders int
 }
@@ -177,14 +179,34 @@ func (s *segment) closeFD() {
 func (s *segment) freeze() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.fd < 0 {
+	switch {
+	case s.fd < 0:
 		return nil
+	case s.fills > 0:
+		return argumentError("segment %s is being filled; publish it when ReadFrom has returned", s.mapping.Segment)
 	}
 	if err := s.pages.Freeze(s.fd); err != nil {
 		return err
 	}
 	s.closeFD()
 	return nil
+}
+
+// fill keeps the pages writable until filled; false if they are not.
+func (s *segment) fill() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd < 0 {
+		return false
+	}
+	s.fills++
+	return true
+}
+
+func (s *segment) filled() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fills--
 }
 
 func (s *segment) writable() bool {

@@ -187,15 +187,16 @@ func (t *Tensor) WriteTo(w io.Writer) (int64, error) {
 }
 
 // ReadFrom fills the tensor with bytes from r: little-endian, row-major. It reads as much as the
-// tensor holds and no more.
+// tensor holds and no more. Meanwhile a Publish of its segment fails with ErrArgument.
 //
 // The errors are ErrReadOnly, io.ErrUnexpectedEOF if r has less, ErrReleased, and r's own.
 func (t *Tensor) ReadFrom(r io.Reader) (int64, error) {
 	var read int
 	err := t.View(func(bytes []byte) (err error) {
-		if !t.handle.segment.writable() {
+		if !t.handle.segment.fill() {
 			return fmt.Errorf("strait: %w: %q", ErrReadOnly, t.handle.place.Name)
 		}
+		defer t.handle.segment.filled()
 		read, err = io.ReadFull(r, bytes)
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
