@@ -3,11 +3,14 @@ package strait
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
+	"math/big"
 	"os"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -326,6 +329,33 @@ func TestKernelsSayWhatTheyTake(t *testing.T) {
 		}
 	}
 	t.Error("no zscore")
+}
+
+func TestIntegersBeyondFloatsAreExact(t *testing.T) {
+	c, ctx := dial(t), context.Background()
+	const exact = 1 << 53
+	signed := func(data []int64, option CallOption) []int64 {
+		t.Helper()
+		res := must[*Result](t)(c.Call(ctx, "clip", Inputs{"x": Slice(data)}, option))
+		defer res.Release()
+		return slices.Clone(must[[]int64](t)(As[int64](res.Tensor("y"))))
+	}
+	if y := signed([]int64{exact, exact + 1, exact + 2}, Param("hi", exact+1)); !reflect.DeepEqual(y, []int64{exact, exact + 1, exact + 1}) {
+		t.Error(y)
+	}
+	if y := signed([]int64{-exact - 6, -exact - 1}, Param("lo", int64(-exact-1))); !reflect.DeepEqual(y, []int64{-exact - 1, -exact - 1}) {
+		t.Error(y)
+	}
+	if y := signed([]int64{math.MinInt64, math.MaxInt64}, Param("lo", math.MinInt64+1)); !reflect.DeepEqual(y, []int64{math.MinInt64 + 1, math.MaxInt64}) {
+		t.Error(y)
+	}
+	for _, hi := range []any{uint64(1<<63 - 1), json.Number("9223372036854775807"), new(big.Int).SetUint64(1<<63 - 1)} {
+		res := must[*Result](t)(c.Call(ctx, "clip", Inputs{"x": Slice([]uint64{1 << 63, 5})}, Param("hi", hi)))
+		if y := must[[]uint64](t)(As[uint64](res.Tensor("y"))); !reflect.DeepEqual(y, []uint64{1<<63 - 1, 5}) {
+			t.Error(hi, y)
+		}
+		res.Release()
+	}
 }
 
 func TestRemoteErrorsHaveTheHostsWords(t *testing.T) {
