@@ -69,6 +69,7 @@ mutable struct Connection
     reaped::Int
     abandoned::Threads.Atomic{Bool}    # nobody has the session any more
     copied_bytes::Threads.Atomic{Int}
+    huge_bytes::Threads.Atomic{Int}
     calls::Threads.Atomic{Int}
     buffer::Vector{UInt8}
     control::Vector{UInt8}
@@ -86,7 +87,7 @@ now() = time_ns() / 1e9
 function Connection(fd::Cint; renew::Bool = true)
     connection = Connection(getpid_now(), fd, FDWatcher(RawFD(fd), true, false), Threads.Condition(), 0, Dict(), false, 0,
         nothing, Dict(), renew, nothing, Inf, UInt64[], Set{Mapped}(), Dict(), 0, COLLECT_BYTES_MIN, Inf,
-        Threads.Atomic{Int}(0), 0, Threads.Atomic{Bool}(false), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0),
+        Threads.Atomic{Int}(0), 0, Threads.Atomic{Bool}(false), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0),
         Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX))
     enlist(connection)
     return connection
@@ -460,7 +461,7 @@ function map_reply!(c::Connection, mapping::Mapping, lease::UInt64, fd::Cint, wr
         # An array without elements needs no pages, and could not keep any (all of them may be one object).
         if any(place -> place.bytes > 0, mapping.places)
             address = map_fd(fd, mapping.bytes, writable)
-            writable || foreach(place -> make_bools!(c, address, place, fd), mapping.places)
+            foreach(place -> writable ? make_huge!(c, address, place) : make_bools!(c, address, place, fd), mapping.places)
         end
         mapped = Mapped(address, mapping.bytes, mapping, lease, writable ? fd : Cint(-1), 0,
             Threads.Atomic{Int}(0), falses(length(mapping.places)), false)
@@ -503,6 +504,13 @@ function check_seals(fd::Cint, mapping::Mapping, writable::Bool)
     frozen = seals & (mapping.seal == "write" ? F_SEAL_WRITE : F_SEAL_WRITE | F_SEAL_FUTURE_WRITE) != 0
     kept && (writable || frozen) || throw(MappingError(
         "segment $(mapping.segment) is said to be $(mapping.seal), and its descriptor $(seals < 0 ? "is no sealed memory" : "has the seals $seals"): somebody could still change it"))
+    return nothing
+end
+
+"Large tensors to fill are born in huge pages: nobody has written to them yet."
+function make_huge!(c::Connection, address::Ptr{Cvoid}, place::Place)
+    place.bytes >= HUGE_MIN_BYTES || return nothing
+    Threads.atomic_add!(c.huge_bytes, back_with_huge_pages!(address + place.offset, place.bytes))
     return nothing
 end
 

@@ -21,12 +21,20 @@ const MAP_ANONYMOUS = Cint(0x20)
 const MAP_NORESERVE = Cint(0x4000)
 const MAP_FAILED = Ptr{Cvoid}(-1)
 const MADV_DONTFORK = Cint(10)
+const MADV_COLLAPSE = Cint(25)
 const O_CLOEXEC = Cint(0o2000000)
 const F_GET_SEALS = Cint(1034)
 const F_SEAL_SHRINK = Cint(2)
 const F_SEAL_WRITE = Cint(8)
 const F_SEAL_FUTURE_WRITE = Cint(16)
 const PAGE_BYTES = 4096
+const HUGE_BYTES = 2 << 20
+"From so many bytes on a tensor begins on a huge page of its segment's file, and a segment is mapped accordingly."
+const HUGE_MIN_BYTES = 4 << 20
+"Bytes collapsed between two looks at the clock, and what ends it: nanoseconds of one step, and of all for each MiB."
+const HUGE_STEP_BYTES = 8 << 20
+const HUGE_STEP_NS = 50_000_000
+const HUGE_MIB_NS = 2_000_000
 
 "Descriptors beside one frame, at most."
 const FDS_MAX = 16
@@ -158,15 +166,63 @@ function map_fd(fd::Cint, bytes::Int, writable::Bool, address::Ptr{Cvoid} = C_NU
     size >= bytes || throw(MappingError("the segment's file has $size bytes, its mapping $bytes; the host should be asked what is wrong"))
     fixed = address == C_NULL ? Cint(0) : MAP_FIXED
     protection = writable ? PROT_READ | PROT_WRITE : PROT_READ
-    found = mmap(address, bytes, protection, MAP_SHARED | fixed, fd)
+    map = address == C_NULL && bytes >= HUGE_MIN_BYTES ? mmap_at_huge_page : mmap
+    found = map(address, bytes, protection, MAP_SHARED | fixed, fd)
     # Some versions of Linux refuse to share what is sealed against writing.
     if found == MAP_FAILED && !writable
-        found = mmap(address, bytes, protection, MAP_PRIVATE | fixed, fd)
+        found = map(address, bytes, protection, MAP_PRIVATE | fixed, fd)
     end
     found == MAP_FAILED && throw(MappingError(
         "cannot map $bytes bytes: $(Libc.strerror()); /proc/sys/vm/max_map_count and the address space limit what a process may map"))
     keep_from_children(found, bytes)
     return found
+end
+
+"`mmap` at an address that is a multiple of huge pages: where file and addresses have one phase Linux can map huge pages."
+function mmap_at_huge_page(address::Ptr{Cvoid}, bytes::Int, protection, flags, fd)
+    pages = (bytes + PAGE_BYTES - 1) & -PAGE_BYTES
+    reserved = mmap(C_NULL, pages + HUGE_BYTES, Cint(0), MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, Cint(-1))
+    # Too little room for both is no reason to fail.
+    reserved == MAP_FAILED && return mmap(address, bytes, protection, flags, fd)
+    start = round_up(reserved, HUGE_BYTES)
+    found = mmap(start, bytes, protection, flags | MAP_FIXED, fd)
+    errno = Libc.errno()
+    if found == MAP_FAILED
+        unmap(reserved, pages + HUGE_BYTES)
+    else
+        before = Int(start - reserved)
+        before == 0 || unmap(reserved, before)
+        unmap(start + pages, HUGE_BYTES - before)
+    end
+    Libc.errno(errno)
+    return found
+end
+
+round_up(address::Ptr{Cvoid}, of::Int) = Ptr{Cvoid}((UInt(address) + UInt(of - 1)) & ~UInt(of - 1))
+
+"""
+Backs the huge pages that lie wholly in `bytes` from `address` on with memory, and answers how many bytes that are. To be
+called before anybody wrote there: a nearly empty range costs a tenth of what filling it in small pages would, a full one
+would be copied. Where Linux refuses, or is slow since it has none at hand, the rest stays in small pages.
+"""
+function back_with_huge_pages!(address::Ptr{Cvoid}, bytes::Int)
+    start = round_up(address, HUGE_BYTES)
+    whole = Int(address + bytes - min(start, address + bytes)) & -HUGE_BYTES
+    done = 0
+    began = time_ns()
+    while done < whole
+        step = min(HUGE_STEP_BYTES, whole - done)
+        before = time_ns()
+        # Linux collapses no range without any page.
+        foreach(at -> unsafe_store!(Ptr{UInt8}(start + done + at), 0x00), 0:HUGE_BYTES:step-1)
+        ccall(:madvise, Cint, (Ptr{Cvoid}, Csize_t, Cint), start + done, step, MADV_COLLAPSE) == 0 || break
+        done += step
+        after = time_ns()
+        after - before > HUGE_STEP_NS || after - began > (done >> 20) * HUGE_MIB_NS && break
+        # Other threads may be waiting for this one, to collect garbage.
+        GC.safepoint()
+    end
+    return done
 end
 
 """

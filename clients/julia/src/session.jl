@@ -435,6 +435,7 @@ end
 Counts of this session and of its host:
 - `copied_bytes`: bytes of arrays that this session copied into segments, because they were in none (and of tensors of `bool8`
   with other bytes than 0 and 1, from the first such on)
+- `huge_bytes`: bytes of large arrays to fill (`zeros(session, ...)`, and copies) that were born in huge pages
 - `calls`: kernels that it called
 - `mappings`, `mapped_bytes`: segments that it has mapped now
 - `host`: what the host counts, a `Dict` (docs/protocol.md, STATS): its own copies are `host["copied_bytes"]`
@@ -452,7 +453,7 @@ The part of [`stats`](@ref) that needs no answer of the host; also after the ses
 function client_stats(s::Session)
     c = s.connection
     mappings, bytes = locked(() -> (count(mapped -> !mapped.released, c.mapped), c.mapped_bytes), c)
-    return (copied_bytes = c.copied_bytes[], calls = c.calls[], mappings = mappings, mapped_bytes = bytes)
+    return (copied_bytes = c.copied_bytes[], huge_bytes = c.huge_bytes[], calls = c.calls[], mappings = mappings, mapped_bytes = bytes)
 end
 
 """

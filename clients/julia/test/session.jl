@@ -128,7 +128,7 @@ end
         address = address[]
         @test !is_mapped(address)
         @test bodies(log, RELEASE)[1]["leases"] == [7]
-        @test Strait.client_stats(s) == (copied_bytes = 0, calls = 0, mappings = 0, mapped_bytes = 0)
+        @test Strait.client_stats(s) == (copied_bytes = 0, huge_bytes = 0, calls = 0, mappings = 0, mapped_bytes = 0)
         @test isempty(s.connection.tensors) && isempty(s.connection.leases)
     end
     @test collect_until(() -> open_fds() <= before + 1)   # the peer's own end stays open
@@ -266,6 +266,78 @@ end
         @test Strait.client_stats(s).copied_bytes == 16 + 16 + 32
     end
     foreach(Strait.close_fd, keep)
+end
+
+"Bytes of huge pages in the mapping at `address`, as Linux counts them."
+function in_huge_pages(address)
+    inside = false
+    for line in eachline("/proc/self/smaps")
+        range = match(r"^([0-9a-f]+)-([0-9a-f]+) ", line)
+        range === nothing || (inside = parse(UInt, range[1]; base = 16) <= UInt(address) < parse(UInt, range[2]; base = 16))
+        inside && startswith(line, "ShmemPmdMapped:") && return 1024 * parse(Int, split(line)[2])
+    end
+    return 0
+end
+
+@testset "large segments" begin
+    huge, length_of = Strait.HUGE_BYTES, 9 << 20 + PAGE
+    keep = Ref{Cint}(-1)
+    function reply(op, body)
+        op == CREATE || op == MAP || return (OK, done())
+        # At the beginning of a huge page, as the host has it, and nowhere near one.
+        offset = op == MAP || body["tensors"][1]["dtype"] == "uint8" ? huge : PAGE
+        seal = op == MAP ? "host-write" : "none"
+        fd, mapping = segment(offset + length_of + PAGE, [tensor("x", op == MAP ? "uint8" : body["tensors"][1]["dtype"], [length_of], offset, length_of)]; seal = seal)
+        keep[] < 0 || Strait.close_fd(keep[])
+        keep[] = ccall(:dup, Cint, (Cint,), fd)
+        return (OK, leased(1, mapping), Cint[fd])
+    end
+    with_peer(serve(reply)) do s, peer
+        x = zeros(s, UInt8, length_of)
+        @test UInt(pointer(x)) % huge == 0
+        born = Strait.client_stats(s).huge_bytes
+        # Not every Linux has some to give.
+        @test born in 0:huge:8<<20 && in_huge_pages(pointer(x)) >= born
+        @test all(iszero, x)
+        x .= (1:length_of) .% UInt8
+        seen = zeros(UInt8, length_of)
+        GC.@preserve seen ccall(:pread, Cssize_t, (Cint, Ptr{Cvoid}, Csize_t, Int64), keep[], pointer(seen), length_of, huge)
+        @test seen == x
+        # The same pages at the same address once nobody may write.
+        address = pointer(x)
+        publish!(s, "x", x)
+        @test pointer(x) == address && x == seen
+        release!(s, x)
+        @test all(iszero, x)
+        # Only what is wholly in huge pages of the file becomes such: [PAGE, 9 MiB + 2 * PAGE) without its ends.
+        before = Strait.client_stats(s).huge_bytes
+        y = zeros(s, Int8, length_of)
+        @test UInt(pointer(y)) % huge == PAGE && Strait.client_stats(s).huge_bytes - before in 0:huge:6<<20
+        @test all(iszero, y)
+        # What is read lies right for huge pages, too.
+        @test UInt(pointer(fetch(s, "z"))) % huge == 0
+        # Small ones are left alone.
+        @test Strait.back_with_huge_pages!(Ptr{Cvoid}(pointer(y)), huge) == 0
+    end
+    Strait.close_fd(keep[])
+    # Where Linux refuses nothing is lost: file and address out of step.
+    fd, _ = segment(3huge, []; seal = "none")
+    address = Strait.mmap_at_huge_page(C_NULL, 2huge, Strait.PROT_READ | Strait.PROT_WRITE, Strait.MAP_SHARED, fd)
+    Strait.mmap(address, 2huge, Strait.PROT_READ | Strait.PROT_WRITE, Strait.MAP_SHARED | Strait.MAP_FIXED, fd, PAGE)
+    @test Strait.back_with_huge_pages!(address, 2huge) == 0
+    @test all(iszero, unsafe_wrap(Array, Ptr{UInt8}(address), 2huge))
+    Strait.unmap(address, 2huge)
+    # No address space is left over of the room that was reserved.
+    count_of_maps() = count(_ -> true, eachline("/proc/self/maps"))
+    maps = count_of_maps()
+    for bytes in (4 << 20, 4 << 20 + 1, 6 << 20 - 1)
+        address = Strait.map_fd(fd, bytes, true)
+        @test UInt(address) % huge == 0
+        Strait.unmap(address, bytes)
+        @test count_of_maps() <= maps
+    end
+    @test_throws MappingError Strait.map_fd(fd, 3huge + 1, true)
+    Strait.close_fd(fd)
 end
 
 @testset "leases" begin
