@@ -542,6 +542,33 @@ fn mistakes_of_the_caller() {
 }
 
 #[test]
+fn a_file_that_shrinks_while_it_is_read_says_so() {
+    let directory = tempfile::tempdir().expect("a temporary directory");
+    for name in [
+        "f8.npy",
+        "fortran_f8.npy",
+        "one_batch.arrow",
+        "two_batches.arrow",
+    ] {
+        let path = directory.path().join(name);
+        fs::copy(data(name), &path).expect("copies it");
+        let mut file = open(&path);
+        let length = file.tensors()[0].1.bytes().expect("an opened tensor");
+        let shrunk = fs::OpenOptions::new().write(true).open(&path);
+        shrunk.and_then(|f| f.set_len(160)).expect("cuts it off");
+        let mut bytes = vec![0; usize::try_from(length).expect("a small file")];
+        let text = file
+            .read_into(0, &mut bytes)
+            .expect_err("cut off")
+            .to_string();
+        assert!(
+            text.contains("shorter meanwhile") && text.contains(name),
+            "{text}"
+        );
+    }
+}
+
+#[test]
 fn a_write_that_fails_leaves_nothing_behind() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let spec = TensorSpec {

@@ -231,9 +231,12 @@ impl TensorFile {
     }
 
     fn ipc(&self, reason: IpcError) -> FileError {
-        FileError::Ipc {
-            path: self.path.clone(),
-            reason: Box::new(reason),
+        match reason {
+            IpcError::Io(error) => io_error(&self.path, "read it", error),
+            reason => FileError::Ipc {
+                path: self.path.clone(),
+                reason: Box::new(reason),
+            },
         }
     }
 
@@ -345,6 +348,14 @@ impl TensorFile {
 }
 
 fn io_error(path: &Path, doing: &'static str, error: io::Error) -> FileError {
+    let error = match error.kind() {
+        // Lengths were held against the file's when it was opened.
+        io::ErrorKind::UnexpectedEof => io::Error::new(
+            error.kind(),
+            "it was made shorter meanwhile; write it anew under another name, then rename that",
+        ),
+        _ => error,
+    };
     FileError::Io {
         path: path.to_owned(),
         doing,
