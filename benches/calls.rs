@@ -238,7 +238,7 @@ fn first_touch(c: &mut Criterion) {
                     let begun = Instant::now();
                     let memfd =
                         Segment::create(bytes as u64, &Budget::new("bytes", u64::MAX)).unwrap();
-                    let mut pages = WriteMapping::new(memfd.client_fd().unwrap(), bytes).unwrap();
+                    let mut pages = WriteMapping::new(memfd.client_fd(), bytes).unwrap();
                     pages.bytes_mut().fill(black_box(1));
                     begun.elapsed()
                 })

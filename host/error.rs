@@ -94,6 +94,29 @@ impl Status {
     }
 }
 
+impl Status {
+    /// The host's table of descriptors is full; `what` failed for that.
+    #[must_use]
+    pub fn no_descriptors(what: &str) -> Self {
+        Self::new(
+            Code::ResourceExhausted,
+            "BUDGET_EXCEEDED",
+            format!(
+                "{what}; the host has no descriptors left: release segments and close connections, or have the operator raise its limit of open files"
+            ),
+        )
+    }
+}
+
+/// Whether that is why Linux refused.
+#[must_use]
+pub fn out_of_descriptors(error: &std::io::Error) -> bool {
+    matches!(
+        rustix::io::Errno::from_io_error(error),
+        Some(rustix::io::Errno::MFILE | rustix::io::Errno::NFILE)
+    )
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ({}/{})", self.message, self.code.name(), self.reason)
@@ -106,11 +129,17 @@ impl From<MemoryError> for Status {
     fn from(error: MemoryError) -> Self {
         let message = error.to_string();
         match error {
+            MemoryError::System { source, .. }
+            | MemoryError::Park(ParkError::System { source, .. })
+                if out_of_descriptors(&source) =>
+            {
+                Self::no_descriptors(&message)
+            }
             MemoryError::Budget(_) | MemoryError::Park(ParkError::TooMany(_)) => {
                 Self::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", message)
             }
             // A descriptor that its sender kept from being sealed.
-            MemoryError::SealsLocked { .. } => {
+            MemoryError::SealsLocked { .. } | MemoryError::Leased { .. } => {
                 Self::new(Code::InvalidArgument, "BAD_SEGMENT", message)
             }
             MemoryError::StillWritable { .. } => {

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
@@ -14,10 +15,9 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::requests::{Reply, Running, encode, failure, respond};
 use super::{Outgoing, Pushes};
-use crate::engine::CancelToken;
 use crate::error::{Code, Status};
 use crate::lease::Principal;
-use crate::session::{Gone, Host, Invoked, Session};
+use crate::session::{Call, Gone, Host, Invoked, Session};
 
 /// Longest packet: one byte more than a frame may have, so that a longer one is noticed.
 const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + 1;
@@ -25,6 +25,8 @@ const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + 1;
 const REPLIES_WAITING: usize = 32;
 /// What a closed connection's last replies get to be written.
 const FAREWELL: Duration = Duration::from_secs(1);
+/// How long somebody who is refused is waited for to say something.
+const REFUSAL: Duration = Duration::from_millis(100);
 /// INVOKEs of one connection that may be under way.
 const INVOKES_MAX: usize = 256;
 
@@ -38,24 +40,18 @@ enum End {
     Refused,
     /// The host ends.
     Drained,
+    /// The host ends, and this client does not read.
+    Deaf,
 }
 
 /// Serves one connection to its end. Ending it cancels what runs and ends its leases.
 pub(super) async fn run(
     host: Arc<Host>,
     socket: FrameSocket,
+    peer: Peer,
     pushes: Arc<Pushes>,
     draining: watch::Receiver<bool>,
 ) {
-    let (peer, socket) = match prepare(socket) {
-        Ok(prepared) => prepared,
-        Err(error) => {
-            tracing::warn!(%error, "a connection could not be prepared");
-            return;
-        }
-    };
-    let (replies, waiting) = mpsc::channel(REPLIES_WAITING);
-    let mut writer = tokio::spawn(write(Arc::clone(&socket), waiting));
     if overflow_uid() == Some(peer.uid) {
         let status = Status::new(
             Code::PermissionDenied,
@@ -65,50 +61,79 @@ pub(super) async fn run(
                 peer.uid
             ),
         );
-        let refused = failure(0, &status, "-");
-        // The writer may have ended with the connection.
-        let _ = replies.send(refused).await;
-    } else {
-        let session = host.open_session(Principal { uid: peer.uid });
-        let (push, gone) = mpsc::unbounded_channel();
-        pushes.lock().insert(session.id, push);
-        tracing::info!(
-            session = session.id,
-            pid = peer.pid,
-            uid = peer.uid,
-            "connected"
-        );
-        let id = session.id;
-        let mut connection = Connection {
-            session,
-            socket,
-            replies: replies.clone(),
-            greeted: false,
-            running: HashMap::new(),
-            finished: FuturesUnordered::new(),
-        };
-        // Beside all of it: `serve` may be waiting for a client that does not read its replies.
-        tokio::select! {
-            () = exited(peer.pidfd) => {}
-            () = connection.serve(gone, draining) => {}
-        }
-        pushes.lock().remove(&id);
-        for cancel in connection.running.values() {
-            cancel.cancel();
-        }
-        tracing::info!(session = id, "disconnected");
+        return refuse(socket, &status).await;
     }
-    drop(replies);
+    let socket = match prepare(socket) {
+        Ok(socket) => socket,
+        Err(error) => {
+            tracing::warn!(%error, "a connection could not be prepared");
+            return;
+        }
+    };
+    let (replies, waiting) = mpsc::channel(REPLIES_WAITING);
+    let unsent = Arc::new(AtomicUsize::new(0));
+    let mut writer = tokio::spawn(write(Arc::clone(&socket), waiting, Arc::clone(&unsent)));
+    let session = host.open_session(Principal { uid: peer.uid });
+    let (push, gone) = mpsc::unbounded_channel();
+    pushes.lock().insert(session.id, push);
+    tracing::info!(
+        session = session.id,
+        pid = peer.pid,
+        uid = peer.uid,
+        "connected"
+    );
+    let id = session.id;
+    let mut connection = Connection {
+        session,
+        socket,
+        replies,
+        unsent,
+        draining,
+        greeted: false,
+        running: HashMap::new(),
+        finished: FuturesUnordered::new(),
+    };
+    // Beside all of it: `serve` may be waiting for a client that does not read its replies.
+    let end = tokio::select! {
+        () = exited(peer.pidfd) => End::Gone,
+        end = connection.serve(gone) => end,
+    };
+    pushes.lock().remove(&id);
+    for call in connection.running.values() {
+        call.cancel();
+    }
+    drop(connection);
+    tracing::info!(session = id, "disconnected");
     // What has been answered is still written, unless the client does not read it.
-    if tokio::time::timeout(FAREWELL, &mut writer).await.is_err() {
+    if matches!(end, End::Deaf) || tokio::time::timeout(FAREWELL, &mut writer).await.is_err() {
         writer.abort();
     }
 }
 
-fn prepare(socket: FrameSocket) -> std::io::Result<(Peer, Sockets)> {
+/// Tells whoever connected why it is not served, as the reply to its first frame.
+pub(super) async fn refuse(socket: FrameSocket, status: &Status) {
+    // If Linux does not let us tell, it sees the end.
+    let Ok(socket) = prepare(socket) else {
+        return;
+    };
+    let mut buffer = [0; wire::HEADER_BYTES];
+    // A connection that is closed with something unread looks as if it had been reset.
+    let first = socket.async_io(tokio::io::Interest::READABLE, |socket| {
+        socket.recv(&mut buffer)
+    });
+    let first = tokio::time::timeout(REFUSAL, first).await;
+    let sequence = match first {
+        Ok(Ok(received)) => Header::sequence_of(&buffer[..received.bytes]),
+        _ => 0,
+    };
+    let refused = failure(sequence, status, "-");
+    // Its socket's buffer is empty; one that is gone need not be told.
+    let _ = refused.send(socket.get_ref());
+}
+
+fn prepare(socket: FrameSocket) -> std::io::Result<Sockets> {
     socket.set_nonblocking(true)?;
-    let peer = socket.peer()?;
-    Ok((peer, Arc::new(super::watched(socket)?)))
+    Ok(Arc::new(super::watched(socket)?))
 }
 
 /// The uid that Linux shows for users that a namespace does not map.
@@ -120,29 +145,14 @@ fn overflow_uid() -> Option<u32> {
         .ok()
 }
 
-async fn write(socket: Sockets, mut waiting: mpsc::Receiver<Outgoing>) {
-    while let Some(Outgoing {
-        op,
-        sequence,
-        body,
-        fds,
-    }) = waiting.recv().await
-    {
-        let Ok(body_bytes) = u32::try_from(body.len()) else {
-            return;
-        };
-        let header = Header {
-            op,
-            sequence,
-            body_bytes,
-        }
-        .encode();
-        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+async fn write(socket: Sockets, mut waiting: mpsc::Receiver<Outgoing>, unsent: Arc<AtomicUsize>) {
+    while let Some(outgoing) = waiting.recv().await {
         let sent = socket
             .async_io(tokio::io::Interest::WRITABLE, |socket| {
-                socket.send(&[&header, &body], &fds)
+                outgoing.send(socket)
             })
             .await;
+        unsent.fetch_sub(1, Ordering::Release);
         if let Err(error) = sent {
             tracing::debug!(%error, "a reply could not be sent");
             // Whoever sends next sees the closed channel and ends.
@@ -151,29 +161,46 @@ async fn write(socket: Sockets, mut waiting: mpsc::Receiver<Outgoing>) {
     }
 }
 
+impl Outgoing {
+    /// Sends it at once, or not at all.
+    fn send(&self, socket: &FrameSocket) -> std::io::Result<()> {
+        // Whoever made it has held it against the longest body.
+        let body_bytes = u32::try_from(self.body.len()).map_err(std::io::Error::other)?;
+        let header = Header {
+            op: self.op,
+            sequence: self.sequence,
+            body_bytes,
+        }
+        .encode();
+        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
+        socket.send(&[&header, &self.body], &fds)
+    }
+}
+
 type Finished = (u32, Arc<str>, wire::Invoke, Result<Arc<Invoked>, Status>);
 
 struct Connection {
     session: Session,
     socket: Sockets,
+    /// To the writer, for what the socket does not take at once.
     replies: mpsc::Sender<Outgoing>,
+    /// Replies that are with the writer. This task alone adds to them.
+    unsent: Arc<AtomicUsize>,
+    draining: watch::Receiver<bool>,
     greeted: bool,
-    running: HashMap<u32, CancelToken>,
+    running: HashMap<u32, Call>,
     finished: FuturesUnordered<std::pin::Pin<Box<dyn Future<Output = Finished> + Send + Sync>>>,
 }
 
 impl Connection {
-    async fn serve(
-        &mut self,
-        mut gone: mpsc::UnboundedReceiver<Gone>,
-        mut draining: watch::Receiver<bool>,
-    ) {
+    async fn serve(&mut self, mut gone: mpsc::UnboundedReceiver<Gone>) -> End {
+        let mut draining = self.draining.clone();
         let mut buffer = vec![0; PACKET_BYTES];
         let socket = Arc::clone(&self.socket);
         let mut ending = *draining.borrow();
         loop {
             if ending && self.running.is_empty() {
-                return;
+                return End::Drained;
             }
             let receive = socket.async_io(tokio::io::Interest::READABLE, |socket| {
                 socket.recv(&mut buffer)
@@ -190,15 +217,36 @@ impl Connection {
                     Err(_) => Err(End::Gone),
                 },
             };
-            match end {
-                Ok(()) => {}
-                Err(End::Gone | End::Refused | End::Drained) => return,
+            if let Err(end) = end {
+                return end;
             }
         }
     }
 
     async fn send(&self, outgoing: Outgoing) -> Result<(), End> {
-        self.replies.send(outgoing).await.map_err(|_| End::Gone)
+        // Most replies find room, and then the writer need not be woken for them.
+        if self.unsent.load(Ordering::Acquire) == 0 {
+            match outgoing.send(self.socket.get_ref()) {
+                Ok(()) => return Ok(()),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => {
+                    tracing::debug!(%error, "a reply could not be sent");
+                    return Err(End::Gone);
+                }
+            }
+        }
+        self.unsent.fetch_add(1, Ordering::Release);
+        let mut draining = self.draining.clone();
+        let deaf = async {
+            // An error means that the host is gone, which is an end, too.
+            let _ = draining.wait_for(|draining| *draining).await;
+            tokio::time::sleep(FAREWELL).await;
+        };
+        tokio::select! {
+            biased;
+            sent = self.replies.send(outgoing) => sent.map_err(|_| End::Gone),
+            () = deaf => Err(End::Deaf),
+        }
     }
 
     async fn shutdown(&self) -> Result<(), End> {
@@ -267,6 +315,10 @@ impl Connection {
                 };
             }
         };
+        if received.no_room {
+            let status = Status::no_descriptors("the descriptors beside the frame cannot be taken");
+            return self.send(failure(header.sequence, &status, "-")).await;
+        }
         self.request(header, body, received.fds).await
     }
 
@@ -326,13 +378,13 @@ impl Connection {
         &mut self,
         sequence: u32,
         Running {
-            cancel,
+            call,
             request_id,
             invoke,
             result,
         }: Running,
     ) {
-        self.running.insert(sequence, cancel);
+        self.running.insert(sequence, call);
         self.finished.push(Box::pin(async move {
             (sequence, request_id, invoke, joined(result).await)
         }));
@@ -349,7 +401,7 @@ impl Connection {
 
     async fn cancel(&self, sequence: u32, body: &[u8]) -> Result<(), End> {
         let reply = super::requests::cancel(&self.session, sequence, body, |other| {
-            self.running.get(&other).map(CancelToken::cancel).is_some()
+            self.running.get(&other).map(Call::cancel).is_some()
         });
         self.send(reply).await
     }

@@ -15,11 +15,12 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use strait_client::wire;
-use strait_memory::FrameListener;
+use strait_memory::{FrameListener, FrameSocket, Peer, SpareDescriptor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
+use crate::error::{Code, Status, out_of_descriptors};
 use crate::lease::SessionId;
 use crate::session::{Gone, Host};
 
@@ -45,6 +46,49 @@ impl Pushes {
     }
 }
 
+/// Log lines about connections that were refused: at most one a second.
+#[derive(Debug, Default)]
+struct Refusals {
+    untold: u64,
+    told: Option<Instant>,
+}
+
+impl Refusals {
+    fn count(&mut self, why: &str) {
+        self.untold += 1;
+        if self
+            .told
+            .is_none_or(|at| at.elapsed() >= Duration::from_secs(1))
+        {
+            tracing::warn!(refused = self.untold, why, "connections were refused");
+            (self.untold, self.told) = (0, Some(Instant::now()));
+        }
+    }
+}
+
+/// Who connected, or why it cannot be served.
+fn admit(socket: &FrameSocket, connections: usize) -> Result<Peer, Status> {
+    if connections >= CONNECTIONS_MAX {
+        let message = format!(
+            "{CONNECTIONS_MAX} connections are open, as many as the host serves; close one, or try again later"
+        );
+        return Err(Status::new(
+            Code::ResourceExhausted,
+            "QUOTA_EXCEEDED",
+            message,
+        ));
+    }
+    socket.peer().map_err(cannot_connect)
+}
+
+fn cannot_connect(error: std::io::Error) -> Status {
+    if out_of_descriptors(&error) {
+        return Status::no_descriptors("the connection cannot be served");
+    }
+    let message = format!("the host cannot serve this connection: {error}");
+    Status::new(Code::Internal, "HOST", message)
+}
+
 /// Serves the data socket until `shutdown`; then tells every client SHUTDOWN, lets running
 /// invocations finish within the drain time, and closes. Also ends the leases that run out.
 ///
@@ -60,6 +104,8 @@ pub async fn serve(
     let pushes = Arc::new(Pushes::default());
     let (draining, drained) = watch::channel(false);
     let mut connections = JoinSet::new();
+    let mut spare = SpareDescriptor::new()?;
+    let mut refusals = Refusals::default();
     let mut sweep = tokio::time::interval(SWEEP);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut shutdown = std::pin::pin!(shutdown);
@@ -75,14 +121,29 @@ pub async fn serve(
             ready = listener.readable() => {
                 let mut ready = ready?;
                 match ready.try_io(|listener| listener.get_ref().accept()) {
-                    Ok(Ok(socket)) if connections.len() < CONNECTIONS_MAX => {
-                        let connection = connection::run(Arc::clone(&host), socket, Arc::clone(&pushes), drained.clone());
-                        connections.spawn(connection);
+                    Ok(Ok(socket)) => match admit(&socket, connections.len()) {
+                        Ok(peer) => {
+                            let connection = connection::run(Arc::clone(&host), socket, peer, Arc::clone(&pushes), drained.clone());
+                            connections.spawn(connection);
+                        }
+                        Err(status) => {
+                            refusals.count(&status.message);
+                            connection::refuse(socket, &status).await;
+                        }
+                    },
+                    Ok(Err(error)) if out_of_descriptors(&error) => {
+                        let status = cannot_connect(error);
+                        refusals.count(&status.message);
+                        spare.give_up();
+                        match listener.get_ref().accept() {
+                            Ok(socket) => connection::refuse(socket, &status).await,
+                            // Somebody else took the place: nothing that trying at once would mend.
+                            Err(_) => tokio::time::sleep(SWEEP).await,
+                        }
+                        spare.refill();
                     }
-                    Ok(Ok(_)) => tracing::warn!(connections = CONNECTIONS_MAX, "a connection was refused: too many"),
                     Ok(Err(error)) => {
-                        // Out of descriptors, for instance: nothing that trying at once would mend.
-                        tracing::warn!(%error, "a connection could not be accepted");
+                        refusals.count(&error.to_string());
                         tokio::time::sleep(SWEEP).await;
                     }
                     Err(_would_block) => {}
@@ -121,5 +182,5 @@ struct Outgoing {
     op: wire::Op,
     sequence: u32,
     body: Vec<u8>,
-    fds: Vec<std::os::fd::OwnedFd>,
+    fds: Vec<Arc<std::os::fd::OwnedFd>>,
 }

@@ -9,10 +9,9 @@ use strait_client::wire::{self, Op};
 use tokio::sync::oneshot;
 
 use super::Outgoing;
-use crate::engine::CancelToken;
 use crate::error::{Code, Status};
 use crate::lease::LiveSegment;
-use crate::session::{Answer, Invoked, LeaseId, Session};
+use crate::session::{Answer, Call, Invoked, LeaseId, Session};
 
 /// Bytes of JSON that a page of a listing may reach before it ends.
 const PAGE_BYTES: usize = wire::BODY_BYTES_MAX - 16_384;
@@ -23,6 +22,11 @@ const LIST_MAX: usize = 256;
 
 /// Leases of one connection: a client that never releases must not fill the host.
 const LEASES_MAX: usize = 16_384;
+
+/// Bytes of a created segment beside its tensors, at most.
+const CREATE_ROOM: u64 = 16 << 20;
+/// Leases that are ended on the thread that serves others, too.
+const RELEASED_AT_ONCE: u64 = 64;
 
 /// What becomes of a request.
 pub(super) enum Reply {
@@ -36,14 +40,19 @@ pub(super) enum Reply {
 
 /// An INVOKE that is under way.
 pub(super) struct Running {
-    pub(super) cancel: CancelToken,
+    pub(super) call: Call,
     pub(super) request_id: Arc<str>,
     pub(super) invoke: wire::Invoke,
     pub(super) result: oneshot::Receiver<Result<Arc<Invoked>, Status>>,
 }
 
 /// A frame of `body`; one that is too long becomes an error.
-pub(super) fn encode(op: Op, sequence: u32, body: &impl Serialize, fds: Vec<OwnedFd>) -> Outgoing {
+pub(super) fn encode(
+    op: Op,
+    sequence: u32,
+    body: &impl Serialize,
+    fds: Vec<Arc<OwnedFd>>,
+) -> Outgoing {
     match serde_json::to_vec(body) {
         Ok(body) if body.len() <= wire::BODY_BYTES_MAX => Outgoing {
             op,
@@ -76,12 +85,12 @@ fn encode_leased(
     session: &Session,
     sequence: u32,
     body: &impl Serialize,
-    fds: Vec<OwnedFd>,
+    fds: Vec<Arc<OwnedFd>>,
     leases: &[LeaseId],
 ) -> Outgoing {
     let outgoing = encode(Op::Ok, sequence, body, fds);
     if outgoing.op == Op::Error {
-        session.release(leases);
+        drop(session.release(leases));
     }
     outgoing
 }
@@ -178,11 +187,12 @@ pub(super) fn respond(
         Op::Kernels => kernels(session, sequence, body),
         Op::Lookup => lookup(session, sequence, body),
         Op::List => list(session, sequence, body),
-        // These may free or seal hundreds of megabytes: not on a thread that serves others.
+        // These look at every page of a segment, or of the process: not on a thread that serves others.
         Op::Publish => tokio::task::block_in_place(|| publish(session, sequence, body)),
-        Op::Drop => tokio::task::block_in_place(|| drop_flight(session, sequence, body)),
         Op::Seal => tokio::task::block_in_place(|| seal(session, sequence, body)),
-        Op::Release => tokio::task::block_in_place(|| release(session, sequence, body)),
+        Op::Stats => tokio::task::block_in_place(|| stats(session, sequence, body)),
+        Op::Drop => drop_flight(session, sequence, body),
+        Op::Release => release(session, sequence, body),
         Op::Adopt => match fds.pop() {
             Some(fd) => tokio::task::block_in_place(|| adopt(session, sequence, body, fd)),
             None => Err((
@@ -190,7 +200,6 @@ pub(super) fn respond(
                 None,
             )),
         },
-        Op::Stats => stats(session, sequence, body),
         Op::Create => create(session, sequence, body),
         Op::Map => map(session, sequence, body),
         Op::Renew => renew(session, sequence, body),
@@ -414,10 +423,22 @@ fn drop_flight(session: &Session, sequence: u32, body: &[u8]) -> Framed {
 fn create(session: &Session, sequence: u32, body: &[u8]) -> Framed {
     let (request, id): (wire::Create, _) =
         parse(session, body, |r: &wire::Create| r.request_id.as_deref()).map_err(nameless)?;
-    let (segment, fd) = session
-        .host()
-        .create(session.principal, request.tensors)
-        .map_err(of(&id))?;
+    let host = session.host();
+    let bytes = request.tensors.iter().fold(0_u64, |sum, tensor| {
+        sum.saturating_add(
+            tensor
+                .shape
+                .iter()
+                .fold(16, |n, size| n.saturating_mul(*size)),
+        )
+    });
+    let create = || host.create(session.principal, request.tensors);
+    // Without room it waits for what is being freed, or frees idle results first.
+    let created = match host.budget().has_room(bytes.saturating_add(CREATE_ROOM)) {
+        true => create(),
+        false => tokio::task::block_in_place(create),
+    };
+    let (segment, fd) = created.map_err(of(&id))?;
     let reply = leased(session, &segment, request.lease_ms, &id);
     Ok(encode_leased(
         session,
@@ -491,7 +512,7 @@ fn adopt(session: &Session, sequence: u32, body: &[u8], fd: OwnedFd) -> Framed {
             .host()
             .publish(session.principal, &segment, name, request.replace);
         published.map_err(|status| {
-            session.release(reply.lease.as_slice());
+            drop(session.release(reply.lease.as_slice()));
             of(&id)(status)
         })?;
     }
@@ -526,7 +547,14 @@ fn map(session: &Session, sequence: u32, body: &[u8]) -> Framed {
 fn release(session: &Session, sequence: u32, body: &[u8]) -> Framed {
     let (request, id): (wire::Leases, _) =
         parse(session, body, |r: &wire::Leases| r.request_id.as_deref()).map_err(nameless)?;
-    let released = session.release(&request.leases);
+    let ended = session.release(&request.leases);
+    let released = ended.count() as u64;
+    // A result goes back to the pool at once, where the next call looks for it, and what is big is
+    // freed elsewhere; so only a great number of them takes long.
+    match released > RELEASED_AT_ONCE {
+        true => tokio::task::block_in_place(|| drop(ended)),
+        false => drop(ended),
+    }
     Ok(encode(
         Op::Ok,
         sequence,
@@ -583,7 +611,7 @@ fn invoke(session: &Session, body: &[u8]) -> Result<Running, Failed> {
     let (request, id): (wire::Invoke, _) =
         parse(session, body, |r: &wire::Invoke| r.request_id.as_deref()).map_err(nameless)?;
     let (answer, result) = oneshot::channel();
-    let cancel = session.host().invoke(
+    let call = session.host().invoke(
         session.principal,
         Some(session.id),
         request.clone(),
@@ -592,7 +620,7 @@ fn invoke(session: &Session, body: &[u8]) -> Result<Running, Failed> {
         Answer::new(move |result| drop(answer.send(result))),
     );
     Ok(Running {
-        cancel,
+        call,
         request_id: id,
         invoke: request,
         result,

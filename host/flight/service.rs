@@ -19,10 +19,9 @@ use tracing::Instrument;
 use super::call::Call;
 use super::info::{self, Target, Wanted, bad_request, host_bug};
 use super::{action, read, upload};
-use crate::engine::CancelToken;
 use crate::error::{Code, Status};
 use crate::lease::Principal;
-use crate::session::{Answer, Host, Invoked};
+use crate::session::{self, Answer, Host, Invoked};
 
 /// DoGet and DoPut streams at a time. tonic's own limits end with the response's head, so each
 /// stream holds its place itself.
@@ -151,8 +150,8 @@ async fn stream_place(streams: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, 
     }
 }
 
-/// Ends an invocation that nobody waits for any more.
-struct CancelOnDrop(Option<CancelToken>);
+/// Ends the wait of a caller that hung up.
+struct CancelOnDrop(Option<session::Call>);
 
 impl Drop for CancelOnDrop {
     fn drop(&mut self) {
@@ -167,8 +166,6 @@ async fn invoke_and_wait(
     call: &Call,
     invoke: wire::Invoke,
 ) -> Result<Arc<Invoked>, Status> {
-    // A caller that sent a key comes back for the result: let it run.
-    let repeatable = invoke.idempotency_key.is_some();
     let (sender, receiver) = oneshot::channel();
     let answer = Answer::new(move |result| {
         // Nobody receives it if the caller hung up.
@@ -181,7 +178,7 @@ async fn invoke_and_wait(
         Arc::clone(&call.request_id),
         answer,
     );
-    let mut guard = CancelOnDrop((!repeatable).then_some(cancel));
+    let mut guard = CancelOnDrop(Some(cancel));
     let result = receiver.await;
     guard.0 = None;
     result.map_err(|error| host_bug("waiting for an invocation", error))?

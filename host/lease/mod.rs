@@ -8,7 +8,7 @@
 
 mod segment;
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
@@ -25,9 +25,16 @@ const EXPIRED_KEPT: usize = 1024;
 
 #[derive(Debug)]
 struct Lease {
-    session: SessionId,
     segment: Arc<LiveSegment>,
     expires: Instant,
+}
+
+/// The leases of one session.
+#[derive(Debug, Default)]
+struct Own {
+    live: HashMap<LeaseId, Lease>,
+    /// By segment, the one that lives longest last.
+    of: HashMap<SegmentId, BTreeSet<(Instant, LeaseId)>>,
 }
 
 #[derive(Debug)]
@@ -38,12 +45,67 @@ struct Expired {
     at: Instant,
 }
 
+// Every call of a session costs what its own leases cost, however many others have.
 #[derive(Debug, Default)]
 struct Inner {
     last: LeaseId,
-    live: HashMap<LeaseId, Lease>,
+    sessions: HashMap<SessionId, Own>,
+    /// All live leases, the next to run out first.
+    ends: BTreeSet<(Instant, LeaseId, SessionId)>,
     expired: VecDeque<Expired>,
     segments: HashMap<SegmentId, Weak<LiveSegment>>,
+}
+
+impl Inner {
+    fn insert(&mut self, session: SessionId, id: LeaseId, lease: Lease) {
+        let own = self.sessions.entry(session).or_default();
+        let of = own.of.entry(lease.segment.id()).or_default();
+        of.insert((lease.expires, id));
+        self.ends.insert((lease.expires, id, session));
+        own.live.insert(id, lease);
+    }
+
+    fn remove(&mut self, session: SessionId, id: LeaseId) -> Option<Lease> {
+        let own = self.sessions.get_mut(&session)?;
+        let lease = own.live.remove(&id)?;
+        let segment = lease.segment.id();
+        if let Some(of) = own.of.get_mut(&segment) {
+            of.remove(&(lease.expires, id));
+            if of.is_empty() {
+                own.of.remove(&segment);
+            }
+        }
+        if own.live.is_empty() {
+            self.sessions.remove(&session);
+        }
+        self.ends.remove(&(lease.expires, id, session));
+        Some(lease)
+    }
+
+    fn get(&self, session: SessionId, id: LeaseId) -> Option<&Lease> {
+        self.sessions.get(&session)?.live.get(&id)
+    }
+}
+
+/// Leases that have ended. Dropping it frees the segments that nobody else holds, which takes
+/// its time: do it where nobody waits.
+#[derive(Debug)]
+#[must_use = "dropping it may free segments"]
+pub struct Ended(Vec<Lease>);
+
+impl Ended {
+    /// How many leases.
+    #[must_use]
+    pub fn count(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Bytes of their segments; what dropping frees is at most that.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        let bytes = self.0.iter().map(|lease| lease.segment.capacity());
+        bytes.fold(0, u64::saturating_add)
+    }
 }
 
 /// A lease that is over because its time ran out.
@@ -114,14 +176,11 @@ impl Leases {
         let mut inner = self.lock();
         inner.last += 1;
         let id = inner.last;
-        inner.live.insert(
-            id,
-            Lease {
-                session,
-                segment: Arc::clone(segment),
-                expires: now + life,
-            },
-        );
+        let lease = Lease {
+            segment: Arc::clone(segment),
+            expires: now + life,
+        };
+        inner.insert(session, id, lease);
         id
     }
 
@@ -136,10 +195,12 @@ impl Leases {
         now: Instant,
     ) -> Result<Arc<LiveSegment>, LeaseError> {
         let inner = self.lock();
-        let live = inner.live.values().find(|lease| {
-            lease.session == session && lease.segment.id() == segment && lease.expires > now
-        });
-        if let Some(lease) = live {
+        let own = inner.sessions.get(&session);
+        let longest = own.and_then(|own| own.of.get(&segment)?.last().copied());
+        if let Some((expires, lease)) = longest
+            && expires > now
+            && let Some(lease) = inner.get(session, lease)
+        {
             return Ok(Arc::clone(&lease.segment));
         }
         let expired = inner
@@ -147,16 +208,10 @@ impl Leases {
             .iter()
             .rev()
             .find(|old| old.session == session && old.segment == segment)
-            .map(|old| (old.lease, old.at))
-            .or_else(|| {
-                inner
-                    .live
-                    .iter()
-                    .find(|(_, l)| l.session == session && l.segment.id() == segment)
-                    .map(|(id, l)| (*id, l.expires))
-            });
+            .map(|old| (old.at, old.lease))
+            .or(longest);
         Err(match expired {
-            Some((lease, at)) => LeaseError::Expired {
+            Some((at, lease)) => LeaseError::Expired {
                 lease,
                 segment,
                 late_ms: now.saturating_duration_since(at).as_millis(),
@@ -167,21 +222,10 @@ impl Leases {
 
     /// Ends leases that the holder says it no longer maps. Those that are not its own or are
     /// gone already do not count.
-    pub fn release(&self, session: SessionId, leases: &[LeaseId]) -> u64 {
-        let mut ended = Vec::new();
+    pub fn release(&self, session: SessionId, leases: &[LeaseId]) -> Ended {
         let mut inner = self.lock();
-        for id in leases {
-            if inner
-                .live
-                .get(id)
-                .is_some_and(|lease| lease.session == session)
-            {
-                ended.extend(inner.live.remove(id));
-            }
-        }
-        drop(inner);
-        // Dropping the last Arc of a segment unmaps it: not under the lock.
-        ended.len() as u64
+        let ended = leases.iter().filter_map(|id| inner.remove(session, *id));
+        Ended(ended.collect())
     }
 
     /// Prolongs leases to `life` from `now` on: all of them or none.
@@ -197,16 +241,16 @@ impl Leases {
     ) -> Result<(), LeaseError> {
         let mut inner = self.lock();
         for id in leases {
-            match inner.live.get(id) {
-                Some(lease) if lease.session == session && lease.expires > now => {}
-                Some(lease) if lease.session == session => {
+            match inner.get(session, *id) {
+                Some(lease) if lease.expires > now => {}
+                Some(lease) => {
                     return Err(LeaseError::Expired {
                         lease: *id,
                         segment: lease.segment.id(),
                         late_ms: now.saturating_duration_since(lease.expires).as_millis(),
                     });
                 }
-                _ => {
+                None => {
                     let old = inner
                         .expired
                         .iter()
@@ -222,8 +266,9 @@ impl Leases {
             }
         }
         for id in leases {
-            if let Some(lease) = inner.live.get_mut(id) {
+            if let Some(mut lease) = inner.remove(session, *id) {
                 lease.expires = now + life;
+                inner.insert(session, *id, lease);
             }
         }
         Ok(())
@@ -231,31 +276,27 @@ impl Leases {
 
     /// Ends the leases whose time is over. Their holders may still have the pages mapped, so a
     /// result among them is never recycled.
-    pub fn expire(&self, now: Instant) -> Vec<Gone> {
+    pub fn expire(&self, now: Instant) -> (Vec<Gone>, Ended) {
         let mut inner = self.lock();
-        let over: Vec<LeaseId> = inner
-            .live
-            .iter()
-            .filter(|(_, l)| l.expires <= now)
-            .map(|(id, _)| *id)
-            .collect();
-        let mut ended = Vec::with_capacity(over.len());
-        let mut gone = Vec::with_capacity(over.len());
-        for lease in over {
-            let Some(old) = inner.live.remove(&lease) else {
-                continue;
+        let mut ended = Vec::new();
+        let mut gone = Vec::new();
+        while let Some((at, lease, session)) = inner.ends.first().copied()
+            && at <= now
+        {
+            let Some(old) = inner.remove(session, lease) else {
+                break;
             };
             let segment = old.segment.id();
             gone.push(Gone {
-                session: old.session,
+                session,
                 lease,
                 segment,
             });
             inner.expired.push_back(Expired {
-                session: old.session,
+                session,
                 lease,
                 segment,
-                at: old.expires,
+                at,
             });
             ended.push(old);
         }
@@ -265,42 +306,31 @@ impl Leases {
         for lease in &ended {
             lease.segment.never_recycle();
         }
-        gone
+        (gone, Ended(ended))
     }
 
     /// Ends all leases of a session whose connection or process is gone. What it had mapped may
     /// live on in a forked child, so a result among them is never recycled.
-    pub fn end_session(&self, session: SessionId) -> usize {
+    pub fn end_session(&self, session: SessionId) -> Ended {
         let mut inner = self.lock();
-        let ids: Vec<LeaseId> = inner
-            .live
-            .iter()
-            .filter(|(_, l)| l.session == session)
-            .map(|(id, _)| *id)
-            .collect();
-        let ended: Vec<Lease> = ids.iter().filter_map(|id| inner.live.remove(id)).collect();
+        let own = inner.sessions.remove(&session).unwrap_or_default();
+        for (id, lease) in &own.live {
+            inner.ends.remove(&(lease.expires, *id, session));
+        }
         inner.expired.retain(|old| old.session != session);
         drop(inner);
+        let ended: Vec<Lease> = own.live.into_values().collect();
         for lease in &ended {
             lease.segment.never_recycle();
         }
-        ended.len()
-    }
-
-    /// When the next lease runs out.
-    pub fn next_expiry(&self) -> Option<Instant> {
-        self.lock().live.values().map(|lease| lease.expires).min()
+        Ended(ended)
     }
 
     /// Live leases: all, and those of `session`.
     pub fn count(&self, session: SessionId) -> (usize, usize) {
         let inner = self.lock();
-        let own = inner
-            .live
-            .values()
-            .filter(|lease| lease.session == session)
-            .count();
-        (inner.live.len(), own)
+        let own = inner.sessions.get(&session).map_or(0, |own| own.live.len());
+        (inner.ends.len(), own)
     }
 
     /// Live segments and their bytes.
@@ -320,12 +350,6 @@ impl Leases {
     /// Segments that `session` has leases on.
     pub fn count_own_segments(&self, session: SessionId) -> usize {
         let inner = self.lock();
-        let own: std::collections::HashSet<_> = inner
-            .live
-            .values()
-            .filter(|lease| lease.session == session)
-            .map(|lease| lease.segment.id())
-            .collect();
-        own.len()
+        inner.sessions.get(&session).map_or(0, |own| own.of.len())
     }
 }

@@ -7,8 +7,8 @@ use std::str::FromStr;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use strait_memory::{
-    Charge, Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment,
-    Sealed, Segment,
+    Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment, Sealed,
+    Segment,
 };
 use strait_tensor::{FileLayout, TensorPlace};
 
@@ -144,16 +144,13 @@ pub struct LiveSegment {
     tensors: Vec<TensorPlace>,
     framing: Option<Framing>,
     lot: Arc<ParkingLot>,
-    // Its place among the host's segments, given back with it.
-    _place: Charge,
     // Locked for seal, park and chunk copies; never while a kernel runs.
     body: Mutex<Body>,
 }
 
 impl LiveSegment {
     /// A segment of `owner` with `tensors` in its first `bytes` bytes. `framing` is what the host
-    /// wrote around them, where a client could have overwritten it; `place` is its place in the host's
-    /// budget of segments.
+    /// wrote around them, where a client could have overwritten it.
     ///
     /// # Errors
     /// If Linux gives no random bytes for the id.
@@ -164,7 +161,6 @@ impl LiveSegment {
         tensors: Vec<TensorPlace>,
         framing: Option<Framing>,
         lot: &Arc<ParkingLot>,
-        place: Charge,
     ) -> std::io::Result<Arc<Self>> {
         let (inode, capacity) = match &body {
             Body::Open(s) => (s.inode(), s.bytes()),
@@ -182,7 +178,6 @@ impl LiveSegment {
             tensors,
             framing,
             lot: Arc::clone(lot),
-            _place: place,
             body: Mutex::new(body),
         }))
     }
@@ -227,8 +222,8 @@ impl LiveSegment {
     /// A read-only descriptor to send out.
     ///
     /// # Errors
-    /// [`MemoryError`] of the reopening.
-    pub fn readonly_fd(&self) -> Result<OwnedFd, MemoryError> {
+    /// [`MemoryError`] of the reopening, which a segment needs that can still be written.
+    pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
         match &*self.body() {
             Body::Open(s) => s.readonly_fd(),
             Body::Client(s) => s.readonly_fd(),

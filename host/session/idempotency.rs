@@ -1,22 +1,102 @@
-//! A retry of an invocation gets the first one's answer.
+//! A retry of an invocation gets the first one's answer, and nothing else does.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use strait_client::wire;
+
 use super::invoke::{Answer, Invoked};
-use crate::error::Status;
-use crate::lease::Principal;
+use super::run::{Call, Run};
+use crate::error::{Code, Status};
+use crate::lease::{Principal, SegmentId};
 
 /// How long an answer is kept for repeats.
 const KEPT: Duration = Duration::from_secs(60);
 
-type Key = (Principal, String);
+pub(super) type Key = (Principal, String);
+
+/// What makes two requests the same one. How long a caller waits, how it gets the results and
+/// under which request id are its own affair.
+#[derive(Debug)]
+pub(super) struct Fingerprint {
+    /// The fields as they were sent, by name, each as a hash.
+    fields: [(&'static str, [u8; 32]); 8],
+    /// Port to the segment behind the name of its input, where there was one.
+    named: BTreeMap<String, SegmentId>,
+}
+
+impl Fingerprint {
+    /// Of `invoke`; `segment` tells what is behind the input of a port now.
+    pub(super) fn of(invoke: &wire::Invoke, segment: impl Fn(&str) -> Option<SegmentId>) -> Self {
+        let mut inputs = BTreeMap::new();
+        let mut named = BTreeMap::new();
+        for (port, input) in &invoke.inputs {
+            let sent = match input {
+                wire::Input::Text(text) => match text.split_once('#') {
+                    Some((name, column)) => ("name", name, Some(column)),
+                    None => ("name", text.as_str(), None),
+                },
+                wire::Input::Flight { name, column } => ("name", name.as_str(), column.as_deref()),
+                wire::Input::Segment { segment, column } => {
+                    ("segment", segment.as_str(), column.as_deref())
+                }
+            };
+            let (kind, name, _) = sent;
+            inputs.insert(port, sent);
+            // A name that the request itself publishes stands for another tensor once it is done.
+            if kind == "name"
+                && !invoke.publish.values().any(|published| published == name)
+                && let Some(id) = segment(port)
+            {
+                named.insert(port.clone(), id);
+            }
+        }
+        Self {
+            fields: [
+                ("kernel", hash(&invoke.kernel)),
+                ("inputs", hash(&inputs)),
+                ("parameters", hash(&invoke.parameters)),
+                ("publish", hash(&invoke.publish)),
+                ("replace", hash(&invoke.replace)),
+                ("seal", hash(&invoke.seal)),
+                ("limits", hash(&invoke.limits.unwrap_or_default())),
+                ("verify", hash(&invoke.verify)),
+            ],
+            named,
+        }
+    }
+
+    /// What of this is not as it was the first time.
+    fn differs(&self, first: &Self) -> Option<String> {
+        let fields = self.fields.iter().zip(&first.fields);
+        let other: Vec<_> = fields
+            .filter(|(now, then)| now != then)
+            .map(|((name, _), _)| format!("`{name}`"))
+            .collect();
+        if !other.is_empty() {
+            return Some(format!("{} differ", other.join(", ")));
+        }
+        // A name that is gone is no other tensor.
+        self.named
+            .iter()
+            .find(|(port, id)| first.named.get(*port).is_some_and(|then| then != *id))
+            .map(|(port, _)| format!("the name given for input `{port}` is another tensor's now"))
+    }
+}
+
+fn hash(value: &impl Serialize) -> [u8; 32] {
+    // Maps are sorted and all of these came as JSON, so equal values are equal bytes.
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
+    Sha256::digest(bytes).into()
+}
 
 #[derive(Debug)]
 enum Entry {
-    Running(Vec<Answer>),
-    Done(Arc<Invoked>, Instant),
+    Running(Fingerprint, Arc<Run>),
+    Done(Fingerprint, Arc<Invoked>, Instant),
 }
 
 /// Answers by (principal, key).
@@ -28,9 +108,11 @@ pub(super) struct Answers {
 /// What to do with a request that has a key.
 pub(super) enum Turn {
     /// It is the first: run it and call [`Answers::finish`].
-    First(Answer),
-    /// It will be answered with the first one's result.
-    Joined,
+    First(Arc<Run>, Call),
+    /// It waits for the first one's outcome.
+    Joined(Arc<Run>, Call),
+    /// It was answered.
+    Answered,
 }
 
 impl Answers {
@@ -38,54 +120,84 @@ impl Answers {
         self.entries.lock().unwrap_or_else(|e| e.into_inner())
     }
 
-    pub(super) fn begin(&self, key: &Key, answer: Answer) -> Turn {
+    pub(super) fn begin(
+        &self,
+        key: &Key,
+        fingerprint: Fingerprint,
+        kernel: &str,
+        deadline_ms: u64,
+        mut answer: Answer,
+    ) -> Turn {
         let mut entries = self.lock();
-        match entries.get_mut(key) {
-            None => {
-                entries.insert(key.clone(), Entry::Running(Vec::new()));
-                Turn::First(answer)
-            }
-            Some(Entry::Running(waiting)) => {
-                waiting.push(answer);
-                Turn::Joined
-            }
-            Some(Entry::Done(invoked, _)) => {
+        let differs = match entries.get(key) {
+            Some(Entry::Running(first, run)) if !run.is_over() => fingerprint.differs(first),
+            Some(Entry::Done(first, _, at)) if at.elapsed() <= KEPT => fingerprint.differs(first),
+            _ => None,
+        };
+        if let Some(what) = differs {
+            drop(entries);
+            answer.give(Err(reused(key, &what)));
+            return Turn::Answered;
+        }
+        match entries.get(key) {
+            Some(Entry::Running(_, run)) => match run.join(answer, deadline_ms) {
+                Ok(call) => return Turn::Joined(Arc::clone(run), call),
+                Err(back) => answer = back,
+            },
+            Some(Entry::Done(_, invoked, at)) if at.elapsed() <= KEPT => {
                 let invoked = Arc::clone(invoked);
                 drop(entries);
                 answer.give(Ok(invoked));
-                Turn::Joined
+                return Turn::Answered;
             }
+            _ => {}
         }
-    }
-
-    /// The first one's result: kept if it succeeded, forgotten if not, so that a retry runs anew.
-    pub(super) fn finish(&self, key: &Key, result: &Result<Arc<Invoked>, Status>) {
-        let mut entries = self.lock();
-        let entry = match result {
-            Ok(invoked) => entries.insert(
-                key.clone(),
-                Entry::Done(Arc::clone(invoked), Instant::now()),
-            ),
-            Err(_) => entries.remove(key),
+        let run = Run::new(kernel);
+        let Ok(call) = run.join(answer, deadline_ms) else {
+            return Turn::Answered;
         };
+        let before = entries.insert(key.clone(), Entry::Running(fingerprint, Arc::clone(&run)));
         drop(entries);
-        if let Some(Entry::Running(waiting)) = entry {
-            for answer in waiting {
-                answer.give(result.clone());
-            }
+        // Results that nobody else holds are freed here: not under the lock.
+        drop(before);
+        Turn::First(run, call)
+    }
+
+    /// The outcome of `run`: kept if it succeeded, forgotten if not, so that a retry runs anew.
+    pub(super) fn finish(&self, key: &Key, run: &Arc<Run>, outcome: Option<&Arc<Invoked>>) {
+        let mut entries = self.lock();
+        // Not if everybody had left and the key is another run's by now.
+        if !matches!(entries.get(key), Some(Entry::Running(_, now)) if Arc::ptr_eq(now, run)) {
+            return;
+        }
+        let entry = entries.remove(key);
+        if let (Some(Entry::Running(fingerprint, _)), Some(invoked)) = (entry, outcome) {
+            let done = Entry::Done(fingerprint, Arc::clone(invoked), Instant::now());
+            entries.insert(key.clone(), done);
         }
     }
 
-    pub(super) fn expire(&self, now: Instant) {
+    /// Takes out the answers whose time is over.
+    pub(super) fn expire(&self, now: Instant) -> Vec<Arc<Invoked>> {
         let mut old = Vec::new();
         self.lock().retain(|_, entry| match entry {
-            Entry::Done(invoked, at) if now.saturating_duration_since(*at) > KEPT => {
+            Entry::Done(_, invoked, at) if now.saturating_duration_since(*at) > KEPT => {
                 old.push(Arc::clone(invoked));
                 false
             }
             _ => true,
         });
-        // The results, if nobody else holds them, are freed here: not under the lock.
-        drop(old);
+        old
     }
+}
+
+fn reused((principal, key): &Key, what: &str) -> Status {
+    Status::new(
+        Code::FailedPrecondition,
+        "IDEMPOTENCY_KEY_REUSED",
+        format!(
+            "idempotency key `{key}` belongs to another request of {principal}: {what}; take a new key for a new request"
+        ),
+    )
+    .with("idempotency_key", key.as_str())
 }

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use strait_client::wire;
 use strait_tensor::TensorPlace;
 
-use super::idempotency::Turn;
+use super::idempotency::{Fingerprint, Key, Turn};
+use super::run::{Call, Run};
 use super::{Host, check_id, check_name};
 use crate::engine::{CancelToken, Input, Limits, Outcome, Request, Seconds, WindowPages};
 use crate::error::{Code, Status};
@@ -81,6 +82,16 @@ impl Drop for Answer {
     }
 }
 
+/// What the inputs of a request stand for, by port.
+type Resolved = BTreeMap<String, Result<(Arc<LiveSegment>, TensorPlace), Status>>;
+
+/// When a request must be done, counted from its receipt.
+#[derive(Clone, Copy, Debug)]
+struct Deadline {
+    at: Instant,
+    ms: u64,
+}
+
 /// A request whose arguments have been checked.
 #[derive(Debug)]
 struct Checked {
@@ -88,6 +99,34 @@ struct Checked {
     publish: BTreeMap<String, String>,
     replace: bool,
     principal: Principal,
+}
+
+/// Brings a run to its end, even if the worker that runs it is lost.
+struct Ending {
+    host: Arc<Host>,
+    run: Arc<Run>,
+    key: Option<Key>,
+}
+
+impl Ending {
+    fn end(self, result: Result<Invoked, Status>) {
+        self.tell(Some(result.map(Arc::new)));
+    }
+
+    fn tell(&self, result: Option<Result<Arc<Invoked>, Status>>) {
+        if let Some(key) = &self.key {
+            let outcome = result.as_ref().and_then(|result| result.as_ref().ok());
+            self.host.idempotency.finish(key, &self.run, outcome);
+        }
+        self.run.end(result);
+    }
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        // After `end` nobody is left to be answered.
+        self.tell(None);
+    }
 }
 
 impl Host {
@@ -98,39 +137,79 @@ impl Host {
         self: &Arc<Self>,
         principal: Principal,
         session: Option<SessionId>,
-        invoke: wire::Invoke,
+        mut invoke: wire::Invoke,
         request_id: Arc<str>,
         answer: Answer,
-    ) -> CancelToken {
-        let cancel = CancelToken::default();
-        let key = match &invoke.idempotency_key {
-            Some(key) => match check_id("idempotency_key", key) {
-                Ok(()) => Some((principal, key.clone())),
-                Err(status) => {
-                    answer.give(Err(status));
-                    return cancel;
-                }
-            },
-            None => None,
+    ) -> Call {
+        let begun = self.deadline(&invoke).and_then(|deadline| {
+            let key = invoke.idempotency_key.take();
+            if let Some(key) = &key {
+                check_id("idempotency_key", key)?;
+            }
+            Ok((deadline, key.map(|key| (principal, key))))
+        });
+        let (mut deadline, key) = match begun {
+            Ok(begun) => begun,
+            Err(status) => {
+                answer.give(Err(status));
+                return Call::answered();
+            }
         };
-        let answer = match &key {
-            None => answer,
-            Some(key) => match self.idempotency.begin(key, answer) {
-                Turn::Joined => return cancel,
-                Turn::First(answer) => {
-                    let (host, key) = (Arc::clone(self), key.clone());
-                    Answer::new(move |result| {
-                        host.idempotency.finish(&key, &result);
-                        answer.give(result);
-                    })
+        let own = deadline;
+        let inputs = self.resolve_all(principal, session, &invoke);
+        let (run, call) = match &key {
+            None => {
+                let run = Run::new(&invoke.kernel);
+                match run.join(answer, own.ms) {
+                    Ok(call) => (run, call),
+                    // A run that is new takes everybody.
+                    Err(answer) => {
+                        drop(answer);
+                        return Call::answered();
+                    }
                 }
-            },
+            }
+            Some(key) => {
+                let segment = |port: &str| match inputs.get(port) {
+                    Some(Ok((segment, _))) => Some(segment.id()),
+                    _ => None,
+                };
+                let fingerprint = Fingerprint::of(&invoke, segment);
+                match self
+                    .idempotency
+                    .begin(key, fingerprint, &invoke.kernel, own.ms, answer)
+                {
+                    Turn::Answered => return Call::answered(),
+                    Turn::Joined(run, call) => {
+                        run.watch(&call, &self.deadlines, own.at);
+                        return call;
+                    }
+                    // Each caller's own deadline is watched; the run lasts as long as anybody waits.
+                    Turn::First(run, call) => {
+                        deadline = Deadline::after(self.config.limits.deadline_ms_max);
+                        run.watch(&call, &self.deadlines, own.at);
+                        (run, call)
+                    }
+                }
+            }
         };
-        match self.check(principal, session, invoke, request_id, cancel.clone()) {
-            Ok(checked) => self.queue(checked, answer),
-            Err(status) => answer.give(Err(status)),
+        let ending = Ending {
+            host: Arc::clone(self),
+            run,
+            key,
+        };
+        match self.check(
+            principal,
+            invoke,
+            inputs,
+            deadline,
+            request_id,
+            ending.run.cancel_token(),
+        ) {
+            Ok(checked) => self.queue(checked, ending, &call, own),
+            Err(status) => ending.end(Err(status)),
         }
-        cancel
+        call
     }
 
     /// The outputs that an invocation would have, by `open` alone: for `GetSchema` and `kernels`.
@@ -143,11 +222,20 @@ impl Host {
         invoke: wire::Invoke,
         request_id: Arc<str>,
     ) -> Result<Vec<(String, strait_tensor::TensorSpec)>, Status> {
-        let checked = self.check(principal, None, invoke, request_id, CancelToken::default())?;
+        let deadline = self.deadline(&invoke)?;
+        let inputs = self.resolve_all(principal, None, &invoke);
+        let checked = self.check(
+            principal,
+            invoke,
+            inputs,
+            deadline,
+            request_id,
+            CancelToken::default(),
+        )?;
         Ok(self.engine.open_only(checked.request)?)
     }
 
-    fn queue(self: &Arc<Self>, checked: Checked, answer: Answer) {
+    fn queue(self: &Arc<Self>, checked: Checked, ending: Ending, call: &Call, deadline: Deadline) {
         let workers = self.workers.lock().unwrap_or_else(|e| e.into_inner());
         let place = match workers.as_ref() {
             Some(workers) => workers.reserve().map_err(Status::from),
@@ -156,15 +244,25 @@ impl Host {
         drop(workers);
         let place = match place {
             Ok(place) => place,
-            Err(status) => return answer.give(Err(status)),
+            Err(status) => return ending.end(Err(status)),
         };
-        let host = Arc::clone(self);
-        let queued = Instant::now();
-        place.submit(move || {
-            let queue_seconds = queued.elapsed().as_secs_f64();
-            let result = host.run(checked, queue_seconds).map(Arc::new);
-            answer.give(result);
+        let run = Arc::clone(&ending.run);
+        let begin = Instant::now();
+        let queued = place.submit(move || {
+            if !ending.run.start() {
+                return;
+            }
+            let queue_seconds = begin.elapsed().as_secs_f64();
+            let result = match Instant::now() < deadline.at {
+                true => ending.host.run(checked, queue_seconds),
+                false => Err(ending.run.late(false, deadline.ms)),
+            };
+            ending.end(result);
         });
+        if queued.waits {
+            run.watch(call, &self.deadlines, deadline.at);
+        }
+        run.queued(queued);
     }
 
     fn run(&self, checked: Checked, queue_seconds: f64) -> Result<Invoked, Status> {
@@ -176,9 +274,6 @@ impl Host {
         } = checked;
         let request_id = Arc::clone(&request.request_id);
         let kernel = request.kernel.kernel().name.clone();
-        if request.cancel.is_cancelled() {
-            return Err(crate::engine::InvokeError::Cancelled(kernel).into());
-        }
         let result = self.engine.invoke(request).map_err(Status::from);
         match &result {
             Ok(outcome) => tracing::debug!(
@@ -236,11 +331,38 @@ impl Host {
         })
     }
 
-    fn check(
+    /// When `invoke`, just received, must be done.
+    fn deadline(&self, invoke: &wire::Invoke) -> Result<Deadline, Status> {
+        let settings = &self.config.limits;
+        let ms = invoke.deadline_ms.unwrap_or(settings.deadline_ms_default);
+        if ms == 0 {
+            let message = "deadline_ms of 0: nothing is done by then; ask for at least 1, or leave it out for the host's default";
+            return Err(Status::new(Code::InvalidArgument, "BAD_LIMIT", message).with("asked", 0));
+        }
+        if ms > settings.deadline_ms_max {
+            return Err(bad_limit("deadline_ms", ms, settings.deadline_ms_max));
+        }
+        Ok(Deadline::after(ms))
+    }
+
+    fn resolve_all(
         &self,
         principal: Principal,
         session: Option<SessionId>,
+        invoke: &wire::Invoke,
+    ) -> Resolved {
+        let inputs = invoke.inputs.iter();
+        inputs
+            .map(|(port, input)| (port.clone(), self.resolve(principal, session, input)))
+            .collect()
+    }
+
+    fn check(
+        &self,
+        principal: Principal,
         invoke: wire::Invoke,
+        resolved: Resolved,
+        deadline: Deadline,
         request_id: Arc<str>,
         cancel: CancelToken,
     ) -> Result<Checked, Status> {
@@ -248,9 +370,8 @@ impl Host {
         let kernel = self.plugins.find(&invoke.kernel)?;
         let declared = kernel.kernel();
         let mut inputs = BTreeMap::new();
-        for (port, input) in invoke.inputs {
-            let (segment, place) = self.resolve(principal, session, input)?;
-            inputs.insert(port, (segment, place));
+        for (port, input) in resolved {
+            inputs.insert(port, input?);
         }
         let checked =
             declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
@@ -273,16 +394,10 @@ impl Host {
                 return Err(super::name_taken(name));
             }
         }
-        let settings = &self.config.limits;
-        let deadline_ms = invoke.deadline_ms.unwrap_or(settings.deadline_ms_default);
-        if deadline_ms > settings.deadline_ms_max {
-            return Err(bad_limit(
-                "deadline_ms",
-                deadline_ms,
-                settings.deadline_ms_max,
-            ));
-        }
-        let limits = tightened(settings.limits(), invoke.limits.unwrap_or_default())?;
+        let limits = tightened(
+            self.config.limits.limits(),
+            invoke.limits.unwrap_or_default(),
+        )?;
         let inputs = declared
             .inputs
             .iter()
@@ -301,8 +416,8 @@ impl Host {
             seal: invoke.seal,
             verify: invoke.verify,
             limits,
-            deadline: Instant::now() + Duration::from_millis(deadline_ms),
-            deadline_ms,
+            deadline: deadline.at,
+            deadline_ms: deadline.ms,
             cancel,
             request_id,
             kernel,
@@ -319,17 +434,21 @@ impl Host {
         &self,
         principal: Principal,
         session: Option<SessionId>,
-        input: wire::Input,
+        input: &wire::Input,
     ) -> Result<(Arc<LiveSegment>, TensorPlace), Status> {
         let (segment, column, shown) = match input {
             wire::Input::Text(text) => {
                 let (name, column) = match text.split_once('#') {
-                    Some((name, column)) => (name.to_owned(), Some(column.to_owned())),
-                    None => (text, None),
+                    Some((name, column)) => (name, Some(column)),
+                    None => (text.as_str(), None),
                 };
-                (self.lookup(principal, &name)?, column, name)
+                (self.lookup(principal, name)?, column, name)
             }
-            wire::Input::Flight { name, column } => (self.lookup(principal, &name)?, column, name),
+            wire::Input::Flight { name, column } => (
+                self.lookup(principal, name)?,
+                column.as_deref(),
+                name.as_str(),
+            ),
             wire::Input::Segment { segment, column } => {
                 let session = session.ok_or_else(|| {
                     Status::new(
@@ -338,9 +457,14 @@ impl Host {
                         "an input by segment id needs a data-socket session; name a flight",
                     )
                 })?;
-                (self.leased(session, &segment)?, column, segment)
+                (
+                    self.leased(session, segment)?,
+                    column.as_deref(),
+                    segment.as_str(),
+                )
             }
         };
+        let shown = super::shown(shown);
         let tensors = segment.tensors();
         let names = || {
             tensors
@@ -349,8 +473,9 @@ impl Host {
                 .collect::<Vec<_>>()
                 .join(", ")
         };
-        let place = match &column {
+        let place = match column {
             Some(column) => tensors.iter().find(|t| t.name == *column).ok_or_else(|| {
+                let column = super::shown(column);
                 Status::new(
                     Code::NotFound,
                     "COLUMN_NOT_FOUND",
@@ -372,6 +497,13 @@ impl Host {
         };
         let place = place.clone();
         Ok((segment, place))
+    }
+}
+
+impl Deadline {
+    fn after(ms: u64) -> Self {
+        let at = Instant::now() + Duration::from_millis(ms);
+        Self { at, ms }
     }
 }
 

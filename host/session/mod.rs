@@ -11,6 +11,7 @@
 
 mod idempotency;
 mod invoke;
+mod run;
 mod state;
 mod status;
 mod to_wire;
@@ -26,19 +27,21 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use strait_client::wire;
-use strait_memory::{Adopted, Budget, Copied, HugeBirths, MemoryError, Open, Segment};
+use strait_memory::{Adopted, Budget, Copied, HugeBirths, Open, Segment};
 use strait_tensor::{Column, FileLayout, TensorPlace};
 
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::error::{Code, Status};
-use crate::lease::{Body, Framing, Leases, LiveSegment, Principal, SegmentId, SessionId};
+use crate::lease::{Body, Ended, Framing, Leases, LiveSegment, Principal, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
 
 pub use crate::lease::{Gone, LeaseId};
 pub use invoke::{Answer, Invoked, InvokedResult};
+pub use run::Call;
 pub use state::{FlightState, StateWord, WrongState};
 
+use run::Deadlines;
 use workers::Workers;
 
 /// Longest flight name in bytes.
@@ -88,14 +91,13 @@ pub struct Host {
     id: String,
     directory: PathBuf,
     budget: Arc<Budget>,
-    /// One for each segment, since each holds a descriptor.
-    places: Arc<Budget>,
     engine: Arc<Engine>,
     plugins: Plugins,
     leases: Leases,
     flights: Mutex<Flights>,
     idempotency: idempotency::Answers,
     undelivered: undelivered::Undelivered,
+    deadlines: Deadlines,
     // An Option so that draining can end the threads while the host is still shared.
     workers: Mutex<Option<Workers>>,
     uploads_copied: Copied,
@@ -119,7 +121,8 @@ pub struct Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.host.leases.end_session(self.id);
+        let ended = self.host.leases.end_session(self.id);
+        self.host.budget.free(ended.bytes(), ended);
         self.host.sessions.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -163,7 +166,8 @@ impl Host {
     /// # Errors
     /// If this machine cannot run it or a plugin does not load; names what.
     pub fn start(config: Config, directory: &Path) -> anyhow::Result<Arc<Self>> {
-        let budget = Budget::new("segment bytes", config.budget_bytes());
+        let budget = Budget::for_segments(config.budget_bytes(), config.segments_max());
+        budget.free_elsewhere()?;
         let engine = Engine::new(config.engine(), &budget).map_err(anyhow::Error::msg)?;
         let workers = Workers::new(config.workers(), config.engine.queue_len)?;
         let random = SegmentId::random()?.to_string();
@@ -175,9 +179,7 @@ impl Host {
             &random[20..],
         ]
         .join("-");
-        let places = Budget::new("segments", config.segments_max());
         let host = Arc::new(Self {
-            places,
             id,
             directory: directory.to_owned(),
             budget,
@@ -187,6 +189,7 @@ impl Host {
             flights: Mutex::default(),
             idempotency: idempotency::Answers::default(),
             undelivered: undelivered::Undelivered::default(),
+            deadlines: Deadlines::new()?,
             workers: Mutex::new(Some(workers)),
             uploads_copied: Copied::new(),
             births: HugeBirths::new(),
@@ -349,6 +352,7 @@ impl Host {
             .get(&(principal, name.to_owned()))
             .cloned()
             .ok_or_else(|| {
+                let name = shown(name);
                 Status::new(
                     Code::NotFound,
                     "TENSOR_NOT_FOUND",
@@ -546,7 +550,7 @@ impl Host {
         &self,
         principal: Principal,
         tensors: Vec<wire::NewTensor>,
-    ) -> Result<(Arc<LiveSegment>, OwnedFd), Status> {
+    ) -> Result<(Arc<LiveSegment>, Arc<OwnedFd>), Status> {
         check_columns(tensors.iter().map(|t| t.name.as_str()))?;
         let columns = tensors
             .into_iter()
@@ -562,9 +566,7 @@ impl Host {
             .collect::<Result<Vec<_>, _>>()?;
         let layout = FileLayout::plan(&columns)?;
         let segment = self.allocate(&layout)?;
-        let fd = segment
-            .client_fd()
-            .map_err(|e: MemoryError| status::memory("no descriptor", e))?;
+        let fd = segment.client_fd();
         let framing = Framing::from(&layout);
         Ok((
             self.live(
@@ -632,29 +634,23 @@ impl Host {
         tensors: Vec<TensorPlace>,
         framing: Option<Framing>,
     ) -> Result<Arc<LiveSegment>, Status> {
-        let place = self
-            .places
-            .try_reserve(1)
-            .map_err(|e| Status::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", e.to_string()))?;
-        let segment = LiveSegment::new(
-            principal,
-            body,
-            bytes,
-            tensors,
-            framing,
-            self.engine.lot(),
-            place,
-        )
-        .map_err(no_random)?;
+        let segment = LiveSegment::new(principal, body, bytes, tensors, framing, self.engine.lot())
+            .map_err(no_random)?;
         self.leases.register(&segment);
         Ok(segment)
     }
 
     /// Ends leases whose time is over; their sessions are to be told.
     pub fn expire(&self, now: Instant) -> Vec<Gone> {
-        self.idempotency.expire(now);
-        self.undelivered.expire(now);
-        self.leases.expire(now)
+        let (gone, ended) = self.leases.expire(now);
+        self.budget.free(ended.bytes(), ended);
+        let kept = self.undelivered.expire(now);
+        self.budget.free(bytes_of(kept.iter()), kept);
+        let answers = self.idempotency.expire(now);
+        let results = answers.iter().flat_map(|answer| &answer.results);
+        self.budget
+            .free(bytes_of(results.map(|result| &result.segment)), answers);
+        gone
     }
 
     fn admit(&self) -> Result<(), Status> {
@@ -762,8 +758,9 @@ impl Session {
         })
     }
 
-    /// Ends leases that the client no longer maps.
-    pub fn release(&self, leases: &[LeaseId]) -> u64 {
+    /// Ends leases that the client no longer maps. Results that are recyclable are so once this is
+    /// dropped.
+    pub fn release(&self, leases: &[LeaseId]) -> Ended {
         self.host.leases.release(self.id, leases)
     }
 
@@ -842,6 +839,23 @@ impl Drop for Upload {
             flights.remove(&self.key);
         }
     }
+}
+
+fn bytes_of<'a>(segments: impl Iterator<Item = &'a Arc<LiveSegment>>) -> u64 {
+    segments.fold(0, |sum, segment| sum.saturating_add(segment.capacity()))
+}
+
+/// What somebody calls something, short and on one line, for a message.
+fn shown(name: &str) -> String {
+    let mut shown: String = name
+        .chars()
+        .take(NAME_BYTES_MAX)
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect();
+    if shown.len() < name.len() && name.chars().nth(NAME_BYTES_MAX).is_some() {
+        shown.push('…');
+    }
+    shown
 }
 
 fn draining() -> Status {

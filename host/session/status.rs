@@ -6,7 +6,7 @@ use strait_tensor::LayoutError;
 use super::state::WrongState;
 use super::workers::QueueFull;
 use crate::engine::{InvokeError, LoadError};
-use crate::error::{Code, Status};
+use crate::error::{Code, Status, out_of_descriptors};
 use crate::lease::{LeaseError, SealError};
 use crate::plugin::{CheckError, PluginError};
 
@@ -39,6 +39,9 @@ impl From<AdoptError> for Status {
         let message = error.to_string();
         match error {
             AdoptError::Budget(_) => Self::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", message),
+            AdoptError::System { source, .. } if out_of_descriptors(&source) => {
+                Self::no_descriptors(&message)
+            }
             AdoptError::System { .. } => Self::new(Code::Internal, "HOST", message),
             AdoptError::NotMemfd { .. }
             | AdoptError::NotTmpfs { .. }
@@ -47,7 +50,8 @@ impl From<AdoptError> for Status {
             | AdoptError::Unaligned { .. }
             | AdoptError::OutOfRange { .. }
             | AdoptError::Overlap { .. }
-            | AdoptError::Hole { .. } => Self::new(Code::InvalidArgument, "BAD_SEGMENT", message),
+            | AdoptError::Hole { .. }
+            | AdoptError::Leased => Self::new(Code::InvalidArgument, "BAD_SEGMENT", message),
         }
     }
 }

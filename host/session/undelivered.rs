@@ -28,7 +28,8 @@ impl Undelivered {
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    pub(super) fn expire(&self, now: Instant) {
+    /// Takes out those whose time is over.
+    pub(super) fn expire(&self, now: Instant) -> Vec<Arc<LiveSegment>> {
         let mut over = Vec::new();
         self.lock().retain(|_, kept| {
             let live = kept.expires > now;
@@ -37,8 +38,7 @@ impl Undelivered {
             }
             live
         });
-        // The last holder frees the bytes: not under the lock.
-        drop(over);
+        over
     }
 }
 

@@ -2,16 +2,20 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 type Job = Box<dyn FnOnce() + Send>;
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<Job>,
+    /// By the number that [`Queued`] knows.
+    jobs: VecDeque<(u64, Job)>,
+    last: u64,
     /// Places that [`Workers::reserve`] gave out and that hold no job yet.
     reserved: usize,
+    /// Threads that wait for a job.
+    idle: usize,
     ending: bool,
 }
 
@@ -19,6 +23,12 @@ struct Queue {
 struct Shared {
     queue: Mutex<Queue>,
     more: Condvar,
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(|e| e.into_inner())
+    }
 }
 
 /// The queue is full.
@@ -47,20 +57,22 @@ impl std::fmt::Debug for Workers {
 }
 
 fn work(shared: &Shared) {
-    let mut queue = shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+    let mut queue = shared.lock();
     loop {
-        if let Some(job) = queue.jobs.pop_front() {
+        if let Some((_, job)) = queue.jobs.pop_front() {
             drop(queue);
             // A bug of ours in one invocation must not end the thread for the others; the
-            // invocation's caller learns of it because its reply channel is dropped.
+            // invocation's callers learn of it because its reply channel is dropped.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 tracing::error!("an invocation panicked; this is a bug of strait");
             }
-            queue = shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+            queue = shared.lock();
         } else if queue.ending {
             return;
         } else {
+            queue.idle += 1;
             queue = shared.more.wait(queue).unwrap_or_else(|e| e.into_inner());
+            queue.idle -= 1;
         }
     }
 }
@@ -90,7 +102,7 @@ impl Workers {
     /// # Errors
     /// [`QueueFull`].
     pub(super) fn reserve(&self) -> Result<Place, QueueFull> {
-        let mut queue = self.shared.queue.lock().unwrap_or_else(|e| e.into_inner());
+        let mut queue = self.shared.lock();
         let queue_len = queue.jobs.len() + queue.reserved;
         if queue_len >= self.queue_len_max {
             return Err(QueueFull { queue_len });
@@ -105,34 +117,60 @@ pub(super) struct Place(Arc<Shared>);
 
 impl Place {
     /// Runs `job` when a thread is free.
-    pub(super) fn submit(self, job: impl FnOnce() + Send + 'static) {
-        self.0
-            .queue
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .jobs
-            .push_back(Box::new(job));
+    pub(super) fn submit(self, job: impl FnOnce() + Send + 'static) -> Queued {
+        let mut queue = self.0.lock();
+        queue.last += 1;
+        let id = queue.last;
+        queue.jobs.push_back((id, Box::new(job)));
+        let waits = queue.jobs.len() > queue.idle;
+        drop(queue);
         self.0.more.notify_one();
+        Queued {
+            shared: Arc::clone(&self.0),
+            id,
+            waits,
+        }
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0
-            .queue
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .reserved -= 1;
+        self.0.lock().reserved -= 1;
+    }
+}
+
+/// A job that was submitted.
+pub(super) struct Queued {
+    shared: Arc<Shared>,
+    id: u64,
+    /// No thread was free for it at that moment.
+    pub(super) waits: bool,
+}
+
+impl std::fmt::Debug for Queued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Queued")
+            .field("id", &self.id)
+            .field("waits", &self.waits)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Queued {
+    /// Takes the job out of the queue and drops it, if no thread has begun it.
+    pub(super) fn withdraw(&self) {
+        let mut queue = self.shared.lock();
+        let at = queue.jobs.iter().position(|(id, _)| *id == self.id);
+        let job = at.and_then(|at| queue.jobs.remove(at));
+        drop(queue);
+        // Whoever waits for it is told by that: not under the lock.
+        drop(job);
     }
 }
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.shared
-            .queue
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .ending = true;
+        self.shared.lock().ending = true;
         self.shared.more.notify_all();
         let own = std::thread::current().id();
         for thread in self.threads.drain(..) {

@@ -97,7 +97,7 @@ impl Rig {
         &self,
         invoke: Value,
     ) -> (
-        strait::engine::CancelToken,
+        strait::session::Call,
         mpsc::Receiver<Result<Arc<Invoked>, Status>>,
     ) {
         let invoke: wire::Invoke = serde_json::from_value(invoke).unwrap();

@@ -483,7 +483,7 @@ impl Shared {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
             Err(_) => return self.finish(End::Disconnected),
         };
-        let dispatched = if received.truncated {
+        let dispatched = if received.truncated || received.no_room {
             Err(End::Protocol(format!(
                 "a frame of more than {} bytes, or with more than {FDS_MAX} descriptors or more \
                  than this process may open",

@@ -102,6 +102,11 @@ pub enum AdoptError {
         /// First byte of the hole.
         at: u64,
     },
+    /// Its sender could make the host wait, at every opening.
+    #[error(
+        "somebody holds a file lease (F_SETLEASE) on the memfd; let go of it before handing it over"
+    )]
+    Leased,
     /// The host's budget is full.
     #[error(transparent)]
     Budget(#[from] BudgetExceeded),
@@ -155,16 +160,19 @@ pub fn adopt(
     let stat = rustix::fs::fstat(&fd).map_err(AdoptError::system("fstat"))?;
     let bytes = u64::try_from(stat.st_size).unwrap_or(0);
     check_places(ranges, bytes)?;
-    let charge = budget.try_reserve(bytes)?;
+    let charge = budget.try_reserve_segment(bytes)?;
     // The sender shares our file offset, and could move it between two of our steps.
-    let reader = reopen_readonly(fd.as_fd()).map_err(AdoptError::system("opening read-only"))?;
+    let reader = reopen_readonly(fd.as_fd()).map_err(|errno| match errno {
+        Errno::WOULDBLOCK => AdoptError::Leased,
+        _ => AdoptError::system("opening read-only")(errno),
+    })?;
     check_holes(ranges, reader.as_fd())?;
     let inode = inode_of(fd.as_fd()).map_err(AdoptError::system("fstat"))?;
     Ok(if seals.no_writes() {
-        Adopted::Sealed(Segment::from_parts(reader, inode, charge))
+        Adopted::Sealed(Segment::from_reader(reader, inode, charge))
     } else {
         // The sender's own descriptor, because only one that can write can seal for good.
-        Adopted::Lent(Segment::from_parts(fd, inode, charge))
+        Adopted::Lent(Segment::from_writer(fd, inode, charge))
     })
 }
 

@@ -1,12 +1,19 @@
 //! How much of something the host may hold at once: segment bytes, or mappings.
 
+use std::io;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+
+use crate::freeing::Freeing;
+
+/// From this size on it is worth a wake-up to free something elsewhere: about a millisecond.
+const FREED_ELSEWHERE_MIN: u64 = 8 << 20;
 
 /// Something that can give up idle holdings when a budget is full.
 pub(crate) trait Reclaim: Send + Sync {
-    /// Frees idle holdings that are charged to the budget, at least `amount` if it has as much.
-    fn reclaim(&self, amount: u64);
+    /// Frees idle segments that are charged to the budget: at least `bytes` of them and at least
+    /// `segments` of them, if there are as many.
+    fn reclaim(&self, bytes: u64, segments: u64);
 }
 
 /// A limit, and how much of it is taken.
@@ -14,6 +21,10 @@ pub struct Budget {
     what: &'static str,
     limit: u64,
     used: AtomicU64,
+    // How many segments may share this one. None: as many as fit.
+    segments: Option<Arc<Budget>>,
+    // Unset: everything is freed where it is let go of.
+    freeing: OnceLock<Freeing>,
     // Taken only after a reservation failed, and never while another lock of this crate is
     // held: a reclaimer takes its own lock and drops `Charge`s.
     reclaimers: Mutex<Vec<Weak<dyn Reclaim>>>,
@@ -39,12 +50,51 @@ pub struct BudgetExceeded {
 impl Budget {
     /// A budget of `limit`; `what` says in errors what is counted, with its unit.
     pub fn new(what: &'static str, limit: u64) -> Arc<Self> {
-        Arc::new(Self {
+        Arc::new(Self::limited(what, limit, None))
+    }
+
+    /// A budget of `bytes` for at most `segments` segments: each of them holds a descriptor,
+    /// used or idle.
+    pub fn for_segments(bytes: u64, segments: u64) -> Arc<Self> {
+        let segments = Arc::new(Self::limited("segments", segments, None));
+        Arc::new(Self::limited("segment bytes", bytes, Some(segments)))
+    }
+
+    fn limited(what: &'static str, limit: u64, segments: Option<Arc<Self>>) -> Self {
+        Self {
             what,
             limit,
             used: AtomicU64::new(0),
+            segments,
+            freeing: OnceLock::new(),
             reclaimers: Mutex::new(Vec::new()),
-        })
+        }
+    }
+
+    /// From now on what is big, and charged to this, is freed on a thread of its own.
+    ///
+    /// # Errors
+    /// If Linux gives no thread.
+    pub fn free_elsewhere(&self) -> io::Result<()> {
+        // A second thread, if somebody was quicker, ends at once.
+        let _ = self.freeing.set(Freeing::start()?);
+        Ok(())
+    }
+
+    /// Drops `garbage`, which holds up to `bytes` bytes: here, or elsewhere if that takes long.
+    pub fn free<T: Send + 'static>(&self, bytes: u64, garbage: T) {
+        match self.freeing.get() {
+            Some(freeing) if bytes >= FREED_ELSEWHERE_MIN => freeing.free(Box::new(garbage)),
+            _ => drop(garbage),
+        }
+    }
+
+    /// Whether `bytes` more would fit without waiting for what is being freed, or freeing idle
+    /// segments first.
+    pub fn has_room(&self, bytes: u64) -> bool {
+        let places = self.segments.as_ref();
+        bytes <= self.limit.saturating_sub(self.used())
+            && places.is_none_or(|places| places.used() < places.limit)
     }
 
     /// The most that may be taken.
@@ -57,26 +107,64 @@ impl Budget {
         self.used.load(Relaxed)
     }
 
-    /// Takes `amount` until the [`Charge`] is dropped. When it does not fit, idle holdings
-    /// that are charged to this budget (recyclable results) are freed first.
+    /// Takes `amount` until the [`Charge`] is dropped. When it does not fit, this waits for what
+    /// is being freed; then idle holdings that are charged to this budget (recyclable results) are
+    /// freed.
     ///
     /// # Errors
     /// [`BudgetExceeded`] if it does not fit even so.
     pub fn try_reserve(self: &Arc<Self>, amount: u64) -> Result<Charge, BudgetExceeded> {
-        match self.reserve_now(amount) {
+        match self.reserve_when_freed(self, amount) {
             Err(exceeded) if amount <= self.limit => {
                 let missing = amount.saturating_sub(self.limit - exceeded.used);
-                self.ask_to_reclaim(missing);
+                self.ask_to_reclaim(missing, 0);
                 self.reserve_now(amount)
             }
             result => result,
         }
     }
 
+    /// As [`Self::try_reserve`], for one segment of `bytes` bytes.
+    pub(crate) fn try_reserve_segment(
+        self: &Arc<Self>,
+        bytes: u64,
+    ) -> Result<SegmentCharge, BudgetExceeded> {
+        let place = match &self.segments {
+            None => None,
+            Some(segments) => Some(self.reserve_when_freed(segments, 1).or_else(|_| {
+                self.ask_to_reclaim(0, 1);
+                segments.reserve_now(1)
+            })?),
+        };
+        Ok(SegmentCharge {
+            bytes: self.try_reserve(bytes)?,
+            _place: place,
+        })
+    }
+
     pub(crate) fn add_reclaimer(&self, reclaimer: Weak<dyn Reclaim>) {
         let mut reclaimers = self.lock_reclaimers();
         reclaimers.retain(|known| known.strong_count() > 0);
         reclaimers.push(reclaimer);
+    }
+
+    /// `amount` of `budget`, as soon as what is being freed leaves room for it.
+    fn reserve_when_freed(
+        &self,
+        budget: &Arc<Self>,
+        amount: u64,
+    ) -> Result<Charge, BudgetExceeded> {
+        loop {
+            let before = self.freeing.get().map(|freeing| (freeing, freeing.now()));
+            let reserved = budget.reserve_now(amount);
+            match before {
+                Some((freeing, moment))
+                    if reserved.is_err()
+                        && amount <= budget.limit
+                        && freeing.freed_since(moment) => {}
+                _ => return reserved,
+            }
+        }
     }
 
     fn reserve_now(self: &Arc<Self>, amount: u64) -> Result<Charge, BudgetExceeded> {
@@ -95,14 +183,14 @@ impl Budget {
         }
     }
 
-    fn ask_to_reclaim(&self, amount: u64) {
+    fn ask_to_reclaim(&self, bytes: u64, segments: u64) {
         let asked: Vec<_> = self
             .lock_reclaimers()
             .iter()
             .filter_map(Weak::upgrade)
             .collect();
         for reclaimer in asked {
-            reclaimer.reclaim(amount);
+            reclaimer.reclaim(bytes, segments);
         }
     }
 
@@ -150,6 +238,24 @@ impl Charge {
     }
 }
 
+/// What one segment takes of a [`Budget`].
+#[derive(Debug)]
+pub(crate) struct SegmentCharge {
+    bytes: Charge,
+    _place: Option<Charge>,
+}
+
+impl SegmentCharge {
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.amount
+    }
+
+    /// Drops `garbage`, which is what this was charged for.
+    pub(crate) fn free<T: Send + 'static>(&self, garbage: T) {
+        self.bytes.budget.free(self.bytes.amount, garbage);
+    }
+}
+
 impl Drop for Charge {
     fn drop(&mut self) {
         self.budget.used.fetch_sub(self.amount, Relaxed);
@@ -181,6 +287,26 @@ mod tests {
         assert_eq!((sum.amount(), budget.used()), (7, 7));
         drop(sum);
         assert_eq!(budget.used(), 0);
+    }
+
+    #[test]
+    fn a_segment_takes_bytes_and_a_place() {
+        let budget = Budget::for_segments(100, 2);
+        let first = budget.try_reserve_segment(10).expect("the first of 2");
+        assert!(budget.try_reserve_segment(91).is_err(), "101 of 100 bytes");
+        let _second = budget
+            .try_reserve_segment(90)
+            .expect("a refused one leaves no place taken");
+        assert_eq!(
+            budget
+                .try_reserve_segment(0)
+                .expect_err("3 of 2")
+                .to_string(),
+            "segments: 1 more would exceed the budget of 2 by 1 (2 are in use); release what is no longer needed, or raise the budget"
+        );
+        drop(first);
+        assert_eq!(budget.used(), 90);
+        assert!(budget.try_reserve_segment(10).is_ok());
     }
 
     #[test]

@@ -33,6 +33,7 @@ compile_error!(
 mod adopt;
 mod budget;
 mod dirty;
+mod freeing;
 mod huge;
 mod idle;
 mod mapping;
@@ -59,7 +60,7 @@ pub use scrap::{SCRAP_BYTES, Scrap};
 pub use segment::{
     Client, Host, Lent, MemoryError, Open, Parkable, Refused, Sealed, SealedBytes, Seals, Segment,
 };
-pub use socket::{FDS_MAX, FrameListener, FrameSocket, Peer, Received};
+pub use socket::{FDS_MAX, FrameListener, FrameSocket, Peer, Received, SpareDescriptor};
 
 /// Bytes in a page of the machine: what `mmap` counts in.
 pub const PAGE: u64 = 4096;

@@ -863,9 +863,9 @@ impl ParkingLot {
         }
     }
 
-    pub(crate) fn forget_backing(&self, id: u64) {
-        let gone = self.lock().take_all(id);
-        drop(gone);
+    /// The idle mappings of a segment that goes.
+    pub(crate) fn take_backing(&self, id: u64) -> Vec<Parked> {
+        self.lock().take_all(id)
     }
 
     fn charge(&self) -> Result<Charge, BudgetExceeded> {

@@ -209,7 +209,9 @@ impl ResultPool {
         }
         // Freeing pages takes long enough to do it without the lock.
         drop(idle);
-        drop(evicted);
+        for warm in evicted {
+            self.budget.free(warm.segment.bytes(), warm);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Idle<(u64, u64), Warm>> {
@@ -219,13 +221,14 @@ impl ResultPool {
 }
 
 impl Reclaim for ResultPool {
-    fn reclaim(&self, amount: u64) {
-        let mut freed = 0;
-        while freed < amount {
+    fn reclaim(&self, bytes: u64, segments: u64) {
+        let (mut freed_bytes, mut freed) = (0, 0);
+        while freed_bytes < bytes || freed < segments {
             let Some(oldest) = self.lock().take_oldest() else {
                 return;
             };
-            freed += oldest.segment.bytes();
+            freed_bytes += oldest.segment.bytes();
+            freed += 1;
         }
     }
 }
@@ -251,6 +254,15 @@ enum Held {
     Sealable(Segment<Open>),
 }
 
+impl Held {
+    fn backing(&self) -> &Arc<Backing> {
+        match self {
+            Self::Lent(segment, _) => segment.backing(),
+            Self::Sealable(segment) => segment.backing(),
+        }
+    }
+}
+
 impl PoolSegment {
     /// Its capacity: at least what was asked for, and a multiple of [`GUEST_PAGE`].
     pub fn bytes(&self) -> u64 {
@@ -266,7 +278,7 @@ impl PoolSegment {
     ///
     /// # Errors
     /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first.
-    pub fn readonly_fd(&self) -> Result<OwnedFd, MemoryError> {
+    pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
         self.lent("sending a descriptor")?.readonly_fd()
     }
 
@@ -377,10 +389,8 @@ impl PoolSegment {
     }
 
     fn backing(&self) -> &Arc<Backing> {
-        match self.held.as_ref().expect("only drop and seal take it") {
-            Held::Lent(segment, _) => segment.backing(),
-            Held::Sealable(segment) => segment.backing(),
-        }
+        let held = self.held.as_ref().expect("only drop and seal take it");
+        held.backing()
     }
 
     fn lent(&self, operation: &'static str) -> Result<&Segment<Lent<Host>>, MemoryError> {
@@ -405,19 +415,27 @@ impl PoolSegment {
 impl Drop for PoolSegment {
     fn drop(&mut self) {
         let (held, counted, parked) = (self.held.take(), self.counted.take(), self.parked.take());
+        let Some(held) = held else {
+            return;
+        };
         let recyclable = self.recyclable.load(Ordering::Relaxed);
-        if let (Some(Held::Lent(segment, owner)), Some(counted), Some(parked), true) =
-            (held, counted, parked, recyclable)
-            && !segment.backing().has_readers()
-        {
-            self.pool.keep(
-                Warm {
-                    segment,
-                    parked,
-                    counted,
-                },
-                owner,
-            );
+        match (held, counted, parked) {
+            (Held::Lent(segment, owner), Some(counted), Some(parked))
+                if recyclable && !segment.backing().has_readers() =>
+            {
+                self.pool.keep(
+                    Warm {
+                        segment,
+                        parked,
+                        counted,
+                    },
+                    owner,
+                );
+            }
+            (held, counted, parked) => {
+                let bytes = held.backing().bytes();
+                self.pool.budget.free(bytes, (held, counted, parked));
+            }
         }
     }
 }

@@ -10,9 +10,10 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
+use crate::budget::SegmentCharge;
 use crate::pages::{FileAccess, Reservation, map_for_reading};
 use crate::parking::ParkingLot;
-use crate::{Budget, BudgetExceeded, Charge, Copied, HugeBirths, Inode, PAGE, to_usize};
+use crate::{Budget, BudgetExceeded, Copied, HugeBirths, Inode, PAGE, to_usize};
 
 /// Anybody who has the descriptor can write; the host copies bytes in and out.
 #[derive(Debug)]
@@ -90,6 +91,14 @@ pub enum MemoryError {
         inode: Inode,
         /// The seals that it has.
         seals: Seals,
+    },
+    /// Somebody holds a file lease on it, which would have made us wait.
+    #[error(
+        "somebody holds a file lease (F_SETLEASE) on segment {inode}; let go of it, then try again"
+    )]
+    Leased {
+        /// Which segment.
+        inode: Inode,
     },
     /// The operation needs seals that the segment lacks.
     #[error("segment {inode} has the seals {seals}, but {operation} needs {needed}")]
@@ -214,16 +223,43 @@ impl fmt::Debug for Seals {
 /// crate made are gone. What can be done with it depends on its kind `K`: [`Open`],
 /// [`Sealed`] or [`Lent`].
 pub struct Segment<K> {
-    fd: OwnedFd,
     life: Life,
     kind: PhantomData<fn() -> K>,
 }
 
+/// The one descriptor that a segment holds, shared with the frames that are to carry it.
+enum Descriptor {
+    /// It can add seals, and perhaps write.
+    Writer(Arc<OwnedFd>),
+    /// A file description of our own that only reads: fit to be sent to anybody.
+    Reader(Arc<OwnedFd>),
+}
+
+impl Descriptor {
+    fn get(&self) -> &Arc<OwnedFd> {
+        match self {
+            Self::Writer(fd) | Self::Reader(fd) => fd,
+        }
+    }
+}
+
 impl<K> Segment<K> {
-    pub(crate) fn from_parts(fd: OwnedFd, inode: Inode, charge: Charge) -> Self {
+    /// Around a descriptor that may be able to write.
+    pub(crate) fn from_writer(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
+        Self::from_parts(Descriptor::Writer(Arc::new(fd)), inode, charge)
+    }
+
+    /// Around what [`reopen_readonly`] gave.
+    pub(crate) fn from_reader(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
+        Self::from_parts(Descriptor::Reader(Arc::new(fd)), inode, charge)
+    }
+
+    fn from_parts(fd: Descriptor, inode: Inode, charge: SegmentCharge) -> Self {
         Self {
-            fd,
-            life: Life(Arc::new(Backing::new(inode, charge))),
+            life: Life {
+                fd,
+                backing: Arc::new(Backing::new(inode, charge)),
+            },
             kind: PhantomData,
         }
     }
@@ -243,26 +279,38 @@ impl<K> Segment<K> {
     /// # Errors
     /// [`MemoryError::System`].
     pub fn seals(&self) -> Result<Seals, MemoryError> {
-        Seals::of(self.fd.as_fd())
+        Seals::of(self.fd())
             .map_err(|source| MemoryError::system("F_GET_SEALS", self.bytes(), source))
     }
 
-    /// A new descriptor that reads only, to be sent to others. It cannot add seals. (Its
-    /// receiver can reopen it for writing where no seal forbids that.)
+    /// A descriptor that reads only, to be sent to others. It cannot add seals. (Its
+    /// receiver can reopen it for writing where no seal forbids that.) Once writing has ended it
+    /// is the segment's own, at no cost; before that it is opened anew.
     ///
     /// # Errors
-    /// [`MemoryError::System`], for instance if there are no descriptors left.
-    pub fn readonly_fd(&self) -> Result<OwnedFd, MemoryError> {
-        reopen_readonly(self.fd.as_fd())
-            .map_err(|source| MemoryError::system("opening read-only", self.bytes(), source))
+    /// [`MemoryError::Leased`]; [`MemoryError::System`], for instance if there are no descriptors left.
+    pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
+        match &self.life.fd {
+            Descriptor::Reader(fd) => Ok(Arc::clone(fd)),
+            Descriptor::Writer(_) => self.reopened().map(Arc::new),
+        }
+    }
+
+    fn reopened(&self) -> Result<OwnedFd, MemoryError> {
+        reopen_readonly(self.fd()).map_err(|errno| match errno {
+            rustix::io::Errno::WOULDBLOCK => MemoryError::Leased {
+                inode: self.inode(),
+            },
+            _ => MemoryError::system("opening read-only", self.bytes(), errno),
+        })
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.life.fd.get().as_fd()
     }
 
     pub(crate) fn backing(&self) -> &Arc<Backing> {
-        &self.life.0
+        &self.life.backing
     }
 
     fn check_range(&self, offset: u64, length: u64) -> Result<(), MemoryError> {
@@ -280,7 +328,7 @@ impl<K> Segment<K> {
         while done < into.len() {
             let rest = &mut into[done..];
             let bytes = rest.len() as u64;
-            match rustix::io::pread(&self.fd, rest, offset + done as u64) {
+            match rustix::io::pread(self.fd(), rest, offset + done as u64) {
                 Ok(0) => {
                     let short = io::Error::from(io::ErrorKind::UnexpectedEof);
                     return Err(MemoryError::system("reading", bytes, short));
@@ -295,9 +343,8 @@ impl<K> Segment<K> {
     }
 
     fn with_seals<L>(self, seals: Seals) -> Result<Segment<L>, Refused<Self>> {
-        match rustix::fs::fcntl_add_seals(&self.fd, seals.0) {
+        match rustix::fs::fcntl_add_seals(self.fd(), seals.0) {
             Ok(()) => Ok(Segment {
-                fd: self.fd,
                 life: self.life,
                 kind: PhantomData,
             }),
@@ -309,6 +356,24 @@ impl<K> Segment<K> {
                 })
             }
         }
+    }
+
+    /// As [`Self::with_seals`], for seals after which the host needs no others: from then on a
+    /// descriptor that reads does for everything, and the one that can write is closed.
+    fn with_last_seals<L>(self, seals: Seals) -> Result<Segment<L>, Refused<Self>> {
+        // First, because seals cannot be taken back.
+        let reader = match self.reopened() {
+            Ok(reader) => reader,
+            Err(error) => {
+                return Err(Refused {
+                    segment: self,
+                    error,
+                });
+            }
+        };
+        let mut sealed = self.with_seals(seals)?;
+        sealed.life.fd = Descriptor::Reader(Arc::new(reader));
+        Ok(sealed)
     }
 
     fn seal_error(&self, errno: rustix::io::Errno) -> MemoryError {
@@ -333,7 +398,7 @@ impl Segment<Open> {
             .ok_or_else(|| {
                 MemoryError::system("creating a segment", bytes, rustix::io::Errno::FBIG)
             })?;
-        let charge = budget.try_reserve(bytes)?;
+        let charge = budget.try_reserve_segment(bytes)?;
         let fd =
             create_memfd().map_err(|source| MemoryError::system("memfd_create", bytes, source))?;
         rustix::fs::ftruncate(&fd, bytes)
@@ -345,7 +410,7 @@ impl Segment<Open> {
             .map_err(|source| MemoryError::system("F_ADD_SEALS", bytes, source))?;
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
-        Ok(Self::from_parts(fd, inode, charge))
+        Ok(Self::from_writer(fd, inode, charge))
     }
 
     /// Backs `range` (bytes), which this process is about to fill and nobody has written yet, with
@@ -373,7 +438,7 @@ impl Segment<Open> {
         let mut done = 0;
         while done < bytes.len() {
             let rest = &bytes[done..];
-            match rustix::io::pwrite(&self.fd, rest, offset + done as u64) {
+            match rustix::io::pwrite(self.fd(), rest, offset + done as u64) {
                 Ok(count) => done += count,
                 Err(rustix::io::Errno::INTR) => {}
                 Err(source) => {
@@ -398,14 +463,9 @@ impl Segment<Open> {
         self.read_by_descriptor(offset, into, copied)
     }
 
-    /// A descriptor that can write, for the client that fills the segment.
-    ///
-    /// # Errors
-    /// [`MemoryError::System`].
-    pub fn client_fd(&self) -> Result<OwnedFd, MemoryError> {
-        rustix::io::fcntl_dupfd_cloexec(&self.fd, 0).map_err(|source| {
-            MemoryError::system("duplicating the descriptor", self.bytes(), source)
-        })
+    /// The descriptor that can write, for the client that fills the segment.
+    pub fn client_fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(self.life.fd.get())
     }
 
     /// Ends all writing, for everybody.
@@ -413,7 +473,7 @@ impl Segment<Open> {
     /// # Errors
     /// [`MemoryError::StillWritable`] while anybody has it mapped writable; the segment comes back.
     pub fn seal(self) -> Result<Segment<Sealed>, Refused<Self>> {
-        self.with_seals(Seals::SEALED)
+        self.with_last_seals(Seals::SEALED)
     }
 
     /// Ends writing for everybody but the client that has it mapped writable already.
@@ -427,7 +487,7 @@ impl Segment<Open> {
     /// Ends writing for everybody but this process, which has it mapped writable already.
     /// No seal can be added after this, so nobody can take that away from us either.
     pub(crate) fn lend_to_host(self) -> Result<Segment<Lent<Host>>, Refused<Self>> {
-        self.with_seals(Seals::LENT_FOR_GOOD)
+        self.with_last_seals(Seals::LENT_FOR_GOOD)
     }
 }
 
@@ -438,7 +498,7 @@ impl Segment<Lent<Client>> {
     /// [`MemoryError::StillWritable`] while the client has it mapped writable,
     /// [`MemoryError::SealsLocked`] if the client forbade seals; the segment comes back.
     pub fn seal(self) -> Result<Segment<Sealed>, Refused<Self>> {
-        self.with_seals(Seals::SEALED)
+        self.with_last_seals(Seals::SEALED)
     }
 
     /// Copies out of `offset`. The client may be writing meanwhile.
@@ -487,7 +547,7 @@ impl Segment<Sealed> {
         let mapped = match bytes {
             0 => None,
             _ => Some(
-                map_for_reading(self.fd.as_fd(), bytes)
+                map_for_reading(self.fd(), bytes)
                     .map_err(|source| MemoryError::system("mmap", self.bytes(), source))?,
             ),
         };
@@ -558,7 +618,7 @@ pub(crate) struct Backing {
     /// Unlike an inode number never used twice in this process.
     pub(crate) id: u64,
     pub(crate) inode: Inode,
-    charge: Charge,
+    charge: SegmentCharge,
     gone: AtomicBool,
     // Read-only parkings that are with an invocation now: until they are back, the pages of
     // a result must not be handed to the next invocation.
@@ -567,7 +627,7 @@ pub(crate) struct Backing {
 }
 
 impl Backing {
-    fn new(inode: Inode, charge: Charge) -> Self {
+    fn new(inode: Inode, charge: SegmentCharge) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         Self {
             id: NEXT.fetch_add(1, Ordering::Relaxed),
@@ -580,7 +640,7 @@ impl Backing {
     }
 
     pub(crate) fn bytes(&self) -> u64 {
-        self.charge.amount()
+        self.charge.bytes()
     }
 
     /// The segment was dropped: its mappings must not be kept for later.
@@ -631,16 +691,27 @@ impl Drop for Reader {
     }
 }
 
-/// Held by the segment alone: when it goes, the lots let go of the idle mappings.
-struct Life(Arc<Backing>);
+/// Held by the segment alone: when it goes, the lots let go of the idle mappings, and its pages
+/// are freed with the descriptor, unless somebody else has them.
+struct Life {
+    fd: Descriptor,
+    backing: Arc<Backing>,
+}
 
 impl Drop for Life {
     fn drop(&mut self) {
-        self.0.gone.store(true, Ordering::Release);
-        let lots = std::mem::take(&mut *self.0.lots.lock().unwrap_or_else(PoisonError::into_inner));
-        for lot in lots.iter().filter_map(Weak::upgrade) {
-            lot.forget_backing(self.0.id);
-        }
+        let backing = &self.backing;
+        backing.gone.store(true, Ordering::Release);
+        let lots =
+            std::mem::take(&mut *backing.lots.lock().unwrap_or_else(PoisonError::into_inner));
+        let idle: Vec<_> = lots
+            .iter()
+            .filter_map(Weak::upgrade)
+            .flat_map(|lot| lot.take_backing(backing.id))
+            .collect();
+        // The charge goes last: until then the memory is not free.
+        let pages = (idle, Arc::clone(self.fd.get()), Arc::clone(backing));
+        backing.charge.free(pages);
     }
 }
 
@@ -662,12 +733,19 @@ pub(crate) fn inode_of(fd: BorrowedFd<'_>) -> rustix::io::Result<Inode> {
 
 /// A file description of our own that only reads. `/proc/self/fd` stays open to a process
 /// itself when it is not dumpable.
+///
+/// # Errors
+/// `WOULDBLOCK` if somebody holds a write lease on the file (`F_SETLEASE`): without `O_NONBLOCK`
+/// this would wait for that process, up to `fs.lease-break-time`.
 pub(crate) fn reopen_readonly(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
-    rustix::fs::open(
+    let fd = rustix::fs::open(
         format!("/proc/self/fd/{}", fd.as_raw_fd()),
-        OFlags::RDONLY | OFlags::CLOEXEC,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
         Mode::empty(),
-    )
+    )?;
+    // Whoever gets it may take the flag for that of a socket.
+    rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
+    Ok(fd)
 }
 
 fn create_memfd() -> rustix::io::Result<OwnedFd> {

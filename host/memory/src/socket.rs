@@ -4,6 +4,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -21,6 +22,9 @@ pub const FDS_MAX: usize = 16;
 
 const CONTROL_BYTES: usize = rustix::cmsg_space!(ScmRights(FDS_MAX));
 const BACKLOG: i32 = 128;
+/// How long another host that is starting in the same directory may take to bind its socket.
+const LOCK_WAIT: Duration = Duration::from_secs(3);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
 
 /// A socket that accepts connections at a path. Dropping it removes the path.
 #[derive(Debug)]
@@ -112,6 +116,35 @@ impl Drop for FrameListener {
     }
 }
 
+/// A descriptor kept for the moment when there are no others: with its place a connection can
+/// still be accepted, told so and closed.
+#[derive(Debug)]
+pub struct SpareDescriptor(Option<OwnedFd>);
+
+impl SpareDescriptor {
+    /// # Errors
+    /// If there are none left already.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(Some(Self::make()?)))
+    }
+
+    /// Leaves its place to what is opened next.
+    pub fn give_up(&mut self) {
+        self.0 = None;
+    }
+
+    /// Takes a place again, if there is one.
+    pub fn refill(&mut self) {
+        if self.0.is_none() {
+            self.0 = Self::make().ok();
+        }
+    }
+
+    fn make() -> rustix::io::Result<OwnedFd> {
+        rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC)
+    }
+}
+
 /// One frame, as it came.
 #[derive(Debug)]
 pub struct Received {
@@ -119,9 +152,12 @@ pub struct Received {
     pub bytes: usize,
     /// The descriptors beside it, each closed on `exec`.
     pub fds: Vec<OwnedFd>,
-    /// The frame was longer than the buffer, or had too many descriptors (or this process
-    /// has no room for them). All descriptors were closed.
+    /// The frame was longer than the buffer, or had too many descriptors. All descriptors were
+    /// closed.
     pub truncated: bool,
+    /// The frame is whole, but this process has no descriptors left for those beside it. All
+    /// of them were closed.
+    pub no_room: bool,
 }
 
 /// Who connected.
@@ -224,29 +260,33 @@ impl FrameSocket {
             }
         }
         // The control buffer has room to be aligned, into which one or two more may fit.
-        let truncated = message
-            .flags
-            .intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-            || fds.len() > FDS_MAX;
-        if truncated {
+        let cut = message.flags.contains(ReturnFlags::CTRUNC);
+        // Linux cuts only where our buffer ends, or where this process can take no more.
+        let no_room = cut && fds.len() < FDS_MAX;
+        let truncated =
+            message.flags.contains(ReturnFlags::TRUNC) || (cut && !no_room) || fds.len() > FDS_MAX;
+        if truncated || no_room {
             fds.clear();
         }
         Ok(Received {
             bytes: message.bytes,
             fds,
             truncated,
+            no_room,
         })
     }
 
     /// Who is at the other end.
     ///
     /// # Errors
-    /// Any error of `SO_PEERCRED`.
+    /// Any error of `SO_PEERCRED`; that there are no descriptors left to watch it with.
     pub fn peer(&self) -> io::Result<Peer> {
         let credentials = peer_credentials(self.fd.as_fd())?;
         let pidfd = match peer_pidfd(self.fd.as_fd()) {
             // Linux before 6.5.
-            Err(Errno::NOPROTOOPT) => open_living(credentials.pid),
+            Err(Errno::NOPROTOOPT) => open_living(credentials.pid)?,
+            // Not watched, its leases would outlive it.
+            Err(full @ (Errno::MFILE | Errno::NFILE)) => return Err(full.into()),
             result => result.ok(),
         };
         Ok(Peer {
@@ -315,7 +355,10 @@ fn retry<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Resu
 }
 
 /// Held until the descriptor is dropped.
-fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
+///
+/// # Errors
+/// `WouldBlock` if somebody else keeps the lock, with their process ids where Linux shows them.
+fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
     let directory = match path.parent() {
         Some(parent) if parent.as_os_str().is_empty() => Path::new("."),
         Some(parent) => parent,
@@ -323,8 +366,58 @@ fn lock_directory(path: &Path) -> rustix::io::Result<OwnedFd> {
     };
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let fd = rustix::fs::open(directory, flags, Mode::empty())?;
-    retry(|| rustix::fs::flock(&fd, FlockOperation::LockExclusive))?;
-    Ok(fd)
+    let begin = Instant::now();
+    loop {
+        match retry(|| rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive)) {
+            Err(Errno::WOULDBLOCK) if begin.elapsed() < LOCK_WAIT => {
+                std::thread::sleep(LOCK_PAUSE);
+            }
+            Err(Errno::WOULDBLOCK) => {
+                let who = match holders(&fd).as_slice() {
+                    [] => "another process".to_owned(),
+                    pids => format!("process {}", pids.join(", ")),
+                };
+                let text = format!(
+                    "{who} holds a lock (flock) on the directory {} and has not let go for {} s; end it, or take another directory",
+                    directory.display(),
+                    LOCK_WAIT.as_secs()
+                );
+                return Err(io::Error::new(io::ErrorKind::WouldBlock, text));
+            }
+            result => {
+                result?;
+                return Ok(fd);
+            }
+        }
+    }
+}
+
+/// Ids of the processes that hold a `flock` on this file, as far as `/proc/locks` tells.
+fn holders(fd: &OwnedFd) -> Vec<String> {
+    let (Ok(stat), Ok(locks)) = (
+        rustix::fs::fstat(fd),
+        std::fs::read_to_string("/proc/locks"),
+    ) else {
+        return Vec::new();
+    };
+    let (major, minor) = (
+        rustix::fs::major(stat.st_dev),
+        rustix::fs::minor(stat.st_dev),
+    );
+    let file = format!("{major:02x}:{minor:02x}:{}", stat.st_ino);
+    locks
+        .lines()
+        .filter_map(|line| holder(line, &file))
+        .collect()
+}
+
+/// `1: FLOCK  ADVISORY  WRITE 4242 00:1f:77 0 EOF`; one that waits has `->` after the number.
+fn holder(line: &str, file: &str) -> Option<String> {
+    let fields: Vec<_> = line.split_ascii_whitespace().collect();
+    match fields.as_slice() {
+        [_, "FLOCK", _, _, pid, locked, ..] if *locked == file => Some((*pid).to_owned()),
+        _ => None,
+    }
 }
 
 /// Removes the socket at `path` if nobody listens on it.
@@ -400,10 +493,15 @@ unsafe fn socket_option<T: Copy>(
 
 /// A pidfd by number. The process that connected may have exited and its number may be
 /// another's, but while it is alive the number is its own.
-fn open_living(pid: i32) -> Option<OwnedFd> {
-    let pid = Pid::from_raw(pid)?;
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok()?;
-    (!is_readable(pidfd.as_fd())).then_some(pidfd)
+fn open_living(pid: i32) -> io::Result<Option<OwnedFd>> {
+    let Some(pid) = Pid::from_raw(pid) else {
+        return Ok(None);
+    };
+    match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Err(full @ (Errno::MFILE | Errno::NFILE)) => Err(full.into()),
+        Err(_) => Ok(None),
+        Ok(pidfd) => Ok((!is_readable(pidfd.as_fd())).then_some(pidfd)),
+    }
 }
 
 fn is_readable(fd: BorrowedFd<'_>) -> bool {
@@ -413,4 +511,23 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
         tv_nsec: 0,
     };
     retry(|| rustix::event::poll(&mut polled, Some(&now))).is_ok_and(|ready| ready > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_holds_a_lock() {
+        let file = "00:1f:77";
+        let of = |line| holder(line, file);
+        assert_eq!(
+            of("1: FLOCK  ADVISORY  WRITE 4242 00:1f:77 0 EOF"),
+            Some("4242".to_owned())
+        );
+        assert_eq!(of("1: -> FLOCK  ADVISORY  WRITE 4243 00:1f:77 0 EOF"), None);
+        assert_eq!(of("1: FLOCK  ADVISORY  WRITE 4242 00:1f:78 0 EOF"), None);
+        assert_eq!(of("2: POSIX  ADVISORY  WRITE 4242 00:1f:77 0 EOF"), None);
+        assert_eq!(of(""), None);
+    }
 }

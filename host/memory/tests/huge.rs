@@ -66,8 +66,7 @@ fn a_filled_segment_is_mapped_huge_by_its_consumers() {
     let (budget, births) = (budget(), HugeBirths::new());
     let bytes = 20 * MIB + 4096;
     let segment = Segment::create(bytes, &budget).expect("fits");
-    let mut filling = WriteMapping::new(segment.client_fd().expect("descriptors"), to_usize(bytes))
-        .expect("mapped");
+    let mut filling = WriteMapping::new(segment.client_fd(), to_usize(bytes)).expect("mapped");
     filling.back_with_huge_pages(to_usize(HUGE)..to_usize(bytes), &births);
     // What there is no whole huge page for is not asked for.
     filling.back_with_huge_pages(100..to_usize(HUGE), &births);

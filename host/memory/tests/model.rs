@@ -260,7 +260,7 @@ impl World {
                     return;
                 };
                 if let (Some(Kind::Open(segment)), None) = (&known.kind, &known.client) {
-                    let fd = segment.client_fd().expect("fd");
+                    let fd = segment.client_fd();
                     known.client = Some(WriteMapping::new(fd, known.bytes.len()).expect("open"));
                 }
             }

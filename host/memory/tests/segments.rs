@@ -70,7 +70,7 @@ fn sealing_ends_all_writing() {
     let segment = Segment::create(MIB, &budget).expect("fits");
     let bytes = pattern(1, MIB);
     segment.write_at(0, &bytes, &copied).expect("within");
-    let client = segment.client_fd().expect("descriptors are left");
+    let client = segment.client_fd();
     let sealed = segment.seal().expect("nobody has it mapped");
     assert!(pwrite(&client, b"x", 0).is_err());
     assert!(shared_mapping(&client, MIB, true).is_err());
@@ -89,8 +89,7 @@ fn sealing_ends_all_writing() {
 #[test]
 fn a_segment_that_is_mapped_writable_comes_back_unsealed() {
     let segment = Segment::create(MIB, &budget()).expect("fits");
-    let mut client =
-        WriteMapping::new(segment.client_fd().expect("fd"), 1 << 20).expect("writable");
+    let mut client = WriteMapping::new(segment.client_fd(), 1 << 20).expect("writable");
     client.bytes_mut()[7] = 7;
     let refused = segment.seal().expect_err("still mapped");
     assert!(
@@ -98,7 +97,7 @@ fn a_segment_that_is_mapped_writable_comes_back_unsealed() {
     );
     let segment = refused.segment;
     // The client replaces its mapping in place, even by a descriptor that can write.
-    let (address, fd) = (client.address(), segment.client_fd().expect("fd"));
+    let (address, fd) = (client.address(), segment.client_fd());
     let client = client.replace_readonly(fd).expect("the same segment");
     assert_eq!((client.address(), client.bytes()[7]), (address, 7));
     let sealed = segment.seal().expect("mapped read-only");
@@ -110,7 +109,7 @@ fn a_segment_that_is_mapped_writable_comes_back_unsealed() {
 fn a_lent_segment_has_one_writer() {
     let copied = Copied::new();
     let segment = Segment::create(MIB, &budget()).expect("fits");
-    let fd = segment.client_fd().expect("fd");
+    let fd = segment.client_fd();
     let mut client = WriteMapping::new(&fd, 1 << 20).expect("writable");
     let lent = segment.lend_to_client().expect("no seals yet");
     client.bytes_mut()[9] = 9;
@@ -400,7 +399,8 @@ fn descriptors_reopen_when_not_dumpable() {
     }
     strait_memory::process::set_not_dumpable().expect("prctl");
     let segment = Segment::<Open>::create(PAGE, &budget()).expect("fits");
-    let mut reader = std::fs::File::from(segment.readonly_fd().expect("reopened"));
+    let reader = segment.readonly_fd().expect("reopened");
+    let mut reader = std::fs::File::from(Arc::into_inner(reader).expect("opened for us"));
     let mut bytes = Vec::new();
     reader.read_to_end(&mut bytes).expect("readable");
     assert_eq!(bytes.len() as u64, PAGE);
