@@ -11,14 +11,12 @@ import pytest
 import strait
 
 
-@pytest.fixture(scope="session")
-def address():
-    """A host of its own; the tests that need one are skipped without STRAIT_BIN."""
+def serve(directory, *options):
+    """A host in that directory, for as long as the generator is not gone on with; yields its address."""
     program = os.environ.get("STRAIT_BIN")
     if not program:
         pytest.skip("STRAIT_BIN is not set: name the host's program")
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    host = subprocess.Popen([program, "serve", "--directory", directory, "--log-level", "warn"])
+    host = subprocess.Popen([program, "serve", "--directory", directory, "--log-level", "warn", *options])
     until = time.monotonic() + 30
     while True:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
@@ -29,6 +27,13 @@ def address():
     yield f"unix://{directory}"
     host.send_signal(signal.SIGTERM)
     assert host.wait(60) == 0
+
+
+@pytest.fixture(scope="session")
+def address():
+    """A host of its own; the tests that need one are skipped without STRAIT_BIN."""
+    directory = tempfile.mkdtemp(prefix="strait-python-")
+    yield from serve(directory)
     shutil.rmtree(directory, ignore_errors=True)
 
 

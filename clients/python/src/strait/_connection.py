@@ -25,9 +25,9 @@ import time
 import weakref
 from collections import OrderedDict, deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import _wire
+from . import _pages, _wire
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -54,10 +54,11 @@ _EARLY_GONE_MAX = 1024
 #: would cost a small call half as much again. Larger segments go back before the next call, which may want their pages.
 _DROPPED_COUNT_MAX = 32
 _DROPPED_BYTES_MAX = 512 << 10
-_ANCILLARY_BYTES = socket.CMSG_SPACE(_wire.FDS_MAX * 4)
-_RECEIVE_FLAGS = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_ANCILLARY = (socket.CMSG_SPACE(_wire.FDS_MAX * 4),)
+_WHEN_THERE = int(socket.MSG_CMSG_CLOEXEC)
+_NOW = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 _CUT_FLAGS = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
-_SEND_FLAGS = int(socket.MSG_NOSIGNAL)
+_SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _STOP = "stop"
 
 
@@ -68,6 +69,10 @@ class Reply:
         self.op = op
         self.body = body
         self.fds = fds
+
+    def __del__(self) -> None:
+        # An interrupt may have come before anybody took it.
+        self.close()
 
     def close(self) -> None:
         """Closes the descriptors that nobody took."""
@@ -112,12 +117,14 @@ class Connection:
     def __init__(self, sock: socket.socket, name: str, renew: bool) -> None:
         self._pid = os.getpid()
         self._socket = sock
-        self._socket.setblocking(False)
         self._renew = renew
         self._sending = threading.Lock()
         # Held for short, never over a system call that waits. Guards all below.
         self._lock = threading.Lock()
-        self._receiving = False
+        # The thread that receives, for all.
+        self._leader: Optional[int] = None
+        # A frame that was taken from the socket and not handed on yet.
+        self._incoming: Deque[Tuple[int, List[Tuple[int, int, bytes]], int, Any]] = deque(maxlen=1)
         self._pending: Dict[int, Pending] = {}
         self._sequence = 0
         self._leases: Dict[int, _Lease] = {}
@@ -231,17 +238,16 @@ class Connection:
 
     def _make_room(self) -> None:
         """The host may wait for us to read before it reads: do that, unless another thread does."""
-        leads = self._lead()
         try:
+            leads = self._lead()
             poll = select.poll()
             poll.register(self._socket, select.POLLOUT | (select.POLLIN if leads else 0))
             poll.poll(100)
             if leads:
-                while self._end is None and self._receive():
+                while self._end is None and self._receive(_NOW):
                     pass
         finally:
-            if leads:
-                self._stop_leading()
+            self._stop_leading()
 
     # Replies
 
@@ -258,18 +264,16 @@ class Connection:
                         break
                     if left is not None and left <= 0:
                         raise TimeoutError(f"no answer within {timeout} s; it may still come")
-                    if self._receiving:
+                    if self._leader is None or self._leader == threading.get_ident():
+                        self._leader = threading.get_ident()
+                    else:
                         sleeper = pending.sleeper = threading.Lock()
                         sleeper.acquire()
-                    else:
-                        self._receiving = True
                 if sleeper is not None:
                     sleeper.acquire(timeout=-1 if left is None else left)
                     continue
-                try:
-                    self._receive_until(pending, left)
-                finally:
-                    self._stop_leading()
+                self._receive_until(pending, left)
+                self._stop_leading()
         except TimeoutError:
             self._leave(pending)
             raise
@@ -315,21 +319,22 @@ class Connection:
 
     def _leave(self, pending: Pending) -> None:
         """A thread stops waiting, perhaps just when it was its turn to receive."""
-        with self._lock:
-            pending.sleeper = None
-            if not self._receiving:
-                self._wake_one()
+        pending.sleeper = None
+        self._stop_leading()
 
     def _lead(self) -> bool:
         with self._lock:
-            if self._receiving:
+            if self._leader not in (None, threading.get_ident()):
                 return False
-            self._receiving = True
+            self._leader = threading.get_ident()
             return True
 
     def _stop_leading(self) -> None:
+        """Hands on to the next who waits, unless another thread leads. An interrupt may have kept this one from saying so."""
         with self._lock:
-            self._receiving = False
+            if self._leader not in (None, threading.get_ident()):
+                return
+            self._leader = None
             if self._end is not None:
                 self._socket.close()
             self._wake_one()
@@ -349,20 +354,28 @@ class Connection:
     def _receive_until(self, pending: Pending, timeout: Optional[float]) -> None:
         until = None if timeout is None else time.monotonic() + timeout
         while pending.reply is None and self._end is None:
-            left = None if until is None else until - time.monotonic()
-            if left is not None and left <= 0:
+            if until is None:
+                self._receive(_WHEN_THERE)
+                continue
+            left = until - time.monotonic()
+            if left <= 0:
                 return
-            # Signals interrupt here, before anything is taken from the socket.
-            if self._poll.poll(None if left is None else left * 1000):
-                self._receive()
+            if self._poll.poll(left * 1000):
+                self._receive(_NOW)
 
-    def _receive(self) -> bool:
-        """Takes one frame from the socket and hands it on; False if there is none."""
-        fds: List[int] = []
+    def _receive(self, flags: int) -> bool:
+        """Takes one frame from the socket and hands it on; False if there is none.
+
+        An interrupt (Ctrl-C) may come between any two steps of Python code. Then the frame is kept, and the next who
+        receives hands it on.
+        """
+        incoming = self._incoming
         try:
-            length, ancillary, flags, _ = self._socket.recvmsg_into(
-                [self._buffer], _ANCILLARY_BYTES, _RECEIVE_FLAGS
-            )
+            if not incoming:
+                # One step, for `map` and `extend` run no Python code: nothing can be received and then lost.
+                incoming.extend(map(self._socket.recvmsg_into, ([self._buffer],), _ANCILLARY, (flags,)))
+            length, ancillary, cut, _ = incoming[0]
+            fds: List[int] = []
             for level, kind, data in ancillary:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     numbers = array.array("i")
@@ -371,38 +384,43 @@ class Connection:
             if length == 0:
                 self._finish(DisconnectedError(_GONE_TEXT))
                 return False
-            if flags & _CUT_FLAGS:
-                raise ProtocolError("a frame that is longer, or has more descriptors, than the protocol allows")
-            op, sequence, body = _wire.decode(bytes(memoryview(self._buffer)[:length]))
-            self._deliver(op, sequence, Reply(op, body, fds))
+            try:
+                if cut & _CUT_FLAGS:
+                    raise ProtocolError("a frame that is longer, or has more descriptors, than the protocol allows")
+                op, sequence, body = _wire.decode(self._buffer, length)
+            except ProtocolError as error:
+                # A frame, and perhaps somebody's reply, is lost: no later one could be trusted.
+                incoming.clear()
+                Reply(Op.ERROR, {}, fds).close()
+                self._finish(error)
+                return False
+            self._deliver(op, sequence, body, fds)
             return True
         except BlockingIOError:
             return False
         except OSError as error:
             self._finish(_lost(error))
             return False
-        except BaseException as error:
-            # A frame, and perhaps somebody's reply, is lost: no later one could be trusted.
-            while fds:
-                os.close(fds.pop())
-            self._finish(error if isinstance(error, ProtocolError) else DisconnectedError(_GONE_TEXT))
-            if isinstance(error, ProtocolError):
-                return False
-            raise
 
-    def _deliver(self, op: int, sequence: int, reply: Reply) -> None:
+    def _deliver(self, op: int, sequence: int, body: Dict[str, Any], fds: List[int]) -> None:
         if sequence == 0:
-            self._pushed(op, reply.body)
-            reply.close()
+            self._pushed(op, body)
+            self._incoming.clear()
+            Reply(op, body, fds).close()
             return
         with self._lock:
             pending = self._pending.get(sequence)
             if pending is not None and not pending.abandoned:
+                reply = Reply(op, body, [])
+                # No interrupt comes between these three: else it would be handed on twice.
+                reply.fds = fds
                 pending.reply = reply
+                self._incoming.clear()
                 self._wake(pending)
                 return
             self._pending.pop(sequence, None)
-        self._discard(reply)
+        self._incoming.clear()
+        self._discard(Reply(op, body, fds))
 
     def _discard(self, reply: Reply) -> None:
         reply.close()
@@ -561,13 +579,14 @@ class Connection:
         self.check_process()
         if self._end is None and self._lead():
             try:
-                while self._end is None and self._receive():
+                while self._end is None and self._receive(_NOW):
                     pass
             finally:
                 self._stop_leading()
 
     def tend(self) -> Optional[float]:
         """The keeper's work; answers when it is to come again, as `time.monotonic` counts."""
+        _pages.sweep()
         if self._rung:
             time.sleep(_SERIES_SECONDS)
             self._rung = False

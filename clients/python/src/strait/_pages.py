@@ -108,19 +108,23 @@ class Pages:
         view = memoryview(buffer).cast("B")
         return view.toreadonly() if self.fd is None else view
 
-    def _gone(self, _: Any) -> None:
+    def _gone(self, _: Any = None) -> None:
         """The last view is gone. At the end of the process all is left to Linux."""
-        if sys is None or sys.is_finalizing():
+        # As soon as they are unmapped another thread may map something there.
+        if sys is None or sys.is_finalizing() or _live.pop(self.address, None) is not self:
             return
-        # First: as soon as they are unmapped another thread may map something there.
-        _live.pop(self.address, None)
         own = os.getpid() == self._process
-        if own:
-            self._owner.leaving()
-        _LIBC.munmap(self.address, self.length)
-        self._close_fd()
-        if own:
-            self._owner.left()
+        # An interrupt (Ctrl-C) may come anywhere.
+        try:
+            if own:
+                self._owner.leaving()
+        finally:
+            try:
+                _LIBC.munmap(self.address, self.length)
+                self._close_fd()
+            finally:
+                if own:
+                    self._owner.left()
 
     def collapse(self, offset: int, length: int) -> int:
         """Puts huge pages under a range that is still empty, as far as it has whole ones, and answers for how many bytes.
@@ -160,6 +164,13 @@ class Pages:
         fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
+
+
+def sweep() -> None:
+    """Unmaps what nobody has views of: an interrupt can keep Python from telling so."""
+    for pages in list(_live.values()):
+        if pages._buffer() is None:
+            pages._gone()
 
 
 def _before_fork() -> None:

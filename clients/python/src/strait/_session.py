@@ -499,6 +499,7 @@ class Call:
             return
         except BaseException as error:
             # The kernel may still read its inputs, so the copies are not used again.
+            session._connection.abandon(self._pending)
             self._error = error
             self._scratch.clear()
             self._inputs = None

@@ -57,18 +57,19 @@ def encode(op: int, sequence: int, body: Mapping[str, Any]) -> bytes:
     return HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), 0) + text
 
 
-def decode(frame: bytes) -> Tuple[int, int, Dict[str, Any]]:
-    """Op, sequence and body of a frame; `ProtocolError` if it is none."""
-    if len(frame) < HEADER.size:
-        raise ProtocolError(f"a frame of {len(frame)} bytes; its header alone has {HEADER.size}")
+def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tuple[int, int, Dict[str, Any]]:
+    """Op, sequence and body of a frame, which may be the first `length` bytes of more; `ProtocolError` if it is none."""
+    length = len(frame) if length is None else length
+    if length < HEADER.size:
+        raise ProtocolError(f"a frame of {length} bytes; its header alone has {HEADER.size}")
     magic, version, op, sequence, body_bytes, _flags = HEADER.unpack_from(frame)
-    if (magic, version) != (MAGIC, PROTOCOL) or body_bytes != len(frame) - HEADER.size:
+    if (magic, version) != (MAGIC, PROTOCOL) or body_bytes != length - HEADER.size:
         raise ProtocolError(
-            f"a frame of {len(frame)} bytes with magic {magic!r}, version {version} and {body_bytes} bytes of body; "
+            f"a frame of {length} bytes with magic {magic!r}, version {version} and {body_bytes} bytes of body; "
             "check that host and client have the same version"
         )
     try:
-        body = json.loads(frame[HEADER.size :]) if body_bytes else {}
+        body = json.loads(frame[HEADER.size : length].decode()) if body_bytes else {}
     except ValueError as error:
         raise ProtocolError(f"a frame whose body is not JSON: {error}") from None
     if not isinstance(body, dict):
