@@ -2,7 +2,6 @@ package arrowalloc
 
 import (
 	"context"
-	"fmt"
 	"math"
 	"sync"
 
@@ -36,12 +35,24 @@ func (i *Input) Release() {
 
 // Input makes an array of numbers a kernel's input: without a copy if its values are in memory of
 // this allocator and begin on a 64 KiB boundary of it (as those of an array that was built whole
-// do), else with one copy for each call. Fixed-size lists are further axes. While it is an input,
+// do), else with one copy for each call. Fixed-size lists are further axes, and so are the rows of an
+// arrow.fixed_shape_tensor; a byte of an arrow.bool8 is true unless it is 0. While it is an input,
 // the array must not be written to.
 //
-// The error is strait.ErrArgument for an array with nulls or of another kind.
+// The error is strait.ErrArgument for an array with nulls, at any level, or of another kind; it says what
+// to do.
 func (a *Allocator) Input(ctx context.Context, client *strait.Client, values arrow.Array) (*Input, error) {
-	flat, err := flatten(values)
+	return a.input(ctx, client, values, arrow.Metadata{})
+}
+
+// Column is Input for a column of a record batch, such as one that was read over Flight: what its field
+// says counts, so that shapes and types that arrow-go has no Go type for come back as they were.
+func (a *Allocator) Column(ctx context.Context, client *strait.Client, batch arrow.RecordBatch, column int) (*Input, error) {
+	return a.input(ctx, client, batch.Column(column), batch.Schema().Field(column).Metadata)
+}
+
+func (a *Allocator) input(ctx context.Context, client *strait.Client, values arrow.Array, metadata arrow.Metadata) (*Input, error) {
+	flat, err := flatten(values, metadata)
 	if err != nil {
 		return nil, err
 	}
@@ -64,9 +75,18 @@ func (a *Allocator) Input(ctx context.Context, client *strait.Client, values arr
 // needs none, else with one. Without a copy its memory becomes read-only here too, at the same
 // address, even if the host refuses the name: it must not be an Input at that time.
 //
-// The error is strait.ErrArgument for an array with nulls or of another kind.
+// The error is strait.ErrArgument for an array that Input refuses.
 func (a *Allocator) Publish(ctx context.Context, client *strait.Client, name string, values arrow.Array, options ...strait.PublishOption) error {
-	flat, err := flatten(values)
+	return a.publish(ctx, client, name, values, arrow.Metadata{}, options)
+}
+
+// PublishColumn is Publish for a column of a record batch, as Column is Input.
+func (a *Allocator) PublishColumn(ctx context.Context, client *strait.Client, name string, batch arrow.RecordBatch, column int, options ...strait.PublishOption) error {
+	return a.publish(ctx, client, name, batch.Column(column), batch.Schema().Field(column).Metadata, options)
+}
+
+func (a *Allocator) publish(ctx context.Context, client *strait.Client, name string, values arrow.Array, metadata arrow.Metadata, options []strait.PublishOption) error {
+	flat, err := flatten(values, metadata)
 	if err != nil {
 		return err
 	}
@@ -84,70 +104,6 @@ func (a *Allocator) Publish(ctx context.Context, client *strait.Client, name str
 	}
 	adopted.Release()
 	return nil
-}
-
-// flat is an array as a tensor.
-type flat struct {
-	dtype strait.DType
-	shape []int
-	// All of the buffer, and the array's values in it.
-	buffer, bytes []byte
-}
-
-func (f *flat) place(name string, offset int) strait.Place {
-	return strait.Place{
-		Spec:   strait.Spec{Name: name, DType: f.dtype, Shape: f.shape},
-		Offset: int64(offset),
-		Length: int64(len(f.bytes)),
-	}
-}
-
-func refuse(format string, arguments ...any) error {
-	return fmt.Errorf("strait: %w: %w", strait.ErrArgument, fmt.Errorf(format, arguments...))
-}
-
-func flatten(values arrow.Array) (*flat, error) {
-	shape := []int{values.Len()}
-	data := values.Data()
-	// Values of the innermost array, counted in its own elements.
-	offset, count := data.Offset(), data.Len()
-	for {
-		if nulls := data.NullN(); nulls != 0 {
-			return nil, refuse("an array with %d nulls; a tensor has none: fill or drop them, or pass a mask of its own", nulls)
-		}
-		list, isList := data.DataType().(*arrow.FixedSizeListType)
-		if !isList {
-			break
-		}
-		size := int(list.Len())
-		child := data.Children()[0]
-		shape = append(shape, size)
-		offset, count = offset*size+child.Offset(), count*size
-		data = child
-	}
-	dtype, known := dtypes[data.DataType().ID()]
-	if _, isBool := data.DataType().(*extensions.Bool8Type); isBool {
-		dtype, known = strait.Bool8, true
-	}
-	if !known {
-		return nil, refuse("an array of %s; tensors are of integers, floats, bool8, or fixed-size lists of them", data.DataType())
-	}
-	f := &flat{dtype: dtype, shape: shape}
-	if buffers := data.Buffers(); count > 0 && len(buffers) > 1 && buffers[1] != nil {
-		width := dtype.Size()
-		f.buffer = buffers[1].Bytes()
-		if end := (offset + count) * width; end > len(f.buffer) {
-			return nil, refuse("an array of %d bytes in a buffer of %d", end, len(f.buffer))
-		}
-		f.bytes = f.buffer[offset*width : (offset+count)*width]
-	}
-	return f, nil
-}
-
-var dtypes = map[arrow.Type]strait.DType{
-	arrow.INT8: strait.Int8, arrow.INT16: strait.Int16, arrow.INT32: strait.Int32, arrow.INT64: strait.Int64,
-	arrow.UINT8: strait.Uint8, arrow.UINT16: strait.Uint16, arrow.UINT32: strait.Uint32, arrow.UINT64: strait.Uint64,
-	arrow.FLOAT16: strait.Float16, arrow.FLOAT32: strait.Float32, arrow.FLOAT64: strait.Float64,
 }
 
 // Array is a tensor's elements as an Arrow array, without a copy: rows over the first axis, further
@@ -168,8 +124,8 @@ func Array(t *strait.Tensor) (arrow.Array, error) {
 	}
 	count := 1
 	for axis, n := range shape {
-		if axis > 0 && n > math.MaxInt32 {
-			return nil, refuse("an axis of %d elements; Arrow's lists have at most %d", n, math.MaxInt32)
+		if axis > 0 && (n > math.MaxInt32 || n == 0) {
+			return nil, refuse("a tensor of shape %v; an axis behind the first is a list, and arrow-go's have 1 to %d elements: use its bytes", shape, math.MaxInt32)
 		}
 		count *= n
 	}

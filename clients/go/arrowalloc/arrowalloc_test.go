@@ -3,7 +3,6 @@ package arrowalloc
 import (
 	"bytes"
 	"context"
-	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"reflect"
@@ -266,20 +265,6 @@ func TestWhatIsNotAloneInSharedMemoryIsCopied(t *testing.T) {
 	}
 	if stats := c.ClientStats(); stats.CopiedBytes != counted {
 		t.Error(stats.CopiedBytes, counted)
-	}
-}
-
-func TestArraysThatAreNoTensors(t *testing.T) {
-	nulls := array.NewInt8Builder(memory.DefaultAllocator)
-	nulls.AppendNull()
-	texts := array.NewStringBuilder(memory.DefaultAllocator)
-	texts.Append("x")
-	bits := array.NewBooleanBuilder(memory.DefaultAllocator)
-	bits.Append(true)
-	for _, values := range []arrow.Array{nulls.NewArray(), texts.NewArray(), bits.NewArray()} {
-		if _, err := New(nil).Input(context.Background(), nil, values); !errors.Is(err, strait.ErrArgument) {
-			t.Error(values, err)
-		}
 	}
 }
 

@@ -3,7 +3,9 @@ package flight
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
+	"strings"
 	"testing"
 
 	"github.com/apache/arrow-go/v18/arrow"
@@ -11,6 +13,7 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/memory"
 
 	"strait"
+	"strait/arrowalloc"
 	"strait/internal/hosttest"
 )
 
@@ -202,5 +205,125 @@ func TestFetchMapsWhatFlightFound(t *testing.T) {
 	defer res.Release()
 	if data, err := strait.As[float64](res.Tensor("y")); err != nil || len(data) != 20 || data[18] != 18 || data[19] != 1 {
 		t.Error(data, err)
+	}
+}
+
+func TestAColumnKeepsItsShapeAndType(t *testing.T) {
+	address, _ := hosttest.Start(t)
+	c, local, ctx := dial(t, address), dialLocal(t, address), context.Background()
+	a := arrowalloc.New(nil)
+	for name, tensor := range map[string]strait.Copied{
+		"bfloat16[2 2 3]":  strait.Raw(strait.BFloat16, []byte("aAbBcCdDeEfFgGhHiIjJkKlL"), 2, 2, 3),
+		"float8_e5m2[3]":   strait.Raw(strait.Float8E5M2, []byte("abc"), 3),
+		"complex64[2 2]":   strait.Slice([]complex64{1 + 2i, 3, 4i, 5}, 2, 2),
+		"complex128[2]":    strait.Slice([]complex128{1 + 2i, 3}),
+		"bool8[1 3]":       strait.Raw(strait.Bool8, []byte{0, 1, 2}, 1, 3),
+		"float64[]":        strait.Scalar(2.5),
+		"int16[2 1 2]":     strait.Slice([]int16{1, 2, 3, 4}, 2, 1, 2),
+		"float16[4]":       strait.Raw(strait.Float16, []byte("abcdefgh"), 4),
+		"float8_e4m3fn[1]": strait.Raw(strait.Float8E4M3FN, []byte("x"), 1),
+	} {
+		if _, err := local.Publish(ctx, name, tensor); err != nil {
+			t.Fatal(name, err)
+		}
+		reader, err := c.Get(ctx, name)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if !reader.Next() {
+			t.Fatal(name, reader.Err())
+		}
+		back := name + " back"
+		if err := a.PublishColumn(ctx, local, back, reader.RecordBatch(), 0); err != nil {
+			t.Error(name, err)
+			continue
+		}
+		reader.Release()
+		got, want := fetched(t, local, back), fetched(t, local, name)
+		if got != want {
+			t.Errorf("%s came back as %s", want, got)
+		}
+	}
+}
+
+// fetched is a flight's type, shape and bytes.
+func fetched(t *testing.T, c *strait.Client, name string) string {
+	t.Helper()
+	x, err := c.Fetch(context.Background(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer x.Release()
+	bytes, err := x.Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("%s%v %x", x.DType(), x.Shape(), bytes)
+}
+
+// TestPutKeepsOrRefuses: what comes back is what was put, or it was refused by name.
+func TestPutKeepsOrRefuses(t *testing.T) {
+	address, _ := hosttest.Start(t)
+	c, ctx := dial(t, address), context.Background()
+	i64 := arrow.PrimitiveTypes.Int64
+	from := func(kind arrow.DataType, text string) arrow.Array {
+		values, _, err := array.FromJSON(memory.DefaultAllocator, kind, strings.NewReader(text))
+		if err != nil {
+			t.Fatal(kind, err)
+		}
+		return values
+	}
+	encoded := &arrow.DictionaryType{IndexType: arrow.PrimitiveTypes.Int8, ValueType: i64}
+	pairs := from(arrow.FixedSizeListOf(2, i64), `[[null,1],[2,3],[4,5],[6,null]]`)
+	for name, example := range map[string]struct {
+		values arrow.Array
+		kept   bool
+	}{
+		"whole":              {from(i64, `[1,2,3]`), true},
+		"a slice":            {array.NewSlice(from(i64, `[1,2,3,4]`), 1, 3), true},
+		"between nulls":      {array.NewSlice(from(i64, `[null,2,3,null]`), 1, 3), true},
+		"rows between nulls": {array.NewSlice(pairs, 1, 3), true},
+		"no rows":            {array.NewSlice(pairs, 1, 1), true},
+		"float16":            {from(arrow.FixedWidthTypes.Float16, `[1,2]`), true},
+		"nulls":              {from(i64, `[1,null]`), false},
+		"a null row":         {from(arrow.FixedSizeListOf(2, i64), `[[1,2],null]`), false},
+		"a null in a row":    {array.NewSlice(pairs, 2, 4), false},
+		"a dictionary":       {array.NewDictionaryArray(encoded, from(encoded.IndexType, `[0,1,0]`), from(i64, `[1,null]`)), false},
+		"runs":               {array.NewRunEndEncodedArray(from(arrow.PrimitiveTypes.Int32, `[2,3]`), from(i64, `[1,null]`), 3, 0), false},
+		"bits":               {from(arrow.FixedWidthTypes.Boolean, `[true,false]`), false},
+		"times":              {from(arrow.FixedWidthTypes.Timestamp_ns, `[1]`), false},
+		"decimals":           {from(&arrow.Decimal128Type{Precision: 5, Scale: 2}, `["1.25"]`), false},
+		"texts":              {from(arrow.BinaryTypes.String, `["x"]`), false},
+		"lists":              {from(arrow.ListOf(i64), `[[1],[2]]`), false},
+	} {
+		schema := arrow.NewSchema([]arrow.Field{{Name: "v", Type: example.values.DataType(), Nullable: true}}, nil)
+		batch := array.NewRecordBatch(schema, []arrow.Array{example.values}, int64(example.values.Len()))
+		records, err := array.NewRecordReader(schema, []arrow.RecordBatch{batch})
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		_, err = c.Put(ctx, name, records, false)
+		if !example.kept {
+			if reason(err) != "BAD_TENSOR" {
+				t.Error(name, err)
+			}
+			continue
+		}
+		if err != nil {
+			t.Error(name, err)
+			continue
+		}
+		reader, err := c.Get(ctx, name)
+		if err != nil {
+			t.Fatal(name, err)
+		}
+		if example.values.Len() == 0 {
+			if reader.Next() || reader.Err() != nil || !arrow.TypeEqual(reader.Schema().Field(0).Type, example.values.DataType()) {
+				t.Error(name, reader.Schema(), reader.Err())
+			}
+		} else if !reader.Next() || !array.Equal(reader.RecordBatch().Column(0), example.values) {
+			t.Error(name, "is not what was put:", reader.Err())
+		}
+		reader.Release()
 	}
 }
