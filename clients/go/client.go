@@ -427,7 +427,8 @@ type Port struct {
 // Parameter of a kernel.
 type Parameter struct {
 	Name string `json:"name"`
-	// Kind is boolean, integer, real, axis (0-based, row-major), text or reals.
+	// Kind is boolean, integer, real (rounded to float64), number (an integer or a float, as it was
+	// written), axis (0-based, row-major), text or reals.
 	Kind string `json:"kind"`
 	// Default is nil if the caller must give the parameter. Its numbers are json.Number, so that
 	// integers beyond 2^53 are exact; Param takes it as it is.

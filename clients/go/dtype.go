@@ -12,7 +12,8 @@ import (
 // that this client knows.
 type DType string
 
-// The element types. Complex numbers are pairs (real, imaginary); Bool8 is one byte, 0 or 1.
+// The element types. Complex numbers are pairs (real, imaginary); Bool8 is one byte, 0 for false
+// and any other for true.
 const (
 	Bool8        DType = "bool8"
 	Int8         DType = "int8"

@@ -207,6 +207,30 @@ func TestOtherDataIsCopiedOnceAndCounted(t *testing.T) {
 	}
 }
 
+func TestAnyByteButZeroIsTrue(t *testing.T) {
+	c, ctx := dial(t), context.Background()
+	want := []bool{false, true, true, true}
+	must[Flight](t)(c.Publish(ctx, "go truths", Raw(Bool8, []byte{0, 1, 2, 255}, 4)))
+	defer c.Delete(ctx, "go truths")
+	seen := must[*Tensor](t)(c.Fetch(ctx, "go truths"))
+	defer seen.Release()
+	before := c.ClientStats().CopiedBytes
+	data := must[[]bool](t)(As[bool](seen))
+	if raw := must[[]uint8](t)(As[uint8](seen)); !reflect.DeepEqual(data, want) || !bytes.Equal(shm.Raw(data), []byte{0, 1, 1, 1}) || raw[2] != 2 {
+		t.Error(data, raw)
+	}
+	if copied := c.ClientStats().CopiedBytes - before; copied != 4 {
+		t.Error("a copy that is not counted:", copied)
+	}
+	made := must[TensorOf[bool]](t)(NewTensor[bool](ctx, c, 4))
+	defer made.Release()
+	raw := must[[]uint8](t)(As[uint8](made.Tensor))
+	copy(raw, []byte{0, 1, 2, 255})
+	if data := made.Data(); !reflect.DeepEqual(data, want) || raw[3] != 1 || c.ClientStats().CopiedBytes-before != 4 {
+		t.Error(data, raw)
+	}
+}
+
 func TestPublishAndFetch(t *testing.T) {
 	address, _ := hosttest.Start(t)
 	c, other, ctx := dialAt(t, address), dialAt(t, address), context.Background()

@@ -26,6 +26,11 @@ type Stats struct {
 	// CopiedBytes of tensors since the host's start, and by place.
 	CopiedBytes int64            `json:"copied_bytes"`
 	Copied      map[string]int64 `json:"copied"`
+	// Huge is of results, uploads and files: bytes that were to be born in huge pages, and those that were.
+	Huge struct {
+		AskedBytes int64 `json:"asked_bytes"`
+		HugeBytes  int64 `json:"huge_bytes"`
+	} `json:"huge"`
 	// Pool is the segments that results are taken from.
 	Pool struct {
 		Segments     int64 `json:"segments"`
@@ -53,7 +58,8 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 
 // ClientStats is what one client did.
 type ClientStats struct {
-	// CopiedBytes of tensors that were copied on this side: Slice inputs.
+	// CopiedBytes of tensors that were copied on this side: Slice inputs, and a bool8 with bytes that no Go
+	// bool has.
 	CopiedBytes int64
 	// HugeBytes of tensors to fill that got huge pages before the first fill. Tensors of less than 4 MiB
 	// do without; so does all memory where Linux has no huge pages at hand.

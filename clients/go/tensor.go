@@ -209,6 +209,9 @@ func (t *Tensor) ReadFrom(r io.Reader) (int64, error) {
 // As lends the elements as a slice, row-major; see Tensor for how long. float16 and bfloat16 are
 // lent as uint16, the two float8 types and bool8 (also) as uint8.
 //
+// A byte of a bool8 is true unless it is 0; a Go bool is 0 or 1. Where a []bool meets other bytes, those of a
+// writable tensor become 1, and a read-only one is lent as a copy, which ClientStats counts.
+//
 // The error is ErrArgument if the elements are of another type, ErrReleased after Release.
 func As[T Element](t *Tensor) ([]T, error) {
 	if t != nil && t.missing == nil && !holds[T](t.DType()) {
@@ -218,7 +221,27 @@ func As[T Element](t *Tensor) ([]T, error) {
 	if err != nil {
 		return nil, err
 	}
+	if DTypeOf[T]() == Bool8 {
+		bytes = t.handle.truths(bytes)
+	}
 	return shm.View[T](bytes), nil
+}
+
+// truths is the bytes of a bool8 as Go has them, where they are if possible.
+func (h *handle) truths(bytes []byte) []byte {
+	if !slices.ContainsFunc(bytes, func(b byte) bool { return b > 1 }) {
+		return bytes
+	}
+	if h.segment.fill() {
+		defer h.segment.filled()
+	} else {
+		bytes = slices.Clone(bytes)
+		h.segment.conn.copiedBytes.Add(int64(len(bytes)))
+	}
+	for i, b := range bytes {
+		bytes[i] = min(b, 1)
+	}
+	return bytes
 }
 
 // Renew gives the tensor's lease a new life, counted from now; 0 asks for the host's default. It
