@@ -231,6 +231,20 @@ func TestAnyByteButZeroIsTrue(t *testing.T) {
 	}
 }
 
+func TestTruthsAreFoundAtAnyPlace(t *testing.T) {
+	for at := range 19 {
+		data := make([]uint64, 3)
+		bytes := shm.Raw(data)[:19]
+		bytes[(at+1)%19] = 1
+		if !areTruths(bytes) {
+			t.Error(bytes)
+		}
+		if bytes[at] = 2; areTruths(bytes) {
+			t.Error(bytes)
+		}
+	}
+}
+
 func TestPublishAndFetch(t *testing.T) {
 	address, _ := hosttest.Start(t)
 	c, other, ctx := dialAt(t, address), dialAt(t, address), context.Background()

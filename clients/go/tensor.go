@@ -229,7 +229,7 @@ func As[T Element](t *Tensor) ([]T, error) {
 
 // truths is the bytes of a bool8 as Go has them, where they are if possible.
 func (h *handle) truths(bytes []byte) []byte {
-	if !slices.ContainsFunc(bytes, func(b byte) bool { return b > 1 }) {
+	if areTruths(bytes) {
 		return bytes
 	}
 	if h.segment.fill() {
@@ -242,6 +242,17 @@ func (h *handle) truths(bytes []byte) []byte {
 		bytes[i] = min(b, 1)
 	}
 	return bytes
+}
+
+// areTruths says whether all bytes are 0 or 1; they begin on a word's boundary.
+func areTruths(bytes []byte) bool {
+	whole := len(bytes) &^ 7
+	for _, word := range shm.View[uint64](bytes[:whole]) {
+		if word&^0x0101010101010101 != 0 {
+			return false
+		}
+	}
+	return !slices.ContainsFunc(bytes[whole:], func(b byte) bool { return b > 1 })
 }
 
 // Renew gives the tensor's lease a new life, counted from now; 0 asks for the host's default. It
