@@ -105,7 +105,11 @@ func greet(ctx context.Context, socket *net.UnixConn, options []DialOption) (*Cl
 	for _, option := range options {
 		option(&o)
 	}
-	c := &Client{conn: newConn(socket, o.renew, o.log), lease: o.lease}
+	conn, err := newConn(socket, o.renew, o.log)
+	if err != nil {
+		return nil, err
+	}
+	c := &Client{conn: conn, lease: o.lease}
 	c.copies.bytesMax = o.copyBytes
 	hello := &helloRequest{Protocol: protocolVersion, Client: o.name}
 	if err := c.conn.ask(ctx, opHello, hello, &c.welcome); err != nil {

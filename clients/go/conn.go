@@ -12,6 +12,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -21,16 +22,13 @@ import (
 // milliseconds; after this time the host is taken to be stuck.
 const cancelGrace = 2 * time.Second
 
-// How long Release may wait for a socket that the host does not read, before the upkeep goroutine
-// does it.
-const releaseGrace = 100 * time.Millisecond
-
 // conn is one connection, shared by any number of goroutines.
 //
 //	request ── write ─▶ host ── reader goroutine ─▶ waiting[sequence] ─▶ request
 //	                                  └─ GONE ─▶ leases ◀─ upkeep goroutine: renewals, lost tensors
 type conn struct {
 	socket *net.UnixConn
+	raw    syscall.RawConn
 	log    *slog.Logger
 	// Held to write one frame. A channel, so that a context can end the wait for it.
 	writing chan struct{}
@@ -73,9 +71,14 @@ type reply struct {
 	lost bool
 }
 
-func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) *conn {
+func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) {
+	raw, err := socket.SyscallConn()
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("strait: a socket without a descriptor: %w", err), socket.Close())
+	}
 	c := &conn{
 		socket:  socket,
+		raw:     raw,
 		log:     log,
 		writing: make(chan struct{}, 1),
 		waiting: map[uint32]*waiter{},
@@ -85,7 +88,7 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) *conn {
 	}
 	go c.read()
 	go c.upkeep()
-	return c
+	return c, nil
 }
 
 // request sends body and reads the reply into into (a pointer, or nil). The descriptors that came
@@ -317,16 +320,9 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, f
 	case <-c.done:
 		return c.end()
 	}
-	interrupted := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(interrupted)
-		// It fails only on a closed socket, on which the write does not wait.
-		_ = c.socket.SetWriteDeadline(time.Unix(1, 0))
-	})
-	_, _, err = c.socket.WriteMsgUnix(frame, rights, nil)
-	if !stop() {
-		<-interrupted
-		_ = c.socket.SetWriteDeadline(time.Time{})
+	err = c.write(frame, rights)
+	if errors.Is(err, unix.EAGAIN) {
+		err = c.writeWaiting(ctx, frame, rights)
 	}
 	switch {
 	case err == nil:
@@ -336,6 +332,59 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, f
 	}
 	c.finish(fmt.Errorf("strait: %w: %w", ErrDisconnected, err))
 	return c.end()
+}
+
+// write does not wait: EAGAIN says that the socket is full, which it hardly ever is.
+func (c *conn) write(frame, rights []byte) error {
+	var sent error
+	err := c.raw.Write(func(fd uintptr) bool {
+		for {
+			if sent = unix.Sendmsg(int(fd), frame, rights, nil, unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL); sent != unix.EINTR {
+				return true
+			}
+		}
+	})
+	return errors.Join(err, sent)
+}
+
+func (c *conn) writeWaiting(ctx context.Context, frame, rights []byte) error {
+	interrupted := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(interrupted)
+		// It fails only on a closed socket, on which the write does not wait.
+		_ = c.socket.SetWriteDeadline(time.Unix(1, 0))
+	})
+	_, _, err := c.socket.WriteMsgUnix(frame, rights, nil)
+	if !stop() {
+		<-interrupted
+		_ = c.socket.SetWriteDeadline(time.Time{})
+	}
+	return err
+}
+
+// post is tell for a caller that does not wait at all; false if the socket is full or somebody writes.
+func (c *conn) post(op op, body request) bool {
+	sequence, waiter, err := c.expect()
+	if err != nil {
+		// The connection is over, and what was to be told with it.
+		return true
+	}
+	frame, err := encodeFrame(op, sequence, body)
+	if err == nil {
+		select {
+		case c.writing <- struct{}{}:
+			err = c.write(frame, nil)
+			<-c.writing
+		default:
+			err = unix.EAGAIN
+		}
+	}
+	if err != nil {
+		c.forget(sequence)
+		return false
+	}
+	c.abandon(sequence, waiter)
+	return true
 }
 
 // read hands every reply to whoever waits for it, until the connection is over.
@@ -479,7 +528,8 @@ func (c *conn) hold(lease uint64, life time.Duration) {
 	}
 }
 
-// release gives leases back without waiting for the answer.
+// release gives leases back without waiting for the answer, nor for a host that reads nothing: then the
+// upkeep goroutine does.
 func (c *conn) release(leases ...uint64) {
 	c.mu.Lock()
 	held := leases[:0]
@@ -492,9 +542,7 @@ func (c *conn) release(leases ...uint64) {
 	if len(held) == 0 {
 		return
 	}
-	ctx, stop := context.WithTimeout(context.Background(), releaseGrace)
-	defer stop()
-	if err := c.tell(ctx, opRelease, &leasesRequest{Leases: held}); errors.Is(err, context.DeadlineExceeded) {
+	if !c.post(opRelease, &leasesRequest{Leases: held}) {
 		c.later(held, nil)
 	}
 }
