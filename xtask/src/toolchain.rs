@@ -50,8 +50,10 @@ impl Toolchain {
     pub(crate) fn cargo(&self, folder: &Path, rustflags: &[String]) -> Command {
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         cargo.current_dir(folder);
-        // They would take precedence over what is set here, or end up in the output.
+        // They would take precedence over what is set here, or end up in the output: an incremental
+        // build has other bytes.
         for name in [
+            "CARGO_INCREMENTAL",
             "RUSTFLAGS",
             "CARGO_BUILD_RUSTFLAGS",
             "CARGO_BUILD_TARGET",
