@@ -78,7 +78,7 @@ macro_rules! integers {
     ($($type:ty),+) => {
         $(
             impl Bounded for $type {
-                #[expect(
+                #[allow(
                     clippy::cast_possible_truncation, clippy::cast_sign_loss,
                     reason = "clamped to the type's range"
                 )]

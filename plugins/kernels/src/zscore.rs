@@ -267,7 +267,7 @@ fn scores<T: Real, O: Real>(x: &[T], y: &mut [O], mean: &[f64], deviation: &[f64
 /// float64 has such values.
 fn out_of_range<T: Real>(deviation: &[f64]) -> impl Iterator<Item = usize> + '_ {
     const LEAST: f64 = f64::from_bits((1023 - 400) << 52);
-    let is_in_range = |deviation: f64| (deviation >= LEAST) & (deviation < f64::INFINITY);
+    let is_in_range = |deviation: f64| (LEAST..f64::INFINITY).contains(&deviation);
     // Without an early exit this is SIMD code, and nearly always all that there is to do.
     let none = T::DTYPE != Dtype::Float64
         || deviation
