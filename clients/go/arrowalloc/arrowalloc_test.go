@@ -165,6 +165,48 @@ func TestAnArrayIsAnInputWithoutACopy(t *testing.T) {
 	checked.AssertSize(t, 0)
 }
 
+func TestBigBuffersAreBornInHugePages(t *testing.T) {
+	c, ctx := dial(t), context.Background()
+	a := New(nil)
+	if small := floats(a, 100_000); a.HugeBytes() != 0 {
+		t.Error(a.HugeBytes())
+	} else {
+		small.Release()
+	}
+	// Grown by doubling, and reserved as a whole: in both every value stands, and no page is missing.
+	grown := floats(a, 3_000_000)
+	builder := array.NewFloat64Builder(a)
+	builder.Reserve(3_000_000)
+	for i := range 3_000_000 {
+		builder.UnsafeAppend(float64(i))
+	}
+	reserved := builder.NewFloat64Array()
+	builder.Release()
+	huge := a.HugeBytes()
+	if huge%(2<<20) != 0 {
+		t.Error(huge)
+	}
+	for _, values := range []*array.Float64{grown, reserved} {
+		for i, value := range values.Float64Values() {
+			if value != float64(i) {
+				t.Fatal(i, value)
+			}
+		}
+		x, err := a.Input(ctx, c, values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x.Copied {
+			t.Error("copied")
+		}
+		x.Release()
+		values.Release()
+	}
+	if huge == 0 {
+		t.Skip("Linux has no huge pages at hand")
+	}
+}
+
 func TestARecordBatchIsBuiltInSharedMemory(t *testing.T) {
 	c, ctx := dial(t), context.Background()
 	a := New(nil)
