@@ -470,6 +470,35 @@ func TestACallThatWaitsForAWorkerIsCancelled(t *testing.T) {
 	res.Release()
 }
 
+func TestAKeyBelongsToOneRequest(t *testing.T) {
+	c, ctx := dial(t), context.Background()
+	x := must[TensorOf[float64]](t)(NewTensor[float64](ctx, c, 3))
+	defer x.Release()
+	call := func(kernel string, options ...CallOption) ([]float64, error) {
+		res, err := c.Call(ctx, kernel, Inputs{"x": x}, append(options, IdempotencyKey("go-once"))...)
+		if err != nil {
+			return nil, err
+		}
+		defer res.Release()
+		data, err := As[float64](res.Tensor("y"))
+		return slices.Clone(data), err
+	}
+	copy(x.Data(), []float64{0, 1, 2})
+	for range 2 {
+		if y, err := call("scale-shift", Param("a", 2)); err != nil || !reflect.DeepEqual(y, []float64{0, 2, 4}) {
+			t.Error(y, err)
+		}
+	}
+	for _, other := range [][]CallOption{{Param("a", 3)}, {Param("a", 2), PublishAs("y", "go keyed")}, {Param("a", 2), Seal()}} {
+		if _, err := call("scale-shift", other...); reason(err) != "IDEMPOTENCY_KEY_REUSED" {
+			t.Error(err)
+		}
+	}
+	if _, err := call("zscore"); reason(err) != "IDEMPOTENCY_KEY_REUSED" {
+		t.Error(err)
+	}
+}
+
 func TestAHostThatIsKilled(t *testing.T) {
 	address, host := hosttest.Start(t, "spins.wasm")
 	c := dialAt(t, address)
