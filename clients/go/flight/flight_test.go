@@ -327,3 +327,36 @@ func TestPutKeepsOrRefuses(t *testing.T) {
 		reader.Release()
 	}
 }
+
+func TestASchemaComesBackWhole(t *testing.T) {
+	address, _ := hosttest.Start(t)
+	c, ctx := dial(t, address), context.Background()
+	about := arrow.NewMetadata([]string{"run", "\u00fcber"}, []string{"7", "a\nb"})
+	schema := arrow.NewSchema([]arrow.Field{
+		{Name: "id", Type: arrow.PrimitiveTypes.Int64, Nullable: true, Metadata: arrow.NewMetadata([]string{"unit"}, []string{"m/s"})},
+		{Name: "at", Type: arrow.FixedSizeListOf(2, arrow.PrimitiveTypes.Float32)},
+	}, &about)
+	batch, _, err := array.RecordFromJSON(memory.DefaultAllocator, schema, strings.NewReader(`[{"id":1,"at":[0.5,1]},{"id":2,"at":[2,3]}]`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	records, err := array.NewRecordReader(schema, []arrow.RecordBatch{batch})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.Put(ctx, "whole", records, false); err != nil {
+		t.Fatal(err)
+	}
+	reader, err := c.Get(ctx, "whole")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.Release()
+	got := reader.Schema()
+	if !got.Equal(schema) || !got.Metadata().Equal(about) || !got.Field(0).Metadata.Equal(schema.Field(0).Metadata) {
+		t.Errorf("%s\nis not\n%s", got, schema)
+	}
+	if !reader.Next() || !array.RecordEqual(reader.RecordBatch(), batch) {
+		t.Error(reader.Err())
+	}
+}
