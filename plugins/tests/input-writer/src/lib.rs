@@ -30,8 +30,10 @@ static SOURCE: [u8; 4096] = [0xee; 4096];
 /// A copy of a value of `N` bytes, as of a struct.
 unsafe fn assign<const N: usize>(to: *mut u8) {
     let from = black_box(&SOURCE).as_ptr().cast::<[u8; N]>();
-    // SAFETY: the source is long enough; about `to` the host decides, which is the test.
-    unsafe { to.cast::<[u8; N]>().write_unaligned(from.read_unaligned()) }
+    // SAFETY: the source is long enough.
+    let value = unsafe { from.read_unaligned() };
+    // SAFETY: about `to` the host decides, which is the test.
+    unsafe { to.cast::<[u8; N]>().write_unaligned(value) }
 }
 
 /// A copy of a constant length.
