@@ -86,10 +86,14 @@ impl Status {
         }
     }
 
-    /// The same with one more detail.
+    /// The same with one more detail; text as in the message.
     #[must_use]
     pub fn with(mut self, key: &str, value: impl Into<serde_json::Value>) -> Self {
-        self.details.insert(key.to_owned(), value.into());
+        let value = match value.into() {
+            serde_json::Value::String(text) => text::one_line(text, MESSAGE_BYTES_MAX).into(),
+            other => other,
+        };
+        self.details.insert(key.to_owned(), value);
         self
     }
 }
@@ -147,5 +151,32 @@ impl From<MemoryError> for Status {
             }
             _ => Self::new(Code::Internal, "HOST", message),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_from_outside_stays_on_one_line_and_short() {
+        let status = Status::new(
+            Code::NotFound,
+            "X",
+            "no `a\n2026 INFO forged\r\0\u{1b}[2J\u{2028}ü`",
+        )
+        .with("name", "a\nb")
+        .with("count", 7);
+        assert_eq!(
+            status.message,
+            "no `a\\n2026 INFO forged\\r\\u{0}\\u{1b}[2J\\u{2028}ü`"
+        );
+        assert_eq!(status.details["name"], "a\\nb");
+        assert_eq!(status.details["count"], 7);
+        let long =
+            Status::new(Code::NotFound, "X", "\n".repeat(60 << 20)).with("name", "ü".repeat(9000));
+        assert!(long.message.ends_with("… (62910464 bytes more)"));
+        let name = long.details["name"].as_str().expect("text");
+        assert!(name.ends_with("ü… (13904 bytes more)"), "{name}");
     }
 }
