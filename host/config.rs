@@ -41,6 +41,11 @@ pub struct Server {
     pub drain_ms: Option<u64>,
     /// Longest gRPC message; a tensor row above it cannot be read inline.
     pub message_bytes_max: Option<usize>,
+    /// Time in which a Flight connection must begin to speak HTTP/2, each frame of it and each
+    /// request that is no upload must arrive whole.
+    pub request_ms: Option<u64>,
+    /// Longest pause of a Flight upload, or of a client that reads.
+    pub stall_ms: Option<u64>,
 }
 
 /// Defaults and upper bounds for each invocation.
@@ -184,6 +189,18 @@ impl Config {
     #[must_use]
     pub fn message_bytes_max(&self) -> usize {
         self.server.message_bytes_max.unwrap_or(256 << 20)
+    }
+
+    /// Time for what a client must send at once.
+    #[must_use]
+    pub fn request_time(&self) -> Duration {
+        Duration::from_millis(self.server.request_ms.unwrap_or(10_000))
+    }
+
+    /// Longest pause of a stream.
+    #[must_use]
+    pub fn stall(&self) -> Duration {
+        Duration::from_millis(self.server.stall_ms.unwrap_or(60_000))
     }
 
     /// Segments at a time: each holds a descriptor, and connections need some, too.

@@ -1,10 +1,14 @@
 //! Arrow Flight against a real host: every call, every kind of refusal, clients that misbehave.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
+#[path = "support/served.rs"]
+mod served;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use arrow_array::{
@@ -13,7 +17,7 @@ use arrow_array::{
 };
 use arrow_flight::encode::{DictionaryHandling, FlightDataEncoderBuilder};
 use arrow_flight::flight_service_client::FlightServiceClient;
-use arrow_flight::utils::flight_data_to_batches;
+use arrow_flight::utils::{batches_to_flight_data, flight_data_to_batches};
 use arrow_flight::{
     Action, CancelFlightInfoRequest, CancelStatus, Criteria, Empty, FlightClient, FlightData,
     FlightDescriptor, FlightInfo, HandshakeRequest, RenewFlightEndpointRequest, Ticket,
@@ -26,6 +30,8 @@ use strait::config::Config;
 use strait::lease::Principal;
 use strait::session::{FlightState, Host};
 use tokio::sync::{mpsc, oneshot};
+use tonic::body::Body;
+use tonic::codegen::http;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Status};
 
@@ -1745,26 +1751,10 @@ async fn an_encoded_path_as_authority_is_no_obstacle() {
 /// One ListActions in HTTP/2 by hand; answers what came back until the trailers or a reset.
 async fn raw_list_actions(mut socket: tokio::net::UnixStream) -> Vec<u8> {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let frame = |kind: u8, flags: u8, stream: u8, payload: &[u8]| {
-        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-        [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
-    };
-    let literal = |name: &str, value: &str| {
-        let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
-        [vec![0x40], text(name), text(value)].concat()
-    };
-    let headers = [
-        vec![0x83, 0x86],
-        literal(":path", "/arrow.flight.protocol.FlightService/ListActions"),
-        literal(":authority", "tmp%2Fa%2Fflight.sock"),
-        literal("content-type", "application/grpc"),
-        literal("te", "trailers"),
-    ]
-    .concat();
     let sent = [
-        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(),
+        PREFACE.to_vec(),
         frame(4, 0, 0, b""),
-        frame(1, 4, 1, &headers),
+        frame(1, 4, 1, &headers("ListActions")),
         frame(0, 1, 1, &[0; 5]),
     ]
     .concat();
@@ -1793,12 +1783,12 @@ async fn raw_list_actions(mut socket: tokio::net::UnixStream) -> Vec<u8> {
 async fn bytes_that_are_no_grpc_do_no_harm() {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let rig = Rig::new().await;
-    let preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+    let preface = PREFACE;
     for garbage in [
         b"GET / HTTP/1.1\r\n\r\n".to_vec(),
         vec![0xff; 4096],
-        [&preface[..], &[0xff; 64]].concat(),
-        [&preface[..], &[0, 0, 4, 1, 0x0c, 0, 0, 0, 1, 0xff, 0, 0, 0]].concat(),
+        [preface, &[0xff; 64]].concat(),
+        [preface, &[0, 0, 4, 1, 0x0c, 0, 0, 0, 1, 0xff, 0, 0, 0]].concat(),
     ] {
         let mut socket = tokio::net::UnixStream::connect(rig.directory.path().join("flight.sock"))
             .await
@@ -1813,6 +1803,463 @@ async fn bytes_that_are_no_grpc_do_no_harm() {
     }
     rig.put("x", floats(3)).await.unwrap();
     rig.end().await;
+}
+
+/// A channel on which every call goes to another method: whatever is sent to `do_put` is the body.
+#[derive(Clone)]
+struct Diverted(Channel, &'static str);
+
+impl tonic::codegen::Service<http::Request<Body>> for Diverted {
+    type Response = http::Response<Body>;
+    type Error = tonic::transport::Error;
+    type Future = <Channel as tonic::codegen::Service<http::Request<Body>>>::Future;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, mut request: http::Request<Body>) -> Self::Future {
+        let uri = request.uri().to_string().replace("DoPut", self.1);
+        *request.uri_mut() = uri.parse().unwrap();
+        self.0.call(request)
+    }
+}
+
+impl Rig {
+    async fn divert(
+        &self,
+        method: &'static str,
+        messages: impl Stream<Item = FlightData> + Send + 'static,
+    ) -> Result<(), Status> {
+        let mut client = FlightServiceClient::new(Diverted(self.channel().await, method));
+        let mut answer = client.do_put(messages).await?.into_inner();
+        while answer.message().await?.is_some() {}
+        Ok(())
+    }
+}
+
+/// Every call whose request is one message.
+const UNARY: [&str; 7] = [
+    "ListFlights",
+    "GetFlightInfo",
+    "PollFlightInfo",
+    "GetSchema",
+    "DoGet",
+    "DoAction",
+    "ListActions",
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_has_a_size_and_a_time() {
+    let rig = Rig::with(|config| config.server.request_ms = Some(300)).await;
+    let used = rig.used();
+    for method in UNARY {
+        let long = FlightData::new().with_data_body(vec![0; MIB]);
+        refused(
+            rig.divert(method, stream::iter([long])).await,
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            &["1048", "1048576", "DoPut"],
+        );
+        // Whole, and then never the end.
+        let endless = stream::iter([FlightData::new()]).chain(stream::pending());
+        refused(
+            rig.divert(method, endless).await,
+            Code::DeadlineExceeded,
+            "DEADLINE",
+            &["300 ms", "server.request_ms"],
+        );
+        let two = stream::iter([FlightData::new(), FlightData::new()]);
+        refused(
+            rig.divert(method, two).await,
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            &["more than one message"],
+        );
+    }
+    refused(
+        rig.divert("Nonsense", stream::iter([FlightData::new()]))
+            .await,
+        Code::Unimplemented,
+        "UNSUPPORTED_OP",
+        &["no such call"],
+    );
+    // A cmd as large as it may be, and a longer one.
+    let padded = |bytes: usize| {
+        let mut invoke = shift("x");
+        invoke["parameters"]["text"] = "n".repeat(bytes).into();
+        cmd(&invoke)
+    };
+    rig.put("x", floats(3)).await.unwrap();
+    refused(
+        rig.info(padded(MIB - 1000)).await,
+        Code::InvalidArgument,
+        "UNKNOWN_PARAMETER",
+        &["`text`"],
+    );
+    for bytes in [MIB, 60 * MIB] {
+        refused(
+            rig.info(padded(bytes)).await,
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            &["1048576"],
+        );
+    }
+    rig.act("drop", "x").await.unwrap();
+    eventually("nothing is left", || rig.used() == used).await;
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_full_budget_still_lets_a_drop_in() {
+    let rig = Rig::with(|config| config.memory.budget_bytes = Some(4 << 20)).await;
+    rig.put("x", floats(MIB / 8)).await.unwrap();
+    let rest = rig
+        .host
+        .budget()
+        .try_reserve(rig.host.budget().limit() - rig.host.budget().used());
+    refused(
+        rig.put("y", floats(MIB / 8)).await,
+        Code::ResourceExhausted,
+        "BUDGET_EXCEEDED",
+        &["4194304"],
+    );
+    rig.act("drop", "x").await.unwrap();
+    drop(rest);
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn text_that_is_no_utf8_is_told_so() {
+    let rig = Rig::new().await;
+    // As a descriptor this is a path, as an action its kind.
+    let path = FlightData::new().with_app_metadata(vec![0xff]);
+    let kind = FlightData::new().with_descriptor(FlightDescriptor::new_cmd(vec![0xff]));
+    for (method, message) in [
+        ("GetFlightInfo", &path),
+        ("GetSchema", &path),
+        ("PollFlightInfo", &path),
+        ("DoAction", &kind),
+    ] {
+        refused(
+            rig.divert(method, stream::iter([message.clone()])).await,
+            Code::InvalidArgument,
+            "BAD_REQUEST",
+            &[method, "UTF-8"],
+        );
+    }
+    refused(
+        rig.info(FlightDescriptor::new_cmd(vec![0xff])).await,
+        Code::InvalidArgument,
+        "BAD_REQUEST",
+        &["cmd", "JSON"],
+    );
+    let prefix = Criteria {
+        expression: Bytes::from_static(b"\xff"),
+    };
+    refused(
+        rig.client().await.list_flights(prefix).await,
+        Code::InvalidArgument,
+        "BAD_REQUEST",
+        &["text"],
+    );
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_stay_on_one_line_and_short() {
+    let rig = Rig::new().await;
+    let forged = "x`\n2026-01-01T00:00:00Z  INFO strait: forged\r\u{0}\u{1b}[2J";
+    let long = "n".repeat(900 << 10);
+    for name in [forged, &long] {
+        for refused in [
+            rig.info(path(name)).await.map(|_| ()),
+            rig.get(name.to_owned()).await.map(|_| ()),
+            rig.put(name, floats(1)).await.map(|_| ()),
+            rig.act("drop", name.to_owned()).await.map(|_| ()),
+            rig.act(name, "").await.map(|_| ()),
+            rig.act("describe", name.to_owned()).await.map(|_| ()),
+            rig.info(cmd(&json!({"kernel": name, "inputs": {}})))
+                .await
+                .map(|_| ()),
+            rig.info(cmd(&shift(name))).await.map(|_| ()),
+        ] {
+            let status = refused.unwrap_err();
+            let text = format!(
+                "{}{}",
+                status.message(),
+                String::from_utf8_lossy(status.details())
+            );
+            assert!(
+                text.len() < 8 << 10 && !text.contains(char::is_control),
+                "{text:?}"
+            );
+        }
+    }
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_that_pauses_too_long_is_ended() {
+    let rig = Rig::with(|config| config.server.stall_ms = Some(300)).await;
+    let used = rig.used();
+    let data = messages(&floats(MIB), Some("x")).await;
+    for count in [0, 1, 4] {
+        let sent = data.clone().into_iter().take(count);
+        let paused = stream::iter(sent).chain(stream::pending());
+        refused(
+            rig.divert("DoPut", paused).await,
+            Code::DeadlineExceeded,
+            "DEADLINE",
+            &["300 ms", "server.stall_ms"],
+        );
+    }
+    assert_eq!(
+        (rig.used(), rig.host.list(rig.me(), None, 10).len()),
+        (used, 0)
+    );
+    // One that takes longer in all, without such a pause.
+    let slow = stream::iter(data).then(|message| async {
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        message
+    });
+    rig.divert("DoPut", slow).await.unwrap();
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_pauses_too_long_is_ended() {
+    let rig = Rig::with(|config| config.server.stall_ms = Some(300)).await;
+    let used = rig.used();
+    rig.put("x", floats(8 * MIB)).await.unwrap();
+    let mut client = rig.client().await;
+    let mut paused = client.do_get(Ticket::new("x")).await.unwrap().into_inner();
+    paused.try_next().await.unwrap().unwrap();
+    // It reads from time to time: longer in all, and to the end.
+    let mut slow = rig
+        .client()
+        .await
+        .do_get(Ticket::new("x"))
+        .await
+        .unwrap()
+        .into_inner();
+    let mut bytes = 0;
+    while let Some(message) = slow.try_next().await.unwrap() {
+        bytes += message.data_body.len();
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert_eq!(bytes, 64 * MIB);
+    eventually("the paused reader holds nothing", || {
+        state(&rig, "x") == (FlightState::Uploaded, 0)
+    })
+    .await;
+    rig.act("drop", "x").await.unwrap();
+    eventually("its bytes are free", || rig.used() == used).await;
+    let end: Result<Vec<_>, _> = paused.try_collect().await;
+    refused(
+        end,
+        Code::DeadlineExceeded,
+        "DEADLINE",
+        &["300 ms", "server.stall_ms"],
+    );
+    rig.end().await;
+}
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// A frame of HTTP/2.
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+/// The header block of a call.
+fn headers(method: &str) -> Vec<u8> {
+    let literal = |name: &str, value: &str| {
+        let text = |text: &str| [&[u8::try_from(text.len()).unwrap()], text.as_bytes()].concat();
+        [vec![0x40], text(name), text(value)].concat()
+    };
+    let path = format!("/arrow.flight.protocol.FlightService/{method}");
+    [
+        vec![0x83, 0x86],
+        literal(":path", &path),
+        literal(":authority", "tmp%2Fa%2Fflight.sock"),
+        literal("content-type", "application/grpc"),
+        literal("te", "trailers"),
+    ]
+    .concat()
+}
+
+/// A DoGet of `x` whose client has room for everything, and says so.
+fn raw_do_get() -> Vec<u8> {
+    let window = (1_u32 << 30).to_be_bytes();
+    let settings = [&[0, 4], &window[..]].concat();
+    let ticket = [&[0, 0, 0, 0, 3, 0x0a, 1], &b"x"[..]].concat();
+    [
+        PREFACE.to_vec(),
+        frame(4, 0, 0, &settings),
+        frame(8, 0, 0, &window),
+        frame(1, 4, 1, &headers("DoGet")),
+        frame(0, 1, 1, &ticket),
+    ]
+    .concat()
+}
+
+async fn raw(directory: &std::path::Path, sent: &[u8]) -> tokio::net::UnixStream {
+    use tokio::io::AsyncWriteExt;
+    let socket = directory.join("flight.sock");
+    let mut socket = tokio::net::UnixStream::connect(socket).await.unwrap();
+    socket.write_all(sent).await.unwrap();
+    socket
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_must_go_on_with_what_it_began() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let rig = Rig::with(|config| {
+        config.server.request_ms = Some(300);
+        config.server.stall_ms = Some(600);
+    })
+    .await;
+    rig.put("x", floats(8 * MIB)).await.unwrap();
+    let settings = frame(4, 0, 0, b"");
+    let block = headers("ListActions");
+    for begun in [
+        vec![],
+        PREFACE[..10].to_vec(),
+        PREFACE.to_vec(),
+        [PREFACE, &settings, &[0, 0]].concat(),
+        [PREFACE, &settings, &frame(1, 0, 1, &block[..20])].concat(),
+        [PREFACE, &settings, &frame(1, 4, 1, &block)[..20]].concat(),
+    ] {
+        let mut socket = raw(rig.directory.path(), &begun).await;
+        let mut answer = Vec::new();
+        // What it says, if anything, is HTTP/2's affair.
+        let _ = within(
+            "the end of what was only begun",
+            socket.read_to_end(&mut answer),
+        )
+        .await;
+    }
+    // Byte by byte, each in time, the whole too late.
+    let mut socket = raw(rig.directory.path(), &[]).await;
+    let dripped = async {
+        for byte in PREFACE {
+            if socket.write_all(&[*byte]).await.is_err() {
+                return true;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        false
+    };
+    assert!(within("the drip ends", dripped).await);
+    // Whole, and then silent: an idle connection.
+    let idle = rig.client().await;
+    let mut quiet = raw(rig.directory.path(), &[PREFACE, &settings].concat()).await;
+    // One that takes nothing of what it asked for.
+    let mut deaf = raw(rig.directory.path(), &raw_do_get()).await;
+    eventually("it is read for", || {
+        state(&rig, "x").0 == FlightState::Streaming
+    })
+    .await;
+    eventually("it is no longer waited for", || {
+        state(&rig, "x") == (FlightState::Uploaded, 0)
+    })
+    .await;
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    let mut answer = Vec::new();
+    let _ = within("the deaf one's end", deaf.read_to_end(&mut answer)).await;
+    assert!(answer.len() < 64 * MIB, "{}", answer.len());
+    idle.clone().list_actions(Empty {}).await.unwrap();
+    quiet.write_all(&frame(1, 5, 1, &block)).await.unwrap();
+    let mut start = [0; 9];
+    within("an answer", quiet.read_exact(&mut start))
+        .await
+        .unwrap();
+    drop((idle, quiet));
+    rig.end().await;
+}
+
+/// Flight of a host process.
+async fn connect(served: &served::Served) -> Client {
+    let socket = served.directory().join("flight.sock");
+    let endpoint = Endpoint::from_shared(format!("unix:{}", socket.display())).unwrap();
+    FlightServiceClient::new(endpoint.connect().await.unwrap())
+}
+
+async fn put_to(client: &mut Client, data: impl Stream<Item = FlightData> + Send + 'static) {
+    let mut answer = client.do_put(data).await.unwrap().into_inner();
+    while answer.try_next().await.unwrap().is_some() {}
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_upload_holds_the_bytes_of_its_tensors() {
+    let served = served::Served::start(&[]);
+    let mut watcher = served.greeted();
+    let mut client = connect(&served).await;
+    let resident = |watcher: &mut served::Raw| {
+        let stats = watcher.ok(strait_client::wire::Op::Stats, json!({}));
+        stats["process"]["resident_bytes"].as_u64().unwrap()
+    };
+    let before = resident(&mut watcher);
+    let data = messages(&floats(1), Some("x")).await;
+    let empty = floats(0);
+    let empty = batches_to_flight_data(&empty.schema(), [&empty]).unwrap();
+    let empty = FlightData {
+        data_body: vec![0xff; MIB].into(),
+        ..empty[1].clone()
+    };
+    let [schema, row] = <[FlightData; 2]>::try_from(data).unwrap();
+    let padding = FlightData {
+        app_metadata: vec![0xff; MIB].into(),
+        ..row.clone()
+    };
+    // 900 MiB in all, for 600 rows.
+    let sent = (0..300).flat_map(move |_| [empty.clone(), row.clone(), padding.clone()]);
+    put_to(&mut client, stream::iter([schema].into_iter().chain(sent))).await;
+    let after = resident(&mut watcher);
+    assert!(after < before + (64 << 20), "{before} to {after} bytes");
+    let stats = watcher.ok(strait_client::wire::Op::Stats, json!({}));
+    assert!(
+        stats["budget_used_bytes"].as_u64().unwrap() < 1 << 20,
+        "{stats}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ending_does_not_wait_for_clients_that_do_not_go_on() {
+    // Nothing but the end of everybody else ends it.
+    let served = served::Served::with(&[], &[("STRAIT__SERVER__DRAIN_MS", "3600000")]);
+    let mut client = connect(&served).await;
+    let data = messages(&floats(8 * MIB), Some("x")).await;
+    put_to(&mut client, stream::iter(data.clone())).await;
+    // It reads no further, while its library still speaks HTTP/2.
+    let mut paused = client.do_get(Ticket::new("x")).await.unwrap().into_inner();
+    paused.try_next().await.unwrap().unwrap();
+    // They read nothing at all: with something to read, and with nothing.
+    let directory = served.directory();
+    let _deaf = raw(&directory, &raw_do_get()).await;
+    let _silent = raw(&directory, &[PREFACE, &frame(4, 0, 0, b"")].concat()).await;
+    let _nothing = raw(&directory, b"").await;
+    // It sends no further.
+    let mut sender = connect(&served).await;
+    let name = data[0].clone().with_descriptor(path("y"));
+    let half = stream::iter([name]).chain(stream::pending());
+    let _upload = sender.do_put(half).await.unwrap();
+    // And one that reads to the end.
+    let mut reader = connect(&served).await;
+    let mut read = reader.do_get(Ticket::new("x")).await.unwrap().into_inner();
+    read.try_next().await.unwrap().unwrap();
+    served.terminate();
+    let mut bytes = 0;
+    while let Some(message) = within("the rest", read.try_next()).await.unwrap() {
+        bytes += message.data_body.len();
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(bytes, 64 * MIB);
+    tokio::task::spawn_blocking(move || served.ended())
+        .await
+        .unwrap();
 }
 
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {

@@ -16,12 +16,6 @@
 //! the dynamic table (no client known sends either for this name). After anything that is not
 //! HTTP/2 the rest of the connection is left alone too; h2 closes it.
 
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll, ready};
-
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-
 /// What every client sends first.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEADER_BYTES: usize = 9;
@@ -48,6 +42,7 @@ fn is_legal(byte: u8) -> bool {
 #[derive(Debug, Default)]
 pub(super) struct AuthorityRepair {
     at: At,
+    frames: u64,
 }
 
 /// What the next byte belongs to.
@@ -140,6 +135,25 @@ enum Part {
 struct Malformed;
 
 impl AuthorityRepair {
+    /// Frames that began so far.
+    pub(super) fn frames(&self) -> u64 {
+        self.frames
+    }
+
+    /// Whether something has begun that is not whole: the preface with its first frame, any other
+    /// frame, a header block.
+    pub(super) fn is_midway(&self) -> bool {
+        match &self.at {
+            At::Start | At::Preface(_) | At::Elsewhere => true,
+            At::Frames(frames) => {
+                self.frames == 0
+                    || frames.header_len > 0
+                    || frames.block.is_some()
+                    || !matches!(frames.payload, Payload::None)
+            }
+        }
+    }
+
     /// Repairs the next bytes of the connection, however they were cut.
     pub(super) fn pass(&mut self, mut bytes: &mut [u8]) {
         while !bytes.is_empty() {
@@ -171,7 +185,14 @@ impl AuthorityRepair {
                 }
                 Ok(1)
             }
-            At::Frames(frames) => frames.step(bytes),
+            At::Frames(frames) => {
+                let in_header = frames.header_len > 0;
+                let done = frames.step(bytes)?;
+                if in_header && frames.header_len == 0 {
+                    self.frames += 1;
+                }
+                Ok(done)
+            }
         }
     }
 }
@@ -483,67 +504,6 @@ impl Field {
     }
 }
 
-/// A connection whose incoming bytes are repaired.
-#[derive(Debug)]
-pub(super) struct Repaired<S> {
-    /// The connection itself.
-    pub(super) stream: S,
-    repair: AuthorityRepair,
-}
-
-impl<S> Repaired<S> {
-    /// Repairs what `stream` yields from its first byte on.
-    pub(super) fn new(stream: S) -> Self {
-        Self {
-            stream,
-            repair: AuthorityRepair::default(),
-        }
-    }
-}
-
-impl<S: AsyncRead + Unpin> AsyncRead for Repaired<S> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(context, buffer))?;
-        self.repair.pass(&mut buffer.filled_mut()[before..]);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl<S: AsyncWrite + Unpin> AsyncWrite for Repaired<S> {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -669,6 +629,28 @@ mod tests {
             ]
         };
         check(&headers(BAD), &headers(GOOD));
+    }
+
+    #[test]
+    fn it_says_whether_something_has_begun() {
+        let bytes = connection(&[
+            frame(4, 0, b""),
+            frame(HEADERS, 0, &[0x82]),
+            frame(CONTINUATION, END_HEADERS, &[0x83]),
+            frame(0, 1, b"data"),
+        ]);
+        // Where each of them ends; between the parts of a header block nothing is whole.
+        let whole = [24 + 9, 24 + 9 + 2 * 10, 24 + 9 + 2 * 10 + 13];
+        let mut repair = AuthorityRepair::default();
+        assert!(repair.is_midway());
+        for (at, byte) in bytes.iter().enumerate() {
+            repair.pass(&mut [*byte]);
+            assert_eq!(!repair.is_midway(), whole.contains(&(at + 1)), "{at}");
+        }
+        assert_eq!(repair.frames(), 4);
+        let mut other = AuthorityRepair::default();
+        other.pass(&mut b"GET / HTTP/1.1\r\n\r\n".to_vec());
+        assert!(other.is_midway(), "it never becomes a frame");
     }
 
     #[test]

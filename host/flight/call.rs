@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
+use tonic::codegen::http::HeaderValue;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response};
 
 use super::Peer;
+use super::connection::{State, Working};
 use crate::error::{Code, Status};
 use crate::lease::Principal;
 use crate::session::Host;
@@ -13,7 +15,7 @@ use crate::session::Host;
 /// Header of requests and responses: the request id.
 pub(super) const REQUEST_ID: &str = "x-request-id";
 /// Trailer of errors: the stable reason.
-const REASON: &str = "x-strait-reason";
+pub(super) const REASON: &str = "x-strait-reason";
 
 /// Longest error text sent, in bytes: gRPC C++ refuses more than 8 KiB of trailers in all.
 const MESSAGE_BYTES_MAX: usize = 2048;
@@ -30,30 +32,26 @@ pub(super) struct Call {
     pub(super) remote: bool,
     pub(super) request_id: Arc<str>,
     pub(super) span: tracing::Span,
+    name: &'static str,
+    connection: Option<Arc<State>>,
+    /// The client chose the id, in a header.
+    is_id_given: bool,
 }
 
 impl Call {
-    /// Lets a request in. Its id is the header's, else `body_id`, else a new one.
+    /// Lets a request in. Its id is the header's, or a new one.
     ///
     /// # Errors
     /// `BAD_REQUEST` for an id that is none; `PERMISSION_DENIED` for a peer that nobody is.
-    pub(super) fn begin<T>(
+    pub(super) fn begin(
         host: &Host,
         overflow_uid: u32,
         name: &'static str,
-        request: &Request<T>,
-        body_id: Option<&str>,
+        peer: Option<&Peer>,
+        id: Option<&HeaderValue>,
     ) -> Result<Self, tonic::Status> {
-        let header = request
-            .metadata()
-            .get(REQUEST_ID)
-            .map(|value| value.to_str());
-        let given = match header {
-            // Not even text: refused as every other id that is none.
-            Some(Err(_)) => Some("\u{fffd}"),
-            Some(Ok(id)) => Some(id),
-            None => body_id,
-        };
+        // Not even text: refused as every other id that is none.
+        let given = id.map(|id| id.to_str().unwrap_or("\u{fffd}"));
         let request_id = match host.request_id(given) {
             Ok(id) => id,
             Err(status) => {
@@ -63,14 +61,17 @@ impl Call {
                 return Err(to_tonic(&status, &fresh));
             }
         };
-        let Peer { uid, remote } = Peer::of(request);
-        let span = tracing::info_span!("flight", call = name, request_id = &*request_id, uid);
+        let uid = peer.and_then(|peer| peer.uid);
+        let span = span(name, &request_id, uid);
         match uid {
             Some(uid) if uid != overflow_uid => Ok(Self {
                 principal: Principal { uid },
-                remote,
+                remote: peer.is_none_or(|peer| peer.remote),
                 request_id,
                 span,
+                name,
+                connection: peer.and_then(|peer| peer.connection.clone()),
+                is_id_given: id.is_some(),
             }),
             _ => {
                 let status = Status::new(
@@ -86,6 +87,39 @@ impl Call {
                 Err(to_tonic(&status, &request_id))
             }
         }
+    }
+
+    /// The call that let this request in.
+    ///
+    /// # Errors
+    /// If none did, which is a bug of ours.
+    pub(super) fn of<T>(request: &Request<T>) -> Result<Self, tonic::Status> {
+        let found = request.extensions().get::<Self>().cloned();
+        found.ok_or_else(|| tonic::Status::internal("a request that nobody let in"))
+    }
+
+    /// The same under the id in the request's body, if there is one and none in the header.
+    ///
+    /// # Errors
+    /// `BAD_REQUEST` for an id that is none.
+    pub(super) fn identified(self, host: &Host, id: Option<&str>) -> Result<Self, tonic::Status> {
+        let Some(id) = id.filter(|_| !self.is_id_given) else {
+            return Ok(self);
+        };
+        let request_id = host
+            .request_id(Some(id))
+            .map_err(|status| self.failed(&status))?;
+        let span = span(self.name, &request_id, Some(self.principal.uid));
+        Ok(Self {
+            request_id,
+            span,
+            ..self
+        })
+    }
+
+    /// The host does something for it until the guard drops: its connection is waited for.
+    pub(super) fn working(&self) -> Option<Working> {
+        self.connection.as_ref().map(State::working)
     }
 
     /// Whether it comes from this machine by a unix socket.
@@ -127,6 +161,10 @@ impl Call {
         });
         to_tonic(status, &self.request_id)
     }
+}
+
+fn span(name: &'static str, request_id: &str, uid: Option<u32>) -> tracing::Span {
+    tracing::info_span!("flight", call = name, request_id, uid)
 }
 
 fn insert(metadata: &mut MetadataMap, key: &'static str, value: &str) {
@@ -229,9 +267,12 @@ mod tests {
         config.engine.cache = Some(std::path::PathBuf::new());
         let host = Host::start(config, directory.path()).expect("a host");
         let from = |uid| {
-            let mut request = Request::new(());
-            request.extensions_mut().insert(Peer { uid, remote: false });
-            Call::begin(&host, 65534, "DoGet", &request, None).map(|call| call.principal)
+            let peer = Peer {
+                uid,
+                remote: false,
+                connection: None,
+            };
+            Call::begin(&host, 65534, "DoGet", Some(&peer), None).map(|call| call.principal)
         };
         assert_eq!(from(Some(7)).expect("a user"), Principal { uid: 7 });
         for nobody in [Some(65534), None] {

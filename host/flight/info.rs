@@ -18,6 +18,8 @@ use crate::session::{Host, Invoked};
 
 /// Where the first message of a segment begins.
 const FIRST_MESSAGE: usize = 8;
+/// Longer JSON is not parsed on a thread of the runtime.
+const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
 /// No schema of a segment that the host laid out comes near this.
 const SCHEMA_BYTES_MAX: u64 = 2 << 20;
 
@@ -44,25 +46,38 @@ pub(super) enum Target {
 }
 
 impl Target {
-    pub(super) fn of(descriptor: &FlightDescriptor) -> Result<Self, Status> {
+    pub(super) async fn of(descriptor: &FlightDescriptor) -> Result<Self, Status> {
         match (descriptor.r#type(), descriptor.path.as_slice()) {
             (DescriptorType::Path, [name]) => Ok(Self::Name(name.clone())),
             (DescriptorType::Path, path) => Err(bad_request(format!(
                 "a path of {} parts; a flight's path is its name, one part",
                 path.len()
             ))),
-            (DescriptorType::Cmd, _) => serde_json::from_slice(&descriptor.cmd)
-                .map(|invoke| Self::Invoke(Box::new(invoke)))
-                .map_err(|error| {
-                    bad_request(format!(
-                        "the descriptor's cmd is no invocation in JSON ({error}); \
-                         it looks like {{\"kernel\": \"zscore\", \"inputs\": {{\"x\": \"name\"}}, \"parameters\": {{\"axis\": 0}}}}"
-                    ))
-                }),
-            (DescriptorType::Unknown, _) => {
-                Err(bad_request("a descriptor without a type; make it a path [name] or a cmd"))
+            (DescriptorType::Cmd, _) if descriptor.cmd.len() <= PARSED_INLINE_BYTES_MAX => {
+                Self::parse(&descriptor.cmd)
             }
+            (DescriptorType::Cmd, _) => {
+                let cmd = descriptor.cmd.clone();
+                match tokio::task::spawn_blocking(move || Self::parse(&cmd)).await {
+                    Ok(parsed) => parsed,
+                    Err(error) => Err(host_bug("reading a cmd", error)),
+                }
+            }
+            (DescriptorType::Unknown, _) => Err(bad_request(
+                "a descriptor without a type; make it a path [name] or a cmd",
+            )),
         }
+    }
+
+    fn parse(cmd: &[u8]) -> Result<Self, Status> {
+        serde_json::from_slice(cmd)
+            .map(|invoke| Self::Invoke(Box::new(invoke)))
+            .map_err(|error| {
+                bad_request(format!(
+                    "the descriptor's cmd is no invocation in JSON ({error}); \
+                     it looks like {{\"kernel\": \"zscore\", \"inputs\": {{\"x\": \"name\"}}, \"parameters\": {{\"axis\": 0}}}}"
+                ))
+            })
     }
 
     /// The request id in an invocation's JSON.

@@ -1,11 +1,11 @@
 //! Arrow Flight: the same flights, kernels and invocations as the data socket, for stock clients.
 //!
 //! ```text
-//! serve ── accept ──▶ Repaired (authority) ──▶ tonic ──▶ Service (one call: a Call)
-//!                                                          ├─▶ info    descriptors, FlightInfo, schemas
-//!                                                          ├─▶ read    DoGet: a segment as messages
-//!                                                          ├─▶ upload  DoPut: messages into a segment
-//!                                                          └─▶ action  DoAction
+//! serve ── accept ──▶ Connection (authority, times) ──▶ tonic ──▶ Front (a Call) ──▶ Service
+//!                                                                   ├─▶ info    descriptors, FlightInfo, schemas
+//!                                                                   ├─▶ read    DoGet: a segment as messages
+//!                                                                   ├─▶ upload  DoPut: messages into a segment
+//!                                                                   └─▶ action  DoAction
 //! ```
 //! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
 //! chunks, counted. A connection's principal is the uid of the process that connected.
@@ -13,24 +13,28 @@
 mod action;
 mod authority;
 mod call;
+mod connection;
+mod front;
 mod info;
 mod read;
 mod service;
 mod upload;
 
+use std::fs::File;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arrow_flight::flight_service_server::FlightServiceServer;
-use futures::stream::{self, Stream};
+use futures::stream;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener, UnixStream};
+use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tonic::transport::Server;
-use tonic::transport::server::{Connected, TcpConnectInfo};
 
 use crate::session::Host;
-use authority::Repaired;
+use connection::{Connections, State};
+use front::Front;
 use service::Service;
 
 /// HTTP/2 windows: with the default of 64 KiB a stream runs at less than half the speed.
@@ -43,6 +47,10 @@ const CALLS_MAX: u32 = 1024;
 const METADATA_BYTES: usize = 1 << 20;
 /// Pause after a connection that could not be accepted (out of descriptors, for instance).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+/// Such connections are told of once in this time.
+const TOLD_EACH: Duration = Duration::from_secs(1);
+/// How often connections are looked at.
+const SWEEP_EACH: Duration = Duration::from_millis(250);
 
 /// Why Flight is not (or no longer) served.
 #[derive(Debug, thiserror::Error)]
@@ -64,41 +72,54 @@ fn overflow_uid() -> std::io::Result<u32> {
 }
 
 /// Who is at the other end of a connection.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Peer {
     /// None: Linux did not say.
     uid: Option<u32>,
     /// Over TCP: served as the host's own user, with less.
     remote: bool,
+    /// None: in a test.
+    connection: Option<Arc<State>>,
 }
 
-impl Peer {
-    fn of<T>(request: &tonic::Request<T>) -> Self {
-        let extensions = request.extensions();
-        let tcp = extensions.get::<TcpConnectInfo>().map(|_| Self {
-            uid: Some(rustix::process::geteuid().as_raw()),
-            remote: true,
-        });
-        let unknown = Self {
-            uid: None,
-            remote: true,
+/// What connections come from.
+trait Listener {
+    type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
+
+    /// The next connection, ready to be used, and who that is.
+    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
+}
+
+impl Listener for UnixListener {
+    type Stream = UnixStream;
+
+    async fn next(&self) -> io::Result<(UnixStream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        // Best effort: with a short buffer two processes wake each other all the time.
+        let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
+        let uid = stream.peer_cred().ok();
+        let peer = Peer {
+            uid: uid.map(|credentials| credentials.uid()),
+            remote: false,
+            connection: None,
         };
-        extensions.get::<Self>().copied().or(tcp).unwrap_or(unknown)
+        Ok((stream, peer))
     }
 }
 
-impl Connected for Repaired<UnixStream> {
-    type ConnectInfo = Peer;
+impl Listener for TcpListener {
+    type Stream = TcpStream;
 
-    fn connect_info(&self) -> Peer {
-        Peer {
-            uid: self
-                .stream
-                .peer_cred()
-                .ok()
-                .map(|credentials| credentials.uid()),
-            remote: false,
-        }
+    async fn next(&self) -> io::Result<(TcpStream, Peer)> {
+        let (stream, _) = self.accept().await?;
+        // Best effort: without it the end of a message may wait for an acknowledgement.
+        let _ = stream.set_nodelay(true);
+        let peer = Peer {
+            uid: Some(rustix::process::geteuid().as_raw()),
+            remote: true,
+            connection: None,
+        };
+        Ok((stream, peer))
     }
 }
 
@@ -112,26 +133,7 @@ pub async fn serve(
     listener: UnixListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let accepted = stream::unfold(listener, |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) => {
-                    // Best effort: with a short buffer two processes wake each other all the time.
-                    let _ = rustix::net::sockopt::set_socket_send_buffer_size(
-                        &connection,
-                        SEND_BUFFER_BYTES,
-                    );
-                    let connection: std::io::Result<_> = Ok(Repaired::new(connection));
-                    return Some((connection, listener));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a Flight connection could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    });
-    serve_connections(host, accepted, shutdown).await
+    serve_connections(host, listener, shutdown).await
 }
 
 /// Serves a part of Flight over TCP until `shutdown`: lists, reads and puts of the host's own user.
@@ -145,45 +147,88 @@ pub async fn serve_tcp(
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let accepted = stream::unfold(listener, |listener| async move {
-        loop {
-            match listener.accept().await {
-                Ok((connection, _)) => {
-                    // Best effort: without it the end of a message may wait for an acknowledgement.
-                    let _ = connection.set_nodelay(true);
-                    let connection: std::io::Result<_> = Ok(connection);
-                    return Some((connection, listener));
-                }
-                Err(error) => {
-                    tracing::warn!(%error, "a Flight connection over TCP could not be accepted");
-                    tokio::time::sleep(ACCEPT_PAUSE).await;
-                }
-            }
-        }
-    });
-    serve_connections(host, accepted, shutdown).await
+    serve_connections(host, listener, shutdown).await
 }
 
-async fn serve_connections<C>(
+/// Connections as they come. When no descriptor is left for one, a spare makes room for it to be
+/// taken and closed: its client is told, and does not wait for a host that is full.
+struct Accepting<L> {
+    listener: L,
+    spare: Option<File>,
+    told: Option<Instant>,
+}
+
+impl<L: Listener> Accepting<L> {
+    fn new(listener: L) -> Self {
+        Self {
+            listener,
+            spare: spare(),
+            told: None,
+        }
+    }
+
+    async fn next(&mut self) -> (L::Stream, Peer) {
+        loop {
+            let error = match self.listener.next().await {
+                Ok(accepted) => return accepted,
+                Err(error) => error,
+            };
+            if self.told.is_none_or(|told| told.elapsed() > TOLD_EACH) {
+                self.told = Some(Instant::now());
+                tracing::warn!(%error, "a Flight connection could not be accepted");
+            }
+            if self.spare.take().is_some() {
+                let _ = tokio::time::timeout(ACCEPT_PAUSE, self.listener.next()).await;
+            }
+            self.spare = spare();
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+    }
+}
+
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
+}
+
+async fn serve_connections(
     host: Arc<Host>,
-    accepted: impl Stream<Item = std::io::Result<C>>,
+    listener: impl Listener,
     shutdown: impl Future<Output = ()>,
-) -> Result<(), ServeError>
-where
-    C: AsyncRead + AsyncWrite + Connected + Unpin + Send + 'static,
-{
+) -> Result<(), ServeError> {
     let overflow_uid = overflow_uid().map_err(ServeError::OverflowUid)?;
-    let message_bytes_max = host.config().message_bytes_max();
-    let service = FlightServiceServer::new(Service::new(host, overflow_uid))
-        .max_decoding_message_size(message_bytes_max.saturating_add(METADATA_BYTES))
+    let config = host.config();
+    let connections = Connections::new(config.request_time(), config.stall());
+    let flight = FlightServiceServer::new(Service::new(Arc::clone(&host)))
+        .max_decoding_message_size(config.message_bytes_max().saturating_add(METADATA_BYTES))
         // `read` bounds what goes out, with an error that says what else the client can do.
         .max_encoding_message_size(usize::MAX);
-    Server::builder()
+    let accepted = stream::unfold(Accepting::new(listener), |mut accepting| async {
+        let (stream, peer) = accepting.next().await;
+        let connection: io::Result<_> = Ok(connections.add(stream, peer));
+        Some((connection, accepting))
+    });
+    let shutdown = async {
+        shutdown.await;
+        connections.drain();
+    };
+    let served = Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_concurrent_streams(CALLS_MAX)
-        .add_service(service)
-        .serve_with_incoming_shutdown(accepted, shutdown)
-        .await?;
-    Ok(())
+        .serve_with_incoming_shutdown(
+            Front::new(flight, Arc::clone(&host), overflow_uid),
+            accepted,
+            shutdown,
+        );
+    let swept = async {
+        let mut ticks = tokio::time::interval(SWEEP_EACH);
+        loop {
+            ticks.tick().await;
+            connections.sweep(Instant::now());
+        }
+    };
+    tokio::select! {
+        served = served => Ok(served?),
+        () = swept => Ok(()),
+    }
 }

@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use arrow_flight::FlightData;
 use arrow_ipc::convert::IpcSchemaEncoder;
@@ -339,6 +340,56 @@ fn batch_header(columns: &[ColumnPlace], rows: u64, bytes: u64) -> Result<Vec<u8
 /// One of the host's places for streams; the flight's guard, if the segment has a name.
 pub(super) type Held = (OwnedSemaphorePermit, Option<Reading>);
 
+/// What a stream holds, until it ends or its client has not read for too long.
+struct Streaming {
+    reader: Arc<Reader>,
+    _held: Held,
+    asked: Instant,
+}
+
+/// Ends the watch over a stream that ended.
+struct Watch(tokio::task::AbortHandle);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+type Shared = Arc<Mutex<Option<Streaming>>>;
+
+fn lock(shared: &Shared) -> std::sync::MutexGuard<'_, Option<Streaming>> {
+    shared
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// Takes away what a stream holds when nothing is asked of it for `stall`: a stream whose client
+/// does not read is not polled, and could not end by itself.
+fn watch(shared: &Shared, stall: Duration) -> Watch {
+    let weak = Arc::downgrade(shared);
+    let watching = tokio::spawn(async move {
+        let mut wait = stall;
+        loop {
+            tokio::time::sleep(wait).await;
+            let Some(shared) = weak.upgrade() else { return };
+            let mut streaming = lock(&shared);
+            let idle = streaming.as_ref().map(|s| s.asked.elapsed());
+            match idle {
+                None => return,
+                Some(idle) if idle < stall => wait = stall - idle,
+                Some(_) => {
+                    let ended = streaming.take();
+                    drop(streaming);
+                    drop(ended);
+                    return;
+                }
+            }
+        }
+    });
+    Watch(watching.abort_handle())
+}
+
 /// The segment as a stream: its schema, then its rows.
 ///
 /// # Errors
@@ -353,14 +404,44 @@ pub(super) fn stream(
     let reader = Arc::new(Reader::new(host, segment, &schema)?);
     let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());
-    let batches = parts.map(move |rows| reader.message(rows));
+    let shared: Shared = Arc::new(Mutex::new(Some(Streaming {
+        reader,
+        _held: held,
+        asked: Instant::now(),
+    })));
+    let stall = host.config().stall();
+    let watch = watch(&shared, stall);
+    let batches = parts.map(move |rows| match &mut *lock(&shared) {
+        Some(streaming) => {
+            streaming.asked = Instant::now();
+            streaming.reader.message(rows)
+        }
+        None => Err(stalled(stall)),
+    });
     let messages = stream::once(async move { Ok(schema) })
         .chain(batches)
         .map(move |message| {
-            let _: &Held = &held;
+            let _: &Watch = &watch;
             message.map_err(|status| call.failed(&status))
+        })
+        // After an error there is nothing more.
+        .scan(false, |failed, message| {
+            let ended = std::mem::replace(failed, message.is_err());
+            std::future::ready((!ended).then_some(message))
         });
     Ok(messages.boxed())
+}
+
+fn stalled(stall: Duration) -> Status {
+    Status::new(
+        Code::DeadlineExceeded,
+        "DEADLINE",
+        format!(
+            "nothing of the stream was read for {} ms (setting server.stall_ms); \
+             read it without such a pause, or map the segment",
+            stall.as_millis()
+        ),
+    )
 }
 
 #[cfg(test)]

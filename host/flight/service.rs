@@ -17,6 +17,7 @@ use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
 use super::call::Call;
+use super::front::Refused;
 use super::info::{self, Target, Wanted, bad_request, host_bug};
 use super::{action, read, upload};
 use crate::error::{Code, Status};
@@ -36,7 +37,6 @@ const REPLACE: &str = "x-strait-replace";
 /// The Flight service.
 pub(super) struct Service {
     host: Arc<Host>,
-    overflow_uid: u32,
     streams: Arc<Semaphore>,
 }
 
@@ -44,27 +44,22 @@ type Answered<T> = Result<Response<T>, tonic::Status>;
 type Messages<T> = BoxStream<'static, Result<T, tonic::Status>>;
 
 impl Service {
-    pub(super) fn new(host: Arc<Host>, overflow_uid: u32) -> Self {
+    pub(super) fn new(host: Arc<Host>) -> Self {
         Self {
             host,
-            overflow_uid,
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
         }
     }
 
-    fn begin<T>(&self, name: &'static str, request: &Request<T>) -> Result<Call, tonic::Status> {
-        Call::begin(&self.host, self.overflow_uid, name, request, None)
-    }
-
-    /// As `begin`, for a request whose body may carry the request id.
-    fn begin_target(
+    /// What the descriptor of a call asks for, under the request id that its body may carry.
+    async fn target(
         &self,
-        name: &'static str,
         request: &Request<FlightDescriptor>,
     ) -> Result<(Call, Target), tonic::Status> {
-        let target = Target::of(request.get_ref());
-        let body_id = target.as_ref().ok().and_then(Target::request_id);
-        let call = Call::begin(&self.host, self.overflow_uid, name, request, body_id)?;
+        let call = Call::of(request)?;
+        let target = Target::of(request.get_ref()).await;
+        let id = target.as_ref().ok().and_then(Target::request_id);
+        let call = call.identified(&self.host, id)?;
         let target = target.and_then(|target| match target {
             Target::Invoke(_) => call.local_only("a kernel call").map(|()| target),
             Target::Name(_) => Ok(target),
@@ -104,6 +99,7 @@ impl Service {
                     call.principal,
                     Arc::clone(&call.request_id),
                 );
+                let _working = call.working();
                 let opened =
                     tokio::task::spawn_blocking(move || host.open_only(principal, *invoke, id))
                         .await;
@@ -179,6 +175,7 @@ async fn invoke_and_wait(
         answer,
     );
     let mut guard = CancelOnDrop(Some(cancel));
+    let _working = call.working();
     let result = receiver.await;
     guard.0 = None;
     result.map_err(|error| host_bug("waiting for an invocation", error))?
@@ -223,12 +220,18 @@ fn listed(
                 Some((last, _)) if found.len() == PAGE => Some(Some(last.clone())),
                 _ => None,
             };
-            let flights: Vec<_> = found
-                .iter()
-                .filter(|(name, _)| name.starts_with(&prefix))
-                .map(|(name, segment)| info::flight(&host, name, segment))
+            // Names only: a client that reads slowly keeps no segment.
+            let names: Vec<_> = found
+                .into_iter()
+                .map(|(name, _)| name)
+                .filter(|name| name.starts_with(&prefix))
                 .collect();
-            Some((stream::iter(flights), next))
+            let flights = stream::iter(names).filter_map(move |name| {
+                let segment = host.lookup(principal, &name).ok();
+                let flight = segment.map(|segment| info::flight(&host, &name, &segment));
+                std::future::ready(flight)
+            });
+            Some((flights, next))
         }
     });
     pages.flatten()
@@ -249,14 +252,14 @@ impl FlightService for Service {
         &self,
         request: Request<Streaming<HandshakeRequest>>,
     ) -> Answered<Self::HandshakeStream> {
-        let call = self.begin("Handshake", &request)?;
+        let call = Call::of(&request)?;
         call.answer(Ok(
             stream::once(async { Ok(HandshakeResponse::default()) }).boxed()
         ))
     }
 
     async fn list_flights(&self, request: Request<Criteria>) -> Answered<Self::ListFlightsStream> {
-        let call = self.begin("ListFlights", &request)?;
+        let call = Call::of(&request)?;
         let prefix = String::from_utf8(request.into_inner().expression.to_vec()).map_err(|_| {
             bad_request(
                 "the criteria's expression must be text: names beginning with it are listed",
@@ -275,14 +278,14 @@ impl FlightService for Service {
     }
 
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<FlightInfo> {
-        let (call, target) = self.begin_target("GetFlightInfo", &request)?;
+        let (call, target) = self.target(&request).await?;
         let info = self.flight_info(&call, target, request.into_inner());
         call.answer(info.instrument(call.span.clone()).await)
     }
 
     /// An invocation is run to its end: the first answer is the complete one.
     async fn poll_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<PollInfo> {
-        let (call, target) = self.begin_target("PollFlightInfo", &request)?;
+        let (call, target) = self.target(&request).await?;
         let info = self.flight_info(&call, target, request.into_inner());
         let info = info.instrument(call.span.clone()).await;
         call.answer(info.map(|info| PollInfo {
@@ -294,7 +297,7 @@ impl FlightService for Service {
     }
 
     async fn get_schema(&self, request: Request<FlightDescriptor>) -> Answered<SchemaResult> {
-        let (call, target) = self.begin_target("GetSchema", &request)?;
+        let (call, target) = self.target(&request).await?;
         call.answer(
             self.schema(&call, target)
                 .instrument(call.span.clone())
@@ -303,7 +306,7 @@ impl FlightService for Service {
     }
 
     async fn do_get(&self, request: Request<Ticket>) -> Answered<Self::DoGetStream> {
-        let call = self.begin("DoGet", &request)?;
+        let call = Call::of(&request)?;
         call.answer(
             self.read(&call, request.get_ref())
                 .instrument(call.span.clone())
@@ -313,20 +316,22 @@ impl FlightService for Service {
 
     /// Answers its head at once: clients may wait for that before they send.
     async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Answered<Self::DoPutStream> {
-        let call = self.begin("DoPut", &request)?;
+        let call = Call::of(&request)?;
         let (host, streams, errors) = (
             Arc::clone(&self.host),
             Arc::clone(&self.streams),
             call.clone(),
         );
         let replace = replaces(&request);
+        let refused = Refused::of(&request);
         let stored = async move {
             let _place = stream_place(&streams).await?;
             let segment = upload::receive(
                 Arc::clone(&host),
-                errors.principal,
+                &errors,
                 replace?,
                 request.into_inner(),
+                &refused,
             )
             .await?;
             Ok(PutResult {
@@ -347,7 +352,7 @@ impl FlightService for Service {
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Answered<Self::DoExchangeStream> {
-        let call = self.begin("DoExchange", &request)?;
+        let call = Call::of(&request)?;
         call.answer(Err(Status::new(
             Code::Unimplemented,
             "UNSUPPORTED_OP",
@@ -356,7 +361,7 @@ impl FlightService for Service {
     }
 
     async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {
-        let call = self.begin("DoAction", &request)?;
+        let call = Call::of(&request)?;
         let results = call
             .span
             .in_scope(|| action::run(&self.host, &call, request.get_ref()));
@@ -364,7 +369,7 @@ impl FlightService for Service {
     }
 
     async fn list_actions(&self, request: Request<Empty>) -> Answered<Self::ListActionsStream> {
-        let call = self.begin("ListActions", &request)?;
+        let call = Call::of(&request)?;
         call.answer(Ok(stream::iter(action::types()).map(Ok).boxed()))
     }
 }

@@ -19,6 +19,8 @@ use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
 use strait_tensor::{Column, Dtype, FileLayout, LayoutError, Row, TensorSpec};
 
+use super::call::Call;
+use super::front::{Refused, malformed};
 use super::info::{bad_request, host_bug};
 use crate::error::{Code, Status};
 use crate::lease::LiveSegment;
@@ -430,6 +432,9 @@ fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
                 status.message()
             ),
         ),
+        tonic::Code::Internal if status.message().contains("Protobuf") => {
+            malformed("DoPut", status)
+        }
         _ => Status::new(
             Code::Cancelled,
             "CANCELLED",
@@ -460,21 +465,25 @@ fn name(first: &FlightData) -> Result<&str, Status> {
 ///
 /// # Errors
 /// `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
-/// `WRONG_STATE`, `BUDGET_EXCEEDED`, `INLINE_TOO_LARGE`, `DRAINING`, `CANCELLED`. Nothing is left.
+/// `WRONG_STATE`, `BUDGET_EXCEEDED`, `INLINE_TOO_LARGE`, `DRAINING`, `CANCELLED`, `DEADLINE`. Nothing is left.
 pub(super) async fn receive(
     host: Arc<Host>,
-    principal: crate::lease::Principal,
+    call: &Call,
     replace: bool,
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
+    refused: &Refused,
 ) -> Result<Arc<LiveSegment>, Status> {
     let message_bytes_max = host.config().message_bytes_max();
-    let ended = |status: tonic::Status| broken_off(&status, message_bytes_max);
+    let ended = |status: tonic::Status| {
+        let refused = refused.take();
+        refused.unwrap_or_else(|| broken_off(&status, message_bytes_max))
+    };
     let first = messages
         .next()
         .await
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
-    let upload = host.begin_upload(principal, name(&first)?, replace)?;
+    let upload = host.begin_upload(call.principal, name(&first)?, replace)?;
     let charge = host.budget().try_reserve(0).map_err(MemoryError::from)?;
     let mut arriving = Arriving {
         host,
@@ -499,6 +508,7 @@ pub(super) async fn receive(
     }
     // What gRPC still holds goes before the segment comes.
     drop(messages);
+    let _working = call.working();
     off_the_runtime(move || arriving.finish()).await
 }
 

@@ -287,6 +287,28 @@ def test_uploads_that_are_no_tensors(client):
     raised(KeyError, "TENSOR_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
 
 
+def test_what_is_no_utf8_is_told_so(client):
+    table = pa.table({"x": [1.0]})
+    bad = flight.FlightDescriptor.for_path(b"\xff")
+
+    def uploads():
+        writer, _ = client.do_put(bad, table.schema)
+        with writer:
+            writer.write_table(table)
+
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["UTF-8"], uploads)
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["UTF-8"], lambda: client.get_flight_info(bad))
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["UTF-8"], lambda: client.get_schema(bad))
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["text"], lambda: client.do_get(flight.Ticket(b"\xff")).read_all())
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["UTF-8"], lambda: list(client.do_action(("drop", b"\xff"))))
+
+
+def test_a_request_has_a_size(client):
+    long = flight.FlightDescriptor.for_command(b" " * (1 << 20))
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["1048576"], lambda: client.get_flight_info(long))
+    raised(pa.ArrowInvalid, "BAD_REQUEST", ["1048576"], lambda: list(client.do_action(("drop", b"x" * (1 << 21)))))
+
+
 def test_a_name_is_taken_once(client):
     put(client, "once", pa.table({"x": [1.0]}))
     with pytest.raises(pa.ArrowException, match="`once` already"):

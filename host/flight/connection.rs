@@ -1,0 +1,267 @@
+//! One connection: its bytes on the way to HTTP/2, and how long it may keep the host waiting.
+//!
+//! [`Connection`] notes when bytes move, when a frame was begun and is not whole, and since when
+//! the peer takes nothing. [`Connections::sweep`] looks at those times and breaks the connections
+//! that have kept the host waiting too long: HTTP/2 itself would wait for ever.
+
+use std::io;
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tonic::transport::server::Connected;
+
+use super::Peer;
+use super::authority::AuthorityRepair;
+
+/// While the host ends: a connection on which nothing moves for so long, and for which the host
+/// does nothing, is not waited for.
+const SILENCE_AT_THE_END: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct Times {
+    /// The last byte in either direction.
+    moved: Instant,
+    /// The peer has begun a frame (or not even the first one) and is waited for.
+    begun: Option<Instant>,
+    /// The peer takes nothing of what there is to send.
+    blocked: Option<Instant>,
+    broken: bool,
+    task: Option<Waker>,
+}
+
+/// What is known of a connection while it lives.
+#[derive(Debug)]
+pub(super) struct State {
+    // A std mutex: held for a few loads and stores.
+    times: Mutex<Times>,
+    working: AtomicUsize,
+}
+
+impl State {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self {
+            times: Mutex::new(Times {
+                moved: now,
+                begun: Some(now),
+                blocked: None,
+                broken: false,
+                task: None,
+            }),
+            working: AtomicUsize::new(0),
+        }
+    }
+
+    fn times(&self) -> MutexGuard<'_, Times> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The host does something for a call of this connection until the guard drops.
+    pub(super) fn working(self: &Arc<Self>) -> Working {
+        self.working.fetch_add(1, Ordering::Relaxed);
+        Working(Arc::clone(self))
+    }
+}
+
+/// The host is at work.
+#[derive(Debug)]
+pub(super) struct Working(Arc<State>);
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        self.0.working.fetch_sub(1, Ordering::Relaxed);
+        // What comes of it may take its time to leave.
+        self.0.times().moved = Instant::now();
+    }
+}
+
+/// All connections of a listener.
+#[derive(Debug)]
+pub(super) struct Connections {
+    states: Mutex<Vec<Weak<State>>>,
+    request_time: Duration,
+    stall: Duration,
+    draining: AtomicBool,
+}
+
+impl Connections {
+    pub(super) fn new(request_time: Duration, stall: Duration) -> Self {
+        Self {
+            states: Mutex::default(),
+            request_time,
+            stall,
+            draining: AtomicBool::new(false),
+        }
+    }
+
+    fn states(&self) -> MutexGuard<'_, Vec<Weak<State>>> {
+        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn add<S>(&self, stream: S, peer: Peer) -> Connection<S> {
+        let state = Arc::new(State::new());
+        self.states().push(Arc::downgrade(&state));
+        Connection {
+            stream,
+            repair: AuthorityRepair::default(),
+            peer: Peer {
+                connection: Some(Arc::clone(&state)),
+                ..peer
+            },
+            state,
+        }
+    }
+
+    /// From now on nobody is waited for who neither takes nor gives anything.
+    pub(super) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Breaks the connections that keep the host waiting.
+    pub(super) fn sweep(&self, now: Instant) {
+        let mut live = Vec::new();
+        self.states().retain(|state| {
+            live.extend(state.upgrade());
+            state.strong_count() > 0
+        });
+        let draining = self.draining.load(Ordering::Relaxed);
+        for state in live {
+            let mut times = state.times();
+            let for_long = |since: Option<Instant>, most: Duration| {
+                since.is_some_and(|since| now.saturating_duration_since(since) > most)
+            };
+            let why = if for_long(times.begun, self.request_time) {
+                "it did not finish what it began to send (setting server.request_ms)"
+            } else if for_long(times.blocked, self.stall) {
+                "it took nothing of what was sent (setting server.stall_ms)"
+            } else if draining
+                && state.working.load(Ordering::Relaxed) == 0
+                && for_long(Some(times.moved), SILENCE_AT_THE_END)
+            {
+                "the host ends, and nothing moved on it"
+            } else {
+                continue;
+            };
+            if !times.broken {
+                times.broken = true;
+                tracing::info!("a Flight connection was closed: {why}");
+            }
+            let task = times.task.take();
+            drop(times);
+            if let Some(task) = task {
+                task.wake();
+            }
+        }
+    }
+}
+
+/// A connection whose incoming bytes are repaired, and whose times are noted.
+#[derive(Debug)]
+pub(super) struct Connection<S> {
+    stream: S,
+    repair: AuthorityRepair,
+    peer: Peer,
+    state: Arc<State>,
+}
+
+impl<S> Connection<S> {
+    fn check(&self) -> io::Result<()> {
+        match self.state.times().broken {
+            true => Err(io::ErrorKind::TimedOut.into()),
+            false => Ok(()),
+        }
+    }
+
+    fn wrote(&self, context: &Context<'_>, result: &Poll<io::Result<usize>>) {
+        let mut times = self.state.times();
+        match result {
+            Poll::Pending => {
+                times.blocked.get_or_insert_with(Instant::now);
+                times.task = Some(context.waker().clone());
+            }
+            Poll::Ready(_) => {
+                times.blocked = None;
+                times.moved = Instant::now();
+            }
+        }
+    }
+}
+
+impl<S> Connected for Connection<S> {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.check()?;
+        let before = buffer.filled().len();
+        let frames = self.repair.frames();
+        let result = Pin::new(&mut self.stream).poll_read(context, buffer);
+        if let Poll::Ready(Ok(())) = result {
+            self.repair.pass(&mut buffer.filled_mut()[before..]);
+        }
+        let mut times = self.state.times();
+        if self.repair.frames() != frames || !self.repair.is_midway() {
+            times.begun = None;
+        }
+        match result {
+            Poll::Ready(_) => times.moved = Instant::now(),
+            Poll::Pending => {
+                if self.repair.is_midway() {
+                    times.begun.get_or_insert_with(Instant::now);
+                }
+                times.task = Some(context.waker().clone());
+            }
+        }
+        drop(times);
+        result
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        self.check()?;
+        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
+        self.wrote(context, &result);
+        result
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.check()?;
+        let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+        self.wrote(context, &result);
+        result
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
