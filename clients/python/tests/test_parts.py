@@ -54,6 +54,8 @@ def test_frames_are_those_of_the_protocol():
         b"ST\x01\x16\x01\0\0\0\x03\0\0\0\0\0\0\0{}",
         b"ST\x01\x16\x01\0\0\0\x02\0\0\0\0\0\0\0{]",
         b"ST\x01\x16\x01\0\0\0\x02\0\0\0\0\0\0\0[]",
+        b"ST\x01\x16\x01\0\0\0\x03\0\0\0\0\0\0\0{}x",
+        b"ST\x01\x16\x01\0\0\0\x07\0\0\0\0\0\0\0{\"a\":\xff}",
     ],
 )
 def test_frames_that_are_none(frame):

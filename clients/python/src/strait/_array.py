@@ -71,11 +71,26 @@ class Segment:
             self.connection.drop([self.lease], self.mapping.bytes)
 
 
+class LazyInfo:
+    """What the host said about a call, read when somebody asks: most callers of small kernels do not."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._body = body
+        self._info: Optional[CallInfo] = None
+
+    def read(self) -> CallInfo:
+        if self._info is None:
+            self._info = CallInfo.read(self._body)
+        return self._info
+
+
 def view_of(memory: memoryview, tensor: Tensor) -> "np.ndarray[Any, Any]":
     """The numpy array over a tensor's bytes; writable only if the memory is."""
     # Not `np.ndarray(buffer=…)`: that one looks through a read-only memoryview and can be made writable.
-    data = np.frombuffer(memory, np.uint8)[tensor.offset : tensor.offset + tensor.length]
-    return data.view(_dtypes.to_numpy(tensor.dtype)).reshape(tensor.shape)
+    dtype = _dtypes.to_numpy(tensor.dtype)
+    if tensor.length == 0:
+        return np.frombuffer(memory, np.uint8)[:0].view(dtype).reshape(tensor.shape)
+    return np.frombuffer(memory, dtype, tensor.length // dtype.itemsize, tensor.offset).reshape(tensor.shape)
 
 
 def address(array: "np.ndarray[Any, Any]") -> int:
@@ -92,13 +107,17 @@ class Array(NDArrayOperatorsMixin):
     same values; the lease is its parent's.
     """
 
-    def __init__(self, segment: Segment, tensor: Tensor, memory: memoryview, info: Optional[CallInfo] = None) -> None:
+    def __init__(self, segment: Segment, tensor: Tensor, memory: memoryview, info: Optional[LazyInfo] = None) -> None:
         self._segment = segment
         self._tensor = tensor
         self._memory: Optional[memoryview] = memory
         self._numpy: Optional[np.ndarray[Any, Any]] = None
-        #: What the host said about the call that made it; None for `Session.get`.
-        self.info = info
+        self._info = info
+
+    @property
+    def info(self) -> Optional[CallInfo]:
+        """What the host said about the call that made it; None for `Session.get`."""
+        return None if self._info is None else self._info.read()
 
     @property
     def name(self) -> str:
@@ -232,7 +251,7 @@ class Array(NDArrayOperatorsMixin):
 
     def __copy__(self) -> "Array":
         """Another array over the same pages, which is released by itself."""
-        return Array(self._segment, self._tensor, self._usable(), self.info)
+        return Array(self._segment, self._tensor, self._usable(), self._info)
 
     def __deepcopy__(self, _: Any) -> "np.ndarray[Any, Any]":
         """A numpy array of this process's own memory."""
@@ -284,10 +303,14 @@ def _plain(value: Any) -> Any:
 class Columns(Mapping):  # type: ignore[type-arg]
     """Several tensors by name, in their order: a flight with columns, or the outputs of a call."""
 
-    def __init__(self, arrays: List[Tuple[str, Array]], info: Optional[CallInfo] = None) -> None:
+    def __init__(self, arrays: List[Tuple[str, Array]], info: Optional[LazyInfo] = None) -> None:
         self._arrays = dict(arrays)
-        #: What the host said about the call; None for `Session.get`.
-        self.info = info
+        self._info = info
+
+    @property
+    def info(self) -> Optional[CallInfo]:
+        """What the host said about the call; None for `Session.get`."""
+        return None if self._info is None else self._info.read()
 
     def __getitem__(self, name: str) -> Array:
         return self._arrays[name]
@@ -306,7 +329,7 @@ class Columns(Mapping):  # type: ignore[type-arg]
 
     def __copy__(self) -> "Columns":
         """Other arrays over the same pages."""
-        return Columns([(name, copy.copy(array)) for name, array in self.items()], self.info)
+        return Columns([(name, copy.copy(array)) for name, array in self.items()], self._info)
 
     def __deepcopy__(self, memo: Any) -> "Dict[str, np.ndarray[Any, Any]]":
         """Numpy arrays of this process's own memory, by name."""

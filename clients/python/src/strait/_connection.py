@@ -541,9 +541,8 @@ class Connection:
         """Raises `LeaseExpiredError` if it is known that a lease is over."""
         self.look()
         self.check()
-        with self._lock:
-            held = self._leases.get(lease)
-            gone = None if held is None else held.gone
+        held = self._leases.get(lease)
+        gone = None if held is None else held.gone
         if gone is not None:
             raise LeaseExpiredError(
                 {
@@ -579,7 +578,8 @@ class Connection:
         self.check_process()
         if self._end is None and self._lead():
             try:
-                while self._end is None and self._receive(_NOW):
+                # Asking first is cheaper than the exception for nothing being there.
+                while self._end is None and (self._incoming or self._poll.poll(0)) and self._receive(_NOW):
                     pass
             finally:
                 self._stop_leading()

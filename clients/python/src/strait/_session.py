@@ -11,11 +11,11 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from . import _address, _dtypes, _foreign
-from ._array import Array, Columns, Placed, Segment, view_of
+from ._array import Array, Columns, LazyInfo, Placed, Segment, view_of
 from ._connection import Connection, Pending, Reply, milliseconds
 from ._errors import ProtocolError, RemoteError
 from ._pages import HUGE_MIN_BYTES, Pages
-from ._wire import CallInfo, Flight, Kernel, Op, SegmentMapping, Tensor, leases_in
+from ._wire import Flight, Kernel, Op, SegmentMapping, Tensor, leases_in
 
 VERSION = "0.1.0"
 #: Segments that are kept for the next array that has to be copied in: at most so many, of so many bytes in all.
@@ -348,18 +348,21 @@ class Session:
         both = {**(parameters or {}), **more_parameters}
         if both:
             body["parameters"] = {key: _parameter(key, value) for key, value in both.items()}
-        optional = {
-            "publish": dict(publish) if publish else None,
-            "replace": replace or None,
-            "seal": seal or None,
-            "map": None if map else False,
-            "deadline_ms": None if deadline is None else milliseconds(deadline),
-            "limits": dict(limits) if limits else None,
-            "verify": verify or None,
-            "request_id": request_id,
-            "idempotency_key": idempotency_key,
-        }
-        body.update((key, value) for key, value in optional.items() if value is not None)
+        if publish:
+            body["publish"] = dict(publish)
+        for option, wanted in (("replace", replace), ("seal", seal), ("verify", verify)):
+            if wanted:
+                body[option] = True
+        if not map:
+            body["map"] = False
+        if deadline is not None:
+            body["deadline_ms"] = milliseconds(deadline)
+        if limits:
+            body["limits"] = dict(limits)
+        if request_id is not None:
+            body["request_id"] = request_id
+        if idempotency_key is not None:
+            body["idempotency_key"] = idempotency_key
         pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease))
         with self._lock:
             self._calls += 1
@@ -390,8 +393,11 @@ class Session:
         if isinstance(value, Array):
             value._usable()
             return self._by_segment(value._segment, value._tensor)
-        array = _foreign.as_numpy(value, f"input {port!r}")
-        found = self._placed.find(array)
+        # What is in a segment has a dtype that tensors have.
+        found = self._placed.find(value) if type(value) is np.ndarray else None
+        if found is None:
+            array = _foreign.as_numpy(value, f"input {port!r}")
+            found = self._placed.find(array)
         if found is not None:
             return self._by_segment(*found)
         copy = self._take_scratch(_dtypes.to_name(array.dtype), array.shape)
@@ -436,7 +442,7 @@ class Session:
         scratch.clear()
 
     def _results(self, reply: Reply) -> Union[Array, Columns]:
-        info = CallInfo.read(reply.body)
+        info = LazyInfo(reply.body)
         arrays: List[Tuple[str, Array]] = []
         with _Grant(self._connection, reply) as grant:
             for result in reply.body["results"]:

@@ -20,7 +20,8 @@ FDS_MAX = 16
 #: Tensors start on page boundaries; this much of it is enough for every element type.
 ALIGN_BYTES = 64
 
-_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
+_DECODE = json.JSONDecoder().raw_decode
 
 
 class Op(enum.IntEnum):
@@ -68,10 +69,16 @@ def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tupl
             f"a frame of {length} bytes with magic {magic!r}, version {version} and {body_bytes} bytes of body; "
             "check that host and client have the same version"
         )
-    try:
-        body = json.loads(frame[HEADER.size : length].decode()) if body_bytes else {}
-    except ValueError as error:
-        raise ProtocolError(f"a frame whose body is not JSON: {error}") from None
+    body: Any = {}
+    if body_bytes:
+        try:
+            # `json.loads` without its search for another encoding and for white space around.
+            text = frame[HEADER.size : length].decode()
+            body, end = _DECODE(text)
+        except (ValueError, RecursionError) as error:
+            raise ProtocolError(f"a frame whose body is not JSON: {error!r}") from None
+        if end != len(text):
+            raise ProtocolError(f"a frame whose body is not JSON: it has {len(text) - end} characters behind its end")
     if not isinstance(body, dict):
         raise ProtocolError(f"a frame whose body is {type(body).__name__}, not an object")
     return op, sequence, body
