@@ -12,9 +12,13 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pandas
+import polars
 import pyarrow as pa
+import pyarrow.compute
 import pytest
 import skimage.data
+import strait as python_client
 from conftest import command, put, stats, strait
 from pyarrow import flight, ipc
 
@@ -195,6 +199,38 @@ def test_zscore_of_each_column(way, flights_file, flights, column):
     [y] = way.steps(Source(flights_file, column, x), ("zscore", {"axis": 0}))
     assert_is_zscore(y.array, x)
     assert y.copied_bytes == counted(x, y.array)
+
+
+@pytest.mark.parametrize("library", ["pyarrow", "pandas", "polars"])
+def test_the_python_client_takes_the_table_of_each_library(host, flights_file, flights, library):
+    table = ipc.open_file(flights_file).read_all()
+    given = {"pyarrow": lambda: table, "pandas": table.to_pandas, "polars": lambda: polars.from_arrow(table)}[library]()
+    with python_client.connect(f"unix://{host.directory}") as session:
+        session.put("flights/python", given, replace=True)
+        assert session.client_stats().copied_bytes == sum(column.nbytes for column in flights.values()), "one copy"
+        for name, values in flights.items():
+            for source in (given[name], f"flights/python#{name}"):
+                y = session.call("zscore", source, axis=0)
+                assert_is_zscore(y.numpy(), values)
+            got = session.get(f"flights/python#{name}")
+            assert got.dtype == values.dtype
+            np.testing.assert_array_equal(got, values)
+
+
+def test_the_python_client_refuses_what_is_missing(host, flights_file):
+    table = ipc.open_file(flights_file).read_all()
+    early = pa.compute.less(table["delay"], -30)
+    gaps = table.set_column(0, "delay", pa.compute.if_else(early, pa.scalar(None, pa.int16()), table["delay"]))
+    count = gaps["delay"].null_count
+    assert count
+    nullable = gaps.to_pandas(types_mapper={pa.int16(): pandas.Int16Dtype()}.get)
+    with python_client.connect(f"unix://{host.directory}") as session:
+        for given in (gaps, nullable, polars.from_arrow(gaps)):
+            with pytest.raises(ValueError, match=f"column 'delay' has {count} nulls"):
+                session.put("flights/gaps", given)
+            with pytest.raises(ValueError, match=f"input 'x' has {count} nulls"):
+                session.call("zscore", given["delay"], axis=0)
+        assert session.stats()["own"] == {"leases": 0, "segments": 0}
 
 
 @pytest.fixture(scope="module")
