@@ -1371,3 +1371,604 @@ fn a_host_that_ends_says_so_and_removes_its_sockets() {
         .unwrap_or_default();
     assert!(left.is_empty(), "{left:?}");
 }
+
+// ---- Idempotency keys ----
+
+const REUSED: (&str, &str) = ("FAILED_PRECONDITION", "IDEMPOTENCY_KEY_REUSED");
+
+/// `base` with a field set.
+fn with(base: &Value, field: &str, value: Value) -> Value {
+    let mut changed = base.clone();
+    changed[field] = value;
+    changed
+}
+
+#[test]
+fn an_idempotency_key_belongs_to_one_request() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    put(&mut client, "other", 3);
+    let runs = |client: &mut Raw| number(&client.ok(Op::Stats, json!({})), "/invocations");
+    let first = with(
+        &scale_shift(json!("x"), 2.0, 0.0),
+        "idempotency_key",
+        json!("K"),
+    );
+    let reply = client.ask(Op::Invoke, first.clone());
+    assert_eq!(numbers(&reply), [-14.0, -13.0, -12.0]);
+    let segment = reply.body()["results"][0]["mapping"]["segment"].clone();
+
+    // How long it may take, how it is given and what it is called are the caller's own affair.
+    for (field, value) in [
+        ("request_id", json!("again")),
+        ("deadline_ms", json!(5000)),
+        ("lease_ms", json!(5000)),
+        ("map", json!(false)),
+        ("limits", json!({})),
+        ("inputs", json!({"x": {"name": "x"}})),
+    ] {
+        let again = client.ok(Op::Invoke, with(&first, field, value));
+        assert_eq!(
+            again["results"][0]["mapping"]["segment"], segment,
+            "{field}"
+        );
+    }
+    let mut second_session = host.greeted();
+    let again = second_session.ok(Op::Invoke, first.clone());
+    assert_eq!(again["results"][0]["mapping"]["segment"], segment);
+    assert_eq!(runs(&mut client), 1);
+
+    for (field, value) in [
+        ("kernel", json!("standard/scale-shift")),
+        ("kernel", json!("zscore")),
+        ("inputs", json!({"x": "other"})),
+        ("inputs", json!({"x": {"name": "x", "column": "x"}})),
+        ("parameters", json!({"a": 3.0, "b": 0.0})),
+        ("parameters", json!({"a": 2.0})),
+        ("publish", json!({"y": "y"})),
+        ("replace", json!(true)),
+        ("seal", json!(true)),
+        ("verify", json!(true)),
+        ("limits", json!({"log_bytes": 1})),
+    ] {
+        let message = client
+            .ask(Op::Invoke, with(&first, field, value))
+            .refused(REUSED.0, REUSED.1);
+        assert!(
+            message.contains("`K`") && message.contains(&format!("`{field}`")),
+            "{field}: {message}"
+        );
+    }
+    let clip = json!({"kernel": "clip", "inputs": {"x": "x"}, "idempotency_key": "K"});
+    second_session
+        .ask(Op::Invoke, clip)
+        .refused(REUSED.0, REUSED.1);
+    client
+        .ask(Op::Lookup, json!({"name": "y"}))
+        .refused("NOT_FOUND", "TENSOR_NOT_FOUND");
+    assert_eq!(runs(&mut client), 1);
+
+    // A name that is another tensor's now makes it another request; one that is gone does not.
+    put(&mut client, "x", 3);
+    let message = client
+        .ask(Op::Invoke, first.clone())
+        .refused(REUSED.0, REUSED.1);
+    assert!(
+        message.contains("input `x` is another tensor's"),
+        "{message}"
+    );
+    client.ok(Op::Drop, json!({"name": "x"}));
+    let again = client.ok(Op::Invoke, first);
+    assert_eq!(again["results"][0]["mapping"]["segment"], segment);
+
+    // In place, once.
+    let doubled = json!({"kernel": "scale-shift", "inputs": {"x": "other"}, "parameters": {"a": 2.0, "b": 0.0},
+                         "publish": {"y": "other"}, "replace": true, "idempotency_key": "twice"});
+    for _ in 0..3 {
+        assert_eq!(
+            numbers(&client.ask(Op::Invoke, doubled.clone())),
+            [-14.0, -13.0, -12.0]
+        );
+    }
+    let now = client.ask(Op::Invoke, scale_shift(json!("other"), 1.0, 0.0));
+    assert_eq!(numbers(&now), [-14.0, -13.0, -12.0]);
+
+    // What failed may be tried again, as something else, too.
+    let bad =
+        json!({"kernel": "scale-shift", "inputs": {"x": "nothing"}, "idempotency_key": "fails"});
+    client
+        .ask(Op::Invoke, bad)
+        .refused("NOT_FOUND", "TENSOR_NOT_FOUND");
+    let good = with(
+        &scale_shift(json!("other"), 1.0, 0.0),
+        "idempotency_key",
+        json!("fails"),
+    );
+    client.ok(Op::Invoke, good);
+}
+
+/// A host with one worker, which spins for `client`; answers the spinning call's sequence.
+fn busy_host(client: &mut Option<Raw>) -> (Served, u32) {
+    let directory = tempfile::tempdir().unwrap();
+    let plugin = directory.path().join("spins.wasm");
+    let text = fs::read_to_string("tests/guests/spins.wat").unwrap();
+    fs::write(&plugin, guest::component("spins", &text)).unwrap();
+    let host = Served::with(
+        &["--plugin", plugin.to_str().unwrap()],
+        &[
+            ("STRAIT__ENGINE__WORKERS", "1"),
+            ("STRAIT__ENGINE__QUEUE_LEN", "2"),
+        ],
+    );
+    let mut spinner = host.greeted();
+    put(&mut spinner, "x", 3);
+    let spin = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000});
+    let sequence = spinner.begin(Op::Invoke, &spin, &[]);
+    while number(&spinner.ok(Op::Stats, json!({})), "/running") == 0 {}
+    *client = Some(spinner);
+    (host, sequence)
+}
+
+/// Ends the call `sequence` of `client`, which waits in the queue or runs.
+fn cancel(client: &mut Raw, sequence: u32) {
+    let asked = client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
+    for _ in 0..2 {
+        let reply = client.receive().unwrap();
+        if reply.sequence() == asked {
+            assert_eq!(reply.accepted()["cancelled"], true);
+        } else {
+            assert_eq!(reply.sequence(), sequence);
+            reply.refused("CANCELLED", "CANCELLED");
+        }
+    }
+}
+
+#[test]
+fn whoever_leaves_a_shared_run_leaves_it_to_the_others() {
+    let mut spinner = None;
+    let (host, spin) = busy_host(&mut spinner);
+    let mut spinner = spinner.unwrap();
+    let keyed = with(
+        &scale_shift(json!("x"), 2.0, 0.0),
+        "idempotency_key",
+        json!("K"),
+    );
+    let mut clients: Vec<_> = (0..4).map(|_| host.greeted()).collect();
+    let sequences: Vec<_> = clients
+        .iter_mut()
+        .map(|client| client.begin(Op::Invoke, &keyed, &[]))
+        .collect();
+    // One with a shorter time; the first by a cancel; another with its connection.
+    let mut hasty = host.greeted();
+    hasty
+        .ask(Op::Invoke, with(&keyed, "deadline_ms", json!(50)))
+        .refused("DEADLINE_EXCEEDED", "DEADLINE");
+    cancel(&mut clients[0], sequences[0]);
+    drop(clients.remove(1));
+    assert_eq!(number(&spinner.ok(Op::Stats, json!({})), "/running"), 1);
+    cancel(&mut spinner, spin);
+    let replies: Vec<_> = clients[1..].iter().map(|c| c.receive().unwrap()).collect();
+    for reply in &replies {
+        assert_eq!(numbers(reply), [-14.0, -13.0, -12.0]);
+    }
+    let segment = |reply: &Frame| reply.body()["results"][0]["mapping"]["segment"].clone();
+    assert_eq!(segment(&replies[0]), segment(&replies[1]));
+    let stats = spinner.ok(Op::Stats, json!({}));
+    assert_eq!(number(&stats, "/invocations"), 2, "the spin, and one run");
+}
+
+#[test]
+fn a_shared_run_ends_when_nobody_waits_and_its_key_is_free() {
+    let mut spinner = None;
+    let (host, _spin) = busy_host(&mut spinner);
+    let mut spinner = spinner.unwrap();
+    let spin = |client: &mut Raw, deadline_ms: u64| {
+        let body = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": deadline_ms, "idempotency_key": "S"});
+        client.begin(Op::Invoke, &body, &[])
+    };
+    // In the queue.
+    let (mut one, mut other) = (host.greeted(), host.greeted());
+    let (first, second) = (spin(&mut one, 600_000), spin(&mut other, 600_000));
+    cancel(&mut one, first);
+    cancel(&mut other, second);
+    // Running: each caller has its own deadline, and the last one's ends it.
+    cancel(&mut spinner, _spin);
+    spin(&mut one, 300);
+    spin(&mut other, 600);
+    for client in [&one, &other] {
+        client
+            .receive()
+            .unwrap()
+            .refused("DEADLINE_EXCEEDED", "DEADLINE");
+    }
+    host.eventually(&mut spinner, "it has ended", |stats| {
+        number(stats, "/running") == 0
+    });
+    let mut call = scale_shift(json!("x"), 1.0, 0.0);
+    call["idempotency_key"] = json!("S");
+    assert_eq!(numbers(&spinner.ask(Op::Invoke, call)), ramp(3));
+}
+
+// ---- Deadlines and cancels in the queue ----
+
+#[test]
+fn a_deadline_and_a_cancel_count_in_the_queue() {
+    let mut spinner = None;
+    let (host, spin) = busy_host(&mut spinner);
+    let mut spinner = spinner.unwrap();
+    let mut client = host.greeted();
+    let call = scale_shift(json!("x"), 1.0, 0.0);
+    let message = client
+        .ask(Op::Invoke, with(&call, "deadline_ms", json!(0)))
+        .refused("INVALID_ARGUMENT", "BAD_LIMIT");
+    assert!(message.contains("at least 1"), "{message}");
+    let message = client
+        .ask(Op::Invoke, with(&call, "deadline_ms", json!(100)))
+        .refused("DEADLINE_EXCEEDED", "DEADLINE");
+    assert!(
+        message.contains("100 ms") && message.contains("worker"),
+        "{message}"
+    );
+    // The queue takes two; each way out of it makes room.
+    for round in 0..3 {
+        let mut queued = host.greeted();
+        let sequences = [0, 1].map(|_| queued.begin(Op::Invoke, &call, &[]));
+        queued.ok(Op::Ping, json!({}));
+        client
+            .ask(Op::Invoke, call.clone())
+            .refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
+        match round {
+            0 => sequences
+                .iter()
+                .for_each(|sequence| cancel(&mut queued, *sequence)),
+            1 => {
+                drop(queued);
+                host.eventually(&mut spinner, "it is gone", |stats| {
+                    number(stats, "/sessions") == 2
+                });
+            }
+            _ => {
+                cancel(&mut queued, sequences[0]);
+                let late = with(&call, "deadline_ms", json!(50));
+                queued
+                    .ask(Op::Invoke, late)
+                    .refused("DEADLINE_EXCEEDED", "DEADLINE");
+                cancel(&mut queued, sequences[1]);
+            }
+        }
+    }
+    let stats = spinner.ok(Op::Stats, json!({}));
+    assert_eq!(
+        (number(&stats, "/running"), number(&stats, "/invocations")),
+        (1, 1),
+        "the spin alone was run"
+    );
+    cancel(&mut spinner, spin);
+    check_call(&mut client, json!("x"), &ramp(3));
+}
+
+// ---- Descriptors ----
+
+#[test]
+fn with_no_descriptors_left_a_connection_is_told_and_the_others_are_served() {
+    let host = Served::with_files(60, &[], &[]);
+    let mut first = host.greeted();
+    put(&mut first, "x", 3);
+    let full = ("RESOURCE_EXHAUSTED", "BUDGET_EXCEEDED");
+    let mut connected = Vec::new();
+    let refused = loop {
+        assert!(connected.len() < 60, "60 descriptors hold 60 connections");
+        let mut client = host.connect();
+        let hello = json!({"protocol": 1, "client": "strait-tests"});
+        let sequence = client.begin(Op::Hello, &hello, &[]);
+        let reply = client.receive().expect("it is told");
+        assert_eq!(reply.sequence(), sequence);
+        if reply.op() != Op::Welcome {
+            break (client, reply);
+        }
+        connected.push(client);
+    };
+    let message = refused.1.refused(full.0, full.1);
+    assert!(message.contains("open files"), "{message}");
+    refused.0.ended();
+    assert!(connected.len() > 5, "only {} were served", connected.len());
+    // Nor is one that says nothing kept waiting.
+    let silent = host.connect();
+    silent.receive().unwrap().refused(full.0, full.1);
+    silent.ended();
+    for _ in 0..20 {
+        drop(host.connect());
+    }
+    // What needs a descriptor says so; what needs none goes on.
+    let flights = first.ok(Op::List, json!({}));
+    assert_eq!(flights["flights"][0]["name"], "x");
+    first.ok(Op::Map, json!({"name": "x"}));
+    let one = json!({"tensors": [{"name": "x", "dtype": "int8", "shape": [1]}]});
+    // A connection takes two descriptors, so one may be left.
+    let mut held = 0;
+    let refused = loop {
+        let reply = first.ask(Op::Create, one.clone());
+        if reply.op() == Op::Error {
+            break reply;
+        }
+        held += 1;
+    };
+    assert!(held < 3, "{held} more segments");
+    refused.refused(full.0, full.1);
+    let fd = sealed(memfd(PAGE), FINAL);
+    let tensors = json!([place("x", 8, 0)]);
+    first
+        .ask_with(Op::Adopt, json!({"tensors": tensors}), &[fd.as_fd()])
+        .refused(full.0, full.1);
+    let lines = host.log().matches("were refused").count();
+    assert!((1..=4).contains(&lines), "{lines} lines: {}", host.log());
+    drop(connected);
+    host.eventually(&mut first, "they are gone", |stats| {
+        number(stats, "/sessions") == 1
+    });
+    check_call(&mut host.greeted(), json!("x"), &ramp(3));
+    first.ok(Op::Create, one);
+}
+
+#[test]
+fn idle_results_make_room_for_segments() {
+    let host = Served::with_files(100, &[], &[]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    let mut leases = Vec::new();
+    for _ in 0..49 {
+        let reply = client.ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0));
+        leases.push(reply.accepted()["results"][0]["lease"].clone());
+    }
+    let full = ("RESOURCE_EXHAUSTED", "BUDGET_EXCEEDED");
+    client
+        .ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0))
+        .refused(full.0, full.1);
+    client.ok(Op::Release, json!({"leases": leases}));
+    client.ok(Op::Drop, json!({"name": "x"}));
+    let stats = client.ok(Op::Stats, json!({}));
+    assert_eq!(number(&stats, "/pool/idle_segments"), 49);
+    let created: Vec<_> = (0..50).map(|_| client.create(1)).collect();
+    let one = json!({"tensors": [{"name": "x", "dtype": "int8", "shape": [1]}]});
+    let message = client.ask(Op::Create, one).refused(full.0, full.1);
+    assert!(message.contains("budget of 50"), "{message}");
+    let last = client.ask(Op::Map, json!({"segment": created[49].segment}));
+    last.accepted();
+}
+
+/// Holds a write lease on the memfd that it has as stdin, opened anew, until it is killed.
+fn hold_lease(fd: &OwnedFd) -> Option<Child> {
+    let program = "import fcntl, os, sys, signal\n\
+        signal.signal(signal.SIGIO, signal.SIG_IGN)\n\
+        own = os.open('/proc/self/fd/0', os.O_RDWR)\n\
+        os.close(0)\n\
+        try: fcntl.fcntl(own, fcntl.F_SETLEASE, fcntl.F_WRLCK)\n\
+        except OSError as error: print(error, flush=True); sys.exit()\n\
+        print('held', flush=True)\n\
+        signal.pause()\n";
+    let mut child = Command::new("python3")
+        .args(["-c", program])
+        .stdin(Stdio::from(fd.try_clone().unwrap()))
+        .stdout(Stdio::piped())
+        .spawn()
+        .ok()?;
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    if line == "held\n" {
+        return Some(child);
+    }
+    eprintln!("not tested: no file lease: {line}");
+    let _ = child.wait();
+    None
+}
+
+#[test]
+fn a_file_lease_on_a_memfd_holds_up_nobody() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    let fd = sealed(memfd(2 * PAGE), FUTURE);
+    let tensors = json!([place("x", 8, 0)]);
+    let bad = ("INVALID_ARGUMENT", "BAD_SEGMENT");
+    let adopted = client
+        .ask_with(Op::Adopt, json!({"tensors": tensors}), &[fd.as_fd()])
+        .accepted();
+    let id = json!({"segment": adopted["mapping"]["segment"]});
+    let Some(mut holder) = hold_lease(&fd) else {
+        return;
+    };
+    let begin = Instant::now();
+    for op in [Op::Map, Op::Seal] {
+        let message = client.ask(op, id.clone()).refused(bad.0, bad.1);
+        assert!(message.contains("F_SETLEASE"), "{message}");
+    }
+    let message = client
+        .ask_with(Op::Adopt, json!({"tensors": tensors}), &[fd.as_fd()])
+        .refused(bad.0, bad.1);
+    assert!(message.contains("F_SETLEASE"), "{message}");
+    check_call(&mut client, id.clone(), &[0.0; 8]);
+    // Linux's own wait would be 45 s for each.
+    assert!(begin.elapsed() < Duration::from_secs(40));
+    holder.kill().unwrap();
+    holder.wait().unwrap();
+    client.ask(Op::Map, id.clone()).accepted();
+    client.ask(Op::Seal, id).accepted();
+}
+
+#[test]
+fn a_lock_on_the_runtime_directory_is_an_error_that_says_whose() {
+    let directory = tempfile::tempdir().unwrap();
+    let runtime = directory.path().join("host");
+    fs::create_dir(&runtime).unwrap();
+    fs::set_permissions(&runtime, Permissions::from_mode(0o700)).unwrap();
+    let held = File::open(&runtime).unwrap();
+    rustix::fs::flock(&held, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_strait"))
+        .args(["serve", "--directory", runtime.to_str().unwrap()])
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success(), "{text}");
+    let own = format!("process {}", std::process::id());
+    assert!(
+        text.contains("flock") && text.contains(&own) && text.contains(runtime.to_str().unwrap()),
+        "{text}"
+    );
+    assert_eq!(fs::read_dir(&runtime).unwrap().count(), 0);
+}
+
+// ---- Replies that would not fit ----
+
+#[test]
+fn what_a_reply_could_not_tell_is_refused_before_it_is_done() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    let before = Holdings::of(&client.ok(Op::Stats, json!({})));
+    let quotes = |index: u64, bytes: usize| format!("{}{index:03}", "\"".repeat(bytes - 3));
+    let tensor = |index, bytes| json!({"name": quotes(index, bytes), "dtype": "float8_e4m3fn", "shape": [1, 1, 1, 1, 1, 1, 1, 1]});
+    let tensors = |bytes| (0..128).map(|i| tensor(i, bytes)).collect::<Vec<_>>();
+    let longest = "\"".repeat(200);
+    let mut made = 0;
+    for bytes in [60, 120, 150, 170, 180, 185, 190, 195, 199, 200] {
+        let reply = client.ask(Op::Create, json!({"tensors": tensors(bytes)}));
+        if reply.op() == Op::Error {
+            let message = reply.refused("INVALID_ARGUMENT", "BAD_TENSOR");
+            assert!(message.contains("128 tensors") && message.contains("shorter names"));
+            continue;
+        }
+        made += 1;
+        let body = reply.accepted();
+        let segment = &body["mapping"]["segment"];
+        client.ok(Op::Publish, json!({"segment": segment, "name": longest}));
+        let id = "r".repeat(64);
+        for op in [Op::Lookup, Op::Map] {
+            client.ok(op, json!({"name": longest, "request_id": id}));
+        }
+        let listed = client.ok(Op::List, json!({"request_id": id}));
+        assert_eq!(listed["flights"][0]["name"], longest);
+        client.ok(Op::Drop, json!({"name": longest}));
+    }
+    assert!((3..10).contains(&made), "{made}");
+    // The same at the other way in.
+    let fd = sealed(memfd(128 * PAGE), FINAL);
+    let placed = |index: u64, bytes| {
+        let mut placed = tensor(index, bytes);
+        (placed["offset"], placed["length"]) = (json!(index * PAGE), json!(1));
+        placed
+    };
+    // The longest that a request can say.
+    let adopt = (0..200)
+        .rev()
+        .map(|bytes| (0..128).map(|i| placed(i, bytes)).collect::<Vec<_>>())
+        .map(|tensors| json!({"tensors": tensors}))
+        .find(|body| body.to_string().len() <= BODY_BYTES_MAX)
+        .unwrap();
+    let message = client
+        .ask_with(Op::Adopt, adopt, &[fd.as_fd()])
+        .refused("INVALID_ARGUMENT", "BAD_TENSOR");
+    assert!(message.contains("128 tensors"), "{message:.300}");
+    assert_eq!(client.ok(Op::List, json!({}))["flights"], json!([]));
+    drop(client);
+    let mut client = host.greeted();
+    host.eventually(&mut client, "as before", |stats| {
+        Holdings::of(stats) == before
+    });
+}
+
+#[test]
+fn an_error_about_a_long_name_fits_a_frame_and_a_line() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    for text in ["\u{1}", "\"", "\n", "é"] {
+        let name = text.repeat(9_000);
+        for op in [Op::Lookup, Op::Drop] {
+            let message = client
+                .ask(op, json!({"name": name}))
+                .refused("NOT_FOUND", "TENSOR_NOT_FOUND");
+            assert!(message.len() < 1000 && !message.contains('\n'), "{message}");
+        }
+        for invoke in [
+            scale_shift(json!(name), 1.0, 0.0),
+            scale_shift(json!({"name": "x", "column": name}), 1.0, 0.0),
+            json!({"kernel": name, "inputs": {"x": "x"}}),
+            json!({"kernel": "scale-shift", "inputs": {name.clone(): "x"}}),
+            json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {name.clone(): 1}}),
+            json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "publish": {"y": name}}),
+            json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "publish": {name.clone(): "y"}}),
+        ] {
+            let reply = client.ask(Op::Invoke, invoke);
+            assert_eq!(reply.op(), Op::Error, "{}", reply.text);
+        }
+    }
+    check_call(&mut client, json!("x"), &ramp(3));
+}
+
+// ---- What takes long, and the end ----
+
+#[test]
+fn memory_that_is_let_go_of_is_there_for_the_next() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    // Three quarters of the budget: each needs what the one before it had.
+    for round in 0..12 {
+        let created = client.create((3 << 29) / 8);
+        for part in 0..16 {
+            write(
+                created.fd.as_fd(),
+                created.offset + part * (90 << 20),
+                &[1; 1 << 20],
+            );
+        }
+        match round % 3 {
+            0 => drop(client.ok(Op::Release, json!({"leases": [created.lease]}))),
+            1 => {
+                client.ok(
+                    Op::Publish,
+                    json!({"segment": created.segment, "name": "big"}),
+                );
+                client.ok(Op::Release, json!({"leases": [created.lease]}));
+                client.ok(Op::Drop, json!({"name": "big"}));
+            }
+            _ => {
+                drop(client);
+                client = host.greeted();
+                host.eventually(&mut client, "it is gone", |stats| {
+                    number(stats, "/sessions") == 1
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn a_client_that_does_not_read_is_not_waited_for_at_the_end() {
+    let plugin_host = |settings| {
+        let directory = tempfile::tempdir().unwrap();
+        let plugin = directory.path().join("spins.wasm");
+        let text = fs::read_to_string("tests/guests/spins.wat").unwrap();
+        fs::write(&plugin, guest::component("spins", &text)).unwrap();
+        Served::with(&["--plugin", plugin.to_str().unwrap()], settings)
+    };
+    // Far longer than `ended` waits.
+    let host = plugin_host(&[("STRAIT__SERVER__DRAIN_MS", "600000")]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    let mut deaf = host.greeted();
+    let spin = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000});
+    deaf.begin(Op::Invoke, &spin, &[]);
+    flood(&deaf);
+    let last = with(&spin, "deadline_ms", json!(500));
+    let sequence = client.begin(Op::Invoke, &last, &[]);
+    client.ok(Op::Ping, json!({}));
+    host.terminate();
+    assert_eq!(client.receive().unwrap().op(), Op::Shutdown);
+    let reply = client.receive().unwrap();
+    assert_eq!(reply.sequence(), sequence);
+    reply.refused("DEADLINE_EXCEEDED", "DEADLINE");
+    client.ended();
+    host.ended();
+}

@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -212,7 +212,16 @@ impl World<'_> {
             let held = self.model.values().any(|e| e.segment == index);
             assert_eq!(segment.strong_count() > 0, held, "segment {index}");
         }
-        assert_eq!(self.leases.count(1).0, self.model.len());
+        for session in 1..4 {
+            let own = self.model.values().filter(|e| e.session == session);
+            let segments: BTreeSet<_> = own.clone().map(|e| e.segment).collect();
+            assert_eq!(
+                self.leases.count(session),
+                (self.model.len(), own.count()),
+                "leases: all, and of session {session}"
+            );
+            assert_eq!(self.leases.count_own_segments(session), segments.len());
+        }
     }
 }
 

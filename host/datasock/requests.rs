@@ -104,20 +104,29 @@ pub(super) fn failure(sequence: u32, status: &Status, request_id: &str) -> Outgo
             .unwrap_or(0);
         text[..end].to_owned()
     };
-    let body = wire::Failure {
-        code: status.code.name().to_owned(),
-        reason: status.reason.to_owned(),
-        message: cut(&status.message, 8192),
-        request_id: request_id.to_owned(),
-        backtrace: status.backtrace.as_deref().map(|text| cut(text, 16_384)),
-        details: status.details.clone(),
+    let body = |message: usize, backtrace: usize, details: bool| {
+        let body = wire::Failure {
+            code: status.code.name().to_owned(),
+            reason: status.reason.to_owned(),
+            message: cut(&status.message, message),
+            request_id: request_id.to_owned(),
+            backtrace: status.backtrace.as_deref().map(|text| cut(text, backtrace)),
+            details: match details {
+                true => status.details.clone(),
+                false => serde_json::Map::new(),
+            },
+        };
+        serde_json::to_vec(&body).unwrap_or_else(|_| b"{}".to_vec())
     };
-    // A failure is bounded above, so this falls back only if serialising itself failed.
-    let body = serde_json::to_vec(&body).unwrap_or_else(|_| b"{}".to_vec());
+    let mut whole = body(8192, 16_384, true);
+    if whole.len() > wire::BODY_BYTES_MAX {
+        // Each byte may become six in JSON, and this fits even so.
+        whole = body(2048, 4096, false);
+    }
     Outgoing {
         op: Op::Error,
         sequence,
-        body,
+        body: whole,
         fds: Vec::new(),
     }
 }

@@ -34,7 +34,7 @@ impl fmt::Display for Principal {
 }
 
 /// A segment's random name: 32 hex digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SegmentId(u128);
 
 impl SegmentId {

@@ -315,12 +315,7 @@ impl Host {
                 segment,
             });
         }
-        for result in &results {
-            if let Some(name) = &result.name {
-                self.publish(principal, &result.segment, name, replace)?;
-            }
-        }
-        Ok(Invoked {
+        let invoked = Invoked {
             results,
             notes,
             copied_bytes,
@@ -328,7 +323,52 @@ impl Host {
             minor_faults,
             seconds,
             queue_seconds,
-        })
+        };
+        self.check_reply(&invoked, &kernel)?;
+        for result in &invoked.results {
+            if let Some(name) = &result.name {
+                self.publish(principal, &result.segment, name, replace)?;
+            }
+        }
+        Ok(invoked)
+    }
+
+    /// Whether the reply will fit a frame. Asked before anything gets a name.
+    fn check_reply(&self, invoked: &Invoked, kernel: &str) -> Result<(), Status> {
+        // A character may become six in JSON; a mapping of one tensor and a page have less than this.
+        let notes = invoked
+            .notes
+            .iter()
+            .map(|(key, text)| key.len() + text.len());
+        let most = wire::BODY_BYTES_MAX - super::REPLY_BYTES;
+        if 6 * notes.sum::<usize>() + 2048 * invoked.results.len() + 256 * invoked.pages.len()
+            < most / 2
+        {
+            return Ok(());
+        }
+        let results = invoked.results.iter().map(|result| wire::ResultEntry {
+            port: result.port.clone(),
+            mapping: self.mapping(&result.segment),
+            lease: Some(u64::MAX),
+            expires_ms: Some(u64::MAX),
+            fd: Some(usize::MAX),
+            name: result.name.clone(),
+        });
+        let reply = invoked.to_wire(results.collect(), "");
+        let bytes = serde_json::to_vec(&reply).map_or(usize::MAX, |json| json.len());
+        if bytes <= most {
+            return Ok(());
+        }
+        Err(Status::new(
+            Code::Internal,
+            "BAD_ANSWER",
+            format!(
+                "kernel `{kernel}` left {} notes that make a reply of {bytes} bytes of JSON, and there is room for {most}; \
+                 the plugin must leave fewer or shorter ones",
+                invoked.notes.len()
+            ),
+        )
+        .with("during", "notes"))
     }
 
     /// When `invoke`, just received, must be done.

@@ -50,6 +50,9 @@ const NAME_BYTES_MAX: usize = 200;
 const COLUMNS_MAX: usize = 128;
 /// Longest name of such a tensor in bytes.
 const COLUMN_BYTES_MAX: usize = 200;
+/// Longest part of a reply's JSON around one mapping: name, request id, lease, and the brackets
+/// of a listing.
+const REPLY_BYTES: usize = 1024;
 /// Longest request id or idempotency key in characters.
 const ID_CHARS_MAX: usize = 64;
 
@@ -304,21 +307,61 @@ impl Host {
 
     /// What a client needs in order to map `segment`.
     pub fn mapping(&self, segment: &LiveSegment) -> wire::Mapping {
+        let seal = match &*segment.body() {
+            Body::Open(_) | Body::Lost => wire::Seal::None,
+            Body::Client(_) => wire::Seal::ClientWrite,
+            Body::Sealed(_) => wire::Seal::Write,
+            Body::Result(_) => wire::Seal::HostWrite,
+        };
+        self.mapping_of(segment.id(), segment.bytes(), seal, segment.tensors())
+    }
+
+    fn mapping_of(
+        &self,
+        segment: SegmentId,
+        bytes: u64,
+        seal: wire::Seal,
+        tensors: &[TensorPlace],
+    ) -> wire::Mapping {
         wire::Mapping {
             strait_mmap: 1,
             host_id: self.id.clone(),
             socket: self.directory.join("data.sock").display().to_string(),
-            segment: segment.id().to_string(),
+            segment: segment.to_string(),
             generation: 1,
-            bytes: segment.bytes(),
-            seal: match &*segment.body() {
-                Body::Open(_) | Body::Lost => wire::Seal::None,
-                Body::Client(_) => wire::Seal::ClientWrite,
-                Body::Sealed(_) => wire::Seal::Write,
-                Body::Result(_) => wire::Seal::HostWrite,
-            },
-            tensors: segment.tensors().to_vec(),
+            bytes,
+            seal,
+            tensors: tensors.to_vec(),
         }
+    }
+
+    /// Whether every reply that tells of these tensors will fit a frame: with the longest name, in
+    /// a listing, too. Asked before there is a segment.
+    fn check_told(&self, tensors: &[TensorPlace]) -> Result<(), Status> {
+        // Names have 200 bytes at most, and each of them may need two in JSON.
+        if tensors.len() <= COLUMNS_MAX / 4 {
+            return Ok(());
+        }
+        let longest = self.mapping_of(
+            SegmentId::default(),
+            u64::MAX,
+            wire::Seal::ClientWrite,
+            tensors,
+        );
+        let bytes = serde_json::to_vec(&longest).map_or(usize::MAX, |json| json.len());
+        let most = wire::BODY_BYTES_MAX - REPLY_BYTES;
+        if bytes <= most {
+            return Ok(());
+        }
+        Err(Status::new(
+            Code::InvalidArgument,
+            "BAD_TENSOR",
+            format!(
+                "the mapping of these {} tensors has {bytes} bytes of JSON, and a reply has room for {most}; \
+                 take shorter names (a quotation mark counts twice), or put the tensors into several segments",
+                tensors.len()
+            ),
+        ))
     }
 
     /// The life of a lease for which `asked` milliseconds were asked.
@@ -532,6 +575,7 @@ impl Host {
     /// `BUDGET_EXCEEDED`, `DRAINING`.
     fn allocate(&self, layout: &FileLayout) -> Result<Segment<Open>, Status> {
         self.admit()?;
+        self.check_told(&layout.tensors)?;
         let made =
             Segment::create(layout.capacity, &self.budget).and_then(|segment: Segment<Open>| {
                 let uncounted = Copied::new();
@@ -614,6 +658,7 @@ impl Host {
                 .ok_or_else(|| bad(format!("tensor `{}` ends beyond 2^64 bytes", tensor.name)))?;
             ranges.push(tensor.offset..end);
         }
+        self.check_told(&tensors)?;
         let body = match strait_memory::adopt(fd, &ranges, &self.budget)? {
             Adopted::Sealed(segment) => Body::Sealed(segment),
             Adopted::Lent(segment) => Body::Client(segment),

@@ -42,9 +42,21 @@ impl Served {
 
     /// The same with settings from the environment.
     pub fn with(arguments: &[&str], settings: &[(&str, &str)]) -> Self {
+        let host = Command::new(env!("CARGO_BIN_EXE_strait"));
+        Self::run(host, arguments, settings)
+    }
+
+    /// The same with at most `files` open files.
+    pub fn with_files(files: u32, arguments: &[&str], settings: &[(&str, &str)]) -> Self {
+        let mut host = Command::new("sh");
+        let script = format!("ulimit -n {files} && exec \"$0\" \"$@\"");
+        host.args(["-c", &script, env!("CARGO_BIN_EXE_strait")]);
+        Self::run(host, arguments, settings)
+    }
+
+    fn run(mut command: Command, arguments: &[&str], settings: &[(&str, &str)]) -> Self {
         let directory = TempDir::new().unwrap();
         let log = fs::File::create(directory.path().join("log")).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_strait"));
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("STRAIT_")) {
             command.env_remove(name);
         }
@@ -192,7 +204,8 @@ impl Frame {
         assert_eq!(
             (self.op(), body["code"].as_str(), body["reason"].as_str()),
             (Op::Error, Some(code), Some(reason)),
-            "{body}"
+            "{:.2000}",
+            self.text
         );
         assert!(self.fds.is_empty(), "descriptors beside an ERROR");
         let message = body["message"].as_str().unwrap();
@@ -202,7 +215,7 @@ impl Frame {
 
     /// Asserts an OK; answers its body.
     pub fn accepted(&self) -> Value {
-        assert_eq!(self.op(), Op::Ok, "{}", self.text);
+        assert_eq!(self.op(), Op::Ok, "{:.2000}", self.text);
         self.body()
     }
 }

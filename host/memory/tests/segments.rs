@@ -427,3 +427,50 @@ fn a_budget_is_shared_by_threads() {
     assert_eq!(budget.used(), 0);
     Segment::<Open>::create(10 * PAGE, &budget).expect("all is free again");
 }
+
+/// A write lease of another file description, which makes whoever opens the file wait.
+fn lease(fd: &OwnedFd) -> std::fs::File {
+    use std::os::fd::AsRawFd;
+    const F_SETLEASE: libc::c_int = 1024;
+    let own = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .expect("opened anew");
+    // The operating system tells the holder by SIGIO, which would end the test.
+    // SAFETY: ignoring a signal touches no memory.
+    unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
+    // SAFETY: F_SETLEASE takes an integer.
+    let held = unsafe { libc::fcntl(own.as_raw_fd(), F_SETLEASE, libc::F_WRLCK) };
+    assert_eq!(held, 0, "{}", std::io::Error::last_os_error());
+    own
+}
+
+#[test]
+fn a_file_lease_is_said_and_not_waited_for() {
+    let fd = memfd(GUEST_PAGE);
+    fill(&fd, 0, &[1; GUEST_PAGE as usize]);
+    let future = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
+    rustix::fs::fcntl_add_seals(&fd, future).expect("sealable");
+    let held = lease(&fd);
+    let given = fd.try_clone().expect("descriptors are left");
+    let error = adopt(given, &[0..8], &budget()).expect_err("leased");
+    assert!(matches!(error, AdoptError::Leased), "{error}");
+    drop(held);
+
+    let given = fd.try_clone().expect("descriptors are left");
+    let Adopted::Lent(segment) = adopt(given, &[0..8], &budget()).expect("free again") else {
+        panic!("its sender can still write");
+    };
+    let held = lease(&fd);
+    let error = segment.readonly_fd().expect_err("leased");
+    assert!(matches!(error, MemoryError::Leased { .. }), "{error}");
+    let refused = segment.seal().expect_err("leased");
+    assert!(matches!(refused.error, MemoryError::Leased { .. }));
+    drop(held);
+    let sealed = refused.segment.seal().expect("free again");
+    // From now on its descriptor is the one that is given away.
+    let _held = sealed.readonly_fd().expect("no opening");
+    let twice = sealed.readonly_fd().expect("no opening");
+    assert!(Arc::strong_count(&twice) >= 3);
+}
