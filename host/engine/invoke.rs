@@ -378,6 +378,20 @@ impl<'a> Names<'a> {
         }
     }
 
+    /// Why there is no instance: its start function trapped, or its exports are of another contract.
+    fn not_instantiated(&self, error: &wasmtime::Error) -> InvokeError {
+        if error.is::<wasmtime::Trap>() || error.is::<Stop>() {
+            return self.trap("instantiate", error);
+        }
+        self.bad(
+            "instantiate",
+            format!(
+                "it does not fit this host's strait:kernel: {}; build the plugin again with this version's SDK",
+                error.root_cause()
+            ),
+        )
+    }
+
     fn said(&self, error: types::Error) -> InvokeError {
         let kernel = self.kernel.to_owned();
         match error {
@@ -439,7 +453,7 @@ impl Instance {
             store.set_epoch_deadline(1);
         }
         let (plugin, mut made) = collect(|| compiled.pre.instantiate(&mut store));
-        let plugin = plugin.map_err(|e| names.trap("instantiate", &e))?;
+        let plugin = plugin.map_err(|e| names.not_instantiated(&e))?;
         let memory = made.pop().ok_or_else(|| {
             names.bad("instantiate", "the plugin has no linear memory of its own")
         })?;
