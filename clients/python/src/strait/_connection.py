@@ -340,10 +340,16 @@ class Connection:
             self._wake_one()
 
     def _wake_one(self) -> None:
+        """Wakes one to receive; and whoever has a reply, for an interrupt may have kept a leader from waking it."""
+        successor = None
         for pending in self._pending.values():
             if pending.sleeper is not None:
-                self._wake(pending)
-                return
+                if pending.reply is not None:
+                    self._wake(pending)
+                elif successor is None:
+                    successor = pending
+        if successor is not None:
+            self._wake(successor)
 
     @staticmethod
     def _wake(pending: Pending) -> None:
