@@ -382,6 +382,22 @@ def test_copies_and_pickles(session):
     assert settle(lambda: session.client_stats().mappings, mappings - 1) == mappings - 1
 
 
+def test_any_byte_but_zero_is_true(session):
+    for stored in ([0, 1, 1, 0], [0, 1, 2, 255]):
+        x = session.empty(4, "bool8")
+        x.view(np.uint8)[:] = stored
+        session.put("truth", x, replace=True)
+        y = session.get("truth")
+        before = session.client_stats().copied_bytes
+        wanted = [byte != 0 for byte in stored]
+        assert [(y == True).tolist(), (~y).tolist(), y.numpy().tolist()] == [wanted, [not one for one in wanted], wanted]  # noqa: E712
+        assert y.arrow().storage.to_numpy().astype(bool).tolist() == wanted
+        assert session.client_stats().copied_bytes - before == (0 if max(stored) == 1 else 4)
+        with pytest.raises(ValueError, match="read-only"):
+            y.numpy()[0] = True
+    session.delete("truth")
+
+
 def test_arrow_outlives_the_array(session):
     x = filled(session, 1000)
     column = session.call("scale-shift", x, a=2).arrow()

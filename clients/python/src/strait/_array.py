@@ -26,6 +26,8 @@ class Placed:
     def __init__(self) -> None:
         self.segments: Dict[int, "Segment"] = {}
         self.tensors: Dict[int, Tuple["Segment", Tensor]] = {}
+        #: Bytes of views that had to be copies.
+        self.copied_bytes = 0
 
     def find(self, array: "np.ndarray[Any, Any]") -> Optional[Tuple["Segment", Tensor]]:
         """The tensor that `array` is, if it is exactly one of them."""
@@ -57,6 +59,9 @@ class Segment:
         placed.segments[pages.address] = self
         for tensor in mapping.tensors:
             placed.tensors[pages.address + tensor.offset] = (self, tensor)
+
+    def count_copy(self, size: int) -> None:
+        self._placed.copied_bytes += size
 
     def leaving(self) -> None:
         for tensor in self.mapping.tensors:
@@ -160,10 +165,19 @@ class Array(NDArrayOperatorsMixin):
         return self._memory is None
 
     def numpy(self) -> "np.ndarray[Any, Any]":
-        """The numpy array over the mapped pages; not writable, and no copy."""
+        """The numpy array over the mapped pages; not writable, and no copy.
+
+        Only truth values that are stored as other bytes than 0 and 1 are copied, for numpy does not take all of those
+        for true everywhere; the copy is counted.
+        """
         memory = self._usable()
         if self._numpy is None:
-            self._numpy = view_of(memory, self._tensor)
+            view = view_of(memory, self._tensor)
+            if view.dtype == np.bool_ and view.size and view.view(np.uint8).max() > 1:
+                view = view.view(np.uint8) != 0
+                view.flags.writeable = False
+                self._segment.count_copy(view.nbytes)
+            self._numpy = view
         return self._numpy
 
     def _usable(self) -> memoryview:

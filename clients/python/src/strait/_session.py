@@ -33,7 +33,7 @@ _STILL_WRITABLE_INTERVAL = 0.002
 class ClientStats:
     """What this side of a session counted."""
 
-    #: Tensor bytes that were copied into segments because they were not in one.
+    #: Tensor bytes that were copied into segments because they were not in one, or out of one to be numpy's truth values.
     copied_bytes: int
     #: Calls that were sent.
     calls: int
@@ -110,7 +110,7 @@ class Session:
 
     def client_stats(self) -> ClientStats:
         """This side's counts."""
-        return ClientStats(self._copied_bytes, self._calls, len(self._placed.segments), self._huge_bytes)
+        return ClientStats(self._copied_bytes + self._placed.copied_bytes, self._calls, len(self._placed.segments), self._huge_bytes)
 
     def kernels(self, name: Optional[str] = None) -> List[Kernel]:
         """All kernels with their ports, parameters and docs, sorted by plugin and name; or those of one name."""
