@@ -447,6 +447,20 @@ def test_kernels_say_what_they_take(session):
     assert [kernel.name for kernel in session.kernels("clip")] == ["clip"]
 
 
+def test_integer_parameters_are_exact_up_to_the_kernel(session):
+    if session.kernels("clip")[0].parameters[0].kind == "real":
+        pytest.skip("this host has an older clip, whose bounds are float64")
+    big = 2**53
+    for given, bounds, wanted in [
+        (np.array([big, big + 1, big + 2]), {"hi": big + 1}, [big, big + 1, big + 1]),
+        (np.array([-big - 6, -big - 1]), {"lo": np.int64(-big - 1)}, [-big - 1, -big - 1]),
+        (np.array([2**63, 5], np.uint64), {"hi": np.uint64(2**63 - 1)}, [2**63 - 1, 5]),
+        (np.array([2**64 - 1, 5], np.uint64), {"lo": 2**64 - 2}, [2**64 - 1, 2**64 - 2]),
+        (np.array([-(2**63), 5]), {"hi": -(2**63) + 1}, [-(2**63), -(2**63) + 1]),
+    ]:
+        assert session.call("clip", given, **bounds).numpy().tolist() == wanted
+
+
 def test_many_flights_are_listed_page_by_page(session):
     names = [f"{'long name ' * 15}{index:03}" for index in range(150)]
     for name in names:

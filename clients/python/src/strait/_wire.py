@@ -179,7 +179,8 @@ class Parameter:
     """A parameter of a kernel."""
 
     name: str
-    #: `"boolean"`, `"integer"`, `"real"`, `"axis"` (0-based, row-major), `"text"` or `"reals"`.
+    #: `"boolean"`, `"integer"`, `"real"`, `"number"` (an integer stays exact), `"axis"` (0-based, row-major), `"text"`
+    #: or `"reals"`.
     kind: str
     #: None: it must be given.
     default: Any
