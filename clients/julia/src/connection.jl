@@ -171,7 +171,7 @@ function abandon!(c::Connection, sequence::UInt32)
     if cancel
         quietly(() -> tell(c, CANCEL, (sequence = sequence,)))
         # Its answer is waited for all the same: results that were under way hold memory in the host.
-        @async quietly(() -> await(() -> !haskey(c.waiting, sequence), c))
+        in_background(() -> quietly(() -> undisturbed(() -> await(() -> !haskey(c.waiting, sequence), c))))
     end
     signal_reaper()
     return nothing
@@ -278,7 +278,10 @@ function drain!(c::Connection)
     return nothing
 end
 
-function receive_all!(c::Connection)
+# Not to be interrupted: a frame that was taken and not dealt with would leave somebody waiting for ever.
+receive_all!(c::Connection) = disable_sigint(() -> receive_undisturbed!(c))
+
+function receive_undisturbed!(c::Connection)
     while c.ending === nothing
         count, fds, flags = receive_packet!(c.buffer, c.control, c.fd)
         count == -Libc.EAGAIN && return nothing
@@ -369,12 +372,24 @@ end
 
 interval(life::Float64) = max(life / 2, RENEW_INTERVAL_MIN)
 
+"Waits for a timer; false if it was closed."
+function came(timer::Timer)
+    try
+        undisturbed(() -> wait(timer))
+        return true
+    catch e
+        e isa EOFError || rethrow()
+        return false
+    end
+end
+
 "Sees to it that renewals are looked at when `due` comes."
 function plan!(c::Connection, due::Float64)
     due < c.timer_at && c.ending === nothing || return nothing
     c.timer === nothing || close(c.timer)
     c.timer_at = due
-    c.timer = Timer(_ -> quietly(() -> renew_due!(c)), max(due - now(), 0.0))
+    timer = c.timer = Timer(max(due - now(), 0.0))
+    in_background(() -> came(timer) && quietly(() -> renew_due!(c)))
     return nothing
 end
 
@@ -414,7 +429,7 @@ function renew_due!(c::Connection)
         return found
     end
     for (life, leases) in due, part in Iterators.partition(sort!(leases), LEASES_MAX)
-        renew!(c, collect(part), round(Int, life * 1000))
+        undisturbed(() -> renew!(c, collect(part), round(Int, life * 1000)))
     end
     return nothing
 end
@@ -665,10 +680,24 @@ function enlist(c::Connection)
         push!(REAPER.connections, c)
         # Not when the module is loaded: a process that never connects keeps no handle open.
         if REAPER.condition === nothing
-            REAPER.condition = Base.AsyncCondition(_ -> reap_all())
+            condition = REAPER.condition = Base.AsyncCondition()
+            in_background(() -> reap_for_ever(condition))
         end
     end
     return nothing
+end
+
+function reap_for_ever(condition::Base.AsyncCondition)
+    while true
+        try
+            undisturbed(() -> wait(condition))
+        catch e
+            # The process is ending.
+            e isa EOFError || rethrow()
+            return nothing
+        end
+        undisturbed(reap_all)
+    end
 end
 
 function reap_all()
@@ -680,6 +709,7 @@ function reap_all()
             over && c.abandoned[] && finish!(c, Disconnected("the session was garbage"))
             over && c.ending !== nothing && lock(() -> delete!(REAPER.connections, c), REAPER.lock)
         catch e
+            e isa InterruptException && rethrow()
             # One connection's trouble must not keep the others' pages mapped.
             @error "strait: a session's mappings could not be tidied up" exception = (e, catch_backtrace())
         end

@@ -1,10 +1,11 @@
 # Against a real host, whose program STRAIT_BIN names.
 
-function with_host(f)
+function with_host(f; plugins = String[])
     mktempdir() do directory
         chmod(directory, 0o700)
         log = joinpath(directory, "log")
-        host = run(pipeline(`$(ENV["STRAIT_BIN"]) serve --directory $directory`; stdout = log, stderr = log); wait = false)
+        given = [word for plugin in plugins for word in ("--plugin", plugin)]
+        host = run(pipeline(`$(ENV["STRAIT_BIN"]) serve --directory $directory $given`; stdout = log, stderr = log); wait = false)
         try
             for _ in 1:600
                 ispath(joinpath(directory, "data.sock")) && break
@@ -146,4 +147,49 @@ with_host() do address, host
         @test all(==(6), y) && all(==(3), x)
         close(s)
     end
+end
+
+"Whether `done()` within ten seconds."
+function soon(done)
+    began = time()
+    while time() - began < 10
+        done() && return true
+        sleep(0.02)
+    end
+    return false
+end
+
+"A program of this folder in a process of its own."
+function program(name, address, threads)
+    file = joinpath(@__DIR__, name)
+    return setenv(`$(Base.julia_cmd()) --startup-file=no $file $address`, merge(ENV, Dict("JULIA_NUM_THREADS" => string(threads))))
+end
+
+@testset "several threads" begin
+    with_host() do address, host
+        @test success(pipeline(program("threads.jl", address, 2); stderr = stderr))
+    end
+end
+
+if haskey(ENV, "STRAIT_TEST_PLUGINS")
+    @testset "Ctrl-C" begin
+        with_host(; plugins = [joinpath(ENV["STRAIT_TEST_PLUGINS"], "spins.wasm")]) do address, host
+            s = connect(address)
+            running() = stats(s).host["running"]
+            child = open(pipeline(program("interrupted.jl", address, 1); stderr = stderr))
+            said = String[]
+            for line in eachline(child)
+                push!(said, line)
+                line == "spins" || continue
+                @test soon(() -> running() == 1)
+                sleep(0.4)
+                kill(child, 2)
+            end
+            wait(child)
+            @test said == ["spins", "spins", "spins", "spins", "done"] && success(child)
+            close(s)
+        end
+    end
+else
+    @info "STRAIT_TEST_PLUGINS is not set: no kernel is interrupted"
 end
