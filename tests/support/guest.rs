@@ -2,6 +2,7 @@
 //!
 //! A guest file under `tests/guests` defines some of the functions; the rest are those of a
 //! well-behaved plugin with one kernel `k`: `x` (float64, rank 0 to 8) to `y`, of the same spec.
+//! It has a memory of 2 pages unless the file exports one of its own.
 //! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (control records).
 
 #![allow(
@@ -169,10 +170,15 @@ pub fn module(plugin: &str, text: &str) -> String {
         .filter(|line| !line.starts_with("(import"))
         .map(|l| format!("{l}\n"))
         .collect();
+    let memory = if text.contains("(memory (export") {
+        ""
+    } else {
+        r#"(memory (export "memory") 2)"#
+    };
     format!(
         r#"(module
         {imports}
-        (memory (export "memory") 2)
+        {memory}
         (global $x (mut i64) (i64.const 0)) (global $y (mut i64) (i64.const 0)) (global $bytes (mut i64) (i64.const 0))
         (global $in (mut i64) (i64.const 0)) (global $out (mut i64) (i64.const 0))
         (global $shape (mut i32) (i32.const 0)) (global $rank (mut i32) (i32.const 0))

@@ -7,6 +7,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 pub mod guest;
+pub mod trial;
 
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 
