@@ -12,21 +12,19 @@ mod guest;
 mod served;
 
 use std::fs::{self, File, Permissions};
-use std::io::{BufRead, BufReader, IoSlice, Write};
-use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
-use rustix::process::{Pid, Signal, Uid};
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use served::{
-    Created, FINAL, FUTURE, Frame, Holdings, PAGE, Raw, SIZE, Served, memfd, number, packet, read,
-    seal, write,
+    Created, FINAL, FUTURE, Frame, Holdings, PAGE, Raw, SIZE, Served, as_user, check_call, memfd,
+    number, numbers, packet, put, ramp, scale_shift, seal, send_with, write,
 };
 use strait_client::wire::{BODY_BYTES_MAX, Op};
 use strait_memory::{ReadMapping, WriteMapping};
@@ -36,58 +34,8 @@ const MOVED: u64 = 100_000;
 
 /// A host with the kernel `spins/k`, which never ends.
 fn host_with_spins() -> Served {
-    let directory = tempfile::tempdir().unwrap();
-    let plugin = directory.path().join("spins.wasm");
     let text = fs::read_to_string("tests/guests/spins.wat").unwrap();
-    fs::write(&plugin, guest::component("spins", &text)).unwrap();
-    Served::start(&["--plugin", plugin.to_str().unwrap()])
-}
-
-fn ramp(count: u64) -> Vec<f64> {
-    (0..count).map(|i| i as f64 * 0.5 - 7.0).collect()
-}
-
-/// Gives the host the flight `name`: `ramp(count)`.
-fn put(client: &mut Raw, name: &str, count: u64) {
-    let created = client.create(count);
-    created.fill(&ramp(count));
-    client.ok(
-        Op::Publish,
-        json!({"segment": created.segment, "name": name, "replace": true}),
-    );
-    assert_eq!(
-        client.ok(Op::Release, json!({"leases": [created.lease]}))["released"],
-        1
-    );
-}
-
-fn scale_shift(input: Value, a: f64, b: f64) -> Value {
-    json!({"kernel": "scale-shift", "inputs": {"x": input}, "parameters": {"a": a, "b": b}})
-}
-
-/// The numbers of an INVOKE's one result.
-fn numbers(reply: &Frame) -> Vec<f64> {
-    let body = reply.accepted();
-    let place = &body["results"][0]["mapping"]["tensors"][0];
-    let count = usize::try_from(place["length"].as_u64().unwrap() / 8).unwrap();
-    read(
-        reply.fds[0].as_fd(),
-        place["offset"].as_u64().unwrap(),
-        count,
-    )
-}
-
-/// Invokes scale-shift and checks every element against `x`.
-fn check_call(client: &mut Raw, input: Value, x: &[f64]) {
-    let reply = client.ask(Op::Invoke, scale_shift(input, 2.0, 1.0));
-    let y = numbers(&reply);
-    assert!(
-        y.len() == x.len() && y.iter().zip(x).all(|(y, x)| *y == 2.0 * x + 1.0),
-        "{:?}",
-        &y[..y.len().min(8)]
-    );
-    let lease = reply.body()["results"][0]["lease"].clone();
-    client.ok(Op::Release, json!({"leases": [lease]}));
+    Served::with_plugin(&guest::component("spins", &text), &[])
 }
 
 /// Beside those that are parked, and those of results that the pool keeps warm.
@@ -138,21 +86,6 @@ fn patched(what: &'static str, offset: usize, bytes: &[u8], stays: bool) -> Bad 
         answer: BAD_FRAME,
         stays,
     }
-}
-
-/// More descriptors than `FrameSocket` would send.
-fn send_with(client: &Raw, packet: &[u8], fds: &[BorrowedFd<'_>]) {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(64))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
-    let sent = rustix::net::sendmsg(
-        client.socket.as_fd(),
-        &[IoSlice::new(packet)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )
-    .unwrap();
-    assert_eq!(sent, packet.len());
 }
 
 /// Sends it on a connection of its own; checks the answer, what becomes of the connection, and
@@ -1247,19 +1180,6 @@ fn many_clients_at_once_and_many_one_after_another() {
 }
 
 // ---- Principals ----
-
-/// Runs `client` in a thread that has become user `uid`.
-fn as_user<T: Send>(uid: u32, client: impl FnOnce() -> T + Send) -> T {
-    std::thread::scope(|scope| {
-        let became = scope.spawn(move || {
-            let uid = Some(Uid::from_raw(uid));
-            // Of this thread alone, which ends with it.
-            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
-            client()
-        });
-        became.join().unwrap()
-    })
-}
 
 #[test]
 fn one_user_sees_nothing_of_anothers() {

@@ -5,18 +5,25 @@
     unreachable_pub,
     reason = "each test file uses a part of it"
 )]
-#![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::cast_precision_loss,
+    reason = "a test that cannot go on ends; small numbers"
+)]
 
 use std::fs;
-use std::io::{BufRead, BufReader};
+use std::io::{self, BufRead, BufReader, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::process::{Pid, Signal};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
+use rustix::process::{Pid, Signal, Uid};
 use serde_json::{Value, json};
 use strait_client::wire::{self, Header, Op};
 use strait_memory::FrameSocket;
@@ -88,6 +95,14 @@ impl Served {
         served
     }
 
+    /// Ready, with a plugin that is not in a file yet.
+    pub fn with_plugin(component: &[u8], settings: &[(&str, &str)]) -> Self {
+        let directory = TempDir::new().unwrap();
+        let path = directory.path().join("plugin.wasm");
+        fs::write(&path, component).unwrap();
+        Self::with(&["--plugin", path.to_str().unwrap()], settings)
+    }
+
     /// The runtime directory.
     pub fn directory(&self) -> PathBuf {
         self.directory.path().join("host")
@@ -99,6 +114,17 @@ impl Served {
 
     pub fn log(&self) -> String {
         fs::read_to_string(self.directory.path().join("log")).unwrap()
+    }
+
+    /// Lets every user get to the sockets, which `strait serve` itself never does.
+    pub fn open_to_all(&self) {
+        let mode = |path: PathBuf, mode| {
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
+        };
+        mode(self.directory.path().to_owned(), 0o755);
+        mode(self.directory(), 0o755);
+        mode(self.socket(), 0o666);
+        mode(self.directory().join("flight.sock"), 0o666);
     }
 
     /// A connection that has not said HELLO.
@@ -448,4 +474,119 @@ pub fn number(stats: &Value, path: &str) -> u64 {
         .pointer(path)
         .and_then(Value::as_u64)
         .unwrap_or_else(|| panic!("no {path} in {stats}"))
+}
+
+pub fn ramp(count: u64) -> Vec<f64> {
+    (0..count).map(|i| i as f64 * 0.5 - 7.0).collect()
+}
+
+/// Gives the host the flight `name`: `ramp(count)`.
+pub fn put(client: &mut Raw, name: &str, count: u64) {
+    let created = client.create(count);
+    created.fill(&ramp(count));
+    client.ok(
+        Op::Publish,
+        json!({"segment": created.segment, "name": name, "replace": true}),
+    );
+    assert_eq!(
+        client.ok(Op::Release, json!({"leases": [created.lease]}))["released"],
+        1
+    );
+}
+
+pub fn scale_shift(input: Value, a: f64, b: f64) -> Value {
+    json!({"kernel": "scale-shift", "inputs": {"x": input}, "parameters": {"a": a, "b": b}})
+}
+
+/// The numbers of an INVOKE's one result.
+pub fn numbers(reply: &Frame) -> Vec<f64> {
+    let body = reply.accepted();
+    let place = &body["results"][0]["mapping"]["tensors"][0];
+    let count = usize::try_from(place["length"].as_u64().unwrap() / 8).unwrap();
+    read(
+        reply.fds[0].as_fd(),
+        place["offset"].as_u64().unwrap(),
+        count,
+    )
+}
+
+/// Invokes scale-shift and checks every element against `x`.
+pub fn check_call(client: &mut Raw, input: Value, x: &[f64]) {
+    let reply = client.ask(Op::Invoke, scale_shift(input, 2.0, 1.0));
+    let y = numbers(&reply);
+    assert!(
+        y.len() == x.len() && y.iter().zip(x).all(|(y, x)| *y == 2.0 * x + 1.0),
+        "{:?}",
+        &y[..y.len().min(8)]
+    );
+    let lease = reply.body()["results"][0]["lease"].clone();
+    client.ok(Op::Release, json!({"leases": [lease]}));
+}
+
+/// Sends a packet with more descriptors than `FrameSocket` would.
+pub fn try_send_with(client: &Raw, packet: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
+    let sent = rustix::net::sendmsg(
+        client.socket.as_fd(),
+        &[IoSlice::new(packet)],
+        &mut control,
+        SendFlags::NOSIGNAL,
+    )?;
+    assert_eq!(sent, packet.len());
+    Ok(())
+}
+
+pub fn send_with(client: &Raw, packet: &[u8], fds: &[BorrowedFd<'_>]) {
+    try_send_with(client, packet, fds).unwrap();
+}
+
+/// Runs `client` in a thread that has become user `uid`.
+pub fn as_user<T: Send>(uid: u32, client: impl FnOnce() -> T + Send) -> T {
+    std::thread::scope(|scope| {
+        let became = scope.spawn(move || {
+            let uid = Some(Uid::from_raw(uid));
+            // Of this thread alone, which ends with it.
+            rustix::thread::set_thread_res_uid(uid, uid, uid).unwrap();
+            client()
+        });
+        became.join().unwrap()
+    })
+}
+
+/// Numbers that are the same in each run (SplitMix64). `TEST_SEED` gives others.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new() -> Self {
+        let seed = std::env::var("TEST_SEED").map_or(1, |seed| seed.parse().unwrap());
+        eprintln!("TEST_SEED={seed}");
+        Self(seed)
+    }
+
+    pub fn seeded(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// One of `0..bound`.
+    pub fn below(&mut self, bound: usize) -> usize {
+        usize::try_from(self.next() % bound as u64).unwrap()
+    }
+
+    pub fn one<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        &of[self.below(of.len())]
+    }
+
+    pub fn bytes(&mut self, count: usize) -> Vec<u8> {
+        (0..count).map(|_| self.next().to_le_bytes()[0]).collect()
+    }
 }
