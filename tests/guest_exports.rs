@@ -144,9 +144,12 @@ fn answering(name: &str, body: &str) -> String {
     format!("(func ${name} (param {parameters}) (result i32) {body} i32.const 768)\n{rest}")
 }
 
+/// What is stored where.
+type Stores = &'static [(u32, &'static str)];
+
 /// Every list and string that an invocation's functions answer: function, what it is, where its
 /// pair is stored, what must be stored beside it, whether it is a string.
-const LISTS: [(&str, &str, u32, &[(u32, &str)], bool); 13] = [
+const LISTS: [(&str, &str, u32, Stores, bool); 13] = [
     ("open", "specs", 772, &[], false),
     (
         "open",
