@@ -226,15 +226,28 @@ fn listed(
                 .map(|(name, _)| name)
                 .filter(|name| name.starts_with(&prefix))
                 .collect();
-            let flights = stream::iter(names).filter_map(move |name| {
-                let segment = host.lookup(principal, &name).ok();
-                let flight = segment.map(|segment| info::flight(&host, &name, &segment));
-                std::future::ready(flight)
-            });
+            let flights = stream::iter(names)
+                .then(move |name| described(Arc::clone(&host), principal, name))
+                .filter_map(std::future::ready);
             Some((flights, next))
         }
     });
     pages.flatten()
+}
+
+/// A flight with the schemas of its up to 128 columns, which takes long enough to do it where nobody
+/// else is served; none if it is gone.
+async fn described(
+    host: Arc<Host>,
+    principal: Principal,
+    name: String,
+) -> Option<Result<FlightInfo, Status>> {
+    let describe = move || {
+        let segment = host.lookup(principal, &name).ok()?;
+        Some(info::flight(&host, &name, &segment))
+    };
+    let described = tokio::task::spawn_blocking(describe).await;
+    described.unwrap_or_else(|error| Some(Err(host_bug("describing a flight", error))))
 }
 
 #[tonic::async_trait]
