@@ -13,7 +13,7 @@ use strait_memory::{FrameSocket, Peer, Received};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::requests::{Reply, Running, encode, failure, respond};
+use super::requests::{ENDED_AT_ONCE, Reply, Running, encode, failure, respond};
 use super::{Outgoing, Pushes};
 use crate::error::{Code, Status};
 use crate::lease::Principal;
@@ -102,7 +102,10 @@ pub(super) async fn run(
     for call in connection.running.values() {
         call.cancel();
     }
-    drop(connection);
+    match connection.session.lease_count() > ENDED_AT_ONCE {
+        true => tokio::task::block_in_place(|| drop(connection)),
+        false => drop(connection),
+    }
     tracing::info!(session = id, "disconnected");
     // What has been answered is still written, unless the client does not read it.
     if matches!(end, End::Deaf) || tokio::time::timeout(FAREWELL, &mut writer).await.is_err() {

@@ -26,7 +26,7 @@ const LEASES_MAX: usize = 16_384;
 /// Bytes of a created segment beside its tensors, at most.
 const CREATE_ROOM: u64 = 16 << 20;
 /// Leases that are ended on the thread that serves others, too.
-const RELEASED_AT_ONCE: u64 = 64;
+pub(super) const ENDED_AT_ONCE: usize = 64;
 
 /// What becomes of a request.
 pub(super) enum Reply {
@@ -560,7 +560,7 @@ fn release(session: &Session, sequence: u32, body: &[u8]) -> Framed {
     let released = ended.count() as u64;
     // A result goes back to the pool at once, where the next call looks for it, and what is big is
     // freed elsewhere; so only a great number of them takes long.
-    match released > RELEASED_AT_ONCE {
+    match ended.count() > ENDED_AT_ONCE {
         true => tokio::task::block_in_place(|| drop(ended)),
         false => drop(ended),
     }
