@@ -40,6 +40,7 @@ mod mapping;
 mod pages;
 mod parking;
 mod pool;
+pub mod probe;
 pub mod process;
 mod scrap;
 mod segment;
