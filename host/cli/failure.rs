@@ -23,6 +23,7 @@ pub(super) enum Exit {
     Input = 3,
     Kernel = 4,
     Host = 5,
+    Unfit = 6,
     /// As a shell counts a death by signal.
     Interrupt = 130,
     Terminate = 143,
@@ -96,6 +97,16 @@ impl Failure {
     /// The machine, or strait itself.
     pub(super) fn other(reason: &str, message: impl Into<String>) -> Self {
         Self::new(Exit::Other, reason, message)
+    }
+
+    /// This machine, user or environment cannot run a host.
+    pub(super) fn unfit(message: impl Into<String>) -> Self {
+        Self::new(Exit::Unfit, "UNFIT", message)
+    }
+
+    /// What went wrong, alone.
+    pub(super) fn message(&self) -> &str {
+        &self.0.message
     }
 
     /// Stdout could not be written.

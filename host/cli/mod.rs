@@ -5,12 +5,14 @@
 //!      ├▶ tensors: put ls get rm    ┐ over the data socket, by strait-client
 //!      ├▶ kernels: kernels call     ┘
 //!      ├▶ run                       a host of its own in this process, no sockets
+//!      ├▶ doctor                    what this machine lacks for a host, and what to change
 //!      └▶ demo                      a host, a producer and a consumer, each a process
 //! failure: what went wrong, as text, JSON and exit code    output: stdout, tables, progress
 //! staging: output files that appear when they are complete             log: lines on stderr
 //! ```
 
 mod demo;
+mod doctor;
 mod failure;
 mod kernels;
 mod log;
@@ -37,6 +39,7 @@ Exit codes:
   3  bad input: a file, name, port, parameter or setting that does not fit
   4  the kernel failed, trapped, ran into a limit or its deadline, or was cancelled
   5  no host, or the connection to it broke
+  6  `doctor`: a host cannot run here, or not as it is set
   130, 143  ended by SIGINT, SIGTERM (`serve` drains and exits 0)
 
 Errors go to stderr: what, the reason code of docs/protocol.md, what to do, the request id.
@@ -56,6 +59,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run a host in the foreground until SIGTERM or SIGINT.
     Serve(serve::ServeArgs),
+    /// Try what a host needs of this machine and user; says what to change, and why.
+    Doctor(doctor::DoctorArgs),
     /// Run a kernel on files, without a host.
     Run(run::RunArgs),
     /// Run a kernel on the host's tensors.
@@ -113,6 +118,7 @@ pub fn main() -> ExitCode {
     let (json, done) = match &command {
         Command::Demo(args) => (args.json, demo::demo(args)),
         Command::Serve(args) => (false, serve::serve(args)),
+        Command::Doctor(args) => (args.json, doctor::doctor(args)),
         Command::Run(args) => (args.json, run::run(args)),
         Command::Call(args) => (args.connection.json, kernels::call(args)),
         Command::Kernels(args) => (args.connection.json, kernels::kernels(args)),

@@ -15,7 +15,43 @@ use super::failure::Failure;
 
 /// Writes text and a line feed to stdout.
 pub(super) fn text(text: &str) -> Result<(), Failure> {
-    let text = harmless(text);
+    write(&harmless(text))
+}
+
+/// A colour of a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Colour {
+    Green,
+    Yellow,
+    Red,
+}
+
+/// Writes lines to stdout, each with a label before it, in colour where stdout is a terminal (and
+/// `NO_COLOR` is not set).
+pub(super) fn labelled(lines: &[(Option<Colour>, String, String)]) -> Result<(), Failure> {
+    let coloured =
+        io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let lines: Vec<String> = lines
+        .iter()
+        .map(|(colour, label, text)| {
+            let (label, text) = (line(label), line(text));
+            let code = match colour {
+                Some(Colour::Green) => 32,
+                Some(Colour::Yellow) => 33,
+                Some(Colour::Red) => 31,
+                None => 0,
+            };
+            if coloured && code != 0 {
+                format!("\u{1b}[{code}m{label}\u{1b}[0m{text}")
+            } else {
+                format!("{label}{text}")
+            }
+        })
+        .collect();
+    write(&lines.join("\n"))
+}
+
+fn write(text: &str) -> Result<(), Failure> {
     let mut stdout = io::stdout().lock();
     let written = stdout
         .write_all(text.as_bytes())
@@ -142,7 +178,7 @@ pub(super) fn bytes(bytes: u64) -> String {
 const BAR_AFTER: Duration = Duration::from_secs(1);
 const BAR_EVERY: Duration = Duration::from_millis(100);
 
-/// A bar on the terminal for reading or writing files, as long as it lives.
+/// A bar on the terminal for work that takes a while, as long as it lives.
 #[derive(Debug)]
 pub(super) struct Progress {
     stop: Option<mpsc::Sender<()>>,
@@ -153,6 +189,15 @@ impl Progress {
     /// Shows `what` and how much of `total` bytes this process has read or written since now, by
     /// Linux's own count. Nothing is shown if stderr is no terminal.
     pub(super) fn start(what: &str, total: u64) -> Self {
+        Self::show(what, Some(total))
+    }
+
+    /// Shows `what` and the time since now, for work that cannot tell how far it is.
+    pub(super) fn waiting(what: &str) -> Self {
+        Self::show(what, None)
+    }
+
+    fn show(what: &str, total: Option<u64>) -> Self {
         let what = line(what).into_owned();
         if !io::stderr().is_terminal() {
             return Self {
@@ -168,12 +213,20 @@ impl Progress {
                 if stopped.recv_timeout(BAR_AFTER) != Err(RecvTimeoutError::Timeout) {
                     return;
                 }
-                let bar = ProgressBar::new(total).with_message(what);
-                let style =
-                    ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes} {elapsed}");
+                let (bar, style) = match total {
+                    Some(total) => (
+                        ProgressBar::new(total),
+                        "{msg} {bar:30} {bytes}/{total_bytes} {elapsed}",
+                    ),
+                    None => (ProgressBar::new_spinner(), "{msg} {spinner} {elapsed}"),
+                };
+                let bar = bar.with_message(what);
+                let style = ProgressStyle::with_template(style);
                 bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
                 loop {
-                    bar.set_position(transferred().saturating_sub(before).min(total));
+                    if let Some(total) = total {
+                        bar.set_position(transferred().saturating_sub(before).min(total));
+                    }
                     bar.tick();
                     if stopped.recv_timeout(BAR_EVERY) != Err(RecvTimeoutError::Timeout) {
                         break;

@@ -94,7 +94,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
 }
 
 /// Where a host serves that was told nothing.
-fn usual_directory() -> PathBuf {
+pub(super) fn usual_directory() -> PathBuf {
     let set = |name| {
         std::env::var_os(name)
             .filter(|value| !value.is_empty())
@@ -109,26 +109,49 @@ fn usual_directory() -> PathBuf {
 
 /// The directory as an absolute path: created, or found to be this user's alone.
 fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
-    let wrong =
-        |what: String| Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()));
-    let directory = &std::path::absolute(directory)
-        .map_err(|e| wrong(format!("not a directory's path: {e}")))?;
-    let longest = directory.join(FLIGHT_SOCKET);
-    if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        return Err(wrong(format!(
-            "with {FLIGHT_SOCKET} the path has {} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; take a shorter one",
-            longest.as_os_str().len()
-        )));
-    }
+    let directory = absolute(directory)?;
     match DirBuilder::new()
         .recursive(true)
         .mode(0o700)
-        .create(directory)
+        .create(&directory)
     {
         Ok(()) => {}
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(e) => return Err(wrong(format!("cannot create it: {e}"))),
+        Err(e) => {
+            return Err(wrong_directory(
+                &directory,
+                &format!("cannot create it: {e}"),
+            ));
+        }
     }
+    owned(&directory)?;
+    Ok(directory)
+}
+
+fn wrong_directory(directory: &Path, what: &str) -> Failure {
+    Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()))
+}
+
+/// The directory as an absolute path that leaves room for the sockets' names.
+pub(super) fn absolute(directory: &Path) -> Result<PathBuf, Failure> {
+    let absolute = std::path::absolute(directory)
+        .map_err(|e| wrong_directory(directory, &format!("not a directory's path: {e}")))?;
+    let longest = absolute.join(FLIGHT_SOCKET);
+    if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+        return Err(wrong_directory(
+            directory,
+            &format!(
+                "with {FLIGHT_SOCKET} the path has {} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; take a shorter one",
+                longest.as_os_str().len()
+            ),
+        ));
+    }
+    Ok(absolute)
+}
+
+/// Refuses what is not a directory of this user alone.
+pub(super) fn owned(directory: &Path) -> Result<(), Failure> {
+    let wrong = |what: String| wrong_directory(directory, &what);
     // Not `metadata`: a link could be turned to another place after this check.
     let found =
         fs::symlink_metadata(directory).map_err(|e| wrong(format!("cannot look at it: {e}")))?;
@@ -149,7 +172,7 @@ fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
             directory.display()
         )));
     }
-    Ok(directory.clone())
+    Ok(())
 }
 
 async fn serve_until_told(
