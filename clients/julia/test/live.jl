@@ -83,6 +83,8 @@ with_host() do address, host
         @test y isa Vector{BFloat16} && isequal(Float32.(y), Float32.(BFloat16.(Float32[1.00390625, -2, NaN, Inf])))
         for T in (Float8_e4m3fn, Float8_e5m2, Float16, BFloat16)
             values = vcat(randn(1000) .* exp10.(rand(-6:6, 1000)), 464.0, 464.1, 61440.0)
+            # Julia 1.5 makes a Float16 by way of a Float32, and so rounds what is none twice.
+            T === Float16 && (values = Float64.(Float32.(values)))
             @test reinterpret(sizeof(T) == 1 ? UInt8 : UInt16, collect(call(s, "cast", values; to = T))) ==
                   reinterpret(sizeof(T) == 1 ? UInt8 : UInt16, T.(values))
         end
