@@ -572,7 +572,7 @@ impl Host {
     /// A segment for that layout, with header and footer already in it.
     ///
     /// # Errors
-    /// `BUDGET_EXCEEDED`, `DRAINING`.
+    /// `BAD_TENSOR` if no reply could tell of it; `BUDGET_EXCEEDED`, `DRAINING`.
     fn allocate(&self, layout: &FileLayout) -> Result<Segment<Open>, Status> {
         self.admit()?;
         self.check_told(&layout.tensors)?;

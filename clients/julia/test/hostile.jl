@@ -16,22 +16,22 @@ function but(; more...)
     end
     return fd, mapping
 end
-one(tensors...; more...) = segment(2PAGE, collect(tensors); more...)
+holding(tensors...; more...) = segment(2PAGE, collect(tensors); more...)
 mapped((fd, mapping); lease = 3) = (OK, leased(lease, mapping), Cint[fd])
 
 # ---- one mapping
 
 mappings = (
-    "no tensors' list" => () -> but(tensors = 1), "a tensor that is a list" => () -> one([]), "no segment" => () -> but(segment = nothing), "a version as text" => () -> but(strait_mmap = "1"),
+    "no tensors' list" => () -> but(tensors = 1), "a tensor that is a list" => () -> holding([]), "no segment" => () -> but(segment = nothing), "a version as text" => () -> but(strait_mmap = "1"),
     "version true" => () -> but(strait_mmap = true), "negative bytes" => () -> but(bytes = -1), "bytes true" => () -> but(bytes = true), "bytes beyond all" => () -> but(bytes = typemax(UInt64)),
     "bytes beyond the file" => () -> but(bytes = 4PAGE), "fewer bytes than the tensor" => () -> but(bytes = PAGE), "nearly 2^63 bytes" => () -> but(bytes = typemax(Int)), "a fraction" => () -> but(bytes = 131072.5),
-    "behind the end" => () -> one(tensor("x", "int8", [1], 2PAGE, 1)), "across the end" => () -> one(tensor("x", "int8", [64], 2PAGE - 1, 64)), "before the beginning" => () -> one(tensor("x", "int8", [1], -64, 1)),
-    "offset that overflows" => () -> one(tensor("x", "int8", [64], typemax(Int) - 63, 64)), "a crooked offset" => () -> one(tensor("x", "float64", [1], PAGE + 4, 8)), "length of others" => () -> one(tensor("x", "float64", [2], PAGE, 8)),
-    "negative size" => () -> one(tensor("x", "int8", [-1], PAGE, 0)), "shape that overflows" => () -> one(tensor("x", "int8", [2^32, 2^32], PAGE, 0)), "shape that overflows to the right length" => () -> one(tensor("x", "int8", [2^62, 4, 2], PAGE, 0)),
-    "size beyond Int" => () -> one(tensor("x", "int8", [typemax(UInt64)], PAGE, 0)), "size as text" => () -> one(tensor("x", "int8", ["1"], PAGE, 1)), "size true" => () -> one(tensor("x", "int8", [true], PAGE, 1)), "size 1.0" => () -> one(tensor("x", "int8", [1.0], PAGE, 1)),
-    "9 dimensions" => () -> one(tensor("x", "int8", fill(1, 9), PAGE, 1)), "5000 dimensions" => () -> one(tensor("x", "int8", fill(1, 5000), PAGE, 1)), "129 tensors" => () -> one((tensor("x$n", "int8", [1], PAGE, 1) for n in 1:129)...),
-    "two of one name" => () -> one(tensor("x", "int8", [1], PAGE, 1), tensor("x", "int8", [1], PAGE + 64, 1)), "a name with NUL" => () -> one(tensor("a\0b", "int8", [1], PAGE, 1)), "a name of a number" => () -> one(tensor(1, "int8", [1], PAGE, 1)),
-    "dtype unknown" => () -> one(tensor("x", "float65", [1], PAGE, 8)), "dtype null" => () -> one(tensor("x", nothing, [1], PAGE, 8)), "seal unknown" => () -> but(seal = "wax"), "seal null" => () -> but(seal = nothing),
+    "behind the end" => () -> holding(tensor("x", "int8", [1], 2PAGE, 1)), "across the end" => () -> holding(tensor("x", "int8", [64], 2PAGE - 1, 64)), "before the beginning" => () -> holding(tensor("x", "int8", [1], -64, 1)),
+    "offset that overflows" => () -> holding(tensor("x", "int8", [64], typemax(Int) - 63, 64)), "a crooked offset" => () -> holding(tensor("x", "float64", [1], PAGE + 4, 8)), "length of others" => () -> holding(tensor("x", "float64", [2], PAGE, 8)),
+    "negative size" => () -> holding(tensor("x", "int8", [-1], PAGE, 0)), "shape that overflows" => () -> holding(tensor("x", "int8", [2^32, 2^32], PAGE, 0)), "shape that overflows to the right length" => () -> holding(tensor("x", "int8", [2^62, 4, 2], PAGE, 0)),
+    "size beyond Int" => () -> holding(tensor("x", "int8", [typemax(UInt64)], PAGE, 0)), "size as text" => () -> holding(tensor("x", "int8", ["1"], PAGE, 1)), "size true" => () -> holding(tensor("x", "int8", [true], PAGE, 1)), "size 1.0" => () -> holding(tensor("x", "int8", [1.0], PAGE, 1)),
+    "9 dimensions" => () -> holding(tensor("x", "int8", fill(1, 9), PAGE, 1)), "5000 dimensions" => () -> holding(tensor("x", "int8", fill(1, 5000), PAGE, 1)), "129 tensors" => () -> holding((tensor("x$n", "int8", [1], PAGE, 1) for n in 1:129)...),
+    "two of one name" => () -> holding(tensor("x", "int8", [1], PAGE, 1), tensor("x", "int8", [1], PAGE + 64, 1)), "a name with NUL" => () -> holding(tensor("a\0b", "int8", [1], PAGE, 1)), "a name of a number" => () -> holding(tensor(1, "int8", [1], PAGE, 1)),
+    "dtype unknown" => () -> holding(tensor("x", "float65", [1], PAGE, 8)), "dtype null" => () -> holding(tensor("x", nothing, [1], PAGE, 8)), "seal unknown" => () -> but(seal = "wax"), "seal null" => () -> but(seal = nothing),
     "others can write" => () -> x48(seal = "none"), "it can still write" => () -> x48(seal = "client-write"), "said to be sealed" => () -> x48(seal = "write", seals = 2 | 4 | 16), "host-write unsealed" => () -> x48(seals = 2 | 4),
     "a file that can shrink" => () -> x48(seals = 16), "no seals at all" => () -> x48(seals = 0), "a pipe" => () -> ((fd, mapping) = x48(); Strait.close_fd(fd); (no_memory(), mapping)),
     "a device" => () -> ((fd, mapping) = x48(); Strait.close_fd(fd); (ccall(:open, Cint, (Cstring, Cint), "/dev/zero", 0), mapping)),
@@ -90,7 +90,7 @@ calls = Dict{String,Any}(
     "index behind the last" => () -> results(entry(5; index = 1)), "negative index" => () -> results(entry(5; index = -1)), "an index beyond Int" => () -> results(entry(5; index = typemax(UInt64))),
     "the last index" => () -> results(entry(5; index = typemax(Int))), "index true" => () -> results(entry(5; index = true)), "no index" => () -> results(entry(5; index = nothing)),
     "two of one port" => () -> results(entry(5), entry(6; index = 1)),
-    "two tensors" => () -> results(entry(5, one(tensor("a", "int8", [1], PAGE, 1), tensor("b", "int8", [1], PAGE + 64, 1)))),
+    "two tensors" => () -> results(entry(5, holding(tensor("a", "int8", [1], PAGE, 1), tensor("b", "int8", [1], PAGE + 64, 1)))),
     "the second of two is bad" => () -> results(entry(5), entry(6, but(bytes = 4PAGE); port = "z", index = 1)),
     "the first of two is bad" => () -> results(entry(5, x48(seals = 0)), entry(6; port = "z", index = 1)),
     "a name of a number" => () -> results(entry(5; name = 7)),
@@ -133,7 +133,7 @@ broken(s -> publish!(s, "n", Float64[]), CREATE, done(lease = 3, expires_ms = 5)
 
 # Another array than was asked for.
 for (dtype, shape, length) in (("float32", [3], 12), ("float64", [4], 32), ("float64", [3, 1], 24), ("float64", [], 8))
-    with_peer(serve((op, body) -> op == CREATE ? mapped(one(tensor("x", dtype, shape, PAGE, length); seal = "none")) : (OK, done()))) do s, peer
+    with_peer(serve((op, body) -> op == CREATE ? mapped(holding(tensor("x", dtype, shape, PAGE, length); seal = "none")) : (OK, done()))) do s, peer
         says(thrown(() -> zeros(s, 3), ProtocolError), "CREATE")
         @test collect_until(() -> isempty(s.connection.mapped) && isempty(s.connection.leases))
     end
