@@ -192,7 +192,7 @@ pub(super) fn load_plugin(host: &Host, file: &Path) -> Result<Arc<Plugin>, Failu
     })
 }
 
-/// Whose everything is here.
+/// Principal that owns all segments of this process.
 fn owner() -> Principal {
     Principal {
         uid: rustix::process::geteuid().as_raw(),

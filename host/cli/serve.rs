@@ -93,7 +93,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     done
 }
 
-/// Where a host serves that was told nothing.
+/// Default runtime directory.
 pub(super) fn usual_directory() -> PathBuf {
     let set = |name| {
         std::env::var_os(name)

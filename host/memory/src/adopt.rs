@@ -131,7 +131,7 @@ impl AdoptError {
 
 /// Takes over `fd`, of which `ranges` (bytes, one for each tensor) will be read.
 ///
-/// What may be empty is a range, which then only has to lie within the file. The whole file
+/// A range may be empty but must lie within the file. The whole file
 /// is charged to `budget`.
 ///
 /// # Errors

@@ -1,6 +1,6 @@
 //! The host's own segments for results: warm, recycled, and writable by the host alone.
 //!
-//! The dearest thing about a result is its fresh pages. So a result segment is made once,
+//! Faulting in fresh pages dominates a result's cost. So a result segment is made once,
 //! mapped writable once, then lent to the host for good (`F_SEAL_FUTURE_WRITE`, `SHRINK`,
 //! `GROW`, `SEAL`): nobody else can write it, and the host's own mapping still can. When its
 //! last holder is gone it waits, warm, for the next result of the same owner.
