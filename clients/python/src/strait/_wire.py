@@ -123,7 +123,7 @@ class SegmentMapping:
                 str(body["segment"]), int(body["bytes"]), str(body["seal"]), tuple(map(Tensor.read, body["tensors"]))
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"a mapping that is none: {error!r}") from None
+            raise ProtocolError(f"malformed mapping: {error!r}") from None
         if version != 1:
             raise ProtocolError(f"mapping of segment {mapping.segment}: its version is {version}, known is 1")
         for tensor in mapping.tensors:
