@@ -136,6 +136,8 @@ fn connections_of_garbage_leave_nothing() {
         // Some go at once, some never read and stay for a while.
         if random.below(4) == 0 {
             open.push(client);
+        } else {
+            drop(client);
         }
         if index % 200 == 199 {
             check_call(&mut watcher, json!("x"), &ramp(MOVED));
@@ -291,64 +293,66 @@ fn a_storm_of_cancels_answers_every_invoke_once() {
     let mut ended = [0_u32; 2];
     for _ in 0..40 {
         let mut client = host.greeted();
-        let mut open = HashSet::new();
-        let mut cancels = HashSet::new();
-        let cancel = |client: &mut Raw, sequence: u32, cancels: &mut HashSet<u32>| {
-            cancels.insert(client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]));
+        let (mut open, mut spins) = (HashSet::new(), Vec::new());
+        // Requests that are answered by OK, whatever becomes of the others.
+        let mut plain = HashSet::new();
+        let cancel = |client: &mut Raw, sequence: u32, plain: &mut HashSet<u32>| {
+            plain.insert(client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]));
         };
         for _ in 0..30 {
-            let call = match random.below(3) {
-                0 => scale_shift(json!("x"), 2.0, 1.0),
-                _ => json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000}),
-            };
             // Before it comes, at once, twice, or some other one.
             let way = random.below(5);
             if way == 0 {
-                let next = client.begin(Op::Ping, &json!({}), &[]) + 2;
-                cancel(&mut client, next, &mut cancels);
+                let ping = client.begin(Op::Ping, &json!({}), &[]);
+                plain.insert(ping);
+                cancel(&mut client, ping + 2, &mut plain);
             }
+            let spins_on = random.below(3) > 0;
+            let call = if spins_on {
+                json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000})
+            } else {
+                scale_shift(json!("x"), 2.0, 1.0)
+            };
             let sequence = client.begin(Op::Invoke, &call, &[]);
             open.insert(sequence);
+            if spins_on {
+                spins.push(sequence);
+            }
             match way {
-                1 => cancel(&mut client, sequence, &mut cancels),
-                2 => (0..2).for_each(|_| cancel(&mut client, sequence, &mut cancels)),
+                1 => cancel(&mut client, sequence, &mut plain),
+                2 => (0..2).for_each(|_| cancel(&mut client, sequence, &mut plain)),
                 3 => {
                     let earlier = sequence - u32::try_from(random.below(8)).unwrap();
-                    cancel(&mut client, earlier, &mut cancels);
+                    cancel(&mut client, earlier, &mut plain);
                 }
                 _ => {}
             }
         }
-        // All that still run, newest and oldest first in turn.
-        let mut rest: Vec<_> = open.iter().copied().collect();
-        rest.sort_unstable();
+        // All that would run for ever, from the first or from the last on.
         if random.below(2) == 0 {
-            rest.reverse();
+            spins.reverse();
         }
-        for sequence in rest {
-            cancel(&mut client, sequence, &mut cancels);
+        for sequence in spins {
+            cancel(&mut client, sequence, &mut plain);
         }
         // Some do not wait for the answers.
         if random.below(4) == 0 {
             continue;
         }
-        while !open.is_empty() || !cancels.is_empty() {
+        while !open.is_empty() || !plain.is_empty() {
             let frame = client.receive().unwrap();
-            let sequence = frame.sequence();
-            if cancels.remove(&sequence) {
-                assert!(frame.accepted()["cancelled"].is_boolean());
-            } else if open.remove(&sequence) {
-                let done = frame.op() == Op::Ok;
-                if !done {
-                    frame.refused("CANCELLED", "CANCELLED");
-                }
-                ended[usize::from(done)] += 1;
-            } else {
-                assert_eq!(frame.accepted()["mapping"], Value::Null, "a second answer");
-                assert!(frame.body().get("results").is_none(), "a second answer");
+            if plain.remove(&frame.sequence()) {
+                frame.accepted();
+                continue;
             }
+            assert!(open.remove(&frame.sequence()), "{}", frame.text);
+            let done = frame.op() == Op::Ok;
+            if !done {
+                frame.refused("CANCELLED", "CANCELLED");
+            }
+            ended[usize::from(done)] += 1;
         }
     }
-    assert!(ended[0] > 300 && ended[1] > 10, "{ended:?}");
+    assert!(ended[0] > 300 && ended[1] > 50, "{ended:?}");
     as_before(&host, &mut watcher, &before, "after a storm of cancels");
 }
