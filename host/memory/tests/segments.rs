@@ -449,7 +449,7 @@ fn lease(fd: &OwnedFd) -> std::fs::File {
 #[test]
 fn a_file_lease_is_said_and_not_waited_for() {
     let fd = memfd(GUEST_PAGE);
-    fill(&fd, 0, &[1; GUEST_PAGE as usize]);
+    fill(&fd, 0, &[1; 65_536]);
     let future = SealFlags::FUTURE_WRITE | SealFlags::SHRINK | SealFlags::GROW;
     rustix::fs::fcntl_add_seals(&fd, future).expect("sealable");
     let held = lease(&fd);
