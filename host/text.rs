@@ -1,41 +1,61 @@
 //! Text from outside (a client's names, a guest's words, a plugin's symbols) as it may stand in
 //! messages and log lines: on one line, without characters that steer a terminal, bounded.
 
+use std::borrow::Cow;
+
 /// Most bytes of a message.
 pub(crate) const MESSAGE_BYTES_MAX: usize = 4 << 10;
 /// Most bytes of a guest's stack.
 pub(crate) const BACKTRACE_BYTES_MAX: usize = 16 << 10;
 
-/// Whether a character would end the line, move the cursor, or turn the direction of what follows.
-pub(crate) fn is_steering(c: char) -> bool {
+/// Whether a terminal obeys a character instead of showing it: control characters, other line breaks,
+/// and those that turn the direction of writing.
+pub(crate) fn is_obeyed(c: char) -> bool {
     c.is_control()
-        || matches!(c, '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
 /// `text` on one line, of at most `bytes_max` bytes and a mark that it was cut.
 pub(crate) fn one_line(text: String, bytes_max: usize) -> String {
-    escaped(text, bytes_max, is_steering)
+    bounded(text, bytes_max, is_obeyed)
 }
 
 /// `text` of several lines, likewise.
 pub(crate) fn lines(text: String, bytes_max: usize) -> String {
-    escaped(text, bytes_max, |c| is_steering(c) && c != '\n')
+    bounded(text, bytes_max, |c| is_obeyed(c) && c != '\n')
 }
 
-fn escaped(mut text: String, bytes_max: usize, is_bad: impl Fn(char) -> bool) -> String {
+/// `text` with `escape` in the place of each character that is `bad`.
+pub(crate) fn escaped(
+    text: &str,
+    bad: impl Fn(char) -> bool,
+    escape: impl Fn(char) -> String,
+) -> Cow<'_, str> {
+    if !text.contains(&bad) {
+        return Cow::Borrowed(text);
+    }
+    let mut safe = String::with_capacity(text.len() + 8);
+    for c in text.chars() {
+        if bad(c) {
+            safe.push_str(&escape(c));
+        } else {
+            safe.push(c);
+        }
+    }
+    safe.into()
+}
+
+/// As [`escaped`], in Rust's own way.
+pub(crate) fn escaped_by_default(text: &str, bad: impl Fn(char) -> bool) -> Cow<'_, str> {
+    escaped(text, bad, |c| c.escape_default().to_string())
+}
+
+fn bounded(mut text: String, bytes_max: usize, bad: impl Fn(char) -> bool) -> String {
     let cut = text.len().saturating_sub(bytes_max);
     if cut > 0 {
         text.truncate(text.floor_char_boundary(bytes_max));
     }
-    if text.chars().any(&is_bad) {
-        let mut clean = String::with_capacity(text.len() + 16);
-        for c in text.chars() {
-            if is_bad(c) {
-                clean.extend(c.escape_default());
-            } else {
-                clean.push(c);
-            }
-        }
+    if let Cow::Owned(clean) = escaped_by_default(&text, bad) {
         text = clean;
     }
     if cut > 0 {

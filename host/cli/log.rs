@@ -10,7 +10,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 
 use super::failure::Failure;
-use crate::text::is_steering;
+use crate::text::{escaped_by_default, is_obeyed};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(super) enum LogFormat {
@@ -58,22 +58,13 @@ struct OneLine {
 
 impl OneLine {
     fn clean<'a>(&self, event: &'a [u8]) -> Cow<'a, [u8]> {
-        let bad = |c: char| is_steering(c) && !(self.colour && c == '\u{1b}');
+        let bad = |c: char| is_obeyed(c) && !(self.colour && c == '\u{1b}');
         let text = String::from_utf8_lossy(event);
         let line = text.strip_suffix('\n').unwrap_or(&text);
-        if !line.chars().any(bad) {
-            return Cow::Borrowed(event);
+        match escaped_by_default(line, bad) {
+            Cow::Borrowed(_) => Cow::Borrowed(event),
+            Cow::Owned(clean) => Cow::Owned((clean + "\n").into_bytes()),
         }
-        let mut clean = String::with_capacity(line.len() + 16);
-        for c in line.chars() {
-            if bad(c) {
-                clean.extend(c.escape_default());
-            } else {
-                clean.push(c);
-            }
-        }
-        clean.push('\n');
-        Cow::Owned(clean.into_bytes())
     }
 }
 

@@ -12,6 +12,7 @@ use serde::Serialize;
 use strait_tensor::TensorSpec;
 
 use super::failure::Failure;
+use crate::text::{escaped, escaped_by_default, is_obeyed};
 
 /// Writes text and a line feed to stdout.
 pub(super) fn text(text: &str) -> Result<(), Failure> {
@@ -64,7 +65,7 @@ fn write(text: &str) -> Result<(), Failure> {
 pub(super) fn json(value: &impl Serialize) -> Result<(), Failure> {
     match serde_json::to_string(value) {
         // What JSON leaves as it is and a terminal obeys stands in strings only.
-        Ok(line) => text(&escaped(&line, obeyed, |c| {
+        Ok(line) => text(&escaped(&line, is_obeyed, |c| {
             format!("\\u{:04x}", u32::from(c))
         })),
         Err(error) => Err(Failure::other(
@@ -81,39 +82,13 @@ pub(super) fn complain(text: &str) {
 
 /// What somebody else said, on one line: a name, path, message or note.
 pub(super) fn line(text: &str) -> Cow<'_, str> {
-    escaped(text, obeyed, |c| c.escape_default().to_string())
+    escaped_by_default(text, is_obeyed)
 }
 
 /// Lines of ours, with control characters escaped wherever they come from.
 fn harmless(text: &str) -> Cow<'_, str> {
-    let bad = |c: char| obeyed(c) && c != '\n' && c != '\t';
-    escaped(text, bad, |c| c.escape_default().to_string())
-}
-
-/// Characters that a terminal does not show but obeys: control characters, other line breaks, and
-/// those that turn the direction of writing.
-fn obeyed(c: char) -> bool {
-    c.is_control()
-        || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-}
-
-fn escaped(
-    text: &str,
-    bad: impl Fn(char) -> bool,
-    escape: impl Fn(char) -> String,
-) -> Cow<'_, str> {
-    if !text.contains(&bad) {
-        return Cow::Borrowed(text);
-    }
-    let mut safe = String::with_capacity(text.len() + 8);
-    for c in text.chars() {
-        if bad(c) {
-            safe.push_str(&escape(c));
-        } else {
-            safe.push(c);
-        }
-    }
-    safe.into()
+    let bad = |c: char| is_obeyed(c) && c != '\n' && c != '\t';
+    escaped_by_default(text, bad)
 }
 
 /// A table without frame lines; columns whose heading ends with `>` are right-aligned.
