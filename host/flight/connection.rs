@@ -4,14 +4,16 @@
 //! the peer takes nothing. [`Connections::sweep`] looks at those times and breaks the connections
 //! that have kept the host waiting too long: HTTP/2 itself would wait for ever.
 
+use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::Sleep;
 use tonic::transport::server::Connected;
 
 use super::Peer;
@@ -20,6 +22,9 @@ use super::authority::AuthorityRepair;
 /// While the host ends: a connection on which nothing moves for so long, and for which the host
 /// does nothing, is not waited for.
 const SILENCE_AT_THE_END: Duration = Duration::from_secs(1);
+
+/// What a peer gets to close its side after the host has closed its own.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Times {
@@ -85,7 +90,7 @@ pub(super) struct Connections {
     states: Mutex<Vec<Weak<State>>>,
     request_time: Duration,
     stall: Duration,
-    draining: AtomicBool,
+    draining: Arc<AtomicBool>,
 }
 
 impl Connections {
@@ -94,7 +99,7 @@ impl Connections {
             states: Mutex::default(),
             request_time,
             stall,
-            draining: AtomicBool::new(false),
+            draining: Arc::default(),
         }
     }
 
@@ -108,6 +113,8 @@ impl Connections {
         Connection {
             stream,
             repair: AuthorityRepair::default(),
+            draining: Arc::clone(&self.draining),
+            farewell: None,
             peer: Peer {
                 connection: Some(Arc::clone(&state)),
                 ..peer
@@ -164,6 +171,9 @@ impl Connections {
 pub(super) struct Connection<S> {
     stream: S,
     repair: AuthorityRepair,
+    draining: Arc<AtomicBool>,
+    /// Set once the host's side is closed at the host's end.
+    farewell: Option<Pin<Box<Sleep>>>,
     peer: Peer,
     state: Arc<State>,
 }
@@ -230,7 +240,7 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -261,7 +271,29 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Connection<S> {
         Pin::new(&mut self.stream).poll_flush(context)
     }
 
+    /// Closes the host's side. When the host ends it waits a moment for the peer's: a client that finds the
+    /// socket gone when it acknowledges what it has read gives up all that it has not read yet.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
+        let this = &mut *self;
+        let farewell = match &mut this.farewell {
+            Some(farewell) => farewell,
+            unset => {
+                ready!(Pin::new(&mut this.stream).poll_shutdown(context))?;
+                if !this.draining.load(Ordering::Relaxed) {
+                    return Poll::Ready(Ok(()));
+                }
+                unset.insert(Box::pin(tokio::time::sleep(FAREWELL)))
+            }
+        };
+        let mut unread = [0; 4096];
+        while farewell.as_mut().poll(context).is_pending() {
+            let mut buffer = ReadBuf::new(&mut unread);
+            // An error is an end, too.
+            match ready!(Pin::new(&mut this.stream).poll_read(context, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => {}
+                Ok(()) | Err(_) => break,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 }

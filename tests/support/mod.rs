@@ -62,7 +62,16 @@ impl Rig {
         config.server.standard_plugin =
             std::env::var_os("STRAIT__SERVER__STANDARD_PLUGIN").map(Into::into);
         change(&mut config);
+        let workers = config.engine.workers.unwrap_or_default() as u64;
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
+        // A thread has its name, by which holdings count, once it runs: the workers, the clocks of epochs
+        // and of deadlines, and the one that frees.
+        for _ in 0..5000 {
+            if host_threads() >= workers + 3 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         Self { host, _turn: turn }
     }
 
