@@ -11,9 +11,9 @@ const FREED_ELSEWHERE_MIN: u64 = 8 << 20;
 
 /// Something that can give up idle holdings when a budget is full.
 pub(crate) trait Reclaim: Send + Sync {
-    /// Frees idle segments that are charged to the budget: at least `bytes` of them and at least
-    /// `segments` of them, if there are as many.
-    fn reclaim(&self, bytes: u64, segments: u64);
+    /// Lets go of idle segments that are charged to the budget: at least `bytes` of them and at least
+    /// `segments` of them, if there are as many. False if there were none.
+    fn reclaim(&self, bytes: u64, segments: u64) -> bool;
 }
 
 /// A limit, and how much of it is taken.
@@ -114,14 +114,7 @@ impl Budget {
     /// # Errors
     /// [`BudgetExceeded`] if it does not fit even so.
     pub fn try_reserve(self: &Arc<Self>, amount: u64) -> Result<Charge, BudgetExceeded> {
-        match self.reserve_when_freed(self, amount) {
-            Err(exceeded) if amount <= self.limit => {
-                let missing = amount.saturating_sub(self.limit - exceeded.used);
-                self.ask_to_reclaim(missing, 0);
-                self.reserve_now(amount)
-            }
-            result => result,
-        }
+        self.reserve_or_reclaim(self, amount, |missing| (missing, 0))
     }
 
     /// As [`Self::try_reserve`], for one segment of `bytes` bytes.
@@ -131,10 +124,7 @@ impl Budget {
     ) -> Result<SegmentCharge, BudgetExceeded> {
         let place = match &self.segments {
             None => None,
-            Some(segments) => Some(self.reserve_when_freed(segments, 1).or_else(|_| {
-                self.ask_to_reclaim(0, 1);
-                segments.reserve_now(1)
-            })?),
+            Some(segments) => Some(self.reserve_or_reclaim(segments, 1, |missing| (0, missing))?),
         };
         Ok(SegmentCharge {
             bytes: self.try_reserve(bytes)?,
@@ -146,6 +136,27 @@ impl Budget {
         let mut reclaimers = self.lock_reclaimers();
         reclaimers.retain(|known| known.strong_count() > 0);
         reclaimers.push(reclaimer);
+    }
+
+    /// `amount` of `budget`, which is this one or that of its segments. What is missing is asked back from
+    /// the reclaimers, as (bytes, segments), for as long as they have something: others may be quicker to take it.
+    fn reserve_or_reclaim(
+        &self,
+        budget: &Arc<Self>,
+        amount: u64,
+        to_reclaim: impl Fn(u64) -> (u64, u64),
+    ) -> Result<Charge, BudgetExceeded> {
+        loop {
+            let exceeded = match self.reserve_when_freed(budget, amount) {
+                Err(exceeded) if amount <= budget.limit => exceeded,
+                result => return result,
+            };
+            let missing = amount.saturating_sub(budget.limit - exceeded.used);
+            let (bytes, segments) = to_reclaim(missing);
+            if !self.ask_to_reclaim(bytes, segments) {
+                return self.reserve_when_freed(budget, amount);
+            }
+        }
     }
 
     /// `amount` of `budget`, as soon as what is being freed leaves room for it.
@@ -183,15 +194,17 @@ impl Budget {
         }
     }
 
-    fn ask_to_reclaim(&self, bytes: u64, segments: u64) {
+    fn ask_to_reclaim(&self, bytes: u64, segments: u64) -> bool {
         let asked: Vec<_> = self
             .lock_reclaimers()
             .iter()
             .filter_map(Weak::upgrade)
             .collect();
+        let mut any = false;
         for reclaimer in asked {
-            reclaimer.reclaim(bytes, segments);
+            any |= reclaimer.reclaim(bytes, segments);
         }
+        any
     }
 
     fn lock_reclaimers(&self) -> std::sync::MutexGuard<'_, Vec<Weak<dyn Reclaim>>> {

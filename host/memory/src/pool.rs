@@ -221,15 +221,16 @@ impl ResultPool {
 }
 
 impl Reclaim for ResultPool {
-    fn reclaim(&self, bytes: u64, segments: u64) {
+    fn reclaim(&self, bytes: u64, segments: u64) -> bool {
         let (mut freed_bytes, mut freed) = (0, 0);
         while freed_bytes < bytes || freed < segments {
             let Some(oldest) = self.lock().take_oldest() else {
-                return;
+                break;
             };
             freed_bytes += oldest.segment.bytes();
             freed += 1;
         }
+        freed > 0
     }
 }
 

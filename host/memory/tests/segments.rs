@@ -15,7 +15,7 @@ use common::{budget, fill, memfd, pattern, pwrite, seal_all, shared_mapping};
 use rustix::fs::SealFlags;
 use strait_memory::{
     AdoptError, Adopted, Budget, Copied, GUEST_PAGE, MappingError, MemoryError, Open, PAGE,
-    ReadMapping, Segment, SharedMapping, WriteMapping, adopt,
+    ReadMapping, ResultPool, Segment, SharedMapping, WriteMapping, adopt,
 };
 
 const MIB: u64 = 1 << 20;
@@ -473,4 +473,20 @@ fn a_file_lease_is_said_and_not_waited_for() {
     let _held = sealed.readonly_fd().expect("no opening");
     let twice = sealed.readonly_fd().expect("no opening");
     assert!(Arc::strong_count(&twice) >= 3);
+}
+
+#[test]
+fn idle_results_make_room_though_they_are_freed_elsewhere() {
+    const BYTES: u64 = 24 * MIB;
+    let budget = Budget::for_segments(BYTES, 1);
+    budget.free_elsewhere().expect("a thread");
+    let pool = ResultPool::new(Arc::clone(&budget), BYTES);
+    for _ in 0..20 {
+        drop(pool.take(BYTES, 1).expect("it is freed by now"));
+        assert_eq!(pool.stats().idle_segments, 1);
+        Segment::<Open>::create(BYTES, &budget).expect("the idle one makes room");
+    }
+    drop(pool.take(BYTES, 1).expect("it is freed by now"));
+    pool.take(BYTES, 2)
+        .expect("another owner's idle one makes room");
 }
