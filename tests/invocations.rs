@@ -8,11 +8,13 @@
 
 mod support;
 
+use std::sync::Arc;
+
 use serde_json::{Value, json};
 use strait::error::Code;
 use strait_client::wire;
 use strait_tensor::Dtype;
-use support::{ME, Rig, bytes_of, f64s};
+use support::{ME, Rig, bytes_of, f64s, guest};
 
 const MB: usize = 1 << 20;
 
@@ -552,4 +554,39 @@ fn wrong_arguments_are_named() {
         &["idempotency_key"],
     );
     assert_eq!(rig.holdings(), before);
+}
+
+#[test]
+fn names_of_several_outputs_are_given_together_or_not_at_all() {
+    let rig = Rig::with(|config| config.engine.workers = Some(1));
+    rig.host
+        .load_plugin(&guest::component("pair", ";; $x2"))
+        .unwrap();
+    let spins = std::fs::read_to_string("tests/guests/spins.wat").unwrap();
+    rig.host
+        .load_plugin(&guest::component("spins", &spins))
+        .unwrap();
+    rig.put_f64("x", &[1.0, 2.0]);
+    let pair = |replace: bool| json!({"kernel": "pair/k", "inputs": {"x": "x", "x2": "x"}, "publish": {"y": "a", "y2": "b"}, "replace": replace});
+    // It waits for the only worker: its names were free when they were asked for.
+    let (spinning, spun) = rig.start(json!({"kernel": "spins/k", "inputs": {"x": "x"}}));
+    let (_call, waiting) = rig.start(pair(false));
+    rig.put_f64("b", &[3.0]);
+    spinning.cancel();
+    assert_eq!(spun.recv().unwrap().unwrap_err().reason, "CANCELLED");
+    assert_eq!(waiting.recv().unwrap().unwrap_err().reason, "NAME_TAKEN");
+    assert!(rig.host.lookup(ME, "a").is_err());
+    assert_eq!(f64s(&bytes_of(&rig.host.lookup(ME, "b").unwrap())), [3.0]);
+    // A name whose bytes are arriving is nobody else's.
+    rig.put_f64("a", &[4.0]);
+    rig.host.drop_flight(ME, "b").unwrap();
+    let upload = rig.host.begin_upload(ME, "b", false).unwrap();
+    assert_eq!(rig.invoke(pair(true)).unwrap_err().reason, "WRONG_STATE");
+    assert_eq!(f64s(&bytes_of(&rig.host.lookup(ME, "a").unwrap())), [4.0]);
+    drop(upload);
+    let done = rig.invoke(pair(true)).unwrap();
+    for (name, result) in ["a", "b"].into_iter().zip(&done.results) {
+        let named = rig.host.lookup(ME, name).unwrap();
+        assert!(Arc::ptr_eq(&named, &result.segment), "{name}");
+    }
 }

@@ -325,11 +325,12 @@ impl Host {
             queue_seconds,
         };
         self.check_reply(&invoked, &kernel)?;
-        for result in &invoked.results {
-            if let Some(name) = &result.name {
-                self.publish(principal, &result.segment, name, replace)?;
-            }
-        }
+        let named: Vec<_> = invoked
+            .results
+            .iter()
+            .filter_map(|result| Some((&result.segment, result.name.as_deref()?)))
+            .collect();
+        self.publish_all(principal, &named, replace)?;
         Ok(invoked)
     }
 

@@ -513,21 +513,48 @@ impl Host {
         name: &str,
         replace: bool,
     ) -> Result<(), Status> {
-        check_name(name)?;
-        segment.seal()?;
+        self.publish_all(principal, &[(segment, name)], replace)
+    }
+
+    /// Gives whole segments their names, which differ: all of them or, after an error, none.
+    ///
+    /// # Errors
+    /// As [`Host::publish`].
+    pub fn publish_all(
+        &self,
+        principal: Principal,
+        named: &[(&Arc<LiveSegment>, &str)],
+        replace: bool,
+    ) -> Result<(), Status> {
+        for (segment, name) in named {
+            check_name(name)?;
+            segment.seal()?;
+        }
         let mut flights = self.flights();
-        let key = (principal, name.to_owned());
-        let old = flights.get(&key).cloned();
-        if let Some(old) = &old {
+        for (_, name) in named {
+            let Some(old) = flights.get(&(principal, (*name).to_owned())) else {
+                continue;
+            };
             if !replace {
                 return Err(name_taken(name));
             }
-            old.state.complete()?;
+            // Whatever else it is, it can become Completed, and nothing becomes Uploading again.
+            let (from, to) = (old.state().0, FlightState::Completed);
+            if from == FlightState::Uploading {
+                return Err(WrongState { from, to }.into());
+            }
         }
-        flights.insert(key, FlightEntry::whole(Arc::clone(segment)));
+        let mut replaced = Vec::new();
+        for (segment, name) in named {
+            let key = (principal, (*name).to_owned());
+            if let Some(old) = flights.insert(key, FlightEntry::whole(Arc::clone(segment))) {
+                old.state.complete()?;
+                replaced.push(old);
+            }
+        }
         drop(flights);
-        // The replaced segment, if this was its last holder, is freed here: not under the lock.
-        drop(old);
+        // The replaced segments, if this was their last holder, are freed here: not under the lock.
+        drop(replaced);
         Ok(())
     }
 

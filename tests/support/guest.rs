@@ -4,6 +4,7 @@
 //! well-behaved plugin with one kernel `k`: `x` (float64, rank 0 to 8) to `y`, of the same spec.
 //! It has a memory of 2 pages unless the file exports one of its own.
 //! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (control records).
+//! One that names `$x2` has a second input `x2` and a second output `y2`, of the same spec.
 
 #![allow(
     unreachable_pub,
@@ -39,6 +40,9 @@ const DEFAULTS: [(&str, &str); 9] = [
         (global.set $in (i64.load offset=16 (local.get 0)))
         (global.set $y (i64.load (local.get 2)))
         (global.set $out (i64.load offset=16 (local.get 2)))
+        (if (i32.eq (local.get 1) (i32.const 2)) (then
+          (global.set $x2 (i64.load offset=40 (local.get 0)))
+          (global.set $y2 (i64.load offset=40 (local.get 2)))))
         (i32.store8 (i32.const 528) (i32.const 0))
         i32.const 528)"#,
     ),
@@ -53,8 +57,9 @@ const DEFAULTS: [(&str, &str); 9] = [
         r#"(func $extents (result i32)
         (i32.store (i32.const 560) (global.get $shape))
         (i32.store (i32.const 564) (global.get $rank))
+        (i64.store (i32.const 568) (i64.load (i32.const 560)))
         (i32.store (i32.const 552) (i32.const 560))
-        (i32.store (i32.const 556) (i32.const 1))
+        (i32.store (i32.const 556) (global.get $ports))
         i32.const 552)"#,
     ),
     (
@@ -119,18 +124,22 @@ impl Data {
 }
 
 /// A description with the kernel `k`; its record is the first thing in the segment.
-fn description(plugin: &str) -> Vec<u8> {
+fn description(plugin: &str, ports: usize) -> Vec<u8> {
     const DESCRIPTION_BYTES: usize = 28;
     let mut data = Data {
         base: 1024,
         bytes: vec![0; 32],
     };
-    let (x, y) = (data.port("x"), data.port("y"));
+    let mut side = |names: [&str; 2]| -> Vec<u8> {
+        let names = names.iter().take(ports);
+        names.flat_map(|name| data.port(name)).collect()
+    };
+    let (x, y) = (side(["x", "x2"]), side(["y", "y2"]));
     let mut kernel = Vec::new();
     kernel.extend(data.text("k"));
     kernel.extend(data.text("a kernel of the tests"));
-    kernel.extend(data.list(&x, 1));
-    kernel.extend(data.list(&y, 1));
+    kernel.extend(data.list(&x, ports));
+    kernel.extend(data.list(&y, ports));
     kernel.extend([0; 8]);
     kernel.extend([0; 8]);
     kernel.extend([0; 8]);
@@ -152,7 +161,8 @@ fn description(plugin: &str) -> Vec<u8> {
 
 /// The core module of a guest file's text, as text. `plugin` is the name that it gives itself.
 pub fn module(plugin: &str, text: &str) -> String {
-    let escaped: String = description(plugin)
+    let ports = 1 + usize::from(text.contains("$x2"));
+    let escaped: String = description(plugin, ports)
         .iter()
         .map(|b| format!("\\{b:02x}"))
         .collect();
@@ -182,6 +192,7 @@ pub fn module(plugin: &str, text: &str) -> String {
         (global $x (mut i64) (i64.const 0)) (global $y (mut i64) (i64.const 0)) (global $bytes (mut i64) (i64.const 0))
         (global $in (mut i64) (i64.const 0)) (global $out (mut i64) (i64.const 0))
         (global $shape (mut i32) (i32.const 0)) (global $rank (mut i32) (i32.const 0))
+        (global $x2 (mut i64) (i64.const 0)) (global $y2 (mut i64) (i64.const 0)) (global $ports i32 (i32.const {ports}))
         (global $heap (mut i32) (i32.const 65536))
         (data (i32.const 700) "own words")
         (data (i32.const 1024) "{escaped}")
