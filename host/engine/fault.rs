@@ -4,7 +4,8 @@
 //! the handler notes the address and lets wasmtime unwind. Others cannot be unwound: `memory.fill`
 //! and long `memory.copy` are host code, and a short `memory.copy` or `memory.init` of constant length
 //! is stores that Cranelift writes down nowhere. There the handler lays scrap memory over the window, so that
-//! however much the guest stores, no more than [`strait_memory::SCRAP_BYTES`] are dirtied, and ends the
+//! however much the guest stores, no more than [`strait_memory::SCRAP_BYTES`] are dirtied (for each window, where
+//! Linux has no descriptor left for it), and ends the
 //! guest at its next epoch check; the invocation fails. The segment itself never changes either way.
 //!
 //! The handler is set on the store, so nothing process-wide changes.

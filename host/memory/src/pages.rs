@@ -422,6 +422,39 @@ pub(crate) unsafe fn lay_in_signal(
     })
 }
 
+/// As [`lay_in_signal`] with fresh zero pages, for want of a descriptor.
+///
+/// # Safety
+/// As for [`lay_in_signal`].
+pub(crate) unsafe fn lay_fresh_in_signal(addresses: Range<usize>, bytes: usize) -> bool {
+    let first = bytes.min(addresses.len());
+    // SAFETY: the caller's requirements, as in `lay_in_signal`.
+    let made = unsafe {
+        mm::mmap_anonymous(
+            with_exposed_provenance_mut(addresses.start),
+            first,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::SHARED | MapFlags::FIXED,
+        )
+    };
+    let rest = addresses.start + first..addresses.end;
+    made.is_ok()
+        && rest.step_by(bytes).all(|at| {
+            // What is moved from a length of 0 stays, and is mapped once more.
+            // SAFETY: as above.
+            let laid = unsafe {
+                mm::mremap_fixed(
+                    with_exposed_provenance_mut(addresses.start),
+                    0,
+                    bytes.min(addresses.end - at),
+                    MremapFlags::MAYMOVE,
+                    with_exposed_provenance_mut(at),
+                )
+            };
+            laid.is_ok()
+        })
+}
+
 /// Replaces `addresses` by fresh zero pages from inside a signal handler. False if that could
 /// not be done.
 ///

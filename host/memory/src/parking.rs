@@ -16,7 +16,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use crate::dirty::Dirty;
 use crate::idle::Idle;
-use crate::pages::{Cover, FileAccess, Reservation, cover_in_signal, lay_in_signal};
+use crate::pages::{
+    Cover, FileAccess, Reservation, cover_in_signal, lay_fresh_in_signal, lay_in_signal,
+};
 use crate::scrap::{SCRAP_BYTES, Scrap};
 use crate::segment::{Backing, Reader, guest_pages};
 use crate::{
@@ -719,12 +721,18 @@ impl FaultRange {
             return false;
         }
         let addresses = self.start..self.end;
-        if before == CLEAN
-            && let Some(fd) = scrap.in_signal()
-        {
-            // SAFETY: the window lives (caller), so the range is inside its guest's reservation,
-            // and nobody has references there (`GuestSpace`).
-            let laid = unsafe { lay_in_signal(addresses.clone(), fd, SCRAP_BYTES) };
+        if before == CLEAN {
+            let addresses = addresses.clone();
+            let laid = match scrap.in_signal() {
+                // SAFETY: the window lives (caller), so the range is inside its guest's reservation,
+                // and nobody has references there (`GuestSpace`).
+                Some(fd) => unsafe { lay_in_signal(addresses, fd, SCRAP_BYTES) },
+                None => {
+                    scrap.add_fresh(SCRAP_BYTES.min(addresses.len()));
+                    // SAFETY: as above.
+                    unsafe { lay_fresh_in_signal(addresses, SCRAP_BYTES) }
+                }
+            };
             if laid {
                 return true;
             }

@@ -1,13 +1,14 @@
 //! Where the stores of a guest into its inputs go.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd};
-use std::sync::atomic::{AtomicI32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
 use rustix::fs::MemfdFlags;
 
 use crate::HUGE_USIZE;
 
-/// Most bytes that a guest's stores into its inputs can dirty, all inputs together.
+/// Most bytes that a guest's stores into its inputs can dirty, all inputs together; for each
+/// input where Linux has no descriptor left.
 pub const SCRAP_BYTES: usize = HUGE_USIZE;
 
 /// A little memory that takes what a guest stores into its inputs: laid over an input again
@@ -18,6 +19,8 @@ pub const SCRAP_BYTES: usize = HUGE_USIZE;
 pub struct Scrap {
     // -1: not made yet.
     fd: AtomicI32,
+    // Of memory beside it that has no descriptor, and can all have been dirtied.
+    fresh_bytes: AtomicU64,
 }
 
 impl Default for Scrap {
@@ -31,17 +34,24 @@ impl Scrap {
     pub const fn new() -> Self {
         Self {
             fd: AtomicI32::new(-1),
+            fresh_bytes: AtomicU64::new(0),
         }
     }
 
-    /// Bytes that were dirtied, in whole pages.
+    /// Bytes that were dirtied, in whole pages; at most, where there was no descriptor.
     pub fn dirtied_bytes(&self) -> u64 {
         const BLOCK_BYTES: u64 = 512;
         let stat = self.known().map(rustix::fs::fstat);
-        match stat {
+        let known = match stat {
             Some(Ok(stat)) => u64::try_from(stat.st_blocks).unwrap_or(0) * BLOCK_BYTES,
             Some(Err(_)) | None => 0,
-        }
+        };
+        known + self.fresh_bytes.load(Ordering::Acquire)
+    }
+
+    /// An input was replaced by `bytes` bytes of other memory. Async-signal-safe.
+    pub(crate) fn add_fresh(&self, bytes: usize) {
+        self.fresh_bytes.fetch_add(bytes as u64, Ordering::AcqRel);
     }
 
     fn known(&self) -> Option<BorrowedFd<'_>> {

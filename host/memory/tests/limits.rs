@@ -9,7 +9,8 @@ use std::sync::Arc;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use strait_memory::{
-    Copied, GuestSpaces, ParkError, ParkingLot, PoolSegment, ResultPool, Sealed, Segment, process,
+    Copied, GuestSpaces, ParkError, ParkingLot, PoolSegment, ResultPool, SCRAP_BYTES, Scrap,
+    Sealed, Segment, process,
 };
 
 const MIB: u64 = 1 << 20;
@@ -222,4 +223,46 @@ impl Drop for Filler {
         // SAFETY: mapped by `new`, and nobody has a reference into it.
         unsafe { rustix::mm::munmap(self.0, 4096) }.expect("ours");
     }
+}
+
+#[test]
+fn what_a_guest_stores_is_bounded_without_descriptors_too() {
+    if !alone("what_a_guest_stores_is_bounded_without_descriptors_too") {
+        return;
+    }
+    const BYTES: u64 = 5 * MIB;
+    let setting = Setting::new(BYTES);
+    let space = setting.spaces.take(1 << 30).expect("address space");
+    space.make_accessible(0, 16 << 20).expect("within");
+    let window = setting
+        .lot
+        .take_input(&setting.input, 0..BYTES)
+        .expect("room")
+        .move_into(0..BYTES, &space, space.base() + (2 << 20))
+        .expect("it is accessible");
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(
+        Resource::Nofile,
+        Rlimit {
+            current: Some(0),
+            ..limit
+        },
+    )
+    .expect("lower");
+    let (range, scrap) = (window.fault_range(), Scrap::new());
+    // SAFETY: the window is in its guest.
+    assert!(unsafe { range.divert_in_signal(&scrap) });
+    setrlimit(Resource::Nofile, limit).expect("as it was");
+    for at in (range.start..range.end).step_by(4096) {
+        let seen = at - range.start >= SCRAP_BYTES;
+        // SAFETY: the window shows memory that can be read and written.
+        assert_eq!(unsafe { common::peek(at) }, u8::from(seen) * 7, "{at:#x}");
+        // SAFETY: as above.
+        unsafe { common::poke(at, 7) };
+    }
+    assert_eq!(scrap.dirtied_bytes(), SCRAP_BYTES as u64);
+    assert!(window.move_home().expect("it can be covered").is_spent());
+    assert!(*setting.input.map().expect("sealed") == *setting.expected);
+    // SAFETY: accessible again.
+    assert_eq!(unsafe { common::peek(range.start) }, 0);
 }
