@@ -276,3 +276,89 @@ fn the_scrap_of_one_invocation_is_not_seen_by_the_next() {
         assert_eq!(status.backtrace, None, "it saw another's scrap: {status:?}");
     }
 }
+
+/// A guest with two inputs that stores into both of them in the way that the first element of `x` names.
+const SEVERAL: &str = r"
+(func $run (param i32) (result i32) (local $a i32) (local $b i32) (local $n i32) (local $way i32)
+  (local.set $a (i32.wrap_i64 (global.get $x)))
+  (local.set $b (i32.wrap_i64 (global.get $x2)))
+  (local.set $n (i32.wrap_i64 (global.get $bytes)))
+  (local.set $way (i32.trunc_f64_s (f64.load (local.get $a))))
+  ;; Fills both and reads back what it wrote.
+  (if (i32.eq (local.get $way) (i32.const 0)) (then
+    (memory.fill (local.get $a) (i32.const 7) (local.get $n))
+    (memory.fill (local.get $b) (i32.const 9) (local.get $n))
+    (memory.copy (i32.wrap_i64 (global.get $y)) (local.get $a) (local.get $n))
+    (memory.copy (i32.wrap_i64 (global.get $y2)) (local.get $b) (local.get $n))
+    (return (i32.const 0))))
+  ;; One store over the border between what lies before the second window and the window; then fails.
+  (if (i32.eq (local.get $way) (i32.const 1)) (then
+    (memory.fill (i32.sub (local.get $b) (i32.const 65536)) (i32.const 7) (i32.const 131072))
+    (return (i32.const 1))))
+  ;; A short copy from one input to the other, then a trap.
+  (if (i32.eq (local.get $way) (i32.const 2)) (then
+    (memory.copy (local.get $b) (i32.add (local.get $a) (i32.const 64)) (i32.const 16))
+    (unreachable)))
+  ;; Likewise over the border, then growth and no end.
+  (if (i32.eq (local.get $way) (i32.const 3)) (then
+    (memory.copy (i32.sub (local.get $b) (i32.const 8)) (local.get $a) (i32.const 16))
+    (drop (memory.grow (i32.const 3)))
+    (loop $l (br $l))))
+  ;; One that is no trap, then one that is.
+  (if (i32.eq (local.get $way) (i32.const 4)) (then
+    (memory.fill (local.get $a) (i32.const 1) (i32.const 1))
+    (i64.store (local.get $b) (i64.const 5))
+    (return (i32.const 0))))
+  ;; More memory than it may have, after a store.
+  (if (i32.eq (local.get $way) (i32.const 5)) (then
+    (memory.fill (local.get $b) (i32.const 1) (i32.const 1))
+    (drop (memory.grow (i32.const 60000)))
+    (return (i32.const 0))))
+  ;; Until its stack is full.
+  (if (i32.eq (local.get $way) (i32.const 6)) (then
+    (memory.fill (local.get $b) (i32.const 1) (i32.const 1))
+    (return (i32.add (i32.const 1) (call $deeper (i32.const 0))))))
+  ;; An answer that there is not.
+  (memory.fill (local.get $b) (i32.const 1) (i32.const 1))
+  (i32.const 7))
+(func $deeper (param i32) (result i32)
+  (i32.add (i32.const 1) (call $deeper (i32.add (local.get 0) (i32.const 1)))))";
+
+#[test]
+fn stores_into_several_inputs_however_the_guest_ends() {
+    const WAYS: usize = 8;
+    let rig = Rig::new();
+    rig.host
+        .load_plugin(&guest::component("several", SEVERAL))
+        .unwrap();
+    for way in 0..WAYS {
+        let x = rig.put_f64("x", &input(way));
+        let z = rig.put_f64("z", &input(WAYS));
+        let before = (bytes_of(&x), bytes_of(&z));
+        // The same tensor twice is two windows of one segment.
+        for second in ["x", "z"] {
+            let call = |deadline_ms: u64| {
+                let call = json!({"kernel": "several/k", "inputs": {"x": "x", "x2": second}, "deadline_ms": deadline_ms});
+                rig.invoke(call).unwrap_err()
+            };
+            assert_eq!(call(30_000).reason, "INPUT_WRITTEN", "way {way}");
+            // Whatever comes first.
+            for deadline_ms in 1..=3 {
+                let reason = call(deadline_ms).reason;
+                assert!(
+                    ["INPUT_WRITTEN", "DEADLINE"].contains(&reason),
+                    "{way} {reason}"
+                );
+            }
+            let after = (bytes_of(&x), bytes_of(&z));
+            assert!(after == before, "way {way} changed an input");
+        }
+        for (name, bytes) in [("x", &before.0), ("z", &before.1)] {
+            let next = rig.scale_shift(name, 1.0, 0.0);
+            assert!(
+                bytes_of(&next.results[0].segment) == *bytes,
+                "the next call with `{name}` after way {way}"
+            );
+        }
+    }
+}
