@@ -103,30 +103,39 @@ impl Workers {
     /// [`QueueFull`].
     pub(super) fn reserve(&self) -> Result<Place, QueueFull> {
         let mut queue = self.shared.lock();
-        let queue_len = queue.jobs.len() + queue.reserved;
+        // A thread that has yet to wake for its job keeps nobody waiting.
+        let queue_len = (queue.jobs.len() + queue.reserved).saturating_sub(queue.idle);
         if queue_len >= self.queue_len_max {
             return Err(QueueFull { queue_len });
         }
         queue.reserved += 1;
-        Ok(Place(Arc::clone(&self.shared)))
+        Ok(Place {
+            shared: Arc::clone(&self.shared),
+            filled: false,
+        })
     }
 }
 
 /// A place in the queue, to be filled or given back by dropping it.
-pub(super) struct Place(Arc<Shared>);
+pub(super) struct Place {
+    shared: Arc<Shared>,
+    filled: bool,
+}
 
 impl Place {
     /// Runs `job` when a thread is free.
-    pub(super) fn submit(self, job: impl FnOnce() + Send + 'static) -> Queued {
-        let mut queue = self.0.lock();
+    pub(super) fn submit(mut self, job: impl FnOnce() + Send + 'static) -> Queued {
+        let mut queue = self.shared.lock();
+        self.filled = true;
+        queue.reserved -= 1;
         queue.last += 1;
         let id = queue.last;
         queue.jobs.push_back((id, Box::new(job)));
         let waits = queue.jobs.len() > queue.idle;
         drop(queue);
-        self.0.more.notify_one();
+        self.shared.more.notify_one();
         Queued {
-            shared: Arc::clone(&self.0),
+            shared: Arc::clone(&self.shared),
             id,
             waits,
         }
@@ -135,7 +144,9 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.lock().reserved -= 1;
+        if !self.filled {
+            self.shared.lock().reserved -= 1;
+        }
     }
 }
 
@@ -180,6 +191,65 @@ impl Drop for Workers {
             }
             // A worker catches what its jobs panic with, so joining cannot fail for that.
             let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    /// Two threads that wait for a job.
+    fn two_idle(queue_len_max: usize) -> Workers {
+        let workers = Workers::new(2, queue_len_max).expect("threads");
+        while workers.shared.lock().idle < 2 {
+            std::thread::yield_now();
+        }
+        workers
+    }
+
+    #[test]
+    fn who_has_a_thread_does_not_wait() {
+        for _ in 0..200 {
+            let workers = two_idle(1);
+            let (done, all_done) = mpsc::channel();
+            let mut gates = Vec::new();
+            for waits in [false, false, true] {
+                let ((open, gate), done) = (mpsc::channel::<()>(), done.clone());
+                let queued = workers.reserve().expect("a place").submit(move || {
+                    gate.recv().expect("opened");
+                    done.send(()).expect("counted");
+                });
+                assert_eq!(queued.waits, waits);
+                gates.push(open);
+            }
+            assert_eq!(workers.reserve().err(), Some(QueueFull { queue_len: 1 }));
+            for open in gates {
+                open.send(()).expect("it runs or will");
+            }
+            (0..3).for_each(|_| all_done.recv().expect("done"));
+        }
+    }
+
+    #[test]
+    fn a_place_is_given_back_filled_or_not() {
+        let workers = two_idle(1);
+        for _ in 0..10 {
+            let places: Vec<_> = (0..3)
+                .map(|_| workers.reserve().expect("a place"))
+                .collect();
+            assert!(workers.reserve().is_err());
+            drop(places);
+            let (done, is_done) = mpsc::channel();
+            let place = workers.reserve().expect("a place");
+            place.submit(move || done.send(()).expect("it is waited for"));
+            is_done.recv().expect("done");
+            while workers.shared.lock().idle < 2 {
+                std::thread::yield_now();
+            }
+            assert_eq!(workers.shared.lock().reserved, 0);
         }
     }
 }
