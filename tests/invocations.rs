@@ -13,7 +13,8 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use strait::error::Code;
 use strait_client::wire;
-use strait_tensor::Dtype;
+use strait_memory::Copied;
+use strait_tensor::{Column, Dtype, FileLayout};
 use support::{ME, Rig, bytes_of, f64s, guest};
 
 const MB: usize = 1 << 20;
@@ -589,4 +590,79 @@ fn names_of_several_outputs_are_given_together_or_not_at_all() {
         let named = rig.host.lookup(ME, name).unwrap();
         assert!(Arc::ptr_eq(&named, &result.segment), "{name}");
     }
+}
+
+/// Numbers that look random, the same for the same seed.
+struct Draws(u64);
+
+impl Draws {
+    fn below(&mut self, end: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 % end as u64).unwrap()
+    }
+}
+
+#[test]
+fn a_recycled_result_is_a_whole_file_with_nothing_of_earlier_ones_around_it() {
+    const WAYS: usize = 6;
+    // Around guest pages, size classes, the smallest window and the smallest huge page.
+    const SIZES: [usize; 12] = [
+        1, 1000, 8191, 8192, 8193, 65_535, 65_536, 65_537, 73_000, 81_919, 524_287, 524_289,
+    ];
+    let rig = Rig::new();
+    let smears = std::fs::read_to_string("tests/guests/smears.wat").unwrap();
+    rig.host
+        .load_plugin(&guest::component("smears", &smears))
+        .unwrap();
+    for n in SIZES {
+        for way in 0..WAYS {
+            let mut values = vec![1.5; n];
+            values[0] = way as f64;
+            rig.put_f64(&format!("{n}-{way}"), &values);
+        }
+    }
+    let mut draws = Draws(0x9e37_79b9_7f4a_7c15);
+    for round in 0..250 {
+        let (n, way) = (SIZES[draws.below(SIZES.len())], draws.below(WAYS));
+        let (plain, seal) = (draws.below(3) == 0, draws.below(6) == 0);
+        let kernel = if plain { "scale-shift" } else { "smears/k" };
+        let call = json!({"kernel": kernel, "inputs": {"x": format!("{n}-{way}")}, "seal": seal});
+        let at = format!("round {round}: {call}");
+        let done = match rig.invoke(call) {
+            Ok(done) => done,
+            Err(status) => {
+                assert!(!plain && [1, 2, 5].contains(&way), "{at}: {status}");
+                continue;
+            }
+        };
+        let segment = &done.results[0].segment;
+        let column = Column {
+            name: "y".to_owned(),
+            spec: segment.tensors()[0].spec.clone(),
+            reserve_bytes: n as u64 * 8,
+        };
+        let layout = FileLayout::plan(&[column]).unwrap();
+        let mut file = vec![0xAA; usize::try_from(segment.bytes()).unwrap()];
+        segment.read_at(0, &mut file, &Copied::new()).unwrap();
+        let place = &layout.tensors[0];
+        let body = usize::try_from(place.offset).unwrap();
+        let end = body + usize::try_from(place.length).unwrap();
+        let footer = usize::try_from(layout.footer_offset).unwrap();
+        let zeros = |bytes: &[u8]| bytes.iter().all(|byte| *byte == 0);
+        let (header, padding) = file[..body].split_at(layout.header.len());
+        assert!(header == layout.header && zeros(padding), "{at}: header");
+        assert!(zeros(&file[end..footer]), "{at}: behind the tensor");
+        assert!(file[footer..] == layout.footer, "{at}: footer");
+        if plain {
+            assert!(
+                f64s(&file[body..end])[1..].iter().all(|v| *v == 1.5),
+                "{at}"
+            );
+        } else {
+            assert!(file[body..end].iter().all(|byte| *byte == 0xEE), "{at}");
+        }
+    }
+    assert!(rig.host.stats(None)["pool"]["segments"].as_u64().unwrap() > 0);
 }
