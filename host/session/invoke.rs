@@ -253,9 +253,11 @@ impl Host {
                 return;
             }
             let queue_seconds = begin.elapsed().as_secs_f64();
-            let result = match Instant::now() < deadline.at {
+            // The run's: `deadline` is that of the first caller, who may have left others here.
+            let (at, ms) = (checked.request.deadline, checked.request.deadline_ms);
+            let result = match Instant::now() < at {
                 true => ending.host.run(checked, queue_seconds),
-                false => Err(ending.run.late(false, deadline.ms)),
+                false => Err(ending.run.late(false, ms)),
             };
             ending.end(result);
         });
