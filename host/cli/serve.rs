@@ -83,13 +83,28 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
         |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
     process::set_not_dumpable().map_err(|e| linux("hide this process's memory", e))?;
     process::raise_nofile().map_err(|e| linux("raise the limit of open files", e))?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
-        .map_err(|e| linux("start threads", e))?;
-    let done = runtime.block_on(serve_until_told(config, &directory, args.until_stdin_ends));
+    let runtime = |threads: &mut tokio::runtime::Builder| {
+        let runtime = threads.enable_all().build();
+        runtime.map_err(|e| linux("start threads", e))
+    };
+    let main = runtime(&mut tokio::runtime::Builder::new_multi_thread())?;
+    // Frames are short work, and what is not goes elsewhere: with two threads each small call would be
+    // handed from one to the other and back.
+    let data = runtime(
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .thread_name("strait-data"),
+    )?;
+    let until_stdin_ends = args.until_stdin_ends;
+    let done = main.block_on(serve_until_told(
+        config,
+        &directory,
+        data.handle(),
+        until_stdin_ends,
+    ));
     // A kernel that outlived the drain time must not keep the process.
-    runtime.shutdown_background();
+    data.shutdown_background();
+    main.shutdown_background();
     done
 }
 
@@ -178,6 +193,7 @@ pub(super) fn owned(directory: &Path) -> Result<(), Failure> {
 async fn serve_until_told(
     config: Config,
     directory: &Path,
+    data_threads: &tokio::runtime::Handle,
     until_stdin_ends: bool,
 ) -> Result<(), Failure> {
     let mut end = End::new(until_stdin_ends)?;
@@ -213,7 +229,7 @@ async fn serve_until_told(
         // An error means that the sender is gone, which is an end, too.
         let _ = stopped.wait_for(|stop| *stop).await;
     };
-    let mut data = tokio::spawn(datasock::serve(
+    let mut data = data_threads.spawn(datasock::serve(
         Arc::clone(&host),
         data,
         told(stopped.clone()),
