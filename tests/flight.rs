@@ -2068,9 +2068,9 @@ async fn a_reader_that_pauses_too_long_is_ended() {
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A frame of HTTP/2.
-fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
-    [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
 }
 
 /// The header block of a call.
@@ -2177,6 +2177,71 @@ async fn a_connection_must_go_on_with_what_it_began() {
         .await
         .unwrap();
     drop((idle, quiet));
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn floods_do_no_harm() {
+    use tokio::io::AsyncWriteExt;
+    let rig = Rig::with(|config| {
+        config.server.request_ms = Some(500);
+        config.server.stall_ms = Some(500);
+    })
+    .await;
+    rig.put("x", floats(8 * MIB)).await.unwrap();
+    let used = rig.used();
+    let start = [PREFACE, &frame(4, 0, 0, b"")].concat();
+    let get = headers("DoGet");
+    let ticket = [&[0, 0, 0, 0, 3, 0x0a, 1], &b"x"[..]].concat();
+    let ids = || (0..20_000_u32).map(|n| 2 * n + 1);
+    let floods: [(&str, Vec<u8>); 7] = [
+        (
+            "calls that are reset at once",
+            ids()
+                .flat_map(|id| [frame(1, 4, id, &get), frame(3, 0, id, &[0, 0, 0, 8])].concat())
+                .collect(),
+        ),
+        (
+            "reads that are reset at once",
+            ids()
+                .flat_map(|id| {
+                    let read = [frame(1, 4, id, &get), frame(0, 1, id, &ticket)].concat();
+                    [read, frame(3, 0, id, &[0, 0, 0, 8])].concat()
+                })
+                .collect(),
+        ),
+        (
+            "more calls than there may be",
+            ids().flat_map(|id| frame(1, 4, id, &get)).collect(),
+        ),
+        (
+            "a header block without end",
+            std::iter::once(frame(1, 0, 1, &get))
+                .chain((0..100_000).map(|_| frame(9, 0, 1, &[0x82])))
+                .flatten()
+                .collect(),
+        ),
+        ("pings", frame(6, 0, 0, &[0; 8]).repeat(100_000)),
+        ("settings", frame(4, 0, 0, b"").repeat(100_000)),
+        (
+            "empty data",
+            [frame(1, 4, 1, &get), frame(0, 0, 1, b"").repeat(100_000)].concat(),
+        ),
+    ];
+    for (what, flood) in floods {
+        let mut socket = raw(rig.directory.path(), &start).await;
+        // Until the host has had enough; nothing is read.
+        let sent = tokio::time::timeout(Duration::from_secs(2), socket.write_all(&flood)).await;
+        rig.info(path("x")).await.unwrap();
+        assert_eq!(
+            f64s(&rig.get("x").await.unwrap()).len(),
+            8 * MIB,
+            "{what}: {sent:?}"
+        );
+        drop(socket);
+        eventually(what, || state(&rig, "x") == (FlightState::Uploaded, 0)).await;
+        eventually(what, || rig.used() == used).await;
+    }
     rig.end().await;
 }
 

@@ -63,12 +63,12 @@ def strait(*words, directory=None):
 class Host:
     """`strait serve` in a directory of its own."""
 
-    def __init__(self, directory):
+    def __init__(self, directory, **options):
         self.directory = str(directory)
         self.socket = os.path.join(self.directory, "flight.sock")
         program = os.environ["STRAIT_BIN"]
         env = environment() | {"STRAIT__LEASE__UNDELIVERED_MS": str(UNDELIVERED_MS)}
-        self.process = subprocess.Popen([program, "serve", "--directory", self.directory], env=env)
+        self.process = subprocess.Popen([program, "serve", "--directory", self.directory], env=env, **options)
 
     def wait_until_ready(self):
         def is_ready():

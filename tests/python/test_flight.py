@@ -5,12 +5,13 @@ Needs pytest, numpy, pyarrow, and the host's program in STRAIT_BIN.
 
 import json
 import os
+import resource
 import socket
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import command, path, put
+from conftest import PATIENCE_SECONDS, Host, command, path, put, wait_for
 from pyarrow import flight, ipc
 
 
@@ -336,3 +337,42 @@ def test_many_calls_on_one_connection_and_many_connections(host):
             assert client.get_flight_info(path("many")).total_records == 1000
     for client in clients:
         client.close()
+
+
+def test_a_host_without_descriptors_tells_the_next_client(tmp_path):
+    os.chmod(tmp_path, 0o700)
+    host = Host(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60)))
+    connected = []
+    try:
+        host.wait_until_ready()
+        with host.connect() as client:
+            put(client, "x", pa.table({"x": [1.0]}))
+            closed = False
+            while not closed:
+                assert len(connected) < 60, "the table is full before"
+                connection = socket.socket(socket.AF_UNIX)
+                connected.append(connection)
+                connection.connect(host.socket)
+                connection.settimeout(PATIENCE_SECONDS if len(connected) > 50 else 0.05)
+                try:
+                    closed = connection.recv(1) == b""
+                except TimeoutError:
+                    pass
+            # Those that are connected are served.
+            assert [info.descriptor.path for info in client.list_flights()] == [[b"x"]]
+            for connection in connected:
+                connection.close()
+            with host.connect() as other:
+                wait_for(lambda: answers(other), "a client that is served again")
+            list(client.do_action(("drop", b"x")))
+        host.end()
+    finally:
+        host.process.kill()
+        host.process.wait()
+
+
+def answers(client):
+    try:
+        return bool(list(client.list_actions()))
+    except flight.FlightUnavailableError:
+        return False
