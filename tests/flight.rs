@@ -1,6 +1,8 @@
 //! Arrow Flight against a real host: every call, every kind of refusal, clients that misbehave.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
+#[path = "support/guest.rs"]
+mod guest;
 #[path = "support/served.rs"]
 mod served;
 
@@ -2325,6 +2327,25 @@ async fn ending_does_not_wait_for_clients_that_do_not_go_on() {
     tokio::task::spawn_blocking(move || served.ended())
         .await
         .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ending_waits_for_a_call_that_runs() {
+    let mut rig = Rig::new().await;
+    let text = std::fs::read_to_string("tests/guests/spins.wat").unwrap();
+    rig.host
+        .load_plugin(&guest::component("spins", &text))
+        .unwrap();
+    rig.put("x", floats(3)).await.unwrap();
+    let mut client = rig.client().await;
+    // Nothing moves on its connection for longer than a silent one is given.
+    let spins = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 3000});
+    let call = tokio::spawn(async move { client.get_flight_info(cmd(&spins)).await });
+    eventually("it runs", || rig.host.stats(None)["running"] == 1).await;
+    drop(rig.stop.take());
+    let answer = within("its answer", call).await.unwrap();
+    refused(answer, Code::DeadlineExceeded, "DEADLINE", &["3000 ms"]);
+    within("the end", rig.end()).await;
 }
 
 async fn within<T>(what: &str, future: impl Future<Output = T>) -> T {
