@@ -92,6 +92,12 @@ with_host() do address, host
         @test i.outputs.y == [1, 2] && i.notes == ["dropped" => "1"]
     end
 
+    @testset "integers arrive exactly" begin
+        @test call(s, "clip", [2^53, 2^53 + 1, 2^53 + 2]; hi = 2^53 + 1) == [2^53, 2^53 + 1, 2^53 + 1]
+        @test call(s, "clip", [-2^53 - 6, -2^53 - 1]; lo = -(2^53 + 1)) == [-2^53 - 1, -2^53 - 1]
+        @test call(s, "clip", [UInt64(2)^63, 0x5]; hi = UInt64(2)^63 - 1) == [UInt64(2)^63 - 1, 5]
+    end
+
     @testset "many tasks at once, and nothing is left behind" begin
         GC.gc()
         held = own()["leases"]
