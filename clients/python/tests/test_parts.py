@@ -86,7 +86,7 @@ def mapping(**changes):
         ({"tensor": {"offset": -64}}, "-64"),
         ({"tensor": {"offset": 65544}}, "multiple of 64"),
         ({"strait-mmap": 2}, "version is 2"),
-        ({"bytes": None}, "none"),
+        ({"bytes": None}, "malformed"),
         ({"tensors": [{}]}, "KeyError"),
     ],
 )
