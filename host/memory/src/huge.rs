@@ -13,10 +13,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::HUGE_USIZE;
-use crate::pages::Reservation;
+use crate::pages::{HUGE_WORTH_BYTES, Reservation};
 
-/// Less than this stays in small pages: a huge page more or less would be too much of it.
-const WORTH_BYTES: usize = 2 * HUGE_USIZE;
 /// Bytes collapsed between two looks at the clock.
 const STEP_BYTES: usize = 8 << 20;
 /// A step that took longer is the last one.
@@ -58,7 +56,7 @@ impl HugeBirths {
     /// that equal the file's offsets modulo [`crate::HUGE`]; nobody has written there yet and
     /// nothing moves or covers it during the call.
     pub(crate) unsafe fn back(&self, pages: &Reservation, range: Range<usize>) {
-        if range.len() < WORTH_BYTES {
+        if range.len() < HUGE_WORTH_BYTES {
             return;
         }
         let address = pages.start();

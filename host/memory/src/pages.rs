@@ -60,8 +60,8 @@ const QUIET: MapFlags = MapFlags::PRIVATE.union(MapFlags::NORESERVE);
 /// Linux 6.1 and later; libc does not name it yet.
 const MADV_COLLAPSE: libc::c_int = 25;
 
-/// Files smaller than this are not laid out for huge pages.
-const HUGE_WORTH_BYTES: usize = 2 * HUGE_USIZE;
+/// Less than this stays in small pages: a huge page more or less would be too much of it.
+pub(crate) const HUGE_WORTH_BYTES: usize = 2 * HUGE_USIZE;
 
 #[derive(Debug)]
 pub(crate) struct Reservation {
