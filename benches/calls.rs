@@ -9,21 +9,18 @@
 
 use std::hint::black_box;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use serde_json::json;
 use std::sync::Arc;
 use strait::config::Config;
-use strait::lease::Principal;
-use strait::session::{Answer, Host, Invoked};
+use strait::session::{Caller, Host, Invoked};
 use strait_client::{Client, NewTensor};
 use strait_memory::{Budget, Copied, Segment, WriteMapping};
 use strait_tensor::{Column, Dtype, FileLayout, TensorSpec};
 
 const MIB: usize = 1 << 20;
-const ME: Principal = Principal { uid: 1 };
 
 /// The baseline: the same loop as the kernel's, as rustc vectorises it for this CPU's baseline.
 fn native(x: &[f64], y: &mut [f64], a: f64, b: f64) {
@@ -33,14 +30,18 @@ fn native(x: &[f64], y: &mut [f64], a: f64, b: f64) {
 }
 
 /// A host in this process, without sockets.
-struct Rig(Arc<Host>);
+struct Rig(Caller);
 
 impl Rig {
     fn new(change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
         config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
         change(&mut config);
-        Self(Host::start(config, std::path::Path::new("nowhere")).unwrap())
+        Self(
+            Host::start(config, std::path::Path::new("nowhere"))
+                .unwrap()
+                .own_caller(),
+        )
     }
 
     fn put(&self, name: &str, bytes: usize) {
@@ -48,7 +49,7 @@ impl Rig {
             dtype: Dtype::Float64,
             shape: vec![bytes as u64 / 8],
         };
-        let upload = self.0.begin_upload(ME, name, true).unwrap();
+        let upload = self.0.begin_upload(name, true).unwrap();
         let layout = FileLayout::plan(&[Column::new("x", spec).unwrap()]).unwrap();
         let segment = self.0.allocate_to_fill(&layout).unwrap();
         let values: Vec<u8> = (0..bytes / 8)
@@ -62,12 +63,9 @@ impl Rig {
 
     fn call(&self) -> Arc<Invoked> {
         let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}});
-        let (send, receive) = mpsc::channel();
-        let id = self.0.request_id(None).unwrap();
-        let answer = Answer::new(move |result| drop(send.send(result)));
-        self.0
-            .invoke(ME, None, serde_json::from_value(call).unwrap(), id, answer);
-        receive.recv().unwrap().unwrap()
+        let id = self.0.host().request_id(None).unwrap();
+        let invoke = serde_json::from_value(call).unwrap();
+        self.0.invoke_and_wait(invoke, id).unwrap()
     }
 }
 
@@ -132,6 +130,38 @@ fn sizes(c: &mut Criterion) {
     group.finish();
 }
 
+/// A call through a worker process beside one in this process, and native on warm pages. A worker checks no epochs: a
+/// runaway in it is killed.
+fn worker(c: &mut Criterion) {
+    let mut group = c.benchmark_group("worker");
+    group
+        .sample_size(20)
+        .measurement_time(Duration::from_secs(4));
+    let here = Rig::new(|_| {});
+    let there = Rig::new(|config| {
+        config.engine.epoch_interruption = false;
+        config.workers.enabled = true;
+        config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
+    });
+    for (label, bytes) in [
+        ("1 KiB", 1 << 10),
+        ("1 MiB", MIB),
+        ("10 MiB", 10 * MIB),
+        ("100 MiB", 100 * MIB),
+    ] {
+        let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
+        let mut y = vec![1.0; bytes / 8];
+        group.bench_function(BenchmarkId::new("native, warm", label), |b| {
+            b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0));
+        });
+        for (name, rig) in [("in process", &here), ("through a worker", &there)] {
+            rig.put("x", bytes);
+            group.bench_function(BenchmarkId::new(name, label), |b| b.iter(|| rig.call()));
+        }
+    }
+    group.finish();
+}
+
 /// From nothing to a sandbox that can be called: store and instance, by the engine's own clock.
 fn sandbox(c: &mut Criterion) {
     let mut group = c.benchmark_group("sandbox");
@@ -147,7 +177,7 @@ fn sandbox(c: &mut Criterion) {
             .bench_function(name, |b| {
                 b.iter_custom(|calls| {
                     (0..calls)
-                        .map(|_| Duration::from_secs_f64(rig.call().seconds.instantiate))
+                        .map(|_| Duration::from_secs_f64(rig.call().report.seconds.instantiate))
                         .sum()
                 });
             });
@@ -155,7 +185,8 @@ fn sandbox(c: &mut Criterion) {
     group.finish();
 }
 
-/// A host process of its own, for what crosses the socket.
+/// A host process of its own, for what crosses the socket. Its settings are the default ones, unlike those of the tests'
+/// `Served`, which logs all that it does.
 struct Served {
     host: Child,
     directory: tempfile::TempDir,
@@ -320,5 +351,14 @@ fn small(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, large, sizes, sandbox, attach, first_touch, small);
+criterion_group!(
+    benches,
+    large,
+    sizes,
+    worker,
+    sandbox,
+    attach,
+    first_touch,
+    small
+);
 criterion_main!(benches);

@@ -1,9 +1,13 @@
 //! Settings: flag > environment (`STRAIT__SECTION__KEY`) > file (TOML) > default.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use strait_memory::{Budget, Lot, ResultPool};
+use strait_protocol::{QuotaSettings, Quotas};
 
 use crate::engine::{EngineConfig, Limits};
 
@@ -17,8 +21,12 @@ pub struct Config {
     pub limits: LimitSettings,
     /// Memory of the host.
     pub memory: Memory,
+    /// What each principal may have of it.
+    pub quota: Quota,
     /// How kernels run.
     pub engine: EngineSettings,
+    /// Kernels in worker processes.
+    pub workers: WorkerSettings,
     /// Lives of leases.
     pub lease: LeaseSettings,
 }
@@ -92,6 +100,40 @@ impl LimitSettings {
     }
 }
 
+/// Kernels in worker processes.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct WorkerSettings {
+    /// Run kernels in a process of their own.
+    pub enabled: bool,
+    /// Milliseconds that a run gets beyond its deadline, or after it was cancelled, before its worker is killed.
+    pub grace_ms: u64,
+    /// The `strait` program for it; none: the one that the host runs.
+    pub program: Option<PathBuf>,
+    /// Its options; for whoever starts a host, not a setting.
+    #[serde(skip)]
+    pub options: Vec<String>,
+}
+
+impl Default for WorkerSettings {
+    fn default() -> Self {
+        Self {
+            enabled: false,
+            grace_ms: 500,
+            program: None,
+            options: Vec::new(),
+        }
+    }
+}
+
+impl WorkerSettings {
+    /// [`Self::grace_ms`], at most an hour.
+    #[must_use]
+    pub fn grace(&self) -> Duration {
+        Duration::from_millis(self.grace_ms.min(3_600_000))
+    }
+}
+
 /// Memory of the host.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -106,6 +148,63 @@ pub struct Memory {
     pub parked_mappings: Option<u64>,
 }
 
+/// What each principal may have of the host. None: as many as the host has.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Quota {
+    /// Bytes of its segments, idle results included.
+    pub bytes: Option<u64>,
+    /// Its segments.
+    pub segments: Option<u64>,
+    /// Its connections to all sockets, of 1024 in all.
+    pub connections: Option<u64>,
+    /// Its leases, on all of its connections.
+    pub leases: Option<u64>,
+    /// Descriptors that were sent to it and that it may not have received yet, of half the limit of open files in all.
+    pub descriptors: Option<u64>,
+    /// Its inline reads and writes at a time over Flight.
+    pub streams: Option<u64>,
+    /// Its invocations that wait for a worker, of `engine.queue_len` in all. One may always wait.
+    pub queued: Option<u64>,
+    /// Its invocations that run at a time. One always may.
+    pub running: Option<u64>,
+    /// What differs for one principal, such as `uid:1000`.
+    pub of: BTreeMap<String, QuotaSettings>,
+}
+
+impl Default for Quota {
+    fn default() -> Self {
+        Self {
+            bytes: None,
+            segments: None,
+            connections: Some(256),
+            leases: Some(65_536),
+            descriptors: Some(1024),
+            streams: Some(64),
+            queued: Some(256),
+            running: None,
+            of: BTreeMap::new(),
+        }
+    }
+}
+
+impl Quota {
+    /// Of a principal for whom nothing else is set.
+    #[must_use]
+    pub fn quotas(&self) -> Quotas {
+        Quotas {
+            bytes: self.bytes,
+            segments: self.segments,
+            connections: self.connections,
+            leases: self.leases,
+            descriptors: self.descriptors,
+            streams: self.streams,
+            queued: self.queued,
+            running: self.running,
+        }
+    }
+}
+
 /// How kernels run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -118,7 +217,7 @@ pub struct EngineSettings {
     pub cache: Option<PathBuf>,
     /// Threads that run kernels; none: one for each CPU.
     pub workers: Option<usize>,
-    /// Invocations that may wait for a worker.
+    /// Invocations that may wait for a worker, of all principals.
     pub queue_len: usize,
 }
 
@@ -212,6 +311,13 @@ impl Config {
             .unwrap_or_else(|| files.unwrap_or(1 << 20) / 2)
     }
 
+    /// Descriptors on their way to clients: beyond the limit of open files Linux lets nobody of the host's user send any.
+    #[must_use]
+    pub fn descriptors_max(&self) -> u64 {
+        let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        files.unwrap_or(1 << 20) / 2
+    }
+
     /// Bytes that all segments together may have.
     #[must_use]
     pub fn budget_bytes(&self) -> u64 {
@@ -223,19 +329,33 @@ impl Config {
     /// The engine's part.
     #[must_use]
     pub fn engine(&self) -> EngineConfig {
-        let budget = self.budget_bytes();
         EngineConfig {
             move_min_bytes: self.engine.move_min_bytes,
             epoch_interruption: self.engine.epoch_interruption,
             cache: self.cache(),
-            pool_idle_bytes_max: self.memory.pool_idle_bytes.unwrap_or(budget / 4),
-            parked_mappings_max: self
-                .memory
-                .parked_mappings
-                .unwrap_or_else(|| strait_memory::process::mappings_max() / 8),
-            parked_bytes_max: budget,
             idle_guests_max: 16,
         }
+    }
+
+    /// Where warm mappings of inputs wait.
+    #[must_use]
+    pub fn lot(&self) -> Arc<Lot> {
+        Lot::new(self.parked_mappings_max(), self.budget_bytes())
+    }
+
+    /// Warm mappings of inputs, idle or in use.
+    #[must_use]
+    pub fn parked_mappings_max(&self) -> u64 {
+        let asked = self.memory.parked_mappings;
+        asked.unwrap_or_else(|| strait_memory::process::mappings_max() / 8)
+    }
+
+    /// Segments for results, charged to `budget`.
+    #[must_use]
+    pub fn pool(&self, budget: &Arc<Budget>) -> Arc<ResultPool> {
+        let idle = self.memory.pool_idle_bytes;
+        let idle = idle.unwrap_or_else(|| self.budget_bytes() / 4);
+        ResultPool::new(Arc::clone(budget), idle)
     }
 
     fn cache(&self) -> Option<PathBuf> {

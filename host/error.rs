@@ -2,69 +2,22 @@
 //!
 //! Each room has its own error enum; the edges turn it into a [`Status`] once.
 
+use serde::{Deserialize, Serialize};
 use std::fmt;
 
-use strait_memory::{MemoryError, ParkError};
+use strait_memory::{BudgetExceeded, MemoryError, ParkError};
+pub use strait_protocol::{Code, Reason};
 
 use crate::text::{self, MESSAGE_BYTES_MAX};
 
-/// The gRPC codes that strait uses.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Code {
-    /// The caller asked for something that can never work.
-    InvalidArgument,
-    /// No such tensor, kernel or segment for this principal.
-    NotFound,
-    /// The name is taken.
-    AlreadyExists,
-    /// It would work in another state.
-    FailedPrecondition,
-    /// A limit, quota or budget is used up.
-    ResourceExhausted,
-    /// Too large for this way; another way exists.
-    OutOfRange,
-    /// Took longer than allowed.
-    DeadlineExceeded,
-    /// The caller asked for it to end.
-    Cancelled,
-    /// The guest broke, or the host has a bug; the reason says which.
-    Internal,
-    /// Not for this principal.
-    PermissionDenied,
-    /// The host is ending.
-    Unavailable,
-    /// Not in this version.
-    Unimplemented,
-}
-
-impl Code {
-    /// gRPC's name for it.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::InvalidArgument => "INVALID_ARGUMENT",
-            Self::NotFound => "NOT_FOUND",
-            Self::AlreadyExists => "ALREADY_EXISTS",
-            Self::FailedPrecondition => "FAILED_PRECONDITION",
-            Self::ResourceExhausted => "RESOURCE_EXHAUSTED",
-            Self::OutOfRange => "OUT_OF_RANGE",
-            Self::DeadlineExceeded => "DEADLINE_EXCEEDED",
-            Self::Cancelled => "CANCELLED",
-            Self::Internal => "INTERNAL",
-            Self::PermissionDenied => "PERMISSION_DENIED",
-            Self::Unavailable => "UNAVAILABLE",
-            Self::Unimplemented => "UNIMPLEMENTED",
-        }
-    }
-}
-
 /// An error as it leaves the host: on the data socket as ERROR, over Flight as a gRPC status.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(try_from = "Portable", into = "Portable")]
 pub struct Status {
     /// For programs: the class.
     pub code: Code,
     /// For programs: the case. The list is in `docs/protocol.md`.
-    pub reason: &'static str,
+    pub reason: Reason,
     /// For people.
     pub message: String,
     /// The guest's stack, for a trap.
@@ -73,10 +26,55 @@ pub struct Status {
     pub details: serde_json::Map<String, serde_json::Value>,
 }
 
+/// A [`Status`] on its way between two processes of one host.
+#[derive(Serialize, Deserialize)]
+struct Portable {
+    code: String,
+    reason: String,
+    message: String,
+    backtrace: Option<String>,
+    /// JSON, because its values are of any type.
+    details: String,
+}
+
+impl From<Status> for Portable {
+    fn from(status: Status) -> Self {
+        Self {
+            code: status.code.name().to_owned(),
+            reason: status.reason.name().to_owned(),
+            message: status.message,
+            backtrace: status.backtrace,
+            details: serde_json::Value::from(status.details).to_string(),
+        }
+    }
+}
+
+impl TryFrom<Portable> for Status {
+    type Error = String;
+
+    fn try_from(portable: Portable) -> Result<Self, String> {
+        let code = Code::ALL.iter().find(|code| **code == *portable.code);
+        let reason = Reason::ALL.iter().find(|word| **word == *portable.reason);
+        let (Some(&code), Some(&reason)) = (code, reason) else {
+            return Err(format!(
+                "no code {:?} or reason {:?}",
+                portable.code, portable.reason
+            ));
+        };
+        Ok(Self {
+            code,
+            reason,
+            message: portable.message,
+            backtrace: portable.backtrace,
+            details: serde_json::from_str(&portable.details).map_err(|e| e.to_string())?,
+        })
+    }
+}
+
 impl Status {
     /// A status without backtrace and details. `message` may quote texts of others: what is more than a
     /// line of it is escaped, what is longer than 4 KiB cut.
-    pub fn new(code: Code, reason: &'static str, message: impl Into<String>) -> Self {
+    pub fn new(code: Code, reason: Reason, message: impl Into<String>) -> Self {
         Self {
             code,
             reason,
@@ -104,11 +102,20 @@ impl Status {
     pub fn no_descriptors(what: &str) -> Self {
         Self::new(
             Code::ResourceExhausted,
-            "BUDGET_EXCEEDED",
+            Reason::BudgetExceeded,
             format!(
                 "{what}; the host has no descriptors left: release segments and close connections, or have the operator raise its limit of open files"
             ),
         )
+    }
+}
+
+/// Whether the host has no more to give, or a principal has all that it may have.
+#[must_use]
+pub fn used_up(exceeded: &BudgetExceeded) -> Reason {
+    match exceeded.is_quota() {
+        true => Reason::QuotaExceeded,
+        false => Reason::BudgetExceeded,
     }
 }
 
@@ -123,7 +130,7 @@ pub fn out_of_descriptors(error: &std::io::Error) -> bool {
 
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}/{})", self.message, self.code.name(), self.reason)
+        write!(f, "{} ({}/{})", self.message, self.code, self.reason)
     }
 }
 
@@ -139,17 +146,17 @@ impl From<MemoryError> for Status {
             {
                 Self::no_descriptors(&message)
             }
-            MemoryError::Budget(_) | MemoryError::Park(ParkError::TooMany(_)) => {
-                Self::new(Code::ResourceExhausted, "BUDGET_EXCEEDED", message)
+            MemoryError::Budget(exceeded) | MemoryError::Park(ParkError::TooMany(exceeded)) => {
+                Self::new(Code::ResourceExhausted, used_up(&exceeded), message)
             }
             // A descriptor that its sender kept from being sealed.
             MemoryError::SealsLocked { .. } | MemoryError::Leased { .. } => {
-                Self::new(Code::InvalidArgument, "BAD_SEGMENT", message)
+                Self::new(Code::InvalidArgument, Reason::BadSegment, message)
             }
             MemoryError::StillWritable { .. } => {
-                Self::new(Code::FailedPrecondition, "STILL_WRITABLE", message)
+                Self::new(Code::FailedPrecondition, Reason::StillWritable, message)
             }
-            _ => Self::new(Code::Internal, "HOST", message),
+            _ => Self::new(Code::Internal, Reason::Host, message),
         }
     }
 }
@@ -162,7 +169,7 @@ mod tests {
     fn text_from_outside_stays_on_one_line_and_short() {
         let status = Status::new(
             Code::NotFound,
-            "X",
+            Reason::FlightNotFound,
             "no `a\n2026 INFO forged\r\0\u{1b}[2J\u{2028}ü`",
         )
         .with("name", "a\nb")
@@ -173,8 +180,12 @@ mod tests {
         );
         assert_eq!(status.details["name"], "a\\nb");
         assert_eq!(status.details["count"], 7);
-        let long =
-            Status::new(Code::NotFound, "X", "\n".repeat(60 << 20)).with("name", "ü".repeat(9000));
+        let long = Status::new(
+            Code::NotFound,
+            Reason::FlightNotFound,
+            "\n".repeat(60 << 20),
+        )
+        .with("name", "ü".repeat(9000));
         assert!(long.message.ends_with("… (62910464 bytes more)"));
         let name = long.details["name"].as_str().expect("text");
         assert!(name.ends_with("ü… (13904 bytes more)"), "{name}");

@@ -1,7 +1,7 @@
 //! strait: sandboxed WebAssembly kernels over shared tensors.
 //!
 //! ```text
-//! flight / datasock ─▶ session ─▶ engine ─▶ plugin ─▶ lease ─▶ strait-tensor ─▶ strait-memory
+//! flight / datasock ─▶ session ─▶ engine, lease ─▶ plugin ─▶ strait-tensor ─▶ strait-memory
 //! ```
 //! Imports run only to the right; `ARCHITECTURE.md` says why each room is there.
 
@@ -20,6 +20,7 @@ pub mod lease;
 pub mod plugin;
 pub mod session;
 mod text;
+pub mod worker;
 
 /// The standard kernels as a component, built from `plugins/kernels`.
 pub const STANDARD_PLUGIN: &[u8] = include_bytes!("../plugins/prebuilt/standard.wasm");

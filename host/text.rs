@@ -50,6 +50,11 @@ pub(crate) fn escaped_by_default(text: &str, bad: impl Fn(char) -> bool) -> Cow<
     escaped(text, bad, |c| c.escape_default().to_string())
 }
 
+/// As it stands on one line of ours: a name, path, message or note of somebody else.
+pub(crate) fn on_one_line(text: &str) -> Cow<'_, str> {
+    escaped_by_default(text, is_obeyed)
+}
+
 fn bounded(mut text: String, bytes_max: usize, bad: impl Fn(char) -> bool) -> String {
     let cut = text.len().saturating_sub(bytes_max);
     if cut > 0 {
@@ -82,6 +87,16 @@ mod tests {
             r"\u{85}\u{9b}\u{2028}\u{202e}",
         );
         assert_eq!(lines("a\nb\tc".into(), 64), "a\nb\\tc");
+    }
+
+    #[test]
+    fn a_line_of_ours_stays_one() {
+        assert_eq!(on_one_line("a\n\tb\r\0"), "a\\n\\tb\\r\\u{0}");
+        assert_eq!(
+            on_one_line("\u{202e}yp.npy\u{2028}\u{85}"),
+            "\\u{202e}yp.npy\\u{2028}\\u{85}"
+        );
+        assert_eq!(on_one_line("sch\u{f6}n \u{6570}"), "sch\u{f6}n \u{6570}");
     }
 
     #[test]

@@ -63,7 +63,7 @@ fn check_segment(user: u32, segment: &MappedSegment, what: &str) {
 fn or_missing<T>(result: Result<T, Error>) -> Option<T> {
     match result {
         Ok(value) => Some(value),
-        Err(error) if error.reason() == Some("TENSOR_NOT_FOUND") => None,
+        Err(error) if error.reason() == Some("FLIGHT_NOT_FOUND") => None,
         Err(error) => panic!("{error}"),
     }
 }

@@ -1,9 +1,20 @@
 //! The rules of ARCHITECTURE.md that a compiler does not check.
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+/// Where all Rust files are.
+const RUST: [&str; 6] = [
+    "host",
+    "clients/rust",
+    "xtask",
+    "plugins",
+    "tests",
+    "benches",
+];
 
 /// Rust files below `root`, without build output.
 fn sources(root: &str) -> Vec<PathBuf> {
@@ -39,15 +50,15 @@ fn has_word(text: &str, word: &str) -> bool {
         .any(|(at, _)| !text[..at].ends_with(part) && !text[at + word.len()..].starts_with(part))
 }
 
-/// The rooms of `host/`, from left to right: a room may import itself and what is right of it.
-const ROOMS: [&[&str]; 8] = [
+/// The rooms of `host/`, from left to right: a room may import itself and what is right of it. Rooms in one place know
+/// nothing of each other.
+const ROOMS: [&[&str]; 7] = [
     &["cli"],
     &["flight", "datasock"],
     &["session"],
-    &["config"],
-    &["engine"],
+    &["config", "worker"],
+    &["engine", "lease"],
     &["plugin"],
-    &["lease"],
     &["error"],
 ];
 
@@ -83,12 +94,13 @@ fn imports_run_to_the_right() {
 
 #[test]
 fn each_library_has_one_home() {
-    let homes: [(&str, &[&str]); 6] = [
+    let homes: [(&str, &[&str]); 7] = [
         ("wasmtime", &["host/engine"]),
         // The demo is also a Flight client.
         ("tonic", &["host/flight", "host/cli/demo/inline.rs"]),
         ("arrow_flight", &["host/flight", "host/cli/demo/inline.rs"]),
         ("prost", &["host/flight"]),
+        ("postcard", &["host/worker"]),
         ("mmap", &["host/memory"]),
         ("memfd_create", &["host/memory"]),
     ];
@@ -116,6 +128,7 @@ fn unsafe_stays_in_its_homes() {
     let homes = [
         "host/memory",
         "host/engine/guest_memory.rs",
+        "host/engine/regions.rs",
         "host/engine/fault.rs",
         "host/engine/cache.rs",
         "plugins/sdk",
@@ -123,17 +136,7 @@ fn unsafe_stays_in_its_homes() {
         "plugins/tests/input-writer",
         "clients/c",
     ];
-    for path in [
-        "host",
-        "clients/rust",
-        "xtask",
-        "plugins",
-        "tests",
-        "benches",
-    ]
-    .map(sources)
-    .concat()
-    {
+    for path in RUST.map(sources).concat() {
         if homes.iter().any(|home| path.starts_with(home)) || path.ends_with("tidy.rs") {
             continue;
         }
@@ -188,4 +191,266 @@ fn released_wit_has_no_undocumented_change() {
         1,
         "one file per version"
     );
+}
+
+/// The workspace's crates and those of it that each may depend on. The host may on all of them.
+const CRATES: [(&str, &str, &[&str]); 5] = [
+    ("strait-protocol", "host/protocol", &["strait-tensor"]),
+    ("strait-memory", "host/memory", &[]),
+    ("strait-tensor", "host/tensor", &[]),
+    (
+        "strait-client",
+        "clients/rust",
+        &["strait-protocol", "strait-memory", "strait-tensor"],
+    ),
+    ("xtask", "xtask", &[]),
+];
+
+#[test]
+fn crates_depend_one_way() {
+    for (name, folder, allowed) in CRATES {
+        let manifest = fs::read_to_string(format!("{folder}/Cargo.toml")).unwrap();
+        assert!(manifest.contains(&format!("name = \"{name}\"")), "{folder}");
+        let (_, rest) = manifest.split_once("[dependencies]").unwrap();
+        let own = rest.split("\n[").next().unwrap_or(rest);
+        for line in own.lines().filter(|line| line.starts_with("strait")) {
+            let dependency = line.split(['.', ' ', '=']).next().unwrap_or_default();
+            assert!(
+                allowed.contains(&dependency),
+                "{name} depends on {dependency}; it may on {allowed:?}"
+            );
+        }
+    }
+    let members = fs::read_to_string("Cargo.toml").unwrap();
+    let (_, rest) = members.split_once("members = [").unwrap();
+    let members = rest.split(']').next().unwrap_or_default();
+    for member in members.split(',').map(|m| m.trim().trim_matches('"')) {
+        assert!(
+            CRATES.iter().any(|(_, folder, _)| *folder == member),
+            "{member} is a crate that CRATES does not know"
+        );
+    }
+}
+
+/// Where each crate's modules begin.
+const ROOTS: [&str; 6] = [
+    "host",
+    "host/memory/src",
+    "host/tensor/src",
+    "host/protocol/src",
+    "clients/rust/src",
+    "xtask/src",
+];
+
+/// Circles that there still are: the room, its files, and why.
+const CIRCLES: &[(&str, &[&str], &str)] = &[(
+    "host/engine",
+    &["imports", "limits"],
+    "a store's state holds the log, whose limit stops the guest",
+)];
+
+/// A module's path in its crate: `["cli", "demo", "roles"]` for `host/cli/demo/roles.rs`.
+fn module(root: &str, file: &Path) -> Vec<String> {
+    let relative = file.strip_prefix(root).unwrap().with_extension("");
+    let mut path: Vec<String> = relative
+        .iter()
+        .map(|part| part.to_str().unwrap().to_owned())
+        .collect();
+    if path
+        .last()
+        .is_some_and(|last| ["mod", "lib", "main"].contains(&last.as_str()))
+    {
+        path.pop();
+    }
+    path
+}
+
+/// The paths of a `use` tree or an expression at the start of `text`: `a::{b, c::d}` are two.
+fn leaves(text: &str, before: &[String], found: &mut Vec<Vec<String>>) -> usize {
+    let mut path = before.to_vec();
+    let mut at = 0;
+    loop {
+        let rest = &text[at..];
+        at += rest.len() - rest.trim_start().len();
+        let rest = &text[at..];
+        if rest.starts_with('{') {
+            at += 1;
+            while at < text.len() && !text[at..].starts_with('}') {
+                at += leaves(&text[at..], &path, found).max(1);
+                let rest = text[at..].trim_start_matches([',', ' ', '\n']);
+                at = text.len() - rest.len();
+            }
+            return at + 1;
+        }
+        let end = rest
+            .find(|c: char| !(c.is_alphanumeric() || c == '_'))
+            .unwrap_or(rest.len());
+        path.push(rest[..end].to_owned());
+        at += end;
+        match text[at..].strip_prefix("::") {
+            Some(_) if end > 0 => at += 2,
+            _ => break,
+        }
+    }
+    // `a as b` in a group: what follows is not another path.
+    if let Some(rest) = text[at..].strip_prefix(" as ") {
+        let end = rest.find([',', '}', ';']).unwrap_or(rest.len());
+        at = text.len() - rest.len() + end;
+    }
+    found.push(path);
+    at
+}
+
+/// The paths of its crate that a module names by `crate::` and `super::`, outside of its tests.
+fn named(own: &[String], text: &str) -> Vec<Vec<String>> {
+    let text = text.split("#[cfg(test)]\nmod ").next().unwrap_or(text);
+    let part = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+    let mut found = Vec::new();
+    for start in ["crate::", "super::"] {
+        for (at, _) in text.match_indices(start) {
+            if text[..at].ends_with(part) {
+                continue;
+            }
+            let mut rest = &text[at..];
+            let mut before = own.to_vec();
+            if let Some(absolute) = rest.strip_prefix("crate::") {
+                (before, rest) = (Vec::new(), absolute);
+            }
+            while let Some(above) = rest.strip_prefix("super::") {
+                before.pop();
+                rest = above;
+            }
+            // `pub(in super::super)` ends so, and names nothing.
+            leaves(rest, &before, &mut found);
+        }
+    }
+    found
+}
+
+/// For each room (a module with modules in it, or a crate) who of it imports whom.
+fn imports(root: &str) -> BTreeMap<Vec<String>, BTreeSet<(String, String)>> {
+    let nested = |file: &Path| {
+        ROOTS.iter().any(|other| {
+            *other != root && Path::new(other).starts_with(root) && file.starts_with(other)
+        }) || (root == "host"
+            && ["host/memory", "host/tensor", "host/protocol"]
+                .iter()
+                .any(|folder| file.starts_with(folder)))
+    };
+    let files: Vec<PathBuf> = sources(root)
+        .into_iter()
+        .filter(|file| !nested(file))
+        .collect();
+    let modules: BTreeSet<Vec<String>> = files.iter().map(|file| module(root, file)).collect();
+    let mut rooms: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
+    for file in &files {
+        let own = module(root, file);
+        for mut other in named(&own, &code(file)) {
+            // What is named may be an item of a module.
+            while !modules.contains(&other) && other.pop().is_some() {}
+            let common = own.iter().zip(&other).take_while(|(a, b)| a == b).count();
+            // One that contains the other is its parent.
+            if let (Some(from), Some(to)) = (own.get(common), other.get(common)) {
+                let room = rooms.entry(own[..common].to_vec()).or_default();
+                room.insert((from.clone(), to.clone()));
+            }
+        }
+    }
+    rooms
+}
+
+/// Those that can be reached from `start`.
+fn reached<'a>(arrows: &'a BTreeSet<(String, String)>, start: &'a str) -> BTreeSet<&'a str> {
+    let mut found = BTreeSet::new();
+    let mut waiting = vec![start];
+    while let Some(from) = waiting.pop() {
+        for (_, to) in arrows.iter().filter(|(a, _)| a == from) {
+            if found.insert(to.as_str()) {
+                waiting.push(to);
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn files_of_a_room_import_in_no_circle() {
+    let mut found = BTreeSet::new();
+    for root in ROOTS {
+        for (room, arrows) in imports(root) {
+            let place = Path::new(root).join(room.iter().collect::<PathBuf>());
+            for (from, _) in &arrows {
+                let circle: Vec<String> = reached(&arrows, from)
+                    .into_iter()
+                    .filter(|to| reached(&arrows, to).contains(from.as_str()))
+                    .map(str::to_owned)
+                    .collect();
+                if circle.len() > 1 {
+                    found.insert((place.display().to_string(), circle));
+                }
+            }
+        }
+    }
+    let known: BTreeSet<_> = CIRCLES
+        .iter()
+        .map(|(room, files, _)| {
+            let files: Vec<String> = files.iter().map(|&file| file.to_owned()).collect();
+            ((*room).to_owned(), files)
+        })
+        .collect();
+    let new: Vec<_> = found.difference(&known).collect();
+    assert!(new.is_empty(), "files that import each other: {new:#?}");
+    let gone: Vec<_> = known.difference(&found).collect();
+    assert!(
+        gone.is_empty(),
+        "no circles any more; mend CIRCLES: {gone:#?}"
+    );
+}
+
+#[test]
+fn paths_are_read_out_of_sources() {
+    let own = ["a".to_owned(), "b".to_owned()];
+    let check = |text: &str, expected: &[&str]| {
+        let found: Vec<String> = named(&own, text).iter().map(|p| p.join("::")).collect();
+        assert_eq!(found, expected, "{text}");
+    };
+    check("use super::c::D;", &["a::c::D"]);
+    check(
+        "use super::{c, d::{self, E as F}, g};",
+        &["a::c", "a::d::self", "a::d::E", "a::g"],
+    );
+    check("x(super::super::y::z(1))", &["y::z"]);
+    check("use crate::{p,\n    q::R};", &["p", "q::R"]);
+    check("use other::crate_like; mycrate::x", &[]);
+    check("#[cfg(test)]\nmod tests { use super::c; }", &[]);
+}
+
+const LINES_MAX: usize = 600;
+
+/// Files that are longer, and why.
+const LONG: &[(&str, &str)] = &[
+    (
+        "host/flight/authority.rs",
+        "one proxy with its table of mutated requests",
+    ),
+    ("plugins/sdk/src/bindings.rs", "generated"),
+    (
+        "plugins/sdk/src/parameter.rs",
+        "one kind of value after the other",
+    ),
+];
+
+#[test]
+fn files_are_short() {
+    let mut found = BTreeSet::new();
+    for path in RUST.map(sources).concat() {
+        if fs::read_to_string(&path).unwrap().lines().count() > LINES_MAX {
+            found.insert(path.to_str().unwrap().to_owned());
+        }
+    }
+    let known: BTreeSet<String> = LONG.iter().map(|(path, _)| (*path).to_owned()).collect();
+    let new: Vec<_> = found.difference(&known).collect();
+    assert!(new.is_empty(), "more than {LINES_MAX} lines: {new:#?}");
+    let gone: Vec<_> = known.difference(&found).collect();
+    assert!(gone.is_empty(), "short enough by now; mend LONG: {gone:#?}");
 }

@@ -44,7 +44,7 @@ func (t *Tensor) input(_ context.Context, c *Client) (any, func(bool), error) {
 	}
 	asked := segmentInput{Segment: h.segment.mapping.Segment}
 	if len(h.segment.mapping.Tensors) > 1 {
-		asked.Column = h.place.Name
+		asked.Tensor = h.place.Name
 	}
 	return asked, done, nil
 }
@@ -105,7 +105,7 @@ func PublishAs(port, name string) CallOption {
 	})
 }
 
-// Replacing is what Replace answers: an option of Call, Publish and Adopt.
+// Replacing is what Replace returns: an option of Call, Publish and Adopt.
 type Replacing struct{}
 
 func (Replacing) call(r *invokeRequest) error { r.Replace = true; return nil }
@@ -114,21 +114,21 @@ func (Replacing) publish(r *publishRequest)   { r.Replace = true }
 // Replace takes a name from the flight that has it.
 func Replace() Replacing { return Replacing{} }
 
-// Leasing is what LeaseFor answers: an option of Call, Fetch and FetchAll.
+// Leasing is what LeaseFor returns: an option of Call, Fetch and FetchAll.
 type Leasing time.Duration
 
 func (l Leasing) call(r *invokeRequest) error { r.LeaseMS = milliseconds(time.Duration(l)); return nil }
 func (l Leasing) fetch(r *mapRequest)         { r.LeaseMS = milliseconds(time.Duration(l)) }
 
-// LeaseFor asks for this life of the leases that come with what is asked for.
+// LeaseFor sets the life of the leases that come with the outputs or the flight.
 func LeaseFor(life time.Duration) Leasing { return Leasing(life) }
 
-// Seal has the outputs sealed for good, so that not even the host can write to them again. They cost
-// the host new memory each time.
+// Seal has the outputs sealed for good, so that not even the host can write to them again. Each time
+// they cost the host new memory.
 func Seal() CallOption { return plainOption(func(r *invokeRequest) { r.Seal = true }) }
 
 // Deadline ends the kernel after this time, counted by the host from when it has the call, waiting for
-// a worker included. Without it that is the context's deadline, and without one the host's default. The
+// a worker included. By default it is the context's deadline, and without one the host's default. The
 // Call fails with ErrArgument unless after is more than 0.
 func Deadline(after time.Duration) CallOption {
 	return callOption(func(r *invokeRequest) error {
@@ -159,7 +159,7 @@ func (l Limits) call(r *invokeRequest) error { r.Limits = &l; return nil }
 func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
 
 // IdempotencyKey lets a repeat of the call within a minute have the same results without another
-// run. It is of the form of a request id. A RemoteError with IDEMPOTENCY_KEY_REUSED says that the key
+// run. It has the form of a request id. A RemoteError with IDEMPOTENCY_KEY_REUSED says that the key
 // came with another request before: each call that is to be repeated needs a key of its own.
 func IdempotencyKey(key string) CallOption {
 	return callOption(func(r *invokeRequest) error {
@@ -207,7 +207,7 @@ type Result struct {
 	RequestID string
 }
 
-// Tensor is the output of a port. If there is none, what it answers fails wherever it is used.
+// Tensor is the output of a port. If there is none, the tensor it returns fails wherever it is used.
 func (r *Result) Tensor(port string) *Tensor {
 	ports := make([]string, 0, len(r.Tensors))
 	for _, t := range r.Tensors {
@@ -229,12 +229,13 @@ func (r *Result) Release() {
 // Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one) and waits for its
 // results, which are to be released.
 //
-// When ctx ends, the kernel is cancelled, also while it waits for a worker; the error then is ctx's and the
-// host's RemoteError with CANCELLED at once. Nothing is sent if ctx is over already. Call returns when the kernel is over, so that inputs can be written again, or
-// soon if the host does not answer at all. Results that came all the same are answered.
+// When ctx ends, the kernel is cancelled, also while it waits for a worker; the error is then both ctx's and
+// the host's RemoteError with CANCELLED. Nothing is sent if ctx is over already. Call returns when the kernel
+// is over, so that inputs can be written again, or soon if the host does not answer at all. Results that
+// arrived all the same are returned.
 //
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
-// if an input is of no use any more; ErrDisconnected if the connection ended.
+// if an input can no longer be used; ErrDisconnected if the connection ended.
 func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
 	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease)}
 	if err := checkText("a kernel's name", kernel); err != nil {

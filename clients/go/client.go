@@ -17,13 +17,13 @@ import (
 	"unicode/utf8"
 )
 
-// Version of this client, as the host's log has it.
+// Version of this client, as the host's log shows it.
 const Version = "0.1.0"
 
 // Client is a connection to a host. Any number of goroutines may use it at once.
 //
-// There is no reconnecting: leases and unpublished tensors end with their connection, so a silent new
-// one could not be what the caller had.
+// It does not reconnect: leases and unpublished tensors end with their connection, so a silent new
+// one would not have what the caller had.
 type Client struct {
 	conn    *conn
 	welcome Welcome
@@ -36,10 +36,10 @@ type Welcome struct {
 	HostID      string `json:"host_id"`
 	HostVersion string `json:"host_version"`
 	Session     string `json:"session"`
-	// Principal is whose names are seen: uid:1000.
+	// Principal is whose flights this client sees: uid:1000.
 	Principal string `json:"principal"`
 	Directory string `json:"directory"`
-	// Flight is where the host speaks Arrow Flight.
+	// Flight is where the host serves Arrow Flight.
 	Flight string `json:"flight"`
 	// MoveMinBytes is the size from which tensors are moved into a kernel and not copied.
 	MoveMinBytes      int64 `json:"move_min_bytes"`
@@ -61,27 +61,27 @@ type dialOptions struct {
 type DialOption func(*dialOptions)
 
 // WithoutRenewal leaves leases alone: each ends when it expires, unless Tensor.Renew is called in
-// time. Without it they are renewed in the background at half of their life.
+// time. By default they are renewed in the background at half of their life.
 func WithoutRenewal() DialOption { return func(o *dialOptions) { o.renew = false } }
 
-// WithLease asks for this life of leases instead of the host's default.
+// WithLease asks for leases of this life instead of the host's default.
 func WithLease(life time.Duration) DialOption { return func(o *dialOptions) { o.lease = life } }
 
 // WithName sets the name by which the host's log knows this client.
 func WithName(name string) DialOption { return func(o *dialOptions) { o.name = name } }
 
-// WithLogger sets where the client says what no caller hears of: a tensor forgotten without Release,
-// a lease that was not renewed. Without it that is slog.Default.
+// WithLogger sets where the client logs what no caller is told: a tensor forgotten without Release,
+// a lease that was not renewed. The default is slog.Default.
 func WithLogger(log *slog.Logger) DialOption { return func(o *dialOptions) { o.log = log } }
 
 // WithCopyCache sets how many bytes of segments are kept for inputs that have to be copied (Slice),
-// so that a repeated call finds warm memory; 0 keeps none. Without it that is 256 MiB.
+// so that a repeated call finds warm memory; 0 keeps none. The default is 256 MiB.
 func WithCopyCache(bytes int64) DialOption { return func(o *dialOptions) { o.copyBytes = bytes } }
 
 // Dial connects to the host whose directory address names (unix:///run/strait), or for an empty
-// address to the one that Directory finds. ctx is for the dialling only.
+// address to the one that Directory finds. ctx is for dialling only.
 //
-// The error is ErrNoHost if nobody answers, ErrArgument for an address that is none, a RemoteError
+// The error is ErrNoHost if nobody answers, ErrArgument for a malformed address, a RemoteError
 // if the host speaks another version.
 func Dial(ctx context.Context, address string, options ...DialOption) (*Client, error) {
 	directory, err := Directory(address)
@@ -129,7 +129,7 @@ func (c *Client) Close() error {
 // Welcome is what the host said when it was connected to.
 func (c *Client) Welcome() Welcome { return c.welcome }
 
-// Draining says when the host ends, once it announced that. It takes no more calls then.
+// Draining says when the host ends, once it has announced that; it takes no more calls then.
 func (c *Client) Draining() (time.Time, bool) {
 	c.conn.mu.Lock()
 	defer c.conn.mu.Unlock()
@@ -198,9 +198,9 @@ func releaseAll(tensors []*Tensor) {
 // Fetch maps a flight of one tensor, or one tensor of it ("flight#tensor"), read-only. Nothing is
 // copied: the slice that As lends lies on the same pages for everyone.
 //
-// A RemoteError with TENSOR_NOT_FOUND says that there is no such flight.
+// A RemoteError with FLIGHT_NOT_FOUND says that there is no such flight.
 func (c *Client) Fetch(ctx context.Context, name string, options ...FetchOption) (*Tensor, error) {
-	flight, column, named := strings.Cut(name, "#")
+	flight, tensor, named := strings.Cut(name, "#")
 	tensors, err := c.FetchAll(ctx, flight, options...)
 	if err != nil {
 		return nil, err
@@ -212,7 +212,7 @@ func (c *Client) Fetch(ctx context.Context, name string, options ...FetchOption)
 	names := make([]string, 0, len(tensors))
 	for _, t := range tensors {
 		names = append(names, t.Name())
-		if named && t.Name() == column && found == nil {
+		if named && t.Name() == tensor && found == nil {
 			found = t
 		} else {
 			t.Release()
@@ -247,9 +247,9 @@ type Flight struct {
 	Mapping Mapping `json:"mapping"`
 }
 
-// Publish gives a tensor a name under which others find it; it then lives on without this client.
-// A tensor that was made to be filled becomes read-only by that, at the same address, even if the
-// host refuses the name. A Slice is copied. The other tensors of a segment go along.
+// Publish makes a tensor a flight: others find it by that name, and it lives on without this client.
+// A tensor that was made to be filled becomes read-only, at the same address, even if the host
+// refuses the name. A Slice is copied. The other tensors of its segment become part of the flight.
 //
 // A RemoteError with NAME_TAKEN says that another flight has the name; see Replace.
 func (c *Client) Publish(ctx context.Context, name string, t Input, options ...PublishOption) (Flight, error) {
@@ -294,7 +294,7 @@ func (c *Client) usable(h *handle) error {
 	return c.conn.leaseError(h.segment.lease)
 }
 
-// Adopted is a memory file of one's own that the host took over.
+// Adopted is a memory file of the caller's own that the host took over.
 type Adopted struct {
 	conn     *conn
 	lease    uint64
@@ -362,8 +362,8 @@ func (c *Client) Lookup(ctx context.Context, name string) (Flight, error) {
 	return Flight{name, found.Mapping}, err
 }
 
-// List is the flights of this principal, sorted by name. One that comes or goes meanwhile may be
-// seen or not.
+// List is the flights of this principal, sorted by name. One that comes or goes meanwhile may or
+// may not be among them.
 func (c *Client) List(ctx context.Context) ([]Flight, error) {
 	var all []Flight
 	asked := listRequest{}
@@ -383,9 +383,9 @@ func (c *Client) List(ctx context.Context) ([]Flight, error) {
 	}
 }
 
-// Delete takes a flight's name away; its memory goes when the last lease ends.
+// Delete removes a flight's name; its memory is freed when the last lease ends.
 //
-// A RemoteError with TENSOR_NOT_FOUND says that there is no such flight.
+// A RemoteError with FLIGHT_NOT_FOUND says that there is no such flight.
 func (c *Client) Delete(ctx context.Context, name string) error {
 	if err := checkText("a flight's name", name); err != nil {
 		return err
@@ -406,15 +406,29 @@ type Kernel struct {
 	Name    string `json:"name"`
 	Plugin  string `json:"plugin"`
 	Version string `json:"version"`
-	// Doc begins with a sentence of its own line.
+	// Doc begins with a sentence on a line of its own.
 	Doc        string      `json:"doc"`
 	Inputs     []Port      `json:"inputs"`
 	Outputs    []Port      `json:"outputs"`
 	Parameters []Parameter `json:"parameters"`
+	// Signature says which axes are equal, such as "(n),(k)->(m)"; empty: no rule.
+	Signature string `json:"signature"`
 	// SplitAxis is the axis along which the host may split the work; nil: none.
 	SplitAxis *int `json:"split_axis"`
-	Streaming bool `json:"streaming"`
-	InPlace   bool `json:"in_place"`
+	// Combine is how the results of slices are put together: "none", "concatenate" or "tree".
+	Combine string `json:"combine"`
+	// BlockTree is there with "tree".
+	BlockTree *BlockTree `json:"block_tree"`
+	Streaming bool       `json:"streaming"`
+	InPlace   bool       `json:"in_place"`
+}
+
+// BlockTree says how a reduction gives the same bits on any slicing: kernel Partials gives one row for each
+// BlockRows rows, counted from row 0, and kernel Merge makes the result of all those rows.
+type BlockTree struct {
+	BlockRows uint64 `json:"block_rows"`
+	Partials  string `json:"partials"`
+	Merge     string `json:"merge"`
 }
 
 // Port is an input or an output of a kernel.
@@ -425,14 +439,16 @@ type Port struct {
 	RankMax int     `json:"rank_max"`
 	// Role is "data" or "mask".
 	Role string `json:"role"`
-	Doc  string `json:"doc"`
+	// Whole is an input that comes whole with every chunk and slice.
+	Whole bool   `json:"whole"`
+	Doc   string `json:"doc"`
 }
 
 // Parameter of a kernel.
 type Parameter struct {
 	Name string `json:"name"`
 	// Kind is boolean, integer, real (rounded to float64), number (an integer or a float, as it was
-	// written), axis (0-based, row-major), text or reals.
+	// written), axis (0-based, row-major), text, integers or reals (lists).
 	Kind string `json:"kind"`
 	// Default is nil if the caller must give the parameter. Its numbers are json.Number, so that
 	// integers beyond 2^53 are exact; Param takes it as it is.
@@ -440,7 +456,7 @@ type Parameter struct {
 	// Minimum and Maximum are inclusive and exact; empty: there is none.
 	Minimum json.Number `json:"minimum"`
 	Maximum json.Number `json:"maximum"`
-	// Choices are the allowed texts; empty allows any.
+	// Choices are the allowed strings; empty allows any.
 	Choices []string `json:"choices"`
 	Doc     string   `json:"doc"`
 }

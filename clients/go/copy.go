@@ -19,7 +19,7 @@ type Copied struct {
 }
 
 // Slice is data as a tensor of that shape, row-major; without a shape it has one axis. data must not
-// be written while a Call or Publish that has it is under way.
+// be written to while a Call or Publish with it is under way.
 //
 // If shape does not fit data, the Call or Publish fails with ErrArgument.
 func Slice[T Element](data []T, shape ...int) Copied {
@@ -34,8 +34,8 @@ func Scalar[T Element](value T) Copied {
 	return Raw(DTypeOf[T](), shm.Raw([]T{value}))
 }
 
-// Raw is bytes (little-endian, row-major) as a tensor, for element types that Go lacks. No sizes are
-// one element without axes.
+// Raw is bytes (little-endian, row-major) as a tensor, for element types that Go lacks. Without sizes
+// it is one element without axes.
 func Raw(dtype DType, bytes []byte, shape ...int) Copied {
 	expected, err := byteSize(dtype, shape)
 	if err == nil && expected != int64(len(bytes)) {

@@ -51,7 +51,7 @@ func (d DType) Size() int {
 	return 0
 }
 
-// Element is a Go type that tensors can have elements of. int and uint are the 64-bit types.
+// Element is a Go type that a tensor's elements can have. int and uint are the 64-bit types.
 type Element interface {
 	~bool | ~int | ~int8 | ~int16 | ~int32 | ~int64 |
 		~uint | ~uint8 | ~uint16 | ~uint32 | ~uint64 |

@@ -14,13 +14,13 @@ var (
 	// Slices of mapped tensors stay readable; everything else needs a new Dial.
 	ErrDisconnected = errors.New("the connection to the strait host is over")
 	// ErrLeaseExpired: the right to a segment is over while the connection is fine. Its pages stay
-	// readable until Release; for anything else fetch the tensor again.
+	// readable until Release; for anything else fetch the flight again.
 	ErrLeaseExpired = errors.New("the lease is over")
-	// ErrReleased: the tensor was released before.
+	// ErrReleased: the tensor has been released.
 	ErrReleased = errors.New("the tensor was released")
-	// ErrArgument: this client refused an argument by itself, nothing was sent.
+	// ErrArgument: this client itself refused an argument; nothing was sent.
 	ErrArgument = errors.New("bad argument")
-	// ErrReadOnly: a tensor that nobody may write to, such as a result or a published one.
+	// ErrReadOnly: nobody may write to the tensor, such as a result or a published one.
 	ErrReadOnly = errors.New("the tensor is read-only")
 	// ErrProtocol: the host said something that the protocol does not allow. Client and host are
 	// probably of different versions.
@@ -34,7 +34,7 @@ var (
 type RemoteError struct {
 	// Code is the name of a gRPC code: NOT_FOUND.
 	Code string `json:"code"`
-	// Reason is stable: TENSOR_NOT_FOUND.
+	// Reason is stable: FLIGHT_NOT_FOUND.
 	Reason string `json:"reason"`
 	// Message is for people: what, which, by how much, what to do.
 	Message string `json:"message"`

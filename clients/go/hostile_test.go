@@ -52,17 +52,17 @@ func raw(bytes ...byte) lie {
 	}
 }
 
-// header is one of an OK.
-func header(sequence, bytes uint32) []byte {
-	header := []byte{'S', 'T', protocolVersion, byte(opOK), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0}
+// okHeader is one of an OK.
+func okHeader(sequence, bytes uint32) []byte {
+	header := append([]byte{'S', 'T', protocolVersion, byte(opOK)}, make([]byte, headerBytes-4)...)
 	binary.LittleEndian.PutUint32(header[4:], sequence)
 	binary.LittleEndian.PutUint32(header[8:], bytes)
 	return header
 }
 
 // granted is the reply to MAP or CREATE with a tensor changed.
-func granted(seal, from, to string) string {
-	return `{"mapping":` + strings.Replace(mapping(seal), from, to, 1) + `,"lease":9,"expires_ms":60000}`
+func granted(writers, from, to string) string {
+	return `{"mapping":` + strings.Replace(mapping(writers), from, to, 1) + `,"lease":9,"expires_ms":60000}`
 }
 
 // drain reads and drops what the client still says, until it or the test ends.
@@ -76,18 +76,18 @@ func (p *peer) drain() {
 }
 
 func TestLiesAboutAMappingAreErrors(t *testing.T) {
-	good := granted(sealWrite, "", "")
+	good := granted(writersNone, "", "")
 	// with sends a file beside the body.
 	with := func(body string, open func(p *peer) []int) lie {
 		return func(p *peer, asked packet) { p.send(opOK, asked.sequence, body, open(p)...) }
 	}
-	memory := func(seal string) func(*peer) []int {
+	memory := func(writers string) func(*peer) []int {
 		return func(p *peer) []int {
-			file, _ := p.memory(seal)
+			file, _ := p.memory(writers)
 			return []int{int(file.Fd())}
 		}
 	}
-	sealed := memory(sealWrite)
+	sealed := memory(writersNone)
 	times := func(count int) func(*peer) []int {
 		return func(p *peer) []int {
 			var all []int
@@ -128,51 +128,51 @@ func TestLiesAboutAMappingAreErrors(t *testing.T) {
 		"not a memory file":        with(good, path("/dev/zero", os.O_RDONLY)),
 		"a directory":              with(good, path("/", os.O_RDONLY)),
 		"a file that can shrink":   with(good, unsealed),
-		"a file others write to":   with(good, memory(sealClientOnly)),
-		"longer than its file":     with(granted(sealWrite, "131072", "131073"), sealed),
-		"no bytes":                 with(granted(sealWrite, "131072", "0"), sealed),
-		"negative bytes":           with(granted(sealWrite, "131072", "-131072"), sealed),
-		"2^63-1 bytes":             with(granted(sealWrite, "131072", "9223372036854775807"), sealed),
-		"2^63 bytes":               with(granted(sealWrite, "131072", "9223372036854775808"), sealed),
-		"half a byte":              with(granted(sealWrite, "131072", "131072.5"), sealed),
-		"an offset behind the end": with(granted(sealWrite, "65536", "131072"), sealed),
-		"a negative offset":        with(granted(sealWrite, "65536", "-64"), sealed),
-		"an offset that overflows": with(granted(sealWrite, "65536", "9223372036854775744"), sealed),
-		"an odd offset":            with(granted(sealWrite, "65536", "65537"), sealed),
-		"a wrong length":           with(granted(sealWrite, ":48", ":47"), sealed),
-		"a negative length":        with(granted(sealWrite, ":48", ":-48"), sealed),
-		"a length of 2^64":         with(granted(sealWrite, ":48", ":18446744073709551616"), sealed),
-		"a product that overflows": with(granted(sealWrite, "[2,3]", "[4294967296,4294967296,2]"), sealed),
-		"a product that wraps":     with(granted(sealWrite, "[2,3]", "[6,2305843009213693952,8]"), sealed),
-		"a negative size":          with(granted(sealWrite, "[2,3]", "[-2,-3]"), sealed),
-		"nine axes":                with(granted(sealWrite, "[2,3]", "[1,1,1,1,1,1,1,2,3]"), sealed),
-		"a size of 2^64":           with(granted(sealWrite, "[2,3]", "[18446744073709551616,0]"), sealed),
-		"a shape that is a text":   with(granted(sealWrite, "[2,3]", `"2x3"`), sealed),
-		"a type that is unknown":   with(granted(sealWrite, "float64", "float7"), sealed),
-		"no type":                  with(granted(sealWrite, "float64", ""), sealed),
-		"another version":          with(granted(sealWrite, `mmap":1`, `mmap":2`), sealed),
-		"somebody can still write": with(granted(sealNone, "", ""), memory(sealNone)),
-		"no lease":                 with(`{"mapping":`+mapping(sealWrite)+`}`, sealed),
-		"lease 0":                  with(`{"mapping":`+mapping(sealWrite)+`,"lease":0}`, sealed),
-		"a negative lease":         with(`{"mapping":`+mapping(sealWrite)+`,"lease":-1}`, sealed),
-		"a lease of 2^64":          with(`{"mapping":`+mapping(sealWrite)+`,"lease":18446744073709551616}`, sealed),
+		"a file others write to":   with(good, memory(writersCreator)),
+		"longer than its file":     with(granted(writersNone, "131072", "131073"), sealed),
+		"no bytes":                 with(granted(writersNone, "131072", "0"), sealed),
+		"negative bytes":           with(granted(writersNone, "131072", "-131072"), sealed),
+		"2^63-1 bytes":             with(granted(writersNone, "131072", "9223372036854775807"), sealed),
+		"2^63 bytes":               with(granted(writersNone, "131072", "9223372036854775808"), sealed),
+		"half a byte":              with(granted(writersNone, "131072", "131072.5"), sealed),
+		"an offset behind the end": with(granted(writersNone, "65536", "131072"), sealed),
+		"a negative offset":        with(granted(writersNone, "65536", "-64"), sealed),
+		"an offset that overflows": with(granted(writersNone, "65536", "9223372036854775744"), sealed),
+		"an odd offset":            with(granted(writersNone, "65536", "65537"), sealed),
+		"a wrong length":           with(granted(writersNone, ":48", ":47"), sealed),
+		"a negative length":        with(granted(writersNone, ":48", ":-48"), sealed),
+		"a length of 2^64":         with(granted(writersNone, ":48", ":18446744073709551616"), sealed),
+		"a product that overflows": with(granted(writersNone, "[2,3]", "[4294967296,4294967296,2]"), sealed),
+		"a product that wraps":     with(granted(writersNone, "[2,3]", "[6,2305843009213693952,8]"), sealed),
+		"a negative size":          with(granted(writersNone, "[2,3]", "[-2,-3]"), sealed),
+		"nine axes":                with(granted(writersNone, "[2,3]", "[1,1,1,1,1,1,1,2,3]"), sealed),
+		"a size of 2^64":           with(granted(writersNone, "[2,3]", "[18446744073709551616,0]"), sealed),
+		"a shape that is a text":   with(granted(writersNone, "[2,3]", `"2x3"`), sealed),
+		"a type that is unknown":   with(granted(writersNone, "float64", "float7"), sealed),
+		"no type":                  with(granted(writersNone, "float64", ""), sealed),
+		"another version":          with(granted(writersNone, `mmap":1`, `mmap":2`), sealed),
+		"somebody can still write": with(granted(writersAnyone, "", ""), memory(writersAnyone)),
+		"no lease":                 with(`{"mapping":`+mapping(writersNone)+`}`, sealed),
+		"lease 0":                  with(`{"mapping":`+mapping(writersNone)+`,"lease":0}`, sealed),
+		"a negative lease":         with(`{"mapping":`+mapping(writersNone)+`,"lease":-1}`, sealed),
+		"a lease of 2^64":          with(`{"mapping":`+mapping(writersNone)+`,"lease":18446744073709551616}`, sealed),
 		"no mapping":               with(`{"lease":9}`, sealed),
 		"a mapping of null":        with(`{"mapping":null,"lease":9}`, sealed),
 		"a mapping that is a text": with(`{"mapping":"x","lease":9}`, sealed),
 		"null":                     with(`null`, sealed),
 		"a list":                   with(`[]`, sealed),
-		"deep":                     raw(append(header(2, uint32(len(deep))), deep...)...),
-		"deep inside":              raw(append(header(2, uint32(len(inside))), inside...)...),
-		"half an object":           raw(append(header(2, 1), '{')...),
-		"no UTF-8":                 raw(append(header(2, 5), '{', '"', 0xff, '"', '}')...),
-		"an empty body":            raw(header(2, 0)...),
-		"half a header":            raw(header(2, 0)[:15]...),
+		"deep":                     raw(append(okHeader(2, uint32(len(deep))), deep...)...),
+		"deep inside":              raw(append(okHeader(2, uint32(len(inside))), inside...)...),
+		"half an object":           raw(append(okHeader(2, 1), '{')...),
+		"no UTF-8":                 raw(append(okHeader(2, 5), '{', '"', 0xff, '"', '}')...),
+		"an empty body":            raw(okHeader(2, 0)...),
+		"half a header":            raw(okHeader(2, 0)[:headerBytes/2]...),
 		"an empty packet":          raw(),
-		"a body that is missing":   raw(header(2, 7)...),
-		"a body of 4 GiB":          raw(append(header(2, 1<<32-1), '{', '}')...),
-		"a frame that is too long": raw(append(header(2, bodyBytesMax+1), make([]byte, bodyBytesMax+1)...)...),
-		"another's sequence":       raw(append(header(7, 2), '{', '}')...),
-		"sequence 0":               raw(append(header(0, 2), '{', '}')...),
+		"a body that is missing":   raw(okHeader(2, 7)...),
+		"a body of 4 GiB":          raw(append(okHeader(2, 1<<32-1), '{', '}')...),
+		"a frame that is too long": raw(append(okHeader(2, bodyBytesMax+1), make([]byte, bodyBytesMax+1)...)...),
+		"another's sequence":       raw(append(okHeader(7, 2), '{', '}')...),
+		"sequence 0":               raw(append(okHeader(0, 2), '{', '}')...),
 		"the greeting once more":   func(p *peer, asked packet) { p.send(opWelcome, asked.sequence, good) },
 		"an op for hosts":          func(p *peer, asked packet) { p.send(opMap, asked.sequence, good) },
 		"a chunk":                  func(p *peer, asked packet) { p.send(64, asked.sequence, `{}`) },
@@ -206,13 +206,13 @@ func TestLiesAboutWhatWasMadeAreErrors(t *testing.T) {
 		body string
 		file string
 	}{
-		"another type":       {granted(sealNone, "float64", "int64"), sealNone},
-		"another shape":      {granted(sealNone, "[2,3]", "[3,2]"), sealNone},
-		"another name":       {granted(sealNone, `"x"`, `"y"`), sealNone},
-		"one too few":        {`{"mapping":{"strait-mmap":1,"bytes":131072,"seal":"none","tensors":[]},"lease":9}`, sealNone},
-		"one too many":       {granted(sealNone, `[{`, `[{"name":"z","dtype":"int8","shape":[],"offset":0,"length":1},{`), sealNone},
-		"nobody can write":   {granted(sealNone, "", ""), sealWrite},
-		"only those who did": {granted(sealNone, "", ""), sealClientOnly},
+		"another type":       {granted(writersAnyone, "float64", "int64"), writersAnyone},
+		"another shape":      {granted(writersAnyone, "[2,3]", "[3,2]"), writersAnyone},
+		"another name":       {granted(writersAnyone, `"x"`, `"y"`), writersAnyone},
+		"one too few":        {`{"mapping":{"strait-mmap":1,"bytes":131072,"writers":"anyone","tensors":[]},"lease":9}`, writersAnyone},
+		"one too many":       {granted(writersAnyone, `[{`, `[{"name":"z","dtype":"int8","shape":[],"offset":0,"length":1},{`), writersAnyone},
+		"nobody can write":   {granted(writersAnyone, "", ""), writersNone},
+		"only those who did": {granted(writersAnyone, "", ""), writersCreator},
 	} {
 		leavesNothing(t, name, func(t *testing.T) {
 			c, p := scripted(t)
@@ -233,7 +233,7 @@ func TestLiesAboutWhatWasMadeAreErrors(t *testing.T) {
 
 func TestLiesAboutResultsAreErrors(t *testing.T) {
 	result := func(port, more string) string {
-		return `{"port":"` + port + `","mapping":` + strings.Replace(mapping("host-write"), `"x"`, `"`+port+`"`, 1) + `,"expires_ms":60000` + more + `}`
+		return `{"port":"` + port + `","mapping":` + strings.Replace(mapping(writersHost), `"x"`, `"`+port+`"`, 1) + `,"expires_ms":60000` + more + `}`
 	}
 	for name, example := range map[string]struct {
 		results []string
@@ -247,7 +247,7 @@ func TestLiesAboutResultsAreErrors(t *testing.T) {
 		"one index twice":       {[]string{result("y", `,"lease":9,"fd":0`), result("z", `,"lease":10,"fd":0`)}, 2},
 		"a second one is bad":   {[]string{result("y", `,"lease":9,"fd":0`), strings.Replace(result("z", `,"lease":10,"fd":1`), ":48", ":49", 1)}, 2},
 		"another port's":        {[]string{strings.Replace(result("y", `,"lease":9,"fd":0`), `"port":"y"`, `"port":"z"`, 1)}, 1},
-		"no tensor":             {[]string{`{"port":"y","mapping":{"strait-mmap":1,"bytes":131072,"seal":"host-write","tensors":[]},"lease":9,"fd":0}`}, 1},
+		"no tensor":             {[]string{`{"port":"y","mapping":{"strait-mmap":1,"bytes":131072,"writers":"host","tensors":[]},"lease":9,"fd":0}`}, 1},
 		"results that are none": {[]string{`7`}, 1},
 	} {
 		leavesNothing(t, name, func(t *testing.T) {
@@ -257,7 +257,7 @@ func TestLiesAboutResultsAreErrors(t *testing.T) {
 				defer close(released)
 				var fds []int
 				for range example.files {
-					file, _ := p.memory(sealClientOnly)
+					file, _ := p.memory(writersCreator)
 					fds = append(fds, int(file.Fd()))
 				}
 				p.send(opOK, p.receive().sequence, `{"results":[`+strings.Join(example.results, ",")+`]}`, fds...)
@@ -333,7 +333,7 @@ func TestNonsenseAnswersEveryRequest(t *testing.T) {
 			leavesNothing(t, name+" "+body, func(t *testing.T) {
 				c, p := scripted(t)
 				go func() {
-					file, _ := p.memory(sealWrite)
+					file, _ := p.memory(writersNone)
 					p.send(opOK, p.receive().sequence, body, int(file.Fd()))
 					p.drain()
 				}()
@@ -372,7 +372,7 @@ func TestPagesThatNeverEnd(t *testing.T) {
 func TestPushesAboutNothingAreHarmless(t *testing.T) {
 	leavesNothing(t, "pushes", func(t *testing.T) {
 		c, p := scripted(t)
-		file, _ := p.memory(sealWrite)
+		file, _ := p.memory(writersNone)
 		go func() {
 			p.send(opShutdown, 0, `{"drain_ms":9223372036854775807}`)
 			for lease := range 3 * earlyGoneMax {
@@ -396,8 +396,8 @@ func TestLivesOfAnyLength(t *testing.T) {
 			released := make(chan struct{})
 			go func() {
 				defer close(released)
-				file, _ := p.memory(sealWrite)
-				p.send(opOK, p.receive().sequence, `{"mapping":`+mapping(sealWrite)+`,"lease":3,"expires_ms":`+life+`}`, int(file.Fd()))
+				file, _ := p.memory(writersNone)
+				p.send(opOK, p.receive().sequence, `{"mapping":`+mapping(writersNone)+`,"lease":3,"expires_ms":`+life+`}`, int(file.Fd()))
 				for {
 					switch asked := p.receive(); asked.op {
 					case opRenew:
@@ -423,13 +423,13 @@ func TestLivesOfAnyLength(t *testing.T) {
 
 func TestAProcessThatMayOpenNoMore(t *testing.T) {
 	c, p := scripted(t)
-	file, _ := p.memory(sealWrite)
+	file, _ := p.memory(writersNone)
 	go func() {
 		for maps := 0; maps < 2; {
 			asked := p.receive()
 			if asked.op == opMap {
 				maps++
-				p.send(opOK, asked.sequence, granted(sealWrite, "", ""), int(file.Fd()))
+				p.send(opOK, asked.sequence, granted(writersNone, "", ""), int(file.Fd()))
 			} else {
 				p.send(opOK, asked.sequence, `{}`)
 			}

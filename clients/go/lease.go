@@ -51,7 +51,7 @@ func renewInterval(life time.Duration) time.Duration {
 	return max(life/2, renewIntervalMin)
 }
 
-// insert answers whether next came nearer.
+// insert says whether next came nearer.
 func (l *leases) insert(lease uint64, life time.Duration, now time.Time) bool {
 	held := &heldLease{life: life}
 	l.held[lease] = held
@@ -74,7 +74,7 @@ func (l *leases) schedule(held *heldLease, now time.Time) bool {
 	return false
 }
 
-// remove answers whether the host still counts it, so that it is to be released.
+// remove says whether the host still counts it, so that it is to be released.
 func (l *leases) remove(lease uint64) bool {
 	held, known := l.held[lease]
 	delete(l.held, lease)
@@ -131,7 +131,7 @@ func (l *leases) due(now time.Time) []renewal {
 	return all
 }
 
-// renewed answers whether next came nearer.
+// renewed says whether next came nearer.
 func (l *leases) renewed(ids []uint64, life time.Duration, now time.Time) bool {
 	sooner := false
 	for _, lease := range ids {

@@ -49,6 +49,19 @@ func TestLeasesAreRenewedTogetherAtHalfOfTheirLife(t *testing.T) {
 	}
 }
 
+func TestALeaseIsRenewedAtHalfOfItsLifeButNotMoreOftenThanEach5Milliseconds(t *testing.T) {
+	for life, want := range map[time.Duration]time.Duration{
+		time.Minute: 30 * time.Second, 20 * time.Millisecond: 10 * time.Millisecond, time.Millisecond: 5 * time.Millisecond, 0: 5 * time.Millisecond,
+	} {
+		start := time.Now()
+		l := newLeases(true)
+		l.insert(1, life, start)
+		if got := l.next.Sub(start); got != want {
+			t.Errorf("a lease of %v is renewed after %v, not %v", life, got, want)
+		}
+	}
+}
+
 func TestALeaseThatIsGoneIsNeitherRenewedNorReleased(t *testing.T) {
 	start := time.Now()
 	l := newLeases(true)

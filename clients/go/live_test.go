@@ -286,7 +286,7 @@ func TestPublishAndFetch(t *testing.T) {
 	if err := c.Delete(ctx, "go x"); err != nil {
 		t.Error(err)
 	}
-	if _, err := c.Fetch(ctx, "go x"); reason(err) != "TENSOR_NOT_FOUND" {
+	if _, err := c.Fetch(ctx, "go x"); reason(err) != "FLIGHT_NOT_FOUND" {
 		t.Error(err)
 	}
 	if seen[3] != 4 {
@@ -360,6 +360,9 @@ func TestKernelsSayWhatTheyTake(t *testing.T) {
 	c := dial(t)
 	for _, kernel := range must[[]Kernel](t)(c.Kernels(context.Background())) {
 		if kernel.Name == "zscore" {
+			if kernel.Signature != "()->()" || kernel.Combine != "none" || kernel.BlockTree != nil || kernel.Inputs[0].Whole {
+				t.Errorf("%+v", kernel)
+			}
 			if kernel.Doc == "" || kernel.Inputs[0].Name != "x" || kernel.Parameters[0].Kind != "axis" {
 				t.Errorf("%+v", kernel)
 			}
@@ -644,8 +647,8 @@ func TestPublishedResults(t *testing.T) {
 	sealed := must[*Result](t)(c.Call(ctx, "scale-shift", Inputs{"x": Name("go tripled")}, Param("a", 2), Param("b", 0), Seal(), LeaseFor(time.Minute)))
 	defer sealed.Release()
 	y := sealed.Tensor("y")
-	if data := must[[]float64](t)(As[float64](y)); !reflect.DeepEqual(data, []float64{6, 12}) || y.Mapping().Seal != "write" {
-		t.Error(data, y.Mapping().Seal)
+	if data := must[[]float64](t)(As[float64](y)); !reflect.DeepEqual(data, []float64{6, 12}) || y.Mapping().Writers != "none" {
+		t.Error(data, y.Mapping().Writers)
 	}
 	must[Flight](t)(c.Publish(ctx, "go six", y))
 	defer c.Delete(ctx, "go six")

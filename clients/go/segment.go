@@ -23,13 +23,13 @@ type Mapping struct {
 	Generation uint64 `json:"generation"`
 	// Bytes is the segment's length.
 	Bytes int64 `json:"bytes"`
-	// Seal says who can still write: "write" nobody; "host-write" the host, which does not while
-	// anyone holds a lease; "client-write" the client that made it; "none" whoever has the descriptor.
-	Seal    string  `json:"seal"`
+	// Writers says who can still write: "none"; "host" the host, which does not while anyone holds
+	// a lease; "creator" the client that made it; "anyone" whoever has the descriptor.
+	Writers string  `json:"writers"`
 	Tensors []Place `json:"tensors"`
 }
 
-// Spec is a tensor to be made.
+// Spec describes a tensor to be made.
 type Spec struct {
 	Name  string `json:"name"`
 	DType DType  `json:"dtype"`
@@ -47,9 +47,10 @@ type Place struct {
 }
 
 const (
-	sealNone       = "none"
-	sealWrite      = "write"
-	sealClientOnly = "client-write"
+	writersNone    = "none"
+	writersHost    = "host"
+	writersCreator = "creator"
+	writersAnyone  = "anyone"
 	// Tensors start on page boundaries. This much of it is enough for every element type.
 	alignBytes = 64
 )
@@ -101,12 +102,12 @@ func (c *conn) open(reply *mappedReply, fd int, write bool) ([]*Tensor, error) {
 	c.hold(reply.Lease, duration(reply.ExpiresMS))
 	s := &segment{conn: c, lease: reply.Lease, mapping: reply.Mapping, fd: -1}
 	err := s.mapping.check()
-	if err == nil && !write && (s.mapping.Seal == sealNone || s.mapping.Seal == sealClientOnly) {
-		err = fmt.Errorf("strait: segment %s is %q: its maker can still write to it; it must be published first",
-			s.mapping.Segment, s.mapping.Seal)
+	if err == nil && !write && s.mapping.Writers != writersNone && s.mapping.Writers != writersHost {
+		err = fmt.Errorf("strait: segment %s can still be written to (writers: %q); it must be published first",
+			s.mapping.Segment, s.mapping.Writers)
 	}
 	if err == nil {
-		err = shm.CheckSeals(fd, s.mapping.Seal == sealWrite)
+		err = shm.CheckSeals(fd, s.mapping.Writers == writersNone)
 	}
 	if err == nil {
 		s.pages, err = shm.Map(fd, s.mapping.Bytes, write)

@@ -43,7 +43,7 @@ type Stats struct {
 		Leases   int64 `json:"leases"`
 		Segments int64 `json:"segments"`
 	} `json:"own"`
-	// JSON is the whole answer.
+	// JSON is the host's whole answer.
 	JSON json.RawMessage `json:"-"`
 }
 

@@ -29,7 +29,7 @@ type Tensor struct {
 	// By value nowhere: the handle is what the cleanup gets, which must not reach the Tensor.
 	handle  *handle
 	cleanup runtime.Cleanup
-	// Why there is no tensor; all methods answer it.
+	// Why there is no tensor; all methods return it.
 	missing error
 }
 
@@ -50,7 +50,7 @@ func newTensor(s *segment, place *Place) *Tensor {
 	return t
 }
 
-// missingTensor answers err wherever it is used.
+// missingTensor fails with err wherever it is used.
 func missingTensor(err error) *Tensor { return &Tensor{missing: err} }
 
 // found is for a handle whose tensor the garbage collector found.
@@ -86,7 +86,7 @@ func (t *Tensor) begin() (*handle, error) {
 	return nil, fmt.Errorf("strait: %w: %q", ErrReleased, h.place.Name)
 }
 
-// Err says why the tensor is of no use: nil if it can be a kernel's input, ErrReleased, ErrDisconnected,
+// Err says why the tensor cannot be used: nil if it can be a kernel's input, ErrReleased, ErrDisconnected,
 // or ErrLeaseExpired, after which its elements stay readable.
 func (t *Tensor) Err() error {
 	h, err := t.begin()
@@ -256,8 +256,8 @@ func areTruths(bytes []byte) bool {
 }
 
 // Renew gives the tensor's lease a new life, counted from now; 0 asks for the host's default. It
-// answers the life that the host granted. Unless the client was dialled WithoutRenewal this happens
-// by itself.
+// returns the life that the host granted. Unless the client was dialled WithoutRenewal, leases are
+// renewed without it.
 func (t *Tensor) Renew(ctx context.Context, life time.Duration) (time.Duration, error) {
 	h, err := t.begin()
 	if err != nil {
@@ -294,8 +294,8 @@ func (t TensorOf[T]) Data() []T {
 }
 
 // NewTensor makes a tensor to fill, in memory that host and kernels share: as an input of Call it is
-// not copied. Its elements are zero; no sizes make one element. It can be written again after each
-// Call that it went into returned.
+// not copied. Its elements are zero; without sizes it has one element. It can be written again once
+// every Call that it went into has returned.
 func NewTensor[T Element](ctx context.Context, c *Client, shape ...int) (TensorOf[T], error) {
 	tensors, err := c.Create(ctx, Spec{Name: "x", DType: DTypeOf[T](), Shape: shape})
 	if err != nil {

@@ -33,47 +33,81 @@ const (
 )
 
 const (
-	protocolVersion = 1
-	headerBytes     = 16
+	protocolVersion = 2
+	headerBytes     = 48
 	bodyBytesMax    = 61440
 	fdsMax          = 16
 )
 
+// header is what a frame's first 48 bytes say beside its lengths.
+type header struct {
+	op       op
+	sequence uint32
+	trace    traceContext
+}
+
+// traceContext is W3C's: the trace that a request belongs to. All zero: none.
+type traceContext struct {
+	traceID  [16]byte
+	parentID [8]byte
+	flags    byte
+}
+
 // encodeFrame is the packet of a request.
-func encodeFrame(op op, sequence uint32, body any) ([]byte, error) {
+func encodeFrame(h header, body any) ([]byte, error) {
 	text, err := json.Marshal(body)
 	if err != nil {
-		return nil, argumentError("a request that JSON cannot say: %w", err)
+		return nil, argumentError("a request that JSON cannot express: %w", err)
 	}
 	if len(text) > bodyBytesMax {
 		return nil, argumentError("a request of %d bytes; at most %d fit into a frame: shorten its lists or names", len(text), bodyBytesMax)
 	}
 	frame := make([]byte, headerBytes, headerBytes+len(text))
-	frame[0], frame[1], frame[2], frame[3] = 'S', 'T', protocolVersion, byte(op)
-	binary.LittleEndian.PutUint32(frame[4:], sequence)
+	frame[0], frame[1], frame[2], frame[3] = 'S', 'T', protocolVersion, byte(h.op)
+	binary.LittleEndian.PutUint32(frame[4:], h.sequence)
 	binary.LittleEndian.PutUint32(frame[8:], uint32(len(text)))
+	copy(frame[16:], h.trace.traceID[:])
+	copy(frame[32:], h.trace.parentID[:])
+	frame[40] = h.trace.flags
 	return append(frame, text...), nil
 }
 
 // decodeFrame takes a packet apart; the body is part of it.
-func decodeFrame(packet []byte) (op, uint32, []byte, error) {
+func decodeFrame(packet []byte) (header, []byte, error) {
+	refuse := func(format string, args ...any) (header, []byte, error) {
+		return header{}, nil, protocolError(format, args...)
+	}
+	// What is of another version is told so, however long its header is.
+	if len(packet) > 2 {
+		if packet[0] != 'S' || packet[1] != 'T' {
+			return refuse("a frame starts with %x and not with \"ST\"", packet[:2])
+		}
+		if packet[2] != protocolVersion {
+			return refuse("a frame of protocol version %d; this client speaks version %d", packet[2], protocolVersion)
+		}
+	}
 	if len(packet) < headerBytes {
-		return 0, 0, nil, protocolError("a frame of %d bytes is shorter than its header of %d", len(packet), headerBytes)
+		return refuse("a frame of %d bytes is shorter than its header of %d", len(packet), headerBytes)
 	}
-	if packet[0] != 'S' || packet[1] != 'T' {
-		return 0, 0, nil, protocolError("a frame starts with %x and not with \"ST\"", packet[:2])
+	body, payload := binary.LittleEndian.Uint32(packet[8:]), binary.LittleEndian.Uint32(packet[12:])
+	had := len(packet) - headerBytes
+	if uint64(body)+uint64(payload) != uint64(had) || body > bodyBytesMax {
+		return refuse("a header says %d body bytes of at most %d and %d of payload, the packet has %d", body, bodyBytesMax, payload, had)
 	}
-	if packet[2] != protocolVersion {
-		return 0, 0, nil, protocolError("a frame of version %d; this client speaks %d", packet[2], protocolVersion)
+	if payload != 0 {
+		return refuse("%d payload bytes; no op of version %d carries a payload", payload, protocolVersion)
 	}
-	body := packet[headerBytes:]
-	if said := binary.LittleEndian.Uint32(packet[8:]); uint64(said) != uint64(len(body)) || len(body) > bodyBytesMax {
-		return 0, 0, nil, protocolError("a header says %d body bytes of at most %d, the packet has %d", said, bodyBytesMax, len(body))
+	if reserved := packet[41:44]; reserved[0]|reserved[1]|reserved[2] != 0 {
+		return refuse("reserved bytes %x in a header; they are 0", reserved)
 	}
-	if flags := binary.LittleEndian.Uint32(packet[12:]); flags != 0 {
-		return 0, 0, nil, protocolError("flags %#x in a header; none is known", flags)
+	if flags := binary.LittleEndian.Uint32(packet[44:]); flags != 0 {
+		return refuse("flags %#x in a header; none is known", flags)
 	}
-	return op(packet[3]), binary.LittleEndian.Uint32(packet[4:]), body, nil
+	return header{
+		op:       op(packet[3]),
+		sequence: binary.LittleEndian.Uint32(packet[4:]),
+		trace:    traceContext{[16]byte(packet[16:32]), [8]byte(packet[32:40]), packet[40]},
+	}, packet[headerBytes:], nil
 }
 
 // decodeBody reads a reply's JSON; an empty body stands for {}.
@@ -82,7 +116,7 @@ func decodeBody(body []byte, into any) error {
 		body = []byte("{}")
 	}
 	if err := json.Unmarshal(body, into); err != nil {
-		return protocolError("a reply that is not what was asked for: %w", err)
+		return protocolError("a malformed reply: %w", err)
 	}
 	return nil
 }
@@ -176,7 +210,7 @@ type invokeRequest struct {
 
 type segmentInput struct {
 	Segment string `json:"segment"`
-	Column  string `json:"column,omitempty"`
+	Tensor  string `json:"tensor,omitempty"`
 }
 
 // mappedReply is the OK to CREATE, ADOPT, MAP, LOOKUP and PUBLISH.

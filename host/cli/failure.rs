@@ -3,15 +3,14 @@
 use std::error::Error as _;
 use std::fmt;
 use std::io;
-use std::process::ExitCode;
 
 use serde_json::{Map, Value, json};
 use strait_client::address;
 use strait_tensor::FileError;
 use tokio::signal::unix::SignalKind;
 
-use super::output;
 use crate::error::Status;
+use crate::text::on_one_line;
 
 /// The exit code; the list for people is in `--help`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,33 +154,29 @@ impl Failure {
     /// command.
     fn hint(&self) -> Option<&'static str> {
         Some(match self.0.reason.as_str() {
-            "TENSOR_NOT_FOUND" => "`strait ls` lists the tensors that there are",
+            "FLIGHT_NOT_FOUND" => "`strait ls` lists the flights there are",
             "KERNEL_NOT_FOUND" | "AMBIGUOUS_KERNEL" => {
-                "`strait kernels` lists those of the host, `strait kernels --local` the standard ones"
+                "`strait kernels` lists the host's kernels, `strait kernels --local` the standard ones"
             }
             "UNKNOWN_INPUT" | "MISSING_INPUT" | "UNKNOWN_OUTPUT" | "UNKNOWN_PARAMETER"
             | "MISSING_PARAMETER" | "BAD_PARAMETER" => {
-                "`strait kernels KERNEL` shows its ports and parameters (--local: without a host)"
+                "`strait kernels KERNEL` shows its ports and parameters (with --local: without a host)"
             }
-            "NAME_TAKEN" => "`--replace` takes the name over, `strait rm NAME` gives it free",
+            "NAME_TAKEN" => "`--replace` takes the name over, `strait rm NAME` frees it",
             "DEADLINE" => "`--deadline-ms` asks for more time",
             "DISCONNECTED" => "the host's log says why it ended or closed the connection",
             _ => return None,
         })
     }
 
-    /// Tells on stderr, with `json` also on stdout.
-    pub(super) fn report(&self, json: bool) -> ExitCode {
-        let code = ExitCode::from(self.0.exit as u8);
-        if self.0.exit == Exit::Quiet {
-            return code;
-        }
-        output::complain(&self.to_string());
-        if json && !self.0.answered {
-            // Stdout may be gone; the exit code says the rest.
-            let _ = output::json(&json!({ "error": self.to_json() }));
-        }
-        code
+    /// The exit code that the process ends with.
+    pub(super) fn exit(&self) -> Exit {
+        self.0.exit
+    }
+
+    /// Whether the command's JSON object is written already.
+    pub(super) fn is_answered(&self) -> bool {
+        self.0.answered
     }
 
     pub(super) fn to_json(&self) -> Value {
@@ -211,7 +206,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         // Names, paths and guests' words are in it: none of them makes a line that looks like ours.
-        let message = output::line(&self.0.message);
+        let message = on_one_line(&self.0.message);
         write!(f, "strait: {message}\n  reason: {}", self.0.reason)?;
         if let Some(code) = &self.0.code {
             write!(f, " ({code})")?;
@@ -220,12 +215,12 @@ impl fmt::Display for Failure {
             write!(f, "\n  hint: {hint}")?;
         }
         if let Some(id) = &self.0.request_id {
-            write!(f, "\n  request: {}", output::line(id))?;
+            write!(f, "\n  request: {}", on_one_line(id))?;
         }
         if let Some(backtrace) = &self.0.backtrace {
             write!(f, "\n  guest backtrace:")?;
             for line in backtrace.trim_end().lines() {
-                write!(f, "\n    {}", output::line(line))?;
+                write!(f, "\n    {}", on_one_line(line))?;
             }
         }
         Ok(())
@@ -260,7 +255,7 @@ impl From<strait_client::Error> for Failure {
             Error::RequestId(_) | Error::RequestTooLong { .. } => {
                 Self::input("BAD_REQUEST", message)
             }
-            Error::NoTensor { .. } => Self::input("COLUMN_NOT_FOUND", message),
+            Error::NoTensor { .. } => Self::input("TENSOR_NOT_FOUND", message),
             Error::Layout(_) => Self::input("BAD_TENSOR", message),
             Error::Protocol(_) => Self::new(Exit::Host, "PROTOCOL", message),
             _ => Self::other("CLIENT", message),
@@ -271,9 +266,9 @@ impl From<strait_client::Error> for Failure {
 impl From<Status> for Failure {
     fn from(status: Status) -> Self {
         Self(Box::new(Facts {
-            exit: Exit::of(status.code.name(), status.reason),
+            exit: Exit::of(status.code.name(), status.reason.name()),
             code: Some(status.code.name().to_owned()),
-            reason: status.reason.to_owned(),
+            reason: status.reason.name().to_owned(),
             message: status.message,
             request_id: None,
             backtrace: status.backtrace,
@@ -288,7 +283,7 @@ impl From<FileError> for Failure {
         let message = error.to_string();
         match error {
             FileError::Io { error, .. } => Self::file(&error, message),
-            FileError::NoTensor { .. } => Self::input("COLUMN_NOT_FOUND", message),
+            FileError::NoTensor { .. } => Self::input("TENSOR_NOT_FOUND", message),
             _ => Self::input("BAD_FILE", message),
         }
     }
@@ -357,14 +352,14 @@ mod tests {
     fn an_error_says_what_why_and_what_to_do() {
         let status = Status::new(
             crate::error::Code::NotFound,
-            "TENSOR_NOT_FOUND",
-            "there is no tensor `q`",
+            crate::error::Reason::FlightNotFound,
+            "there is no flight `q`",
         );
         let failure = Failure::from(status).of_request("job-1");
         let text = failure.to_string();
         for part in [
-            "no tensor `q`",
-            "TENSOR_NOT_FOUND (NOT_FOUND)",
+            "no flight `q`",
+            "FLIGHT_NOT_FOUND (NOT_FOUND)",
             "strait ls",
             "job-1",
         ] {
@@ -373,6 +368,6 @@ mod tests {
         let json = failure.to_json();
         assert_eq!(json["exit_code"], 3);
         assert_eq!(json["request_id"], "job-1");
-        assert_eq!(json["reason"], "TENSOR_NOT_FOUND");
+        assert_eq!(json["reason"], "FLIGHT_NOT_FOUND");
     }
 }

@@ -7,18 +7,21 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use strait_client::wire::{Note, Parameter, Port};
+use strait_client::wire::{self, Note, Parameter, Port};
 use strait_client::{Flight, Kernel};
 use strait_tensor::Dtype;
 
+use super::arguments::{outputs, pair, parameters, unique};
+use super::connection::Connection;
 use super::failure::Failure;
-use super::{Connection, output, outputs, pair, parameters, run, serve, tensors, unique};
+use super::hosting::{is_plugin, load_plugin, private_host, settings};
+use super::output;
 
 #[derive(Debug, Args)]
 pub(super) struct KernelsArgs {
-    /// Only this one: KERNEL or PLUGIN/KERNEL; or those of a plugin's FILE.wasm, without a host.
+    /// Only this kernel: KERNEL or PLUGIN/KERNEL; or all kernels of FILE.wasm, without a host.
     kernel: Option<String>,
-    /// Ask no host: the standard kernels, as `run` has them.
+    /// List the standard kernels, which `run` has, without asking a host.
     #[arg(long)]
     local: bool,
     #[command(flatten)]
@@ -29,16 +32,16 @@ pub(super) struct KernelsArgs {
 pub(super) struct CallArgs {
     /// The kernel: KERNEL, or PLUGIN/KERNEL where two plugins have one of that name.
     kernel: String,
-    /// An input port's tensor: PORT=NAME or PORT=NAME#COLUMN.
+    /// The flight for an input port: PORT=NAME, or PORT=NAME#TENSOR if it has several tensors.
     #[arg(long = "input", short, value_name = "PORT=NAME", value_parser = pair)]
     inputs: Vec<(String, String)>,
     /// A parameter's value; a list of numbers as 1,2,3.
     #[arg(long = "param", short, value_name = "NAME=VALUE", value_parser = pair)]
     parameters: Vec<(String, String)>,
-    /// The name that an output gets; without PORT, the kernel's only output.
+    /// The flight that an output becomes; without PORT, the kernel's only output.
     #[arg(long = "output", short, value_name = "[PORT=]NAME", required = true)]
     outputs: Vec<String>,
-    /// Take names over if there are such tensors already.
+    /// Replace flights that have these names already.
     #[arg(long)]
     replace: bool,
     /// Seal the outputs for good, so that not even the host can write to their memory again.
@@ -60,10 +63,10 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
         .kernel
         .as_deref()
         .map(Path::new)
-        .filter(|file| run::is_plugin(file));
+        .filter(|file| is_plugin(file));
     let mut kernels = match file {
         Some(file) => of_file(file)?,
-        None if args.local => run::private_host(serve::load(None)?)?
+        None if args.local => private_host(settings(None)?)?
             .plugins()
             .kernels()
             .iter()
@@ -95,9 +98,9 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
 
 /// Those of one plugin.
 fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
-    let host = run::private_host(serve::load(None)?)?;
-    run::load_plugin(&host, file)?;
-    Ok(host.plugins().kernels().iter().map(Kernel::from).collect())
+    let host = private_host(settings(None)?)?;
+    load_plugin(&host, file)?;
+    Ok(host.kernels(&wire::Kernels::default()).collect())
 }
 
 /// A kernel for people, several lines.
@@ -194,17 +197,6 @@ fn parameter(parameter: &Parameter) -> Vec<String> {
     ]
 }
 
-/// What a kernel had to say, on stderr: stdout is for results.
-pub(super) fn tell<'a>(notes: impl IntoIterator<Item = (&'a str, &'a str)>) {
-    for (key, text) in notes {
-        output::complain(&format!(
-            "note: {}: {}",
-            output::line(key),
-            output::line(text)
-        ));
-    }
-}
-
 pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
     let inputs = unique("--input", &args.inputs)?;
     let client = args.connection.client()?;
@@ -275,12 +267,12 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
             "request_id": result.request_id,
         }));
     }
-    tell(
+    output::notes(
         result
             .notes
             .iter()
             .map(|Note { key, text }| (key.as_str(), text.as_str())),
     );
-    let rows = result.published.iter().flat_map(tensors::rows);
+    let rows = result.published.iter().flat_map(output::flight_rows);
     output::text(&output::lines(&output::table(&[], rows)))
 }

@@ -20,12 +20,25 @@ pub(super) enum LogFormat {
     Json,
 }
 
+/// The options that have another process of ours log in the same way.
+pub(super) fn options(format: LogFormat, filter: &str) -> Vec<String> {
+    let format = match format {
+        LogFormat::Human => "human",
+        LogFormat::Json => "json",
+    };
+    let options = [
+        format!("--log-format={format}"),
+        format!("--log-level={filter}"),
+    ];
+    options.into()
+}
+
 /// Log lines go to stderr from now on.
 pub(super) fn start(format: LogFormat, filter: &str) -> Result<(), Failure> {
     let wrong = |error: &dyn std::fmt::Display| {
         Failure::input(
             "BAD_SETTING",
-            format!("log level {filter:?}: {error}; take error, warn, info, debug or trace"),
+            format!("log level {filter:?}: {error}; use error, warn, info, debug or trace"),
         )
     };
     let filter: Targets = filter.parse().map_err(|error| wrong(&error))?;

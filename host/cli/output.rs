@@ -1,18 +1,16 @@
-//! Stdout, stderr, tables and progress.
+//! Stdout, stderr and tables.
 
 use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::JoinHandle;
-use std::time::Duration;
 
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Table, presets};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::BinaryBytes;
 use serde::Serialize;
+use strait_client::Flight;
 use strait_tensor::TensorSpec;
 
 use super::failure::Failure;
-use crate::text::{escaped, escaped_by_default, is_obeyed};
+use crate::text::{escaped, escaped_by_default, is_obeyed, on_one_line};
 
 /// Writes text and a line feed to stdout.
 pub(super) fn text(text: &str) -> Result<(), Failure> {
@@ -35,7 +33,7 @@ pub(super) fn labelled(lines: &[(Option<Colour>, String, String)]) -> Result<(),
     let lines: Vec<String> = lines
         .iter()
         .map(|(colour, label, text)| {
-            let (label, text) = (line(label), line(text));
+            let (label, text) = (on_one_line(label), on_one_line(text));
             let code = match colour {
                 Some(Colour::Green) => 32,
                 Some(Colour::Yellow) => 33,
@@ -80,11 +78,6 @@ pub(super) fn complain(text: &str) {
     let _ = writeln!(io::stderr(), "{}", harmless(text));
 }
 
-/// What somebody else said, on one line: a name, path, message or note.
-pub(super) fn line(text: &str) -> Cow<'_, str> {
-    escaped_by_default(text, is_obeyed)
-}
-
 /// Lines of ours, with control characters escaped wherever they come from.
 fn harmless(text: &str) -> Cow<'_, str> {
     let bad = |c: char| is_obeyed(c) && c != '\n' && c != '\t';
@@ -99,7 +92,7 @@ pub(super) fn table(heading: &[&str], rows: impl IntoIterator<Item = Vec<String>
         .set_content_arrangement(ContentArrangement::Disabled);
     let right: Vec<bool> = heading.iter().map(|name| name.ends_with('>')).collect();
     let cell = |index: usize, text: &str| {
-        let cell = Cell::new(line(text));
+        let cell = Cell::new(on_one_line(text));
         match right.get(index) {
             Some(true) => cell.set_alignment(CellAlignment::Right),
             _ => cell,
@@ -133,110 +126,37 @@ pub(super) fn spec(spec: &TensorSpec) -> String {
     format!("{} {:?}", spec.dtype, spec.shape)
 }
 
-/// As in `1.5 MiB`.
-pub(super) fn bytes(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["KiB", "MiB", "GiB", "TiB", "PiB"];
-    if bytes < 1024 {
-        return format!("{bytes} B");
-    }
-    #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-    let mut size = bytes as f64 / 1024.0;
-    let mut unit = 0;
-    while size >= 1024.0 && unit + 1 < UNITS.len() {
-        size /= 1024.0;
-        unit += 1;
-    }
-    format!("{size:.1} {}", UNITS[unit])
-}
-
-/// Shown before a bar appears: what is done by then needs none.
-const BAR_AFTER: Duration = Duration::from_secs(1);
-const BAR_EVERY: Duration = Duration::from_millis(100);
-
-/// A bar on the terminal for work that takes a while, as long as it lives.
-#[derive(Debug)]
-pub(super) struct Progress {
-    stop: Option<mpsc::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl Progress {
-    /// Shows `what` and how much of `total` bytes this process has read or written since now, by
-    /// Linux's own count. Nothing is shown if stderr is no terminal.
-    pub(super) fn start(what: &str, total: u64) -> Self {
-        Self::show(what, Some(total))
-    }
-
-    /// Shows `what` and the time since now, for work that cannot tell how far it is.
-    pub(super) fn waiting(what: &str) -> Self {
-        Self::show(what, None)
-    }
-
-    fn show(what: &str, total: Option<u64>) -> Self {
-        let what = line(what).into_owned();
-        if !io::stderr().is_terminal() {
-            return Self {
-                stop: None,
-                thread: None,
-            };
-        }
-        let (stop, stopped) = mpsc::channel();
-        let before = transferred();
-        let thread = std::thread::Builder::new()
-            .name("progress".into())
-            .spawn(move || {
-                if stopped.recv_timeout(BAR_AFTER) != Err(RecvTimeoutError::Timeout) {
-                    return;
-                }
-                let (bar, style) = match total {
-                    Some(total) => (
-                        ProgressBar::new(total),
-                        "{msg} {bar:30} {bytes}/{total_bytes} {elapsed}",
-                    ),
-                    None => (ProgressBar::new_spinner(), "{msg} {spinner} {elapsed}"),
-                };
-                let bar = bar.with_message(what);
-                let style = ProgressStyle::with_template(style);
-                bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-                loop {
-                    if let Some(total) = total {
-                        bar.set_position(transferred().saturating_sub(before).min(total));
-                    }
-                    bar.tick();
-                    if stopped.recv_timeout(BAR_EVERY) != Err(RecvTimeoutError::Timeout) {
-                        break;
-                    }
-                }
-                bar.finish_and_clear();
-            });
-        // Without the thread there is no bar; the work goes on.
-        Self {
-            stop: Some(stop),
-            thread: thread.ok(),
-        }
-    }
-}
-
-impl Drop for Progress {
-    fn drop(&mut self) {
-        drop(self.stop.take());
-        if let Some(thread) = self.thread.take() {
-            // It only draws.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Bytes that this process read and wrote by system calls; 0 where Linux does not count them.
-fn transferred() -> u64 {
-    let io = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
-    let field = |name| {
-        io.lines()
-            .find_map(|line| line.strip_prefix(name)?.trim().parse::<u64>().ok())
+/// A line for each tensor of a flight; a flight of several shows them as name#tensor.
+pub(super) fn flight_rows(flight: &Flight) -> Vec<Vec<String>> {
+    let writers = flight.mapping.writers.name();
+    let tensors = &flight.mapping.tensors;
+    let name = |tensor: &str| match tensors.len() {
+        1 => flight.name.clone(),
+        _ => format!("{}#{tensor}", flight.name),
     };
-    field("rchar:")
-        .unwrap_or(0)
-        .saturating_add(field("wchar:").unwrap_or(0))
+    tensors
+        .iter()
+        .map(|tensor| {
+            vec![
+                name(&tensor.name),
+                tensor.spec.dtype.name().to_owned(),
+                format!("{:?}", tensor.spec.shape),
+                BinaryBytes(tensor.length).to_string(),
+                writers.to_owned(),
+            ]
+        })
+        .collect()
+}
+
+/// What a kernel had to say, on stderr: stdout is for results.
+pub(super) fn notes<'a>(notes: impl IntoIterator<Item = (&'a str, &'a str)>) {
+    for (key, text) in notes {
+        complain(&format!(
+            "note: {}: {}",
+            on_one_line(key),
+            on_one_line(text)
+        ));
+    }
 }
 
 #[cfg(test)]
@@ -244,28 +164,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_are_readable() {
-        for (size, text) in [
-            (0, "0 B"),
-            (1023, "1023 B"),
-            (1024, "1.0 KiB"),
-            (104_857_600, "100.0 MiB"),
-            (u64::MAX, "16384.0 PiB"),
-        ] {
-            assert_eq!(bytes(size), text);
-        }
-    }
-
-    #[test]
     fn a_terminal_gets_no_control_characters() {
         assert_eq!(harmless("plain\ttext\n"), "plain\ttext\n");
         assert_eq!(harmless("\u{1b}[2Jgone"), "\\u{1b}[2Jgone");
-        assert_eq!(line("a\n\tb\r\0"), "a\\n\\tb\\r\\u{0}");
-        assert_eq!(
-            line("\u{202e}yp.npy\u{2028}\u{85}"),
-            "\\u{202e}yp.npy\\u{2028}\\u{85}"
-        );
-        assert_eq!(line("sch\u{f6}n \u{6570}"), "sch\u{f6}n \u{6570}");
     }
 
     #[test]
@@ -280,10 +181,5 @@ mod tests {
         let text = lines(&table);
         assert!(text.lines().all(|line| line == line.trim_end()), "{text:?}");
         assert!(text.contains("  8"), "{text:?}");
-    }
-
-    #[test]
-    fn this_process_has_read_something() {
-        assert!(transferred() > 0);
     }
 }

@@ -2,24 +2,23 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
-use strait_client::wire;
 use strait_memory::{ReadMapping, WriteMapping};
+use strait_protocol as wire;
 use strait_tensor::{Dtype, TensorFile, TensorSpec};
 
+use super::arguments::{file_and_part, outputs, pair, parameters, unique};
 use super::failure::Failure;
-use super::log;
-use super::output::{self, Progress};
+use super::hosting::{is_plugin, load_plugin, private_host, settings};
+use super::progress::Progress;
 use super::staging::{self, Staging};
-use super::{file_and_part, kernels, outputs, pair, parameters, serve, unique};
-use crate::config::Config;
+use super::{log, output};
 use crate::error::Status;
-use crate::lease::Principal;
-use crate::plugin::{CheckError, Kernel, KernelRef, Plugin};
-use crate::session::{Answer, Host, Invoked};
+use crate::plugin::{CheckError, Kernel, KernelRef};
+use crate::session::{Host, Invoked};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
@@ -34,13 +33,13 @@ pub(super) struct RunArgs {
     /// The file (.npy, .arrow, .feather) for an output; without PORT, the kernel's only output.
     #[arg(long = "output", short, value_name = "[PORT=]FILE", required = true)]
     outputs: Vec<String>,
-    /// Milliseconds that the kernel may take [default: the settings', 30 s].
+    /// Milliseconds that the kernel may take [default: as in the settings, else 30 s].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     deadline_ms: Option<u64>,
-    /// Settings, as for `serve`.
+    /// Settings in TOML, as for `serve`.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Names this run in log lines and errors: 1 to 64 of A-Z a-z 0-9 . _ : -
+    /// Id of this run in log lines and errors: 1 to 64 characters from A-Z a-z 0-9 . _ : -
     #[arg(long, value_name = "ID")]
     request_id: Option<String>,
     /// One JSON object on stdout instead of text.
@@ -52,7 +51,7 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // The guest's own words; what the host would log, the failure says.
     log::start(log::LogFormat::Human, "error,strait::guest=info")?;
     staging::watch_signals()?;
-    let mut config = serve::load(args.config.as_deref())?;
+    let mut config = settings(args.config.as_deref())?;
     // Who runs it is who set the limit.
     let limits = &mut config.limits;
     limits.deadline_ms_max = limits.deadline_ms_max.max(args.deadline_ms.unwrap_or(0));
@@ -88,10 +87,12 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
         deadline_ms: args.deadline_ms,
         ..Default::default()
     };
-    let invoked = invoke_and_wait(host, invoke, request_id)?;
+    let caller = host.own_caller();
+    let invoked = caller.invoke_and_wait(invoke, Arc::clone(request_id))?;
     let written = write_all(staging, &targets, &invoked)?;
-    kernels::tell(
+    output::notes(
         invoked
+            .report
             .notes
             .iter()
             .map(|(key, text)| (key.as_str(), text.as_str())),
@@ -102,6 +103,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             .map(|(port, file, spec)| json!({ "port": port, "file": file, "dtype": spec.dtype, "shape": spec.shape }))
             .collect();
         let notes: Vec<_> = invoked
+            .report
             .notes
             .iter()
             .map(|(key, text)| json!({ "key": key, "text": text }))
@@ -110,9 +112,9 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             "kernel": kernel.name,
             "outputs": outputs,
             "notes": notes,
-            "copied_bytes": invoked.copied_bytes,
-            "minor_faults": invoked.minor_faults,
-            "seconds": { "instantiate": invoked.seconds.instantiate, "run": invoked.seconds.run, "total": invoked.seconds.total },
+            "copied_bytes": invoked.report.copied_bytes,
+            "minor_faults": invoked.report.minor_faults,
+            "seconds": { "instantiate": invoked.report.seconds.instantiate, "run": invoked.report.seconds.run, "total": invoked.report.seconds.total },
             "request_id": &**request_id,
         }));
     }
@@ -120,18 +122,6 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
         .into_iter()
         .map(|(port, file, spec)| vec![port, output::spec(&spec), file]);
     output::text(&output::lines(&output::table(&[], rows)))
-}
-
-/// A host that nobody else can reach.
-pub(super) fn private_host(mut config: Config) -> Result<Arc<Host>, Failure> {
-    config.engine.workers = Some(1);
-    start(config, Path::new("/nonexistent"))
-}
-
-/// A host that has no sockets yet.
-pub(super) fn start(config: Config, directory: &Path) -> Result<Arc<Host>, Failure> {
-    Host::start(config, directory)
-        .map_err(|error| Failure::other("HOST", format!("no host could be started: {error:#}")))
 }
 
 /// The kernel, and the name by which the host knows it.
@@ -174,31 +164,6 @@ fn find(host: &Host, kernel: &str) -> Result<(String, KernelRef), Failure> {
     }
 }
 
-/// Whether a kernel's name means a plugin's file.
-pub(super) fn is_plugin(file: &Path) -> bool {
-    file.extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("wasm"))
-}
-
-/// The only plugin of a private host from now on: it may have the name of another one.
-pub(super) fn load_plugin(host: &Host, file: &Path) -> Result<Arc<Plugin>, Failure> {
-    let shown = file.display();
-    let bytes = Plugin::read(file)
-        .map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
-    host.plugins().clear();
-    host.load_plugin(&bytes).map_err(|mut status| {
-        status.message = format!("{shown}: {}", status.message);
-        status.into()
-    })
-}
-
-/// Principal that owns all segments of this process.
-fn owner() -> Principal {
-    Principal {
-        uid: rustix::process::geteuid().as_raw(),
-    }
-}
-
 /// Reads each input's file into a segment of the host, under the port's name.
 fn load_all(
     host: &Arc<Host>,
@@ -224,7 +189,7 @@ fn load_all(
             port.clone(),
             wire::Input::Flight {
                 name: port,
-                column: None,
+                tensor: None,
             },
         );
     }
@@ -266,14 +231,12 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
         }
     };
     let TensorSpec { dtype, shape } = file.tensors()[index].1.clone();
-    let (segment, fd) = host.create(
-        owner(),
-        vec![wire::NewTensor {
-            name: port.to_owned(),
-            dtype,
-            shape,
-        }],
-    )?;
+    let caller = host.own_caller();
+    let (segment, fd) = caller.create(vec![wire::NewTensor {
+        name: port.to_owned(),
+        dtype,
+        shape,
+    }])?;
     let place = &segment.tensors()[0];
     {
         let unmapped = |error: strait_memory::MappingError| {
@@ -284,7 +247,7 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
         let _bar = Progress::start(&format!("reading {}", path.display()), place.length);
         file.read_into(index, &mut pages.bytes_mut()[range(place)?])?;
     }
-    host.publish(owner(), &segment, port, false)?;
+    caller.publish(&segment, port, false)?;
     Ok(())
 }
 
@@ -299,23 +262,6 @@ fn range(place: &strait_tensor::TensorPlace) -> Result<std::ops::Range<usize>, F
         })
     };
     Ok(at(place.offset)?..at(place.offset + place.length)?)
-}
-
-fn invoke_and_wait(
-    host: &Arc<Host>,
-    invoke: wire::Invoke,
-    request_id: &Arc<str>,
-) -> Result<Arc<Invoked>, Failure> {
-    let (answer, answered) = mpsc::sync_channel(1);
-    let answer = Answer::new(move |result| {
-        // The receiver waits below.
-        let _ = answer.send(result);
-    });
-    host.invoke(owner(), None, invoke, Arc::clone(request_id), answer);
-    match answered.recv() {
-        Ok(result) => Ok(result?),
-        Err(_) => Err(Failure::other("HOST", "the worker ended without an answer")),
-    }
 }
 
 /// Writes the outputs that were asked for; port, file and spec of each.

@@ -1,9 +1,9 @@
 //! `serve`: a host in the foreground.
 
-use std::fs::{self, DirBuilder};
+use std::fs;
 use std::io::{self, Read};
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,69 +15,58 @@ use tokio::net::{TcpListener, UnixListener};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
+use super::directory::{self, FLIGHT_SOCKET};
 use super::failure::Failure;
 use super::log::{self, LogFormat};
-use super::{output, run};
+use super::{hosting, output};
 use crate::config::Config;
 use crate::{datasock, flight};
 
-const FLIGHT_SOCKET: &str = "flight.sock";
-/// Longest path that a unix socket's address has room for, in bytes.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// What the sockets get beyond the drain time to close connections.
 const CLOSING: Duration = Duration::from_secs(2);
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
-    /// Settings in TOML; the environment (STRAIT__SECTION__KEY) and options go before them.
+    /// Settings in TOML; the environment (STRAIT__SECTION__KEY) and options take precedence.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The directory for the sockets; created with mode 0700, or it must be yours with that mode
+    /// The directory for the sockets: created with mode 0700; one that exists must be yours and have that mode
     /// [default: $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/strait, /run/strait for root, /tmp/strait-UID].
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// Load this plugin beside the standard one; may be given several times.
+    /// Load this plugin beside the standard one; can be repeated.
     #[arg(long = "plugin", value_name = "FILE")]
     plugins: Vec<PathBuf>,
     /// Serve Flight on this loopback address, too (reads and puts, without authentication: every user of
-    /// this machine can use it as you); port 0 takes a free one.
+    /// this machine can do there what you can); port 0 takes a free port.
     #[arg(long, value_name = "ADDRESS:PORT")]
     tcp: Option<SocketAddr>,
-    /// How log lines on stderr look.
+    /// Format of the log lines on stderr.
     #[arg(long, value_enum, default_value = "human")]
     log_format: LogFormat,
-    /// error, warn, info, debug, trace, or a filter such as info,strait::session=debug.
+    /// Log error, warn, info, debug or trace, or by a filter such as info,strait::session=debug.
     #[arg(long, default_value = "info", value_name = "LEVEL")]
     log_level: String,
-    /// End as by SIGTERM when stdin ends, so as not to outlive whoever holds the other end.
+    /// End as on SIGTERM when stdin ends, so as not to outlive whoever holds the other end.
     #[arg(long, hide = true)]
     until_stdin_ends: bool,
 }
 
-/// The settings of a file and the environment.
-pub(super) fn load(file: Option<&Path>) -> Result<Config, Failure> {
-    Config::load(file).map_err(|error| {
-        // A mistake in TOML is drawn over several lines.
-        let error = format!("{error:#}");
-        let lines: Vec<&str> = error.lines().map(str::trim).collect();
-        Failure::input("BAD_SETTING", format!("settings: {}", lines.join(" ")))
-    })
-}
-
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     log::start(args.log_format, &args.log_level)?;
-    let mut config = load(args.config.as_deref())?;
+    let mut config = hosting::settings(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
     config.server.tcp = args.tcp.or(config.server.tcp);
+    config.workers.options = log::options(args.log_format, &args.log_level);
     let directory = match args
         .directory
         .clone()
         .or_else(|| config.server.directory.clone())
     {
         Some(directory) => directory,
-        None => usual_directory(),
+        None => directory::usual_directory(),
     };
-    let directory = prepare(&directory)?;
+    let directory = directory::prepare(&directory)?;
 
     let linux =
         |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
@@ -108,95 +97,13 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     done
 }
 
-/// Default runtime directory.
-pub(super) fn usual_directory() -> PathBuf {
-    let set = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    let uid = rustix::process::geteuid().as_raw();
-    set("RUNTIME_DIRECTORY")
-        .or_else(|| set("XDG_RUNTIME_DIR").map(|directory| directory.join("strait")))
-        .or_else(|| (uid == 0).then(|| "/run/strait".into()))
-        .unwrap_or_else(|| format!("/tmp/strait-{uid}").into())
-}
-
-/// The directory as an absolute path: created, or found to be this user's alone.
-fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
-    let directory = absolute(directory)?;
-    match DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(&directory)
-    {
-        Ok(()) => {}
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
-        Err(e) => {
-            return Err(wrong_directory(
-                &directory,
-                &format!("cannot create it: {e}"),
-            ));
-        }
-    }
-    owned(&directory)?;
-    Ok(directory)
-}
-
-fn wrong_directory(directory: &Path, what: &str) -> Failure {
-    Failure::input("BAD_DIRECTORY", format!("{}: {what}", directory.display()))
-}
-
-/// The directory as an absolute path that leaves room for the sockets' names.
-pub(super) fn absolute(directory: &Path) -> Result<PathBuf, Failure> {
-    let absolute = std::path::absolute(directory)
-        .map_err(|e| wrong_directory(directory, &format!("not a directory's path: {e}")))?;
-    let longest = absolute.join(FLIGHT_SOCKET);
-    if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        return Err(wrong_directory(
-            directory,
-            &format!(
-                "with {FLIGHT_SOCKET} the path has {} bytes, a socket's at most {SOCKET_PATH_BYTES_MAX}; take a shorter one",
-                longest.as_os_str().len()
-            ),
-        ));
-    }
-    Ok(absolute)
-}
-
-/// Refuses what is not a directory of this user alone.
-pub(super) fn owned(directory: &Path) -> Result<(), Failure> {
-    let wrong = |what: String| wrong_directory(directory, &what);
-    // Not `metadata`: a link could be turned to another place after this check.
-    let found =
-        fs::symlink_metadata(directory).map_err(|e| wrong(format!("cannot look at it: {e}")))?;
-    let uid = rustix::process::geteuid().as_raw();
-    if !found.is_dir() {
-        return Err(wrong("not a directory; take another path".to_owned()));
-    }
-    if found.uid() != uid {
-        return Err(wrong(format!(
-            "it belongs to uid {}, not to uid {uid}, which serves; take another one",
-            found.uid()
-        )));
-    }
-    let mode = found.permissions().mode() & 0o777;
-    if mode != 0o700 {
-        return Err(wrong(format!(
-            "its mode is {mode:04o}, so that others could get in or its owner could not; it must be 0700: chmod 700 {}",
-            directory.display()
-        )));
-    }
-    Ok(())
-}
-
 async fn serve_until_told(
     config: Config,
     directory: &Path,
     data_threads: &tokio::runtime::Handle,
     until_stdin_ends: bool,
 ) -> Result<(), Failure> {
-    let mut end = End::new(until_stdin_ends)?;
+    let mut end = Shutdown::new(until_stdin_ends)?;
     // Holding this socket is what makes this process the directory's host.
     let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(
         |error| match error.kind() {
@@ -219,11 +126,11 @@ async fn serve_until_told(
     let drain = config.drain();
     let starting = {
         let directory = directory.to_owned();
-        tokio::task::spawn_blocking(move || run::start(config, &directory))
+        tokio::task::spawn_blocking(move || hosting::start(config, &directory))
     };
     let host = starting
         .await
-        .map_err(|e| Failure::other("HOST", format!("the start broke off: {e}")))??;
+        .map_err(|e| Failure::other("HOST", format!("the host stopped while starting: {e}")))??;
     let (stop, stopped) = watch::channel(false);
     let told = |mut stopped: watch::Receiver<bool>| async move {
         // An error means that the sender is gone, which is an end, too.
@@ -323,11 +230,11 @@ async fn bind_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Fail
         let address = listener.local_addr()?;
         Ok((listener, address))
     });
-    bound.map_err(|error| Failure::other("LINUX", format!("no TCP socket at {address}: {error}")))
+    bound.map_err(|error| Failure::other("LINUX", format!("cannot listen on {address}: {error}")))
 }
 
 /// What can end a host.
-struct End {
+struct Shutdown {
     terminate: Signal,
     interrupt: Signal,
     stdin: watch::Receiver<bool>,
@@ -337,7 +244,7 @@ struct End {
     _unread: Option<watch::Sender<bool>>,
 }
 
-impl End {
+impl Shutdown {
     fn new(until_stdin_ends: bool) -> Result<Self, Failure> {
         let failed = |error: io::Error| {
             Failure::other("SIGNALS", format!("cannot watch for signals: {error}"))
@@ -398,7 +305,7 @@ fn bind_flight(directory: &Path) -> Result<(UnixListener, SocketPath), Failure> 
     let failed = |error: io::Error| {
         Failure::other(
             "LINUX",
-            format!("no Flight socket at {}: {error}", path.display()),
+            format!("cannot listen on {}: {error}", path.display()),
         )
     };
     if fs::symlink_metadata(&path).is_ok_and(|found| found.file_type().is_socket()) {

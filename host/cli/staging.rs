@@ -1,11 +1,12 @@
 //! Output files that appear complete, all of them or none, and leave nothing behind.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::DirBuilderExt;
+use std::fs::{self, File, Permissions};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
 
-use strait_tensor::TensorSpec;
+use parking_lot::{Mutex, MutexGuard};
+use strait_tensor::{Column, FileLayout, TensorSpec};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::Failure;
@@ -14,7 +15,7 @@ use super::failure::Failure;
 static LIVE: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
 
 fn live() -> MutexGuard<'static, Vec<PathBuf>> {
-    LIVE.lock().unwrap_or_else(|e| e.into_inner())
+    LIVE.lock()
 }
 
 /// Files on their way; dropping it unfinished removes them.
@@ -74,9 +75,8 @@ impl Staging {
             Some(name) if known => name,
             _ => {
                 let path = target.display();
-                let message = format!(
-                    "{path}: the extension says the format; known are .npy, .arrow and .feather"
-                );
+                let message =
+                    format!("{path}: the extension must say the format: .npy, .arrow or .feather");
                 return Err(Failure::input("BAD_FILE", message));
             }
         };
@@ -87,20 +87,24 @@ impl Staging {
                 format!("{}: two outputs go there", target.display()),
             ));
         }
-        let number = self.0.len();
-        let directory = real.with_file_name(format!(".strait-{}-{number}", std::process::id()));
-        // Registered first, so that no signal comes between.
-        live().push(directory.clone());
-        DirBuilder::new()
-            .mode(0o700)
-            .create(&directory)
-            .map_err(|error| {
-                live().retain(|d| *d != directory);
-                Failure::file(
-                    &error,
-                    format!("{}: cannot write beside it: {error}", target.display()),
-                )
-            })?;
+        let directory = {
+            // Whoever handles a signal waits until it is registered.
+            let mut live = live();
+            let made = tempfile::Builder::new()
+                .prefix(".strait-")
+                .permissions(Permissions::from_mode(0o700))
+                .tempdir_in(real.with_file_name(""));
+            let directory = made
+                .map_err(|error| {
+                    Failure::file(
+                        &error,
+                        format!("{}: cannot write beside it: {error}", target.display()),
+                    )
+                })?
+                .keep();
+            live.push(directory.clone());
+            directory
+        };
         let file = directory.join(name);
         self.0.push(Staged {
             directory,
@@ -122,7 +126,7 @@ impl Staging {
             [(name, spec, bytes)] => {
                 strait_tensor::write(file, name, spec, bytes).map_err(Failure::from)
             }
-            _ => super::tensors::write_columns(file, tensors),
+            _ => write_columns(file, tensors),
         };
         written.map_err(|failure| {
             failure.about(&file.display().to_string(), &target.display().to_string())
@@ -157,6 +161,33 @@ impl Drop for Staged {
     }
 }
 
+/// Several tensors as the columns of one Arrow IPC file.
+fn write_columns(path: &Path, tensors: &[(&str, TensorSpec, &[u8])]) -> Result<(), Failure> {
+    let columns: Result<Vec<_>, _> = tensors
+        .iter()
+        .map(|(name, spec, _)| Column::new(*name, spec.clone()))
+        .collect();
+    let layout = columns
+        .and_then(|columns| FileLayout::plan(&columns))
+        .map_err(|error| Failure::input("BAD_TENSOR", error.to_string()))?;
+    let write = || -> io::Result<()> {
+        let mut file = File::create(path)?;
+        file.write_all(&layout.header)?;
+        for (place, (_, _, bytes)) in layout.tensors.iter().zip(tensors) {
+            file.seek(SeekFrom::Start(place.offset))?;
+            file.write_all(bytes)?;
+        }
+        file.seek(SeekFrom::Start(layout.footer_offset))?;
+        file.write_all(&layout.footer)
+    };
+    write().map_err(|error| {
+        Failure::file(
+            &error,
+            format!("{}: cannot write it: {error}", path.display()),
+        )
+    })
+}
+
 /// From now on SIGINT and SIGTERM remove what is staged before they end the process.
 pub(super) fn watch_signals() -> Result<(), Failure> {
     let failed = |error: std::io::Error| {
@@ -177,7 +208,9 @@ pub(super) fn watch_signals() -> Result<(), Failure> {
                 _ = terminate.recv() => SignalKind::terminate(),
             }
         });
-        for directory in live().iter() {
+        // Held to the end: none is made any more.
+        let live = live();
+        for directory in live.iter() {
             let _ = fs::remove_dir_all(directory);
         }
         std::process::exit(128 + number.as_raw_value());
@@ -255,7 +288,7 @@ mod tests {
             ("elsewhere/../link.npy", "two outputs go there"),
             ("broken.npy", "a link that leads nowhere"),
             ("null.npy", "a pipe, socket or device"),
-            ("elsewhere", "the extension says the format"),
+            ("elsewhere", "the extension must say the format"),
         ] {
             let text = staging.add(&at(again)).expect_err("refused").to_string();
             assert!(text.contains(says) && text.contains(again), "{text}");

@@ -1,29 +1,30 @@
-//! `put`, `get`, `ls`, `rm`: the host's tensors and files.
+//! `put`, `get`, `ls`, `rm`: flights and files.
 
-use std::fs::File;
-use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use strait_client::{Flight, NewTensor};
-use strait_tensor::{Column, FileLayout, TensorFile, TensorSpec};
+use strait_client::NewTensor;
+use strait_tensor::{TensorFile, TensorSpec};
 
+use super::arguments::file_and_part;
+use super::connection::Connection;
 use super::failure::Failure;
-use super::output::{self, Progress};
+use super::output;
+use super::progress::Progress;
 use super::staging::{self, Staging};
-use super::{Connection, file_and_part};
+use crate::text::on_one_line;
 
 #[derive(Debug, Args)]
 pub(super) struct PutArgs {
-    /// The tensor's name in the host.
+    /// The name of the new flight.
     name: String,
-    /// A .npy, .arrow or .feather file; FILE#COLUMN takes one column, else every column of numbers is taken.
+    /// A .npy, .arrow or .feather file; FILE#COLUMN takes one column, FILE alone every column of numbers.
     file: String,
     /// Take only this column.
     #[arg(long)]
     column: Option<String>,
-    /// Take the name over if there is such a tensor already.
+    /// Replace the flight that has this name already.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]
@@ -32,9 +33,9 @@ pub(super) struct PutArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct GetArgs {
-    /// The tensor: NAME, or NAME#COLUMN.
+    /// The flight: NAME, or NAME#TENSOR for one of its tensors.
     name: String,
-    /// Where to write it: .npy, .arrow or .feather. A file that is there is replaced.
+    /// Where to write it: .npy, .arrow or .feather. An existing file is replaced.
     file: PathBuf,
     #[command(flatten)]
     pub(super) connection: Connection,
@@ -48,20 +49,20 @@ pub(super) struct LsArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct RmArgs {
-    /// The tensors' names.
+    /// The flights' names.
     #[arg(required = true)]
     names: Vec<String>,
     #[command(flatten)]
     pub(super) connection: Connection,
 }
 
-/// The tensors of `file` to read, by index; columns that are no tensors are named on stderr.
+/// The tensors of `file` to read, by index; columns that cannot be tensors are named on stderr.
 fn chosen(file: &TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<usize>, Failure> {
     if let Some(column) = column {
         return Ok(vec![file.find(column)?]);
     }
     for (_, reason) in file.unsupported() {
-        output::complain(&format!("strait: left out: {}", output::line(reason)));
+        output::complain(&format!("strait: left out: {}", on_one_line(reason)));
     }
     if file.tensors().is_empty() {
         return Err(Failure::input(
@@ -85,7 +86,7 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
     };
     let mut file = TensorFile::open(&path)?;
     let chosen = chosen(&file, &path, column)?;
-    // A .npy file has no name for its array; the tensor's is the natural one.
+    // A .npy file has no name for its array; the flight's is the natural one.
     let nameless = path
         .extension()
         .is_some_and(|e| e.eq_ignore_ascii_case("npy"));
@@ -122,12 +123,15 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
     if args.connection.json {
         return output::json(&json!({ "flight": flight, "copied_bytes": copied_bytes }));
     }
-    output::text(&output::lines(&output::table(&[], rows(&flight))))
+    output::text(&output::lines(&output::table(
+        &[],
+        output::flight_rows(&flight),
+    )))
 }
 
 pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
-    let (name, column) = match args.name.split_once('#') {
-        Some((name, column)) => (name, Some(column)),
+    let (name, tensor) = match args.name.split_once('#') {
+        Some((name, tensor)) => (name, Some(tensor)),
         None => (args.name.as_str(), None),
     };
     staging::watch_signals()?;
@@ -135,8 +139,8 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
     staging.add(&args.file)?;
     let client = args.connection.client()?;
     let segment = client.map(name)?;
-    let views: Vec<_> = match column {
-        Some(column) => vec![segment.tensor(column)?],
+    let views: Vec<_> = match tensor {
+        Some(tensor) => vec![segment.tensor(tensor)?],
         None => segment.tensors()?.collect(),
     };
     let npy = args
@@ -148,7 +152,7 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
         return Err(Failure::input(
             "BAD_INPUT",
             format!(
-                "`{name}` has {} columns ({}) and .npy holds one; take {name}#COLUMN, or write .arrow",
+                "flight `{name}` has {} tensors ({}) and .npy holds one; take {name}#TENSOR, or write .arrow",
                 names.len(),
                 names.join(", ")
             ),
@@ -182,36 +186,6 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Several tensors as the columns of one Arrow IPC file.
-pub(super) fn write_columns(
-    path: &Path,
-    tensors: &[(&str, TensorSpec, &[u8])],
-) -> Result<(), Failure> {
-    let columns: Result<Vec<_>, _> = tensors
-        .iter()
-        .map(|(name, spec, _)| Column::new(*name, spec.clone()))
-        .collect();
-    let layout = columns
-        .and_then(|columns| FileLayout::plan(&columns))
-        .map_err(|error| Failure::input("BAD_TENSOR", error.to_string()))?;
-    let write = || -> io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(&layout.header)?;
-        for (place, (_, _, bytes)) in layout.tensors.iter().zip(tensors) {
-            file.seek(SeekFrom::Start(place.offset))?;
-            file.write_all(bytes)?;
-        }
-        file.seek(SeekFrom::Start(layout.footer_offset))?;
-        file.write_all(&layout.footer)
-    };
-    write().map_err(|error| {
-        Failure::file(
-            &error,
-            format!("{}: cannot write it: {error}", path.display()),
-        )
-    })
-}
-
 pub(super) fn ls(args: &LsArgs) -> Result<(), Failure> {
     let client = args.connection.client()?;
     let flights = client.list().collect::<Result<Vec<_>, _>>()?;
@@ -221,33 +195,11 @@ pub(super) fn ls(args: &LsArgs) -> Result<(), Failure> {
     if flights.is_empty() {
         return Ok(());
     }
-    let heading = ["NAME", "DTYPE", "SHAPE", "SIZE>", "SEAL"];
+    let heading = ["NAME", "DTYPE", "SHAPE", "SIZE>", "WRITERS"];
     output::text(&output::lines(&output::table(
         &heading,
-        flights.iter().flat_map(rows),
+        flights.iter().flat_map(output::flight_rows),
     )))
-}
-
-/// A line for each tensor of a flight; a flight of several shows them as name#column.
-pub(super) fn rows(flight: &Flight) -> Vec<Vec<String>> {
-    let seal = serde_json::to_value(flight.mapping.seal).unwrap_or_default();
-    let tensors = &flight.mapping.tensors;
-    let name = |column: &str| match tensors.len() {
-        1 => flight.name.clone(),
-        _ => format!("{}#{column}", flight.name),
-    };
-    tensors
-        .iter()
-        .map(|tensor| {
-            vec![
-                name(&tensor.name),
-                tensor.spec.dtype.name().to_owned(),
-                format!("{:?}", tensor.spec.shape),
-                output::bytes(tensor.length),
-                seal.as_str().unwrap_or_default().to_owned(),
-            ]
-        })
-        .collect()
 }
 
 pub(super) fn rm(args: &RmArgs) -> Result<(), Failure> {

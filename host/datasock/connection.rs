@@ -1,23 +1,26 @@
 //! One connection: reads frames, answers them, pushes what happens.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
-use strait_client::wire::{self, FrameError, Header, Op};
-use strait_memory::{FrameSocket, Peer, Received};
+use strait_memory::{Charge, FrameSocket, Peer, Received};
+use strait_protocol::{self as wire, FrameError, Header, Op};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::requests::{ENDED_AT_ONCE, Reply, Running, encode, failure, respond};
-use super::{Outgoing, Pushes};
-use crate::error::{Code, Status};
-use crate::lease::Principal;
-use crate::session::{Call, Gone, Host, Invoked, Session};
+use super::Pushes;
+use super::dispatch::{Reply, respond};
+use super::frames::{Outgoing, encode, failure};
+use super::handlers::calls::{self, Running, Wanted};
+use super::handlers::leases::ENDED_AT_ONCE;
+use super::in_flight::{Ending, InFlight};
+use crate::error::{Code, Reason, Status};
+use crate::session::{Call, Caller, Gone, Invoked, Session, Unread};
 
 /// Longest packet: one byte more than a frame may have, so that a longer one is noticed.
 const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + 1;
@@ -44,25 +47,15 @@ enum End {
     Deaf,
 }
 
-/// Serves one connection to its end. Ending it cancels what runs and ends its leases.
+/// Serves one connection, which has `place` among its principal's, to its end. Ending it cancels what runs and ends
+/// its leases.
 pub(super) async fn run(
-    host: Arc<Host>,
+    caller: Caller,
     socket: FrameSocket,
-    peer: Peer,
+    (peer, place): (Peer, Charge),
     pushes: Arc<Pushes>,
     draining: watch::Receiver<bool>,
 ) {
-    if overflow_uid() == Some(peer.uid) {
-        let status = Status::new(
-            Code::PermissionDenied,
-            "PRINCIPAL",
-            format!(
-                "uid {} stands for every user that is unknown in this user namespace; connect from the host's own",
-                peer.uid
-            ),
-        );
-        return refuse(socket, &status).await;
-    }
     let socket = match prepare(socket) {
         Ok(socket) => socket,
         Err(error) => {
@@ -72,8 +65,14 @@ pub(super) async fn run(
     };
     let (replies, waiting) = mpsc::channel(REPLIES_WAITING);
     let unsent = Arc::new(AtomicUsize::new(0));
-    let mut writer = tokio::spawn(write(Arc::clone(&socket), waiting, Arc::clone(&unsent)));
-    let session = host.open_session(Principal { uid: peer.uid });
+    let in_flight = InFlight::new(Arc::clone(&socket), place);
+    let ending = Ending(Arc::clone(&in_flight));
+    caller
+        .account()
+        .watch_unread(Arc::clone(&in_flight) as Arc<dyn Unread>);
+    let mut writer = tokio::spawn(write(Arc::clone(&in_flight), waiting, Arc::clone(&unsent)));
+    let account = Arc::clone(caller.account());
+    let session = Session::open(caller);
     let (push, gone) = mpsc::unbounded_channel();
     pushes.lock().insert(session.id, push);
     tracing::info!(
@@ -86,6 +85,7 @@ pub(super) async fn run(
     let mut connection = Connection {
         session,
         socket,
+        in_flight: Arc::clone(&in_flight),
         replies,
         unsent,
         draining,
@@ -111,6 +111,8 @@ pub(super) async fn run(
     if matches!(end, End::Deaf) || tokio::time::timeout(FAREWELL, &mut writer).await.is_err() {
         writer.abort();
     }
+    drop(ending);
+    account.settle();
 }
 
 /// Tells whoever connected why it is not served, as the reply to its first frame.
@@ -139,52 +141,29 @@ fn prepare(socket: FrameSocket) -> std::io::Result<Sockets> {
     Ok(Arc::new(super::watched(socket)?))
 }
 
-/// The uid that Linux shows for users that a namespace does not map.
-fn overflow_uid() -> Option<u32> {
-    std::fs::read_to_string("/proc/sys/kernel/overflowuid")
-        .ok()?
-        .trim()
-        .parse()
-        .ok()
-}
-
-async fn write(socket: Sockets, mut waiting: mpsc::Receiver<Outgoing>, unsent: Arc<AtomicUsize>) {
-    while let Some(outgoing) = waiting.recv().await {
-        let sent = socket
-            .async_io(tokio::io::Interest::WRITABLE, |socket| {
-                outgoing.send(socket)
-            })
-            .await;
+async fn write(
+    in_flight: Arc<InFlight>,
+    mut waiting: mpsc::Receiver<Outgoing>,
+    unsent: Arc<AtomicUsize>,
+) {
+    while let Some(mut outgoing) = waiting.recv().await {
+        let sent = in_flight.send_when_writable(&mut outgoing).await;
         unsent.fetch_sub(1, Ordering::Release);
         if let Err(error) = sent {
             tracing::debug!(%error, "a reply could not be sent");
-            // Whoever sends next sees the closed channel and ends.
+            // The client would wait for it for ever. Whoever receives on this connection sees the end.
+            in_flight.end();
             return;
         }
     }
 }
 
-impl Outgoing {
-    /// Sends it at once, or not at all.
-    fn send(&self, socket: &FrameSocket) -> std::io::Result<()> {
-        // Whoever made it has held it against the longest body.
-        let body_bytes = u32::try_from(self.body.len()).map_err(std::io::Error::other)?;
-        let header = Header {
-            op: self.op,
-            sequence: self.sequence,
-            body_bytes,
-        }
-        .encode();
-        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
-        socket.send(&[&header, &self.body], &fds)
-    }
-}
-
-type Finished = (u32, Arc<str>, wire::Invoke, Result<Arc<Invoked>, Status>);
+type Finished = (Header, Wanted, Result<Arc<Invoked>, Status>);
 
 struct Connection {
     session: Session,
     socket: Sockets,
+    in_flight: Arc<InFlight>,
     /// To the writer, for what the socket does not take at once.
     replies: mpsc::Sender<Outgoing>,
     /// Replies that are with the writer. This task alone adds to them.
@@ -226,10 +205,16 @@ impl Connection {
         }
     }
 
-    async fn send(&self, outgoing: Outgoing) -> Result<(), End> {
+    /// Sends the reply to the request that `header` began, in that one's trace.
+    async fn reply(&self, header: &Header, outgoing: Outgoing) -> Result<(), End> {
+        let trace = header.trace;
+        self.send(Outgoing { trace, ..outgoing }).await
+    }
+
+    async fn send(&self, mut outgoing: Outgoing) -> Result<(), End> {
         // Most replies find room, and then the writer need not be woken for them.
         if self.unsent.load(Ordering::Acquire) == 0 {
-            match outgoing.send(self.socket.get_ref()) {
+            match self.in_flight.send(&mut outgoing) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => {
@@ -282,9 +267,9 @@ impl Connection {
         if received.truncated {
             let status = Status::new(
                 Code::InvalidArgument,
-                "BAD_FRAME",
+                Reason::BadFrame,
                 format!(
-                    "a frame was cut: at most {} bytes and {} descriptors",
+                    "a frame was truncated; it takes at most {} bytes and {} descriptors",
                     wire::HEADER_BYTES + wire::BODY_BYTES_MAX,
                     wire::FDS_MAX
                 ),
@@ -304,12 +289,16 @@ impl Connection {
         let (header, body) = match Header::decode(packet) {
             Ok(decoded) => decoded,
             Err(error) => {
-                let status = Status::new(Code::InvalidArgument, "BAD_FRAME", error.to_string());
+                let status =
+                    Status::new(Code::InvalidArgument, Reason::BadFrame, error.to_string());
                 self.send(failure(Header::sequence_of(packet), &status, "-"))
                     .await?;
                 return match error {
                     // Where the frame begins and ends was clear.
-                    FrameError::Op(_) | FrameError::Flags(_) => Ok(()),
+                    FrameError::Op(_)
+                    | FrameError::Payload(_)
+                    | FrameError::Reserved(_)
+                    | FrameError::Flags(_) => Ok(()),
                     FrameError::Short(_)
                     | FrameError::Magic(_)
                     | FrameError::Version(_)
@@ -320,7 +309,9 @@ impl Connection {
         };
         if received.no_room {
             let status = Status::no_descriptors("the descriptors beside the frame cannot be taken");
-            return self.send(failure(header.sequence, &status, "-")).await;
+            return self
+                .reply(&header, failure(header.sequence, &status, "-"))
+                .await;
         }
         self.request(header, body, received.fds).await
     }
@@ -330,7 +321,7 @@ impl Connection {
         if sequence == 0 || self.running.contains_key(&sequence) {
             let status = Status::new(
                 Code::InvalidArgument,
-                "BAD_FRAME",
+                Reason::BadFrame,
                 format!(
                     "sequence {sequence} is {}; choose another",
                     if sequence == 0 {
@@ -340,38 +331,40 @@ impl Connection {
                     }
                 ),
             );
-            return self.send(failure(sequence, &status, "-")).await;
+            return self.reply(&header, failure(sequence, &status, "-")).await;
         }
         if !self.greeted && header.op != Op::Hello {
             let status = Status::new(
                 Code::FailedPrecondition,
-                "NO_HELLO",
+                Reason::NoHello,
                 "the first frame must be HELLO",
             );
-            return self.send(failure(sequence, &status, "-")).await;
+            return self.reply(&header, failure(sequence, &status, "-")).await;
         }
         if header.op == Op::Invoke && self.running.len() >= INVOKES_MAX {
             let status = Status::new(
                 Code::ResourceExhausted,
-                "QUOTA_EXCEEDED",
+                Reason::QuotaExceeded,
                 format!("{INVOKES_MAX} INVOKEs of this connection are under way; wait for one"),
             );
-            return self.send(failure(sequence, &status, "-")).await;
+            return self.reply(&header, failure(sequence, &status, "-")).await;
         }
         if header.op == Op::Cancel && fds.is_empty() {
-            return self.cancel(sequence, body).await;
+            return self.cancel(&header, body).await;
         }
-        match respond(&self.session, header.op, sequence, body, fds) {
+        let answered =
+            span(&header).in_scope(|| respond(&self.session, header.op, sequence, body, fds));
+        match answered {
             Reply::Frame(outgoing) => {
                 self.greeted |= outgoing.op == Op::Welcome;
-                self.send(outgoing).await
+                self.reply(&header, outgoing).await
             }
             Reply::Last(outgoing) => {
-                self.send(outgoing).await?;
+                self.reply(&header, outgoing).await?;
                 Err(End::Refused)
             }
             Reply::Running(running) => {
-                self.track(sequence, *running);
+                self.track(header, *running);
                 Ok(())
             }
         }
@@ -379,34 +372,38 @@ impl Connection {
 
     fn track(
         &mut self,
-        sequence: u32,
+        header: Header,
         Running {
             call,
-            request_id,
-            invoke,
+            wanted,
             result,
         }: Running,
     ) {
-        self.running.insert(sequence, call);
-        self.finished.push(Box::pin(async move {
-            (sequence, request_id, invoke, joined(result).await)
-        }));
+        self.running.insert(header.sequence, call);
+        self.finished.push(Box::pin(
+            async move { (header, wanted, joined(result).await) },
+        ));
     }
 
-    async fn finish(
-        &mut self,
-        (sequence, request_id, invoke, result): Finished,
-    ) -> Result<(), End> {
-        self.running.remove(&sequence);
-        let reply = super::requests::invoked(&self.session, sequence, &invoke, &request_id, result);
-        self.send(reply).await
+    async fn finish(&mut self, (header, wanted, result): Finished) -> Result<(), End> {
+        self.running.remove(&header.sequence);
+        let reply = calls::invoked(&self.session, header.sequence, &wanted, result);
+        self.reply(&header, reply).await
     }
 
-    async fn cancel(&self, sequence: u32, body: &[u8]) -> Result<(), End> {
-        let reply = super::requests::cancel(&self.session, sequence, body, |other| {
+    async fn cancel(&self, header: &Header, body: &[u8]) -> Result<(), End> {
+        let reply = calls::cancel(&self.session, header.sequence, body, |other| {
             self.running.get(&other).map(Call::cancel).is_some()
         });
-        self.send(reply).await
+        self.reply(header, reply).await
+    }
+}
+
+/// What is logged while a request is taken stands in it, if the request belongs to a trace.
+fn span(header: &Header) -> tracing::Span {
+    match header.trace.id() {
+        Some(id) => tracing::info_span!("request", op = ?header.op, trace_id = %id),
+        None => tracing::Span::none(),
     }
 }
 
@@ -416,7 +413,7 @@ async fn joined(
     result.await.unwrap_or_else(|_| {
         Err(Status::new(
             Code::Internal,
-            "HOST",
+            Reason::Host,
             "an invocation was lost",
         ))
     })
@@ -428,5 +425,64 @@ async fn exited(pidfd: Option<OwnedFd>) {
     match watched {
         Some(watched) if watched.readable().await.is_ok() => {}
         _ => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::event::{PollFd, PollFlags, Timespec};
+
+    use super::*;
+    use crate::config::Config;
+    use crate::session::Host;
+
+    /// The next packet, its length; 0 at the end.
+    fn receive(client: &FrameSocket) -> usize {
+        let timeout = Timespec {
+            tv_sec: 10,
+            tv_nsec: 0,
+        };
+        let mut ready = [PollFd::new(client, PollFlags::IN)];
+        assert_eq!(
+            rustix::event::poll(&mut ready, Some(&timeout)),
+            Ok(1),
+            "nothing came"
+        );
+        client.recv(&mut [0; 4096]).expect("a packet").bytes
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_connection_that_is_broken_off_ends_for_its_client() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut config = Config::default();
+        config.engine.cache = Some(std::path::PathBuf::new());
+        let host = Host::start(config, directory.path()).expect("a host");
+        let caller = host.own_caller();
+        let account = Arc::clone(caller.account());
+        let (client, socket) = FrameSocket::pair().expect("a socket pair");
+        let peer = Peer {
+            pid: 0,
+            uid: 0,
+            gid: 0,
+            pidfd: None,
+        };
+        let place = account.connect().expect("a place");
+        let (_draining, drained) = watch::channel(false);
+        let serving = run(caller, socket, (peer, place), Arc::default(), drained);
+        let serving = tokio::spawn(serving);
+        let ping = Header {
+            op: Op::Ping,
+            sequence: 1,
+            body_bytes: 0,
+            trace: wire::TraceContext::NONE,
+        };
+        client.send(&[&ping.encode()], &[]).expect("sent");
+        assert!(
+            receive(&client) > wire::HEADER_BYTES,
+            "it is told to say HELLO"
+        );
+        serving.abort();
+        assert!(serving.await.is_err(), "it was broken off");
+        assert_eq!(receive(&client), 0);
     }
 }

@@ -1,41 +1,46 @@
 //! The data socket: frames, descriptors, sessions. `docs/protocol.md` is the contract.
 //!
 //! ```text
-//! serve ── accept ──▶ connection (one task) ── requests ──▶ session::Host
-//!   └── sweep: leases that run out ──▶ GONE          └── writer (one task) ──▶ socket
+//! serve ── accept ──▶ connection (one task) ── dispatch ──▶ handlers ──▶ session::Caller
+//!   └── sweep: leases that run out ──▶ GONE        └── writer (one task) ──▶ socket
 //! ```
 //! Only this room knows the frames.
 
+mod answer;
 mod connection;
-mod requests;
+mod dispatch;
+mod frames;
+mod handlers;
+mod in_flight;
 
 use std::collections::HashMap;
 use std::future::Future;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strait_client::wire;
-use strait_memory::{FrameListener, FrameSocket, Peer, SpareDescriptor};
+use parking_lot::{Mutex, MutexGuard};
+use strait_memory::{Charge, FrameListener, FrameSocket, Peer, SpareDescriptor};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::error::{Code, Status, out_of_descriptors};
+use crate::error::{Code, Reason, Status, out_of_descriptors};
 use crate::lease::SessionId;
-use crate::session::{Gone, Host};
+use crate::session::{Caller, Gone, Host};
 
 /// How often leases are looked at: how late a GONE can be.
 const SWEEP: Duration = Duration::from_millis(100);
-/// Most connections at a time.
-const CONNECTIONS_MAX: usize = 1024;
+
+/// Connections that are being told why they are not served; further ones are closed at once.
+const REFUSED_MAX: usize = 64;
 
 /// Where GONE goes, by session.
 #[derive(Debug, Default)]
 struct Pushes(Mutex<HashMap<SessionId, mpsc::UnboundedSender<Gone>>>);
 
 impl Pushes {
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SessionId, mpsc::UnboundedSender<Gone>>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+    fn lock(&self) -> MutexGuard<'_, HashMap<SessionId, mpsc::UnboundedSender<Gone>>> {
+        self.0.lock()
     }
 
     fn send(&self, gone: Gone) {
@@ -66,19 +71,35 @@ impl Refusals {
     }
 }
 
-/// Who connected, or why it cannot be served.
-fn admit(socket: &FrameSocket, connections: usize) -> Result<Peer, Status> {
-    if connections >= CONNECTIONS_MAX {
-        let message = format!(
-            "{CONNECTIONS_MAX} connections are open, as many as the host serves; close one, or try again later"
-        );
-        return Err(Status::new(
-            Code::ResourceExhausted,
-            "QUOTA_EXCEEDED",
-            message,
-        ));
+/// Somebody who connected.
+struct Accepted {
+    socket: FrameSocket,
+    /// Nothing but the spare's place was left for it.
+    full: Option<std::io::Error>,
+}
+
+/// The next connection, if need be at the spare's place.
+fn accept(listener: &FrameListener, spare: &mut SpareDescriptor) -> std::io::Result<Accepted> {
+    match listener.accept() {
+        Ok(socket) => Ok(Accepted { socket, full: None }),
+        // Linux says so before it looks whether anybody waits.
+        Err(error) if out_of_descriptors(&error) => {
+            spare.give_up();
+            listener.accept().map(|socket| Accepted {
+                socket,
+                full: Some(error),
+            })
+        }
+        Err(error) => Err(error),
     }
-    socket.peer().map_err(cannot_connect)
+}
+
+/// Who connected, with its place, or why it cannot be served.
+fn admit(host: &Arc<Host>, socket: &FrameSocket) -> Result<(Peer, Caller, Charge), Status> {
+    let peer = socket.peer().map_err(cannot_connect)?;
+    let caller = host.caller(Some(peer.uid))?;
+    let place = caller.account().connect()?;
+    Ok((peer, caller, place))
 }
 
 fn cannot_connect(error: std::io::Error) -> Status {
@@ -86,7 +107,7 @@ fn cannot_connect(error: std::io::Error) -> Status {
         return Status::no_descriptors("the connection cannot be served");
     }
     let message = format!("the host cannot serve this connection: {error}");
-    Status::new(Code::Internal, "HOST", message)
+    Status::new(Code::Internal, Reason::Host, message)
 }
 
 /// Serves the data socket until `shutdown`; then tells every client SHUTDOWN, lets running
@@ -106,6 +127,7 @@ pub async fn serve(
     let mut connections = JoinSet::new();
     let mut spare = SpareDescriptor::new()?;
     let mut refusals = Refusals::default();
+    let mut refused = JoinSet::new();
     let mut sweep = tokio::time::interval(SWEEP);
     sweep.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut shutdown = std::pin::pin!(shutdown);
@@ -118,29 +140,27 @@ pub async fn serve(
                 }
             }
             Some(_) = connections.join_next(), if !connections.is_empty() => {}
+            Some(_) = refused.join_next(), if !refused.is_empty() => {}
             ready = listener.readable() => {
                 let mut ready = ready?;
-                match ready.try_io(|listener| listener.get_ref().accept()) {
-                    Ok(Ok(socket)) => match admit(&socket, connections.len()) {
-                        Ok(peer) => {
-                            let connection = connection::run(Arc::clone(&host), socket, peer, Arc::clone(&pushes), drained.clone());
+                match ready.try_io(|listener| accept(listener.get_ref(), &mut spare)) {
+                    Ok(Ok(Accepted { socket, full: None })) => match admit(&host, &socket) {
+                        Ok((peer, caller, place)) => {
+                            let connection = connection::run(caller, socket, (peer, place), Arc::clone(&pushes), drained.clone());
                             connections.spawn(connection);
                         }
                         Err(status) => {
                             refusals.count(&status.message);
-                            connection::refuse(socket, &status).await;
+                            // Beside this loop: whoever says nothing is waited for, and that is nobody else's time.
+                            if refused.len() < REFUSED_MAX {
+                                refused.spawn(async move { connection::refuse(socket, &status).await });
+                            }
                         }
                     },
-                    Ok(Err(error)) if out_of_descriptors(&error) => {
+                    Ok(Ok(Accepted { socket, full: Some(error) })) => {
                         let status = cannot_connect(error);
                         refusals.count(&status.message);
-                        spare.give_up();
-                        match listener.get_ref().accept() {
-                            Ok(socket) => connection::refuse(socket, &status).await,
-                            // Somebody else took the place: nothing that trying at once would mend.
-                            Err(_) => tokio::time::sleep(SWEEP).await,
-                        }
-                        spare.refill();
+                        connection::refuse(socket, &status).await;
                     }
                     Ok(Err(error)) => {
                         refusals.count(&error.to_string());
@@ -148,6 +168,7 @@ pub async fn serve(
                     }
                     Err(_would_block) => {}
                 }
+                spare.refill();
             }
         }
     }
@@ -174,13 +195,4 @@ fn watched<T: std::os::fd::AsRawFd>(fd: T) -> std::io::Result<AsyncFd<T>> {
         reason = "the successor needs `unsafe` for a promise that our types keep"
     )]
     AsyncFd::new(fd)
-}
-
-/// A frame on its way out.
-#[derive(Debug)]
-struct Outgoing {
-    op: wire::Op,
-    sequence: u32,
-    body: Vec<u8>,
-    fds: Vec<Arc<std::os::fd::OwnedFd>>,
 }

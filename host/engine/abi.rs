@@ -3,7 +3,8 @@
 use strait_tensor::{Dtype, TensorSpec};
 
 use crate::plugin::{
-    Description, Kernel, Number, ParameterDeclaration, ParameterKind, Port, Role, Value,
+    BlockTree, Combine, Description, Kernel, Number, ParameterDeclaration, ParameterKind, Port,
+    Role, Signature, Value,
 };
 
 mod generated {
@@ -88,18 +89,22 @@ fn role_of(role: Role) -> types::Role {
 pub(super) fn parameter_of(name: &str, value: &Value) -> types::Parameter {
     let value = match value {
         Value::Boolean(v) => types::Value::Boolean(*v),
-        Value::Number(v) => types::Value::Number(match *v {
-            Number::Integer(v) => types::Number::Integer(v),
-            Number::Unsigned(v) => types::Number::Unsigned(v),
-            Number::Real(v) => types::Number::Real(v),
-        }),
+        Value::Number(v) => types::Value::Number(number_of(*v)),
         Value::Axis(v) => types::Value::Axis(*v),
         Value::Text(v) => types::Value::Text(v.clone()),
-        Value::Reals(v) => types::Value::Reals(v.clone()),
+        Value::Numbers(v) => types::Value::Numbers(v.iter().copied().map(number_of).collect()),
     };
     types::Parameter {
         name: name.to_owned(),
         value,
+    }
+}
+
+fn number_of(number: Number) -> types::Number {
+    match number {
+        Number::Integer(v) => types::Number::Integer(v),
+        Number::Unsigned(v) => types::Number::Unsigned(v),
+        Number::Real(v) => types::Number::Real(v),
     }
 }
 
@@ -117,7 +122,7 @@ fn value(value: types::Value) -> Value {
         types::Value::Number(v) => Value::Number(number(v)),
         types::Value::Axis(v) => Value::Axis(v),
         types::Value::Text(v) => Value::Text(v),
-        types::Value::Reals(v) => Value::Reals(v),
+        types::Value::Numbers(v) => Value::Numbers(v.into_iter().map(number).collect()),
     }
 }
 
@@ -129,6 +134,7 @@ fn kind(kind: types::ParameterKind) -> ParameterKind {
         types::ParameterKind::Number => ParameterKind::Number,
         types::ParameterKind::Axis => ParameterKind::Axis,
         types::ParameterKind::Text => ParameterKind::Text,
+        types::ParameterKind::Integers => ParameterKind::Integers,
         types::ParameterKind::Reals => ParameterKind::Reals,
     }
 }
@@ -143,12 +149,27 @@ fn port(port: types::Port) -> Port {
             types::Role::Data => Role::Data,
             types::Role::Mask => Role::Mask,
         },
+        whole: port.whole,
         doc: port.doc,
     }
 }
 
-pub(super) fn description(description: types::Description) -> Description {
-    let kernel = |k: types::Kernel| Kernel {
+fn combine(combine: types::Combine) -> Combine {
+    match combine {
+        types::Combine::None => Combine::None,
+        types::Combine::Concatenate => Combine::Concatenate,
+        types::Combine::Tree(tree) => Combine::Tree(BlockTree {
+            block_rows: tree.block_rows,
+            partials: tree.partials,
+            merge: tree.merge,
+        }),
+    }
+}
+
+fn kernel(k: types::Kernel) -> Result<Kernel, String> {
+    let signature =
+        Signature::parse(&k.signature).map_err(|e| format!("kernel `{}`: {e}", k.name))?;
+    Ok(Kernel {
         name: k.name,
         doc: k.doc,
         inputs: k.inputs.into_iter().map(port).collect(),
@@ -166,14 +187,26 @@ pub(super) fn description(description: types::Description) -> Description {
                 doc: p.doc,
             })
             .collect(),
+        signature,
         split_axis: k.split_axis,
+        combine: combine(k.combine),
         streaming: k.streaming,
         in_place: k.in_place,
-    };
-    Description {
+    })
+}
+
+/// # Errors
+/// Which kernel's signature cannot be read, and why.
+pub(super) fn description(description: types::Description) -> Result<Description, String> {
+    Ok(Description {
         abi: description.abi,
         name: description.name,
         version: description.version,
-        kernels: description.kernels.into_iter().map(kernel).collect(),
-    }
+        kernels: description
+            .kernels
+            .into_iter()
+            .map(kernel)
+            .collect::<Result<_, _>>()?,
+        panic_record: description.panic_record,
+    })
 }

@@ -10,7 +10,6 @@
 //!
 //! The handler is set on the store, so nothing process-wide changes.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -52,10 +51,9 @@ impl Default for Faults {
 pub(super) const WINDOWS_MAX: usize = 64;
 
 impl Faults {
-    /// The window (index into the ranges of [`watch`]) in which wasm code last faulted.
-    pub(super) fn trapped_in(&self, windows: &[Range<usize>]) -> Option<usize> {
-        let address = self.address.load(Ordering::Acquire);
-        windows.iter().position(|w| w.contains(&address))
+    /// The address at which wasm code last faulted in a window that is watched; 0: nowhere.
+    pub(super) fn trapped_at(&self) -> usize {
+        self.address.load(Ordering::Acquire)
     }
 
     /// Whether there was a store that could not be made a trap: the guest is to end.

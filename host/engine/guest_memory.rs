@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! wasmtime ──new_memory──▶ Creator ──take──▶ GuestSpaces (strait-memory)
-//!          ◀──LinearMemory── Linear ──shares──▶ GuestMemory ◀── Instance (the invocation)
+//!          ◀──LinearMemory── Linear ──shares──▶ GuestMemory ◀── Regions (the invocation)
 //! ```
 //! wasmtime gives no access to a component's core memory. So [`collect`] notes which memory is
 //! made while an instance is made, and [`GuestMemory`] notes each growth: the window region is
@@ -10,9 +10,10 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
 
+use parking_lot::Mutex;
 use strait_memory::{GuestSpace, GuestSpaces};
 use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
 
@@ -43,16 +44,6 @@ pub(super) struct GuestMemory {
     growths: Mutex<Vec<Range<usize>>>,
 }
 
-/// A range that the guest named lies outside its memory or in a window.
-#[derive(Debug, thiserror::Error)]
-#[error("{bytes} bytes at guest address {address:#x} are not the guest's own memory (size {size:#x}{})", if *.window { ", a window lies there" } else { "" })]
-pub(super) struct NotOwn {
-    address: u64,
-    bytes: u64,
-    size: usize,
-    window: bool,
-}
-
 impl GuestMemory {
     /// The reservation, for moving windows into it.
     pub(super) fn space(&self) -> &Arc<GuestSpace> {
@@ -71,94 +62,7 @@ impl GuestMemory {
 
     /// The growths since the last call, as ranges of guest addresses.
     pub(super) fn take_growths(&self) -> Vec<Range<usize>> {
-        std::mem::take(&mut *self.growths.lock().unwrap_or_else(|e| e.into_inner()))
-    }
-
-    fn own(
-        &self,
-        address: u64,
-        bytes: u64,
-        windows: &[Range<usize>],
-    ) -> Result<Range<usize>, NotOwn> {
-        let refused = |window| NotOwn {
-            address,
-            bytes,
-            size: self.size(),
-            window,
-        };
-        let end = address
-            .checked_add(bytes)
-            .filter(|end| *end <= self.size() as u64);
-        let (Ok(start), Some(Ok(end))) = (usize::try_from(address), end.map(usize::try_from))
-        else {
-            return Err(refused(false));
-        };
-        if windows.iter().any(|w| start < w.end && w.start < end) {
-            return Err(refused(true));
-        }
-        Ok(start..end)
-    }
-
-    /// Copies `bytes` bytes at a guest address out. `windows` are the guest ranges that must not be touched.
-    ///
-    /// # Errors
-    /// [`NotOwn`] if the range is not all the guest's own memory.
-    pub(super) fn read(
-        &self,
-        address: u64,
-        bytes: u64,
-        windows: &[Range<usize>],
-    ) -> Result<Vec<u8>, NotOwn> {
-        let range = self.own(address, bytes, windows)?;
-        let mut out = vec![0; range.len()];
-        // SAFETY: `own` proved the range within `size`, all of which is mapped readable (the
-        // memory's own pages, or the anonymous cover of a former window). The guest does not run:
-        // the host is called on its thread. `out` is a fresh allocation of the same length.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                (self.base() + range.start) as *const u8,
-                out.as_mut_ptr(),
-                range.len(),
-            );
-        }
-        Ok(out)
-    }
-
-    /// Lets `fill` write `range` (guest addresses) before `run`.
-    ///
-    /// # Errors
-    /// [`NotOwn`] if the range is not all the guest's own memory.
-    pub(super) fn with_mut<R>(
-        &self,
-        range: Range<usize>,
-        windows: &[Range<usize>],
-        fill: impl FnOnce(&mut [u8]) -> R,
-    ) -> Result<R, NotOwn> {
-        let range = self.own(range.start as u64, range.len() as u64, windows)?;
-        // SAFETY: as in `read`; the pages are mapped read-write, and while the slice lives neither
-        // the guest nor another borrow of this memory runs: the invocation owns the instance.
-        let slice = unsafe {
-            std::slice::from_raw_parts_mut((self.base() + range.start) as *mut u8, range.len())
-        };
-        Ok(fill(slice))
-    }
-
-    /// Lets `take` read `range` (guest addresses) after `run`, without a copy.
-    ///
-    /// # Errors
-    /// [`NotOwn`] if the range is not all the guest's own memory.
-    pub(super) fn with<R>(
-        &self,
-        range: Range<usize>,
-        windows: &[Range<usize>],
-        take: impl FnOnce(&[u8]) -> R,
-    ) -> Result<R, NotOwn> {
-        let range = self.own(range.start as u64, range.len() as u64, windows)?;
-        // SAFETY: as in `with_mut`, for reading.
-        let slice = unsafe {
-            std::slice::from_raw_parts((self.base() + range.start) as *const u8, range.len())
-        };
-        Ok(take(slice))
+        std::mem::take(&mut *self.growths.lock())
     }
 }
 
@@ -237,11 +141,7 @@ unsafe impl LinearMemory for Linear {
             .make_accessible(old, new_size)
             .map_err(|e| wasmtime::Error::msg(e.to_string()))?;
         self.memory.size.store(new_size, Ordering::Relaxed);
-        self.memory
-            .growths
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .push(old..new_size);
+        self.memory.growths.lock().push(old..new_size);
         Ok(())
     }
 

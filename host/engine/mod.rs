@@ -2,11 +2,17 @@
 //!
 //! ```text
 //! Engine ──load──▶ Plugin (plain data)          Compiled (wasmtime), by sha-256
-//!    └──invoke(Request) ──▶ Outcome | InvokeError
-//!         store + instance → open → results from the pool → reserve, bind
-//!         → windows in → run → windows home → extents → header and footer
+//!    └──fill(Job, Supplies) ──▶ Filled | Failed         Runner: the same for the host, with its segments
+//!
+//!  invocation   Opened → Bound → Running → Finished ──▶ Filled
+//!   │    └ contract    the guest's functions, each answer checked ── abi, chunk
+//!   ├ instance         a guest that can be called ── limits, imports, ticker, fault
+//!   ├ placement        sizes to addresses, numbers only
+//!   ├ windows          pages of segments in the guest, and home
+//!   ├ results          memory for what comes out, made fit to be mapped
+//!   └ regions          which memory is the guest's own ── guest_memory
 //! ```
-//! The interface is plain data and segments; nothing of sessions, sockets or Flight. Only this
+//! The interface is plain data and segments; nothing of leases, sessions, sockets or Flight. Only this
 //! room knows wasmtime.
 
 mod abi;
@@ -15,37 +21,57 @@ mod abi;
     reason = "a compiled artifact is believed; see the module's doc"
 )]
 mod cache;
+mod chunk;
+mod contract;
 mod core_module;
+mod error;
 #[expect(unsafe_code, reason = "signal handler of a store")]
 mod fault;
 #[expect(unsafe_code, reason = "linear memories on our own reservations")]
 mod guest_memory;
-mod invoke;
+mod imports;
+mod instance;
+mod invocation;
+mod job;
 mod limits;
+mod panicked;
+mod placement;
+#[expect(unsafe_code, reason = "reads and writes of guest memory")]
+mod regions;
+mod results;
+mod runner;
 mod ticker;
 mod traps;
+mod windows;
 
+use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use strait_memory::{Budget, Copied, GuestSpaces, ParkingLot, ResultPool};
+use parking_lot::Mutex;
+use strait_memory::{Copied, GuestSpaces, Lot};
 use strait_tensor::TensorSpec;
-use wasmtime::component::{Component, HasSelf, Linker};
+use wasmtime::component::{Component, Linker};
 
 use crate::plugin::{Plugin, PluginError, PluginHash};
 
-pub use invoke::{Input, InvokeError, Outcome, Output, Request, Seconds, WindowPages};
+pub use error::{Cause, Failed, Limit, Refusal, Stage};
+pub use job::{
+    CancelToken, Done, Filled, FilledOutput, Input, Job, Means, Output, Report, Results, Seconds,
+    Supplies, Telling, WindowPages,
+};
 pub use limits::Limits;
+pub use panicked::Panic;
+pub use runner::{Runner, RunnerCounts};
 
 use abi::PluginPre;
 use guest_memory::{Creator, RESERVATION_BYTES};
 use limits::State;
 
 /// How the engine is set up. Sizes in bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EngineConfig {
     /// Tensors from this size on are moved into the guest, smaller ones copied.
     pub move_min_bytes: u64,
@@ -53,31 +79,8 @@ pub struct EngineConfig {
     pub epoch_interruption: bool,
     /// Where compiled plugins are kept; none: nowhere.
     pub cache: Option<PathBuf>,
-    /// Bytes that idle results of the pool may hold.
-    pub pool_idle_bytes_max: u64,
-    /// Idle parked mappings.
-    pub parked_mappings_max: u64,
-    /// Bytes that idle parked mappings may cover.
-    pub parked_bytes_max: u64,
     /// Idle reservations of guest memories (address space only).
     pub idle_guests_max: usize,
-}
-
-/// Ends an invocation from outside.
-#[derive(Clone, Debug, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
-
-impl CancelToken {
-    /// Asks the invocation to end; it does at its next check.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Release);
-    }
-
-    /// Whether [`CancelToken::cancel`] was called.
-    #[must_use]
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
 }
 
 /// Every place in the host where tensor bytes are copied for an invocation.
@@ -101,16 +104,22 @@ impl std::fmt::Debug for Compiled {
 }
 
 /// Why a plugin could not be loaded.
-#[derive(Debug, thiserror::Error)]
+#[derive(Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum LoadError {
     /// Not a component of this contract.
     #[error(
         "this file is not a strait plugin: {0}; a plugin is a wasm component that exports the world strait:kernel/plugin@0.1.0 and imports at most log-sink"
     )]
     NotAPlugin(String),
+    /// It needs a part of the contract that is not there.
+    #[error("the plugin imports {0}, which this host does not offer yet; build it without that")]
+    NotOffered(String),
+    /// There is no process that could load it.
+    #[error("the plugin could not be loaded: {0}")]
+    NoWorker(String),
     /// `describe` failed.
     #[error("the plugin's `describe` failed: {0}")]
-    Describe(InvokeError),
+    Describe(Failed),
     /// The description makes no sense.
     #[error(transparent)]
     Plugin(#[from] PluginError),
@@ -124,8 +133,7 @@ pub struct Engine {
     cache: cache::Cache,
     compiled: Mutex<HashMap<PluginHash, Arc<Compiled>>>,
     ticker: ticker::Ticker,
-    pool: Arc<ResultPool>,
-    lot: Arc<ParkingLot>,
+    lot: Arc<Lot>,
     copies: CopyPlaces,
     invocations: AtomicU64,
     running: AtomicU64,
@@ -140,11 +148,11 @@ impl std::fmt::Debug for Engine {
 }
 
 impl Engine {
-    /// An engine whose results are charged to `budget`.
+    /// An engine that keeps warm mappings of inputs in `lot`.
     ///
     /// # Errors
     /// wasmtime's, if this machine cannot run it.
-    pub fn new(config: EngineConfig, budget: &Arc<Budget>) -> Result<Self, String> {
+    pub fn new(config: EngineConfig, lot: Arc<Lot>) -> Result<Self, String> {
         let mut settings = wasmtime::Config::new();
         settings
             .with_host_memory(Arc::new(Creator {
@@ -161,17 +169,14 @@ impl Engine {
             // Not the same bit for bit on every CPU.
             .wasm_relaxed_simd(false);
         let wasmtime = wasmtime::Engine::new(&settings).map_err(|e| e.to_string())?;
-        let mut linker = Linker::new(&wasmtime);
-        abi::log_sink::add_to_linker::<State, HasSelf<State>>(&mut linker, |state| state)
-            .map_err(|e| e.to_string())?;
+        let linker = imports::linker(&wasmtime).map_err(|e| e.to_string())?;
         Ok(Self {
             ticker: ticker::Ticker::new(wasmtime.clone()),
             wasmtime,
             linker,
             cache: cache::Cache::open(config.cache.as_deref()),
             compiled: Mutex::default(),
-            pool: ResultPool::new(Arc::clone(budget), config.pool_idle_bytes_max),
-            lot: ParkingLot::new(config.parked_mappings_max, config.parked_bytes_max),
+            lot,
             config,
             copies: CopyPlaces::default(),
             invocations: AtomicU64::new(0),
@@ -188,12 +193,9 @@ impl Engine {
         let bytes = core_module::component(bytes)?;
         let hash = Plugin::hash(&bytes);
         let compiled = self.compile(&hash, &bytes)?;
-        let description = invoke::describe(self, &compiled).map_err(LoadError::Describe)?;
+        let description = instance::describe(self, &compiled).map_err(LoadError::Describe)?;
         let plugin = Plugin::new(bytes, description)?;
-        self.compiled
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .insert(hash, compiled);
+        self.compiled.lock().insert(hash, compiled);
         Ok(plugin)
     }
 
@@ -203,6 +205,7 @@ impl Engine {
             .cache
             .component(&self.wasmtime, hash, bytes)
             .map_err(refused)?;
+        imports::check(&self.wasmtime, &component)?;
         let pre = self.linker.instantiate_pre(&component).map_err(refused)?;
         let pre = PluginPre::new(pre).map_err(refused)?;
         let traps = Arc::new(traps::TrapSites::of(&component));
@@ -210,7 +213,7 @@ impl Engine {
     }
 
     fn compiled(&self, plugin: &Plugin) -> Result<Arc<Compiled>, LoadError> {
-        let compiled = self.compiled.lock().unwrap_or_else(|e| e.into_inner());
+        let compiled = self.compiled.lock();
         if let Some(compiled) = compiled.get(&plugin.hash) {
             return Ok(Arc::clone(compiled));
         }
@@ -221,33 +224,27 @@ impl Engine {
     /// Runs one kernel on the calling thread.
     ///
     /// # Errors
-    /// [`InvokeError`]; nothing of the invocation is left then.
-    pub fn invoke(&self, request: Request) -> Result<Outcome, InvokeError> {
+    /// [`Failed`]; nothing of the invocation is left then, its pages hold anything.
+    pub fn fill(&self, job: &Job, supplies: &Supplies) -> Result<Filled, Failed> {
         self.invocations.fetch_add(1, Ordering::Relaxed);
         self.running.fetch_add(1, Ordering::Relaxed);
-        let outcome = invoke::invoke(self, request);
+        let done = invocation::invoke(self, job, supplies);
         self.running.fetch_sub(1, Ordering::Relaxed);
-        outcome
+        done.map_err(|broken| broken.of(&job.kernel.kernel().name))
     }
 
     /// The outputs that an invocation would have, by `open` alone.
     ///
     /// # Errors
-    /// [`InvokeError`].
-    pub fn open_only(&self, request: Request) -> Result<Vec<(String, TensorSpec)>, InvokeError> {
-        invoke::open_only(self, &request)
-    }
-
-    /// The results' pool.
-    #[must_use]
-    pub fn pool(&self) -> &Arc<ResultPool> {
-        &self.pool
-    }
-
-    /// The warm mappings of live segments.
-    #[must_use]
-    pub fn lot(&self) -> &Arc<ParkingLot> {
-        &self.lot
+    /// [`Failed`].
+    pub fn specs(
+        &self,
+        job: &Job,
+        supplies: &Supplies,
+    ) -> Result<Vec<(String, TensorSpec)>, Failed> {
+        invocation::Opened::open(self, job, supplies)
+            .map(invocation::Opened::into_outputs)
+            .map_err(|broken| broken.of(&job.kernel.kernel().name))
     }
 
     /// Where invocations copied.
@@ -256,29 +253,12 @@ impl Engine {
         &self.copies
     }
 
-    /// See [`EngineConfig::move_min_bytes`].
-    #[must_use]
-    pub fn move_min_bytes(&self) -> u64 {
-        self.config.move_min_bytes
-    }
-
     /// Invocations since the start, and those that run now.
     #[must_use]
-    pub fn counts(&self) -> (u64, u64) {
+    pub fn invocations(&self) -> (u64, u64) {
         (
             self.invocations.load(Ordering::Relaxed),
             self.running.load(Ordering::Relaxed),
         )
     }
-}
-
-/// Limits under which a plugin's `describe` runs when it is loaded.
-fn describe_limits() -> (Limits, Instant) {
-    let limits = Limits {
-        guest_bytes: 64 << 20,
-        window_bytes: 0,
-        result_bytes: 0,
-        log_bytes: 16 << 10,
-    };
-    (limits, Instant::now() + Duration::from_secs(5))
 }

@@ -1,8 +1,10 @@
 //! The clock behind deadlines and cancels: advances wasmtime's epoch while anything runs.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use parking_lot::{Condvar, Mutex, MutexGuard};
 
 /// Time between two checks inside a running kernel.
 const TICK: Duration = Duration::from_millis(2);
@@ -28,8 +30,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing under this lock panics.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 
@@ -51,18 +52,11 @@ fn tick(shared: &Shared, engine: &wasmtime::Engine) {
         idle_ticks = if state.running > 0 { 0 } else { idle_ticks + 1 };
         state.asleep = idle_ticks > LINGER_TICKS;
         if state.asleep {
-            state = shared
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
+            shared.changed.wait(&mut state);
             idle_ticks = 0;
         } else {
             // Only an end or a first invocation after a sleep is told, so this is one tick.
-            state = shared
-                .changed
-                .wait_timeout(state, TICK)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            shared.changed.wait_for(&mut state, TICK);
             engine.increment_epoch();
         }
     }

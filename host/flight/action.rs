@@ -7,13 +7,12 @@ use arrow_flight::{
 use bytes::Bytes;
 use prost::Message;
 use serde::de::DeserializeOwned;
-use strait_client::wire;
+use strait_protocol as wire;
 
 use super::call::Call;
 use super::info::{self, Wanted, bad_request, segment_id};
-use crate::error::{Code, Status};
-use crate::lease::Principal;
-use crate::session::Host;
+use crate::error::{Code, Reason, Status};
+use crate::session::{Caller, Host};
 
 /// Name and what ListActions says of it.
 const ACTIONS: [(&str, &str); 7] = [
@@ -31,16 +30,16 @@ const ACTIONS: [(&str, &str); 7] = [
     ),
     (
         "drop",
-        "Body: a flight's name. Takes the name away; the memory goes when nobody holds it any more.",
+        "Body: a flight's name. Removes the name; the memory is freed once nobody holds it.",
     ),
     ("stats", "Body: nothing. Result: the host's counts in JSON."),
     (
         CANCEL,
-        "Body: CancelFlightInfoRequest. Lets go of the unpublished results among the endpoints. Result: CancelFlightInfoResult.",
+        "Body: CancelFlightInfoRequest. Releases the unpublished results among the endpoints. Result: CancelFlightInfoResult.",
     ),
     (
         RENEW,
-        "Body: RenewFlightEndpointRequest. Gives an unpublished result a new life. Result: the FlightEndpoint.",
+        "Body: RenewFlightEndpointRequest. Extends the life of an unpublished result. Result: the FlightEndpoint.",
     ),
 ];
 const CANCEL: &str = "CancelFlightInfo";
@@ -59,7 +58,7 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 /// `UNSUPPORTED_OP` for an unknown one, `BAD_REQUEST` for a body that does not fit, and what the
 /// action itself says.
 pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<ActionResult>, Status> {
-    let (principal, body) = (call.principal, &action.body);
+    let (caller, body) = (&call.caller, &action.body);
     if !matches!(action.r#type.as_str(), "kernels" | "describe") {
         call.local_only("this action")?;
     }
@@ -71,28 +70,26 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             one(info::json(&wire::Kernel::from(&found))?)
         }
         "mapping" => {
-            let segment = host.lookup(principal, text("mapping", body)?)?;
+            let segment = caller.lookup(text("mapping", body)?)?;
             one(info::mapping(host, &segment)?)
         }
-        "drop" => host
-            .drop_flight(principal, text("drop", body)?)
-            .map(|()| Vec::new()),
-        "stats" => one(info::json(&host.stats(Some((NO_SESSION, principal))))?),
+        "drop" => caller.drop_flight(text("drop", body)?).map(|()| Vec::new()),
+        "stats" => one(info::json(&host.stats(Some((NO_SESSION, caller))))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
                 .map_err(|e| not_the_message(CANCEL, &e))?;
-            let status = cancel(host, principal, &request.info.unwrap_or_default())?;
+            let status = cancel(caller, &request.info.unwrap_or_default())?;
             one(CancelFlightInfoResult::new(status).encode_to_vec().into())
         }
         RENEW => {
             let request = RenewFlightEndpointRequest::decode(body.clone())
                 .map_err(|e| not_the_message(RENEW, &e))?;
-            let endpoint = info::renewed(host, principal, &request.endpoint.unwrap_or_default())?;
+            let endpoint = info::renewed(caller, &request.endpoint.unwrap_or_default())?;
             one(endpoint.encode_to_vec().into())
         }
         other => Err(Status::new(
             Code::Unimplemented,
-            "UNSUPPORTED_OP",
+            Reason::UnsupportedOp,
             format!(
                 "there is no action {other:.100?}; there are {}",
                 ACTIONS.map(|(name, _)| name).join(", ")
@@ -117,8 +114,11 @@ fn json_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Stat
     if body.is_empty() {
         return Ok(T::default());
     }
-    serde_json::from_slice(body)
-        .map_err(|error| bad_request(format!("the action's body is not its JSON: {error}")))
+    serde_json::from_slice(body).map_err(|error| {
+        bad_request(format!(
+            "the action's body is not the JSON that it takes: {error}"
+        ))
+    })
 }
 
 fn not_the_message(action: &str, error: &prost::DecodeError) -> Status {
@@ -128,32 +128,15 @@ fn not_the_message(action: &str, error: &prost::DecodeError) -> Status {
 }
 
 fn kernels(host: &Host, request: &wire::Kernels) -> Result<Vec<ActionResult>, Status> {
-    let qualified = |kernel: &wire::Kernel| format!("{}/{}", kernel.plugin, kernel.name);
-    let after = request
-        .after
-        .as_deref()
-        .map(|after| after.split_once('/').unwrap_or((after, "")));
-    let found = host.plugins().kernels();
-    found
-        .iter()
-        .map(wire::Kernel::from)
-        .filter(|k| {
-            request
-                .kernel
-                .as_ref()
-                .is_none_or(|name| k.name == *name || qualified(k) == *name)
-        })
-        .filter(|k| after.is_none_or(|after| (k.plugin.as_str(), k.name.as_str()) > after))
-        .map(|kernel| {
-            Ok(ActionResult {
-                body: info::json(&kernel)?,
-            })
-        })
-        .collect()
+    let result = |kernel| {
+        let body = info::json(&kernel)?;
+        Ok(ActionResult { body })
+    };
+    host.kernels(request).map(result).collect()
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.
-fn cancel(host: &Host, principal: Principal, flight: &FlightInfo) -> Result<CancelStatus, Status> {
+fn cancel(caller: &Caller, flight: &FlightInfo) -> Result<CancelStatus, Status> {
     let mut cancelled = 0;
     for ticket in flight
         .endpoint
@@ -161,7 +144,7 @@ fn cancel(host: &Host, principal: Principal, flight: &FlightInfo) -> Result<Canc
         .filter_map(|endpoint| endpoint.ticket.as_ref())
     {
         if let Wanted::Segment { segment } = Wanted::of(ticket)?
-            && host.forget_undelivered(principal, segment_id(&segment)?)
+            && caller.forget_undelivered(segment_id(&segment)?)
         {
             cancelled += 1;
         }

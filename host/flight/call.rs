@@ -8,9 +8,8 @@ use tonic::{Request, Response};
 
 use super::Peer;
 use super::connection::{State, Working};
-use crate::error::{Code, Status};
-use crate::lease::Principal;
-use crate::session::Host;
+use crate::error::{Code, Reason, Status};
+use crate::session::{Caller, Host};
 
 /// Header of requests and responses: the request id.
 pub(super) const REQUEST_ID: &str = "x-request-id";
@@ -27,7 +26,7 @@ const BACKTRACE_BYTES_MAX: usize = 2048;
 /// A call that was let in.
 #[derive(Clone, Debug)]
 pub(super) struct Call {
-    pub(super) principal: Principal,
+    pub(super) caller: Caller,
     /// Over TCP: whoever asks cannot map, and has not shown who it is.
     pub(super) remote: bool,
     pub(super) request_id: Arc<str>,
@@ -42,10 +41,9 @@ impl Call {
     /// Lets a request in. Its id is the header's, or a new one.
     ///
     /// # Errors
-    /// `BAD_REQUEST` for an id that is none; `PERMISSION_DENIED` for a peer that nobody is.
+    /// `BAD_REQUEST` for an id that is none; `PRINCIPAL` for a peer whom the host did not let in.
     pub(super) fn begin(
-        host: &Host,
-        overflow_uid: u32,
+        host: &Arc<Host>,
         name: &'static str,
         peer: Option<&Peer>,
         id: Option<&HeaderValue>,
@@ -61,11 +59,11 @@ impl Call {
                 return Err(to_tonic(&status, &fresh));
             }
         };
-        let uid = peer.and_then(|peer| peer.uid);
-        let span = span(name, &request_id, uid);
-        match uid {
-            Some(uid) if uid != overflow_uid => Ok(Self {
-                principal: Principal { uid },
+        let caller = peer.map_or_else(|| host.caller(None), |peer| peer.caller.clone());
+        let span = span(name, &request_id, caller.as_ref().ok());
+        match caller {
+            Ok(caller) => Ok(Self {
+                caller,
                 remote: peer.is_none_or(|peer| peer.remote),
                 request_id,
                 span,
@@ -73,16 +71,7 @@ impl Call {
                 connection: peer.and_then(|peer| peer.connection.clone()),
                 is_id_given: id.is_some(),
             }),
-            _ => {
-                let status = Status::new(
-                    Code::PermissionDenied,
-                    "PRINCIPAL",
-                    format!(
-                        "this connection's process has no user that the host can name (uid {}); \
-                         connect from within the host's user namespace",
-                        uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string())
-                    ),
-                );
+            Err(status) => {
                 span.in_scope(|| tracing::warn!("refused: no principal"));
                 Err(to_tonic(&status, &request_id))
             }
@@ -109,7 +98,7 @@ impl Call {
         let request_id = host
             .request_id(Some(id))
             .map_err(|status| self.failed(&status))?;
-        let span = span(self.name, &request_id, Some(self.principal.uid));
+        let span = span(self.name, &request_id, Some(&self.caller));
         Ok(Self {
             request_id,
             span,
@@ -133,7 +122,11 @@ impl Call {
         let message = format!(
             "{what} over TCP comes with tokens and TLS in a later version; connect to the unix socket"
         );
-        Err(Status::new(Code::Unimplemented, "UNSUPPORTED_OP", message))
+        Err(Status::new(
+            Code::Unimplemented,
+            Reason::UnsupportedOp,
+            message,
+        ))
     }
 
     /// The end of the call.
@@ -153,7 +146,7 @@ impl Call {
         self.span.in_scope(|| {
             tracing::warn!(
                 code = status.code.name(),
-                reason = status.reason,
+                reason = status.reason.name(),
                 message = status.message,
                 backtrace = status.backtrace,
                 "call failed"
@@ -163,8 +156,9 @@ impl Call {
     }
 }
 
-fn span(name: &'static str, request_id: &str, uid: Option<u32>) -> tracing::Span {
-    tracing::info_span!("flight", call = name, request_id, uid)
+fn span(name: &'static str, request_id: &str, caller: Option<&Caller>) -> tracing::Span {
+    let principal = caller.map(|caller| tracing::field::display(caller.principal()));
+    tracing::info_span!("flight", call = name, request_id, principal)
 }
 
 fn insert(metadata: &mut MetadataMap, key: &'static str, value: &str) {
@@ -191,34 +185,35 @@ fn grpc_code(code: Code) -> tonic::Code {
     }
 }
 
-/// At most `bytes` of `text`, whole characters.
-fn cut(text: &str, bytes: usize) -> &str {
-    let end = (0..=bytes.min(text.len()))
-        .rev()
-        .find(|at| text.is_char_boundary(*at));
-    &text[..end.unwrap_or(0)]
-}
-
 /// The status as gRPC has it; its details are JSON.
 fn to_tonic(status: &Status, request_id: &str) -> tonic::Status {
     let mut details = serde_json::json!({
         "code": status.code.name(),
-        "reason": status.reason,
+        "reason": status.reason.name(),
         "request_id": request_id,
         "details": status.details,
     });
     if let Some(backtrace) = &status.backtrace {
-        details["backtrace"] = cut(backtrace, BACKTRACE_BYTES_MAX).into();
+        details["backtrace"] =
+            backtrace[..backtrace.floor_char_boundary(BACKTRACE_BYTES_MAX)].into();
     }
     let mut json = details.to_string();
+    if json.len() > DETAILS_BYTES_MAX
+        && let Some(of_error) = details["details"].as_object_mut()
+    {
+        // The longest one; the data socket has it.
+        of_error.remove("diagnostic");
+        json = details.to_string();
+    }
     if json.len() > DETAILS_BYTES_MAX {
         details["details"] = serde_json::json!({});
         json = details.to_string();
     }
     let mut metadata = MetadataMap::new();
     insert(&mut metadata, REQUEST_ID, request_id);
-    insert(&mut metadata, REASON, status.reason);
-    let message = cut(&status.message, MESSAGE_BYTES_MAX);
+    insert(&mut metadata, REASON, status.reason.name());
+    let end = status.message.floor_char_boundary(MESSAGE_BYTES_MAX);
+    let message = &status.message[..end];
     tonic::Status::with_details_and_metadata(grpc_code(status.code), message, json.into(), metadata)
 }
 
@@ -229,7 +224,7 @@ mod tests {
     #[test]
     fn an_error_keeps_its_words_and_fits_the_trailers() {
         let mut status =
-            Status::new(Code::Internal, "GUEST_TRAP", "ü".repeat(5000)).with("during", "run");
+            Status::new(Code::Internal, Reason::GuestTrap, "ü".repeat(5000)).with("during", "run");
         status.backtrace = Some("0: frame\n".repeat(2000));
         let sent = to_tonic(&status, "id-1");
         assert_eq!(sent.code(), tonic::Code::Internal);
@@ -256,7 +251,17 @@ mod tests {
             sent.details().len()
         );
 
-        let huge = Status::new(Code::NotFound, "X", "m").with("name", "n".repeat(9000));
+        // A diagnostic that does not fit takes nothing else with it.
+        let mut failed =
+            Status::new(Code::Internal, Reason::KernelFailed, "m").with("during", "run");
+        let diagnostic = "A".repeat(5464).into();
+        failed.details.insert("diagnostic".to_owned(), diagnostic);
+        let sent = to_tonic(&failed, "id");
+        let details: serde_json::Value = serde_json::from_slice(sent.details()).expect("JSON");
+        assert_eq!(details["details"], serde_json::json!({"during": "run"}));
+
+        let huge =
+            Status::new(Code::NotFound, Reason::FlightNotFound, "m").with("name", "n".repeat(9000));
         assert!(to_tonic(&huge, "id").details().len() < 200);
     }
 
@@ -268,13 +273,14 @@ mod tests {
         let host = Host::start(config, directory.path()).expect("a host");
         let from = |uid| {
             let peer = Peer {
-                uid,
+                caller: host.caller(uid),
                 remote: false,
                 connection: None,
             };
-            Call::begin(&host, 65534, "DoGet", Some(&peer), None).map(|call| call.principal)
+            Call::begin(&host, "DoGet", Some(&peer), None)
+                .map(|call| call.caller.principal().to_string())
         };
-        assert_eq!(from(Some(7)).expect("a user"), Principal { uid: 7 });
+        assert_eq!(from(Some(7)).expect("a user"), "uid:7");
         for nobody in [Some(65534), None] {
             let status = from(nobody).expect_err("nobody");
             assert_eq!(status.code(), tonic::Code::PermissionDenied);

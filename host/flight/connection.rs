@@ -8,10 +8,12 @@ use std::future::Future;
 use std::io;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
+use strait_memory::Charge;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 use tonic::transport::server::Connected;
@@ -41,7 +43,7 @@ struct Times {
 /// What is known of a connection while it lives.
 #[derive(Debug)]
 pub(super) struct State {
-    // A std mutex: held for a few loads and stores.
+    // Held for a few loads and stores.
     times: Mutex<Times>,
     working: AtomicUsize,
 }
@@ -62,7 +64,7 @@ impl State {
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
-        self.times.lock().unwrap_or_else(PoisonError::into_inner)
+        self.times.lock()
     }
 
     /// The host does something for a call of this connection until the guard drops.
@@ -104,16 +106,17 @@ impl Connections {
     }
 
     fn states(&self) -> MutexGuard<'_, Vec<Weak<State>>> {
-        self.states.lock().unwrap_or_else(PoisonError::into_inner)
+        self.states.lock()
     }
 
-    pub(super) fn add<S>(&self, stream: S, peer: Peer) -> Connection<S> {
+    pub(super) fn add<S>(&self, stream: S, peer: Peer, place: Option<Charge>) -> Connection<S> {
         let state = Arc::new(State::new());
         self.states().push(Arc::downgrade(&state));
         Connection {
             stream,
             repair: AuthorityRepair::default(),
             draining: Arc::clone(&self.draining),
+            _place: place,
             farewell: None,
             peer: Peer {
                 connection: Some(Arc::clone(&state)),
@@ -144,7 +147,7 @@ impl Connections {
             let why = if for_long(times.begun, self.request_time) {
                 "it did not finish what it began to send (setting server.request_ms)"
             } else if for_long(times.blocked, self.stall) {
-                "it took nothing of what was sent (setting server.stall_ms)"
+                "it read nothing of what was sent (setting server.stall_ms)"
             } else if draining
                 && state.working.load(Ordering::Relaxed) == 0
                 && for_long(Some(times.moved), SILENCE_AT_THE_END)
@@ -176,6 +179,8 @@ pub(super) struct Connection<S> {
     farewell: Option<Pin<Box<Sleep>>>,
     peer: Peer,
     state: Arc<State>,
+    /// Its place among the connections of its principal.
+    _place: Option<Charge>,
 }
 
 impl<S> Connection<S> {

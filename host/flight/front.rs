@@ -11,7 +11,7 @@
 
 use std::convert::Infallible;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -26,8 +26,9 @@ use tonic::codegen::{BoxFuture, http};
 use super::Peer;
 use super::call::{Call, REASON, REQUEST_ID};
 use super::info::bad_request;
+use super::refused::{Refused, foreign};
 use super::service::Service;
-use crate::error::{Code, Status};
+use crate::error::{Code, Reason, Status};
 use crate::session::Host;
 
 /// Longest request of a call that is no upload.
@@ -57,20 +58,11 @@ const CALLS: [&str; 11] = [
 pub(super) struct Front {
     flight: FlightServiceServer<Service>,
     host: Arc<Host>,
-    overflow_uid: u32,
 }
 
 impl Front {
-    pub(super) fn new(
-        flight: FlightServiceServer<Service>,
-        host: Arc<Host>,
-        overflow_uid: u32,
-    ) -> Self {
-        Self {
-            flight,
-            host,
-            overflow_uid,
-        }
+    pub(super) fn new(flight: FlightServiceServer<Service>, host: Arc<Host>) -> Self {
+        Self { flight, host }
     }
 }
 
@@ -92,7 +84,7 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
             .unwrap_or(unknown);
         let peer = request.extensions().get::<Peer>();
         let id = request.headers().get(REQUEST_ID);
-        let call = match Call::begin(&self.host, self.overflow_uid, name, peer, id) {
+        let call = match Call::begin(&self.host, name, peer, id) {
             Ok(call) => call,
             Err(status) => return Box::pin(std::future::ready(Ok(status.into_http()))),
         };
@@ -116,50 +108,6 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
             let status = refused.take().unwrap_or_else(|| foreign(name, &status));
             Ok(call.failed(&status).into_http())
         })
-    }
-}
-
-/// An error of tonic's own.
-fn foreign(name: &str, status: &tonic::Status) -> Status {
-    match status.code() {
-        tonic::Code::Unimplemented => Status::new(
-            Code::Unimplemented,
-            "UNSUPPORTED_OP",
-            match status.message() {
-                "" => "there is no such call; Flight's are there".to_owned(),
-                message => format!("{message}; send it uncompressed"),
-            },
-        ),
-        tonic::Code::Internal => malformed(name, status),
-        _ => Status::new(Code::Cancelled, "CANCELLED", status.message()),
-    }
-}
-
-/// A message that cannot be decoded.
-pub(super) fn malformed(name: &str, status: &tonic::Status) -> Status {
-    bad_request(format!(
-        "the request is not the message that {name} takes: {}; \
-         names, paths and the kinds of actions are text in UTF-8",
-        status.message()
-    ))
-}
-
-/// Why a body was cut short, for whoever finds that it was.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Refused(Arc<Mutex<Option<Status>>>);
-
-impl Refused {
-    pub(super) fn of<T>(request: &tonic::Request<T>) -> Self {
-        let found = request.extensions().get::<Self>();
-        found.cloned().unwrap_or_default()
-    }
-
-    pub(super) fn take(&self) -> Option<Status> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    fn set(&self, status: Status) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(status);
     }
 }
 
@@ -269,7 +217,7 @@ impl Arriving {
         };
         Status::new(
             Code::DeadlineExceeded,
-            "DEADLINE",
+            Reason::Deadline,
             format!(
                 "{what} {} ms (setting {setting}); send it again without such a pause",
                 self.patience.as_millis()

@@ -4,34 +4,29 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arrow_flight::flight_descriptor::DescriptorType;
-use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, IpcMessage, SchemaAsIpc, Ticket};
-use arrow_ipc::writer::IpcWriteOptions;
+use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket};
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
-use strait_client::wire;
-use strait_memory::Copied;
-use strait_tensor::TensorSpec;
+use strait_memory::{Copied, InputSource};
+use strait_protocol as wire;
+use strait_tensor::{SchemaMessage, TensorSpec};
 
-use crate::error::{Code, Status};
+use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SegmentId};
-use crate::session::{Host, Invoked};
+use crate::session::{Caller, Host, Invoked};
 
-/// Where the first message of a segment begins.
-const FIRST_MESSAGE: usize = 8;
 /// Longer JSON is not parsed on a thread of the runtime.
 const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
-/// No schema of a segment that the host laid out comes near this.
-const SCHEMA_BYTES_MAX: u64 = 2 << 20;
 
 pub(super) fn bad_request(message: impl Into<String>) -> Status {
-    Status::new(Code::InvalidArgument, "BAD_REQUEST", message)
+    Status::new(Code::InvalidArgument, Reason::BadRequest, message)
 }
 
 /// A failure of ours that arrow reports.
 pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
     Status::new(
         Code::Internal,
-        "HOST",
+        Reason::Host,
         format!("{doing}: {error}; this is a bug of strait"),
     )
 }
@@ -74,7 +69,7 @@ impl Target {
             .map(|invoke| Self::Invoke(Box::new(invoke)))
             .map_err(|error| {
                 bad_request(format!(
-                    "the descriptor's cmd is no invocation in JSON ({error}); \
+                    "the descriptor's cmd is not an invocation in JSON ({error}); \
                      it looks like {{\"kernel\": \"zscore\", \"inputs\": {{\"x\": \"name\"}}, \"parameters\": {{\"axis\": 0}}}}"
                 ))
             })
@@ -110,7 +105,7 @@ impl Wanted {
     pub(super) fn of(ticket: &Ticket) -> Result<Self, Status> {
         let text = std::str::from_utf8(&ticket.ticket).map_err(|error| {
             bad_request(format!(
-                "the ticket is no text ({error}); it is a flight's name or comes from a FlightInfo"
+                "the ticket is not text ({error}); give a flight's name, or a ticket from a FlightInfo"
             ))
         })?;
         if !text.starts_with('{') {
@@ -137,52 +132,27 @@ pub(super) fn segment_id(text: &str) -> Result<SegmentId, Status> {
     text.parse().map_err(|error: String| bad_request(error))
 }
 
-/// A schema as an encapsulated IPC message.
 fn schema_bytes<'a>(
     tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
 ) -> Result<Bytes, Status> {
-    let schema = strait_tensor::schema(tensors)?;
-    let message: IpcMessage = SchemaAsIpc::new(&schema, &IpcWriteOptions::default())
-        .try_into()
-        .map_err(|error| host_bug("writing a schema", error))?;
-    Ok(message.0)
+    Ok(SchemaMessage::of(tensors)?.bytes.into())
 }
 
-/// A segment's schema as an encapsulated IPC message: as it was put, with its metadata.
+/// A segment's schema: as it was put, with its metadata.
 ///
 /// # Errors
 /// `BAD_TENSOR` for an adopted segment with a tensor that Arrow has no type for.
-pub(super) fn segment_schema_bytes(segment: &LiveSegment) -> Result<Bytes, Status> {
-    if let Some(message) = own_schema(segment)? {
-        return Ok(message);
-    }
-    let tensors = segment.tensors().iter();
-    schema_bytes(tensors.map(|tensor| (tensor.name.as_str(), &tensor.spec)))
-}
-
-/// The schema in the segment's own Arrow file, if it is one (an adopted segment need not be).
-fn own_schema(segment: &LiveSegment) -> Result<Option<Bytes>, Status> {
+pub(super) fn segment_schema(segment: &LiveSegment) -> Result<SchemaMessage, Status> {
     // The host's own header, which is no tensor's bytes: not counted.
     let uncounted = Copied::new();
-    let first_tensor = segment.tensors().iter().map(|tensor| tensor.offset).min();
-    let room = first_tensor.unwrap_or(0).min(SCHEMA_BYTES_MAX);
-    let mut start = [0; FIRST_MESSAGE + 8];
-    if room < start.len() as u64 {
-        return Ok(None);
+    let read = |offset, bytes: &mut [u8]| segment.read_at(offset, bytes, &uncounted);
+    // An adopted segment need not be an Arrow file.
+    if let Some(own) = SchemaMessage::in_file(segment.tensors(), read)? {
+        return Ok(own);
     }
-    segment.read_at(0, &mut start, &uncounted)?;
-    let length = start
-        .last_chunk()
-        .and_then(strait_tensor::message_bytes)
-        .map(|length| start.len() as u64 + u64::from(length));
-    let Some(length) = length.filter(|length| *length <= room) else {
-        return Ok(None);
-    };
-    let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
-    segment.read_at(0, &mut header, &uncounted)?;
-    let found = strait_tensor::schema_message(&header, segment.tensors()).map(<[u8]>::len);
-    let message = Bytes::from(header);
-    Ok(found.map(|bytes| message.slice(FIRST_MESSAGE..FIRST_MESSAGE + bytes)))
+    let tensors = segment.tensors().iter();
+    let tensors = tensors.map(|tensor| (tensor.name.as_str(), &tensor.spec));
+    Ok(SchemaMessage::of(tensors)?)
 }
 
 /// What `GetSchema` answers for an invocation: all outputs as columns.
@@ -235,7 +205,9 @@ pub(super) fn flight(host: &Host, name: &str, segment: &LiveSegment) -> Result<F
     let tensors = segment.tensors();
     Ok(FlightInfo {
         // An adopted segment may hold what Arrow cannot say; its mapping does.
-        schema: segment_schema_bytes(segment).unwrap_or_default(),
+        schema: segment_schema(segment)
+            .map(|schema| schema.bytes.into())
+            .unwrap_or_default(),
         flight_descriptor: Some(FlightDescriptor::new_path(vec![name.to_owned()])),
         endpoint: vec![endpoint(
             host,
@@ -312,10 +284,9 @@ pub(super) fn results(
 /// A new life for a result's endpoint.
 ///
 /// # Errors
-/// `BAD_REQUEST` without a ticket; `SEGMENT_NOT_FOUND`, `TENSOR_NOT_FOUND`.
+/// `BAD_REQUEST` without a ticket; `SEGMENT_NOT_FOUND`, `FLIGHT_NOT_FOUND`.
 pub(super) fn renewed(
-    host: &Host,
-    principal: crate::lease::Principal,
+    caller: &Caller,
     endpoint_given: &FlightEndpoint,
 ) -> Result<FlightEndpoint, Status> {
     let ticket = endpoint_given
@@ -324,12 +295,12 @@ pub(super) fn renewed(
         .ok_or_else(|| bad_request("an endpoint without a ticket"))?;
     let wanted = Wanted::of(ticket)?;
     let (segment, life): (Arc<LiveSegment>, _) = match &wanted {
-        Wanted::Name { name } => (host.lookup(principal, name)?, None),
+        Wanted::Name { name } => (caller.lookup(name)?, None),
         Wanted::Segment { segment } => {
-            let segment = host.undelivered(principal, segment_id(segment)?)?;
-            let life = host.keep_undelivered(&segment);
+            let segment = caller.undelivered(segment_id(segment)?)?;
+            let life = caller.host().keep_undelivered(&segment);
             (segment, Some(life))
         }
     };
-    endpoint(host, &segment, &wanted, life)
+    endpoint(caller.host(), &segment, &wanted, life)
 }

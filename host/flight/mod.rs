@@ -17,6 +17,7 @@ mod connection;
 mod front;
 mod info;
 mod read;
+mod refused;
 mod service;
 mod upload;
 
@@ -28,11 +29,13 @@ use std::time::{Duration, Instant};
 
 use arrow_flight::flight_service_server::FlightServiceServer;
 use futures::stream;
+use strait_memory::Charge;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tonic::transport::Server;
 
-use crate::session::Host;
+use crate::error::Status;
+use crate::session::{Caller, Host};
 use connection::{Connections, State};
 use front::Front;
 use service::Service;
@@ -55,27 +58,16 @@ const SWEEP_EACH: Duration = Duration::from_millis(250);
 /// Why Flight is not (or no longer) served.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// `/proc` does not say which uid stands for users that it cannot name.
-    #[error("cannot read {OVERFLOW_UID}: {0}; is /proc mounted?")]
-    OverflowUid(std::io::Error),
     /// The gRPC server ended.
     #[error("the Flight server ended: {0}")]
     Transport(#[from] tonic::transport::Error),
 }
 
-/// The uid that stands for every user outside our user namespace.
-const OVERFLOW_UID: &str = "/proc/sys/kernel/overflowuid";
-
-fn overflow_uid() -> std::io::Result<u32> {
-    let text = std::fs::read_to_string(OVERFLOW_UID)?;
-    text.trim().parse().map_err(std::io::Error::other)
-}
-
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
 struct Peer {
-    /// None: Linux did not say.
-    uid: Option<u32>,
+    /// Or why the host did not let it in: each of its calls is told.
+    caller: Result<Caller, Status>,
     /// Over TCP: served as the host's own user, with less.
     remote: bool,
     /// None: in a test.
@@ -87,19 +79,22 @@ trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
     /// The next connection, ready to be used, and who that is.
-    fn next(&self) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
+    fn next(
+        &self,
+        host: &Arc<Host>,
+    ) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
 }
 
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn next(&self) -> io::Result<(UnixStream, Peer)> {
+    async fn next(&self, host: &Arc<Host>) -> io::Result<(UnixStream, Peer)> {
         let (stream, _) = self.accept().await?;
         // Best effort: with a short buffer two processes wake each other all the time.
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
         let uid = stream.peer_cred().ok();
         let peer = Peer {
-            uid: uid.map(|credentials| credentials.uid()),
+            caller: host.caller(uid.map(|credentials| credentials.uid())),
             remote: false,
             connection: None,
         };
@@ -110,12 +105,12 @@ impl Listener for UnixListener {
 impl Listener for TcpListener {
     type Stream = TcpStream;
 
-    async fn next(&self) -> io::Result<(TcpStream, Peer)> {
+    async fn next(&self, host: &Arc<Host>) -> io::Result<(TcpStream, Peer)> {
         let (stream, _) = self.accept().await?;
         // Best effort: without it the end of a message may wait for an acknowledgement.
         let _ = stream.set_nodelay(true);
         let peer = Peer {
-            uid: Some(rustix::process::geteuid().as_raw()),
+            caller: Ok(host.own_caller()),
             remote: true,
             connection: None,
         };
@@ -128,12 +123,14 @@ impl Listener for TcpListener {
 ///
 /// # Errors
 /// [`ServeError`].
-pub async fn serve(
+pub fn serve(
     host: Arc<Host>,
     listener: UnixListener,
     shutdown: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    serve_connections(host, listener, shutdown).await
+) -> impl Future<Output = Result<(), ServeError>> {
+    // Its spare descriptor is there before anybody can count the host's.
+    let accepting = Accepting::new(Arc::clone(&host), listener);
+    serve_connections(host, accepting, shutdown)
 }
 
 /// Serves a part of Flight over TCP until `shutdown`: lists, reads and puts of the host's own user.
@@ -142,46 +139,67 @@ pub async fn serve(
 ///
 /// # Errors
 /// [`ServeError`].
-pub async fn serve_tcp(
+pub fn serve_tcp(
     host: Arc<Host>,
     listener: TcpListener,
     shutdown: impl Future<Output = ()>,
-) -> Result<(), ServeError> {
-    serve_connections(host, listener, shutdown).await
+) -> impl Future<Output = Result<(), ServeError>> {
+    // Its spare descriptor is there before anybody can count the host's.
+    let accepting = Accepting::new(Arc::clone(&host), listener);
+    serve_connections(host, accepting, shutdown)
 }
 
 /// Connections as they come. When no descriptor is left for one, a spare makes room for it to be
 /// taken and closed: its client is told, and does not wait for a host that is full.
 struct Accepting<L> {
+    host: Arc<Host>,
     listener: L,
     spare: Option<File>,
     told: Option<Instant>,
 }
 
 impl<L: Listener> Accepting<L> {
-    fn new(listener: L) -> Self {
+    fn new(host: Arc<Host>, listener: L) -> Self {
         Self {
+            host,
             listener,
             spare: spare(),
             told: None,
         }
     }
 
-    async fn next(&mut self) -> (L::Stream, Peer) {
+    async fn next(&mut self) -> (L::Stream, Peer, Option<Charge>) {
         loop {
-            let error = match self.listener.next().await {
-                Ok(accepted) => return accepted,
+            let error = match self.listener.next(&self.host).await {
+                Ok((stream, peer)) => {
+                    // Whose uid is unknown is told so, and served nothing.
+                    let caller = peer.caller.as_ref().ok();
+                    let place = caller.map(|caller| caller.account().connect());
+                    match place.transpose() {
+                        Ok(place) => return (stream, peer, place),
+                        Err(status) => {
+                            self.tell(&status);
+                            continue;
+                        }
+                    }
+                }
                 Err(error) => error,
             };
-            if self.told.is_none_or(|told| told.elapsed() > TOLD_EACH) {
-                self.told = Some(Instant::now());
-                tracing::warn!(%error, "a Flight connection could not be accepted");
-            }
+            self.tell(&error);
             if self.spare.take().is_some() {
-                let _ = tokio::time::timeout(ACCEPT_PAUSE, self.listener.next()).await;
+                let _ = tokio::time::timeout(ACCEPT_PAUSE, self.listener.next(&self.host)).await;
             }
             self.spare = spare();
             tokio::time::sleep(ACCEPT_PAUSE).await;
+        }
+    }
+}
+
+impl<L> Accepting<L> {
+    fn tell(&mut self, error: &dyn std::fmt::Display) {
+        if self.told.is_none_or(|told| told.elapsed() > TOLD_EACH) {
+            self.told = Some(Instant::now());
+            tracing::warn!(%error, "a Flight connection could not be accepted");
         }
     }
 }
@@ -192,19 +210,18 @@ fn spare() -> Option<File> {
 
 async fn serve_connections(
     host: Arc<Host>,
-    listener: impl Listener,
+    accepting: Accepting<impl Listener>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
-    let overflow_uid = overflow_uid().map_err(ServeError::OverflowUid)?;
     let config = host.config();
     let connections = Connections::new(config.request_time(), config.stall());
     let flight = FlightServiceServer::new(Service::new(Arc::clone(&host)))
         .max_decoding_message_size(config.message_bytes_max().saturating_add(METADATA_BYTES))
         // `read` bounds what goes out, with an error that says what else the client can do.
         .max_encoding_message_size(usize::MAX);
-    let accepted = stream::unfold(Accepting::new(listener), |mut accepting| async {
-        let (stream, peer) = accepting.next().await;
-        let connection: io::Result<_> = Ok(connections.add(stream, peer));
+    let accepted = stream::unfold(accepting, |mut accepting| async {
+        let (stream, peer, place) = accepting.next().await;
+        let connection: io::Result<_> = Ok(connections.add(stream, peer, place));
         Some((connection, accepting))
     });
     let shutdown = async {
@@ -215,11 +232,7 @@ async fn serve_connections(
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .max_concurrent_streams(CALLS_MAX)
-        .serve_with_incoming_shutdown(
-            Front::new(flight, Arc::clone(&host), overflow_uid),
-            accepted,
-            shutdown,
-        );
+        .serve_with_incoming_shutdown(Front::new(flight, Arc::clone(&host)), accepted, shutdown);
     let swept = async {
         let mut ticks = tokio::time::interval(SWEEP_EACH);
         loop {

@@ -10,34 +10,27 @@
 //! is made when the connection asks for it: at most 512 KiB, some 50 us (a longer row takes longer).
 
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_flight::FlightData;
-use arrow_ipc::convert::IpcSchemaEncoder;
-use arrow_ipc::{
-    Buffer, FieldNode, MessageBuilder, MessageHeader, MetadataVersion, RecordBatchBuilder,
-};
-use arrow_schema::Schema;
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
+use parking_lot::{Mutex, MutexGuard};
 use strait_memory::{Charge, ReadMapping};
-use strait_tensor::{SchemaColumn, TensorSpec};
-use tokio::sync::OwnedSemaphorePermit;
+use strait_tensor::{BatchColumn, SchemaMessage, TensorSpec, batch_message};
 
 use super::call::Call;
 use super::info::{self, host_bug};
-use crate::error::{Code, Status};
+use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
-use crate::session::{Host, Reading};
+use crate::session::{Host, Reading, StreamPermit};
 
 /// Bodies of this size are the fastest, and well below the 4 MiB that clients take by default.
 const BODY_BYTES: u64 = 512 << 10;
 /// Longer bodies are charged to the host's budget: the usual ones (with the padding of a few
 /// hundred columns) are small beside what a connection buffers.
 const UNCHARGED_BYTES_MAX: u64 = 2 * BODY_BYTES;
-/// What comes before the flatbuffer of an encapsulated message.
-const PREFIX_BYTES: usize = 8;
 /// The IPC format's alignment of buffers.
 const BUFFER_ALIGN: usize = 64;
 /// Buffers that wait for their next use: gRPC holds one while the next is read.
@@ -67,38 +60,46 @@ struct Reader {
     columns: Vec<ColumnPlace>,
     rows: u64,
     rows_per_message: u64,
-    // Std mutexes: held for a push, a pop or an exchange.
+    // Held for a push, a pop or an exchange.
     spare: Mutex<Vec<Vec<u8>>>,
     /// For the copies of a giant row, until the next one is asked for.
     charge: Mutex<Option<Charge>>,
 }
 
 impl Reader {
-    /// `schema` is the segment's, as a flatbuffer.
+    /// `levels` are the values in one row of each column: [`SchemaMessage::levels`].
     ///
     /// # Errors
     /// `UNSUPPORTED_OP` if its tensors are of different lengths; `INLINE_TOO_LARGE` if one row
     /// does not fit a message.
-    fn new(host: &Arc<Host>, segment: Arc<LiveSegment>, schema: &[u8]) -> Result<Self, Status> {
+    fn new(
+        host: &Arc<Host>,
+        segment: Arc<LiveSegment>,
+        levels: Vec<Vec<u64>>,
+    ) -> Result<Self, Status> {
         let tensors = segment.tensors();
         let rows = |spec: &TensorSpec| spec.shape.first().copied().unwrap_or(1);
         let count = tensors.first().map_or(0, |tensor| rows(&tensor.spec));
         if let Some(other) = tensors.iter().find(|tensor| rows(&tensor.spec) != count) {
             let message = format!(
-                "its first tensor has {count} rows and `{}` has {}, which is no one table; {}",
+                "its first tensor has {count} rows and `{}` has {}, so they do not make one table; {}",
                 other.name,
                 rows(&other.spec),
                 map_instead(host, &segment)
             );
-            return Err(Status::new(Code::Unimplemented, "UNSUPPORTED_OP", message));
+            return Err(Status::new(
+                Code::Unimplemented,
+                Reason::UnsupportedOp,
+                message,
+            ));
         }
-        let columns: Vec<ColumnPlace> = declared(schema)?
+        let columns: Vec<ColumnPlace> = levels
             .into_iter()
             .zip(tensors)
-            .map(|(column, tensor)| ColumnPlace {
+            .map(|(levels, tensor)| ColumnPlace {
                 offset: tensor.offset,
                 row_bytes: tensor.length.checked_div(count).unwrap_or(0),
-                levels: column.levels,
+                levels,
             })
             .collect();
         let row_bytes: u64 = columns.iter().map(|column| column.row_bytes).sum();
@@ -108,10 +109,12 @@ impl Reader {
                 "a row has {row_bytes} bytes and a message takes at most {most} (setting server.message_bytes_max); {}",
                 map_instead(host, &segment)
             );
-            return Err(Status::new(Code::OutOfRange, "INLINE_TOO_LARGE", message)
-                .with("row_bytes", row_bytes)
-                .with("message_bytes_max", most)
-                .with("segment", segment.id().to_string()));
+            return Err(
+                Status::new(Code::OutOfRange, Reason::InlineTooLarge, message)
+                    .with("row_bytes", row_bytes)
+                    .with("message_bytes_max", most)
+                    .with("segment", segment.id().to_string()),
+            );
         }
         let rows_per_message = BODY_BYTES.checked_div(row_bytes).unwrap_or(count).max(1);
         let pages = segment.readonly_fd().map_err(Status::from)?;
@@ -119,7 +122,7 @@ impl Reader {
             ReadMapping::of_result(pages, length_of(segment.capacity())?).map_err(|error| {
                 Status::new(
                     Code::Internal,
-                    "HOST",
+                    Reason::Host,
                     format!("the segment cannot be read: {error}"),
                 )
             })?;
@@ -147,10 +150,7 @@ impl Reader {
     fn message(self: &Arc<Self>, rows: Range<u64>) -> Result<FlightData, Status> {
         let count = rows.end - rows.start;
         let bytes = body_bytes(&self.columns, count);
-        let mut charge = self
-            .charge
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut charge = self.charge.lock();
         *charge = None;
         if bytes > UNCHARGED_BYTES_MAX {
             // This copy, if one is made, and gRPC's.
@@ -219,10 +219,8 @@ impl Reader {
         }))
     }
 
-    fn lock_spare(&self) -> std::sync::MutexGuard<'_, Vec<Vec<u8>>> {
-        self.spare
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+    fn lock_spare(&self) -> MutexGuard<'_, Vec<Vec<u8>>> {
+        self.spare.lock()
     }
 }
 
@@ -287,58 +285,28 @@ fn length_of(bytes: u64) -> Result<usize, Status> {
     usize::try_from(bytes).map_err(|error| host_bug("sizing a message", error))
 }
 
-fn signed(value: u64) -> Result<i64, Status> {
-    i64::try_from(value).map_err(|error| host_bug("counting rows", error))
-}
-
-/// What a schema message declares.
-fn declared(schema: &[u8]) -> Result<Vec<SchemaColumn>, Status> {
-    let bug = |error: &dyn std::fmt::Display| host_bug("reading a schema", error);
-    let message = arrow_ipc::root_as_message(schema).map_err(|error| bug(&error))?;
-    let schema = message
-        .header_as_schema()
-        .ok_or_else(|| bug(&"another message"))?;
-    strait_tensor::read_schema(schema).map_err(|error| bug(&error))
-}
-
 /// The metadata of a record batch of `rows` rows, none of them null.
 fn batch_header(columns: &[ColumnPlace], rows: u64, bytes: u64) -> Result<Vec<u8>, Status> {
-    let mut nodes = Vec::new();
-    let mut buffers = Vec::new();
     let mut start = 0;
-    for column in columns {
-        for values in &column.levels {
-            nodes.push(FieldNode::new(signed(rows.saturating_mul(*values))?, 0));
-            buffers.push(Buffer::new(signed(start)?, 0));
-        }
-        let used = column.bytes(rows);
-        buffers.push(Buffer::new(signed(start)?, signed(used)?));
-        start += padded(used);
-    }
-    // An emptied builder of arrow-ipc's, so that its version of flatbuffers is the one in use.
-    let mut builder = IpcSchemaEncoder::new().schema_to_fb(&Schema::empty());
-    builder.reset();
-    let nodes = builder.create_vector(&nodes);
-    let buffers = builder.create_vector(&buffers);
-    let mut batch = RecordBatchBuilder::new(&mut builder);
-    batch.add_length(signed(rows)?);
-    batch.add_nodes(nodes);
-    batch.add_buffers(buffers);
-    let batch = batch.finish().as_union_value();
-    let mut message = MessageBuilder::new(&mut builder);
-    message.add_version(MetadataVersion::V5);
-    message.add_header_type(MessageHeader::RecordBatch);
-    message.add_header(batch);
-    message.add_bodyLength(signed(bytes)?);
-    let message = message.finish();
-    builder.finish(message, None);
-    Ok(builder.finished_data().to_vec())
+    let columns = columns.iter().map(|column| {
+        let bytes = column.bytes(rows);
+        let levels = column.levels.iter();
+        let part = BatchColumn {
+            counts: levels.map(|values| rows.saturating_mul(*values)).collect(),
+            start,
+            bytes,
+        };
+        start += padded(bytes);
+        part
+    });
+    batch_message(columns, rows, bytes)
+        .ok_or_else(|| host_bug("counting rows", format!("{rows} rows of {bytes} bytes")))
 }
 
 /// What keeps a stream's place and its flight's state for as long as the stream lives.
 ///
 /// One of the host's places for streams; the flight's guard, if the segment has a name.
-pub(super) type Held = (OwnedSemaphorePermit, Option<Reading>);
+pub(super) type Held = (StreamPermit, Option<Reading>);
 
 /// What a stream holds, until it ends or its client has not read for too long.
 struct Streaming {
@@ -358,10 +326,8 @@ impl Drop for Watch {
 
 type Shared = Arc<Mutex<Option<Streaming>>>;
 
-fn lock(shared: &Shared) -> std::sync::MutexGuard<'_, Option<Streaming>> {
-    shared
-        .lock()
-        .unwrap_or_else(|poisoned| poisoned.into_inner())
+fn lock(shared: &Shared) -> MutexGuard<'_, Option<Streaming>> {
+    shared.lock()
 }
 
 /// Takes away what a stream holds when nothing is asked of it for `stall`: a stream whose client
@@ -400,8 +366,9 @@ pub(super) fn stream(
     held: Held,
     call: Call,
 ) -> Result<BoxStream<'static, Result<FlightData, tonic::Status>>, Status> {
-    let schema = info::segment_schema_bytes(&segment)?.slice(PREFIX_BYTES..);
-    let reader = Arc::new(Reader::new(host, segment, &schema)?);
+    let SchemaMessage { bytes, levels } = info::segment_schema(&segment)?;
+    let reader = Arc::new(Reader::new(host, segment, levels)?);
+    let schema = Bytes::from(bytes).slice(SchemaMessage::PREFIX_BYTES..);
     let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());
     let shared: Shared = Arc::new(Mutex::new(Some(Streaming {
@@ -435,7 +402,7 @@ pub(super) fn stream(
 fn stalled(stall: Duration) -> Status {
     Status::new(
         Code::DeadlineExceeded,
-        "DEADLINE",
+        Reason::Deadline,
         format!(
             "nothing of the stream was read for {} ms (setting server.stall_ms); \
              read it without such a pause, or map the segment",

@@ -11,22 +11,17 @@ use arrow_flight::{
 };
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use strait_client::wire;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
 use super::call::Call;
-use super::front::Refused;
 use super::info::{self, Target, Wanted, bad_request, host_bug};
+use super::refused::Refused;
 use super::{action, read, upload};
-use crate::error::{Code, Status};
-use crate::lease::Principal;
-use crate::session::{self, Answer, Host, Invoked};
+use crate::error::{Code, Reason, Status};
+use crate::session::{self, Answer, Caller, Host, StreamPermit};
 
-/// DoGet and DoPut streams at a time. tonic's own limits end with the response's head, so each
-/// stream holds its place itself.
-const STREAMS_MAX: usize = 64;
 /// How long a stream waits for a place.
 const STREAM_WAIT: Duration = Duration::from_secs(10);
 /// Flights that ListFlights looks up at a time.
@@ -37,7 +32,6 @@ const REPLACE: &str = "x-strait-replace";
 /// The Flight service.
 pub(super) struct Service {
     host: Arc<Host>,
-    streams: Arc<Semaphore>,
 }
 
 type Answered<T> = Result<Response<T>, tonic::Status>;
@@ -45,10 +39,7 @@ type Messages<T> = BoxStream<'static, Result<T, tonic::Status>>;
 
 impl Service {
     pub(super) fn new(host: Arc<Host>) -> Self {
-        Self {
-            host,
-            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
-        }
+        Self { host }
     }
 
     /// What the descriptor of a call asks for, under the request id that its body may carry.
@@ -78,11 +69,13 @@ impl Service {
     ) -> Result<FlightInfo, Status> {
         match target {
             Target::Name(name) => {
-                let segment = self.host.lookup(call.principal, &name)?;
+                let segment = call.caller.lookup(&name)?;
                 info::flight(&self.host, &name, &segment).map(|info| told(call.remote, info))
             }
             Target::Invoke(invoke) => {
-                let invoked = invoke_and_wait(&self.host, call, *invoke).await?;
+                let id = Arc::clone(&call.request_id);
+                let start = |answer| call.caller.invoke(None, *invoke, id, answer);
+                let invoked = answered(call, start).await?;
                 info::results(&self.host, descriptor, &invoked, &call.request_id)
             }
         }
@@ -90,22 +83,13 @@ impl Service {
 
     async fn schema(&self, call: &Call, target: Target) -> Result<SchemaResult, Status> {
         let schema = match target {
-            Target::Name(name) => {
-                info::segment_schema_bytes(&*self.host.lookup(call.principal, &name)?)?
-            }
+            Target::Name(name) => info::segment_schema(&*call.caller.lookup(&name)?)?
+                .bytes
+                .into(),
             Target::Invoke(invoke) => {
-                let (host, principal, id) = (
-                    Arc::clone(&self.host),
-                    call.principal,
-                    Arc::clone(&call.request_id),
-                );
-                let _working = call.working();
-                let opened =
-                    tokio::task::spawn_blocking(move || host.open_only(principal, *invoke, id))
-                        .await;
-                info::outputs_schema_bytes(
-                    &opened.map_err(|error| host_bug("opening a kernel", error))??,
-                )?
+                let id = Arc::clone(&call.request_id);
+                let start = |answer| call.caller.open_only(*invoke, id, answer);
+                info::outputs_schema_bytes(&answered(call, start).await?)?
             }
         };
         Ok(SchemaResult { schema })
@@ -113,33 +97,33 @@ impl Service {
 
     async fn read(&self, call: &Call, ticket: &Ticket) -> Result<Messages<FlightData>, Status> {
         let wanted = Wanted::of(ticket)?;
-        let place = stream_place(&self.streams).await?;
+        let place = stream_place(&call.caller).await?;
         let (segment, reading) = match wanted {
             Wanted::Name { name } => {
-                let reading = self.host.begin_read(call.principal, &name)?;
+                let reading = call.caller.begin_read(&name)?;
                 (Arc::clone(&reading.segment), Some(reading))
             }
-            Wanted::Segment { segment } => (
-                self.host
-                    .undelivered(call.principal, info::segment_id(&segment)?)?,
-                None,
-            ),
+            Wanted::Segment { segment } => {
+                (call.caller.undelivered(info::segment_id(&segment)?)?, None)
+            }
         };
         read::stream(&self.host, segment, (place, reading), call.clone())
     }
 }
 
-/// A place among the streams.
-async fn stream_place(streams: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, Status> {
-    match tokio::time::timeout(STREAM_WAIT, Arc::clone(streams).acquire_owned()).await {
-        Ok(Ok(place)) => Ok(place),
-        Ok(Err(error)) => Err(host_bug("waiting for a stream", error)),
+/// A place among the principal's streams. tonic's own limits end with the response's head, so each
+/// stream holds its place itself.
+async fn stream_place(caller: &Caller) -> Result<StreamPermit, Status> {
+    match tokio::time::timeout(STREAM_WAIT, caller.account().stream()).await {
+        Ok(place) => Ok(place),
         Err(_) => Err(Status::new(
             Code::ResourceExhausted,
-            "QUOTA_EXCEEDED",
+            Reason::QuotaExceeded,
             format!(
-                "{STREAMS_MAX} streams are being read or written and none ended within {} s; \
-                 finish or cancel some, or map the tensors instead",
+                "{} streams of {} are being read or written and none ended within {} s; \
+                 finish or cancel some, map the flights instead, or have the operator raise quota.streams",
+                caller.account().streams_max(),
+                caller.principal(),
                 STREAM_WAIT.as_secs()
             ),
         )),
@@ -157,24 +141,17 @@ impl Drop for CancelOnDrop {
     }
 }
 
-async fn invoke_and_wait(
-    host: &Arc<Host>,
+/// The answer to what `start` starts. It ends when the caller hangs up.
+async fn answered<T: Send + 'static>(
     call: &Call,
-    invoke: wire::Invoke,
-) -> Result<Arc<Invoked>, Status> {
+    start: impl FnOnce(Answer<T>) -> session::Call,
+) -> Result<T, Status> {
     let (sender, receiver) = oneshot::channel();
     let answer = Answer::new(move |result| {
         // Nobody receives it if the caller hung up.
         let _ = sender.send(result);
     });
-    let cancel = host.invoke(
-        call.principal,
-        None,
-        invoke,
-        Arc::clone(&call.request_id),
-        answer,
-    );
-    let mut guard = CancelOnDrop(Some(cancel));
+    let mut guard = CancelOnDrop(Some(start(answer)));
     let _working = call.working();
     let result = receiver.await;
     guard.0 = None;
@@ -201,21 +178,23 @@ fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
         None | Some(b"false") => Ok(false),
         Some(b"true") => Ok(true),
         Some(_) => Err(bad_request(format!(
-            "the header {REPLACE} is `true` or `false`"
+            "the header {REPLACE} must be `true` or `false`"
         ))),
     }
 }
 
 /// All whole flights whose names begin with `prefix`, a page at a time.
 fn listed(
-    host: Arc<Host>,
-    principal: Principal,
+    caller: Caller,
     prefix: String,
 ) -> impl futures::Stream<Item = Result<FlightInfo, Status>> {
     let pages = stream::unfold(Some(None::<String>), move |after| {
-        let (host, prefix) = (Arc::clone(&host), prefix.clone());
+        let (caller, prefix) = (caller.clone(), prefix.clone());
         async move {
-            let found = host.list(principal, after?.as_deref(), PAGE);
+            let found = match caller.list(after?.as_deref(), PAGE) {
+                Ok(found) => found,
+                Err(status) => return Some((stream::iter(vec![Err(status)]).boxed(), None)),
+            };
             let next = match found.last() {
                 Some((last, _)) if found.len() == PAGE => Some(Some(last.clone())),
                 _ => None,
@@ -227,8 +206,9 @@ fn listed(
                 .filter(|name| name.starts_with(&prefix))
                 .collect();
             let flights = stream::iter(names)
-                .then(move |name| described(Arc::clone(&host), principal, name))
-                .filter_map(std::future::ready);
+                .then(move |name| described(caller.clone(), name))
+                .filter_map(std::future::ready)
+                .boxed();
             Some((flights, next))
         }
     });
@@ -237,14 +217,10 @@ fn listed(
 
 /// A flight with the schemas of its up to 128 columns, which takes long enough to do it where nobody
 /// else is served; none if it is gone.
-async fn described(
-    host: Arc<Host>,
-    principal: Principal,
-    name: String,
-) -> Option<Result<FlightInfo, Status>> {
+async fn described(caller: Caller, name: String) -> Option<Result<FlightInfo, Status>> {
     let describe = move || {
-        let segment = host.lookup(principal, &name).ok()?;
-        Some(info::flight(&host, &name, &segment))
+        let segment = caller.lookup(&name).ok()?;
+        Some(info::flight(caller.host(), &name, &segment))
     };
     let described = tokio::task::spawn_blocking(describe).await;
     described.unwrap_or_else(|error| Some(Err(host_bug("describing a flight", error))))
@@ -278,9 +254,9 @@ impl FlightService for Service {
                 "the criteria's expression must be text: names beginning with it are listed",
             )
         });
-        let (host, errors) = (Arc::clone(&self.host), call.clone());
+        let errors = call.clone();
         let flights = prefix.map(|prefix| {
-            listed(host, errors.principal, prefix)
+            listed(errors.caller.clone(), prefix)
                 .map(move |flight| match flight {
                     Ok(info) => Ok(told(errors.remote, info)),
                     Err(status) => Err(errors.failed(&status)),
@@ -330,27 +306,17 @@ impl FlightService for Service {
     /// Answers its head at once: clients may wait for that before they send.
     async fn do_put(&self, request: Request<Streaming<FlightData>>) -> Answered<Self::DoPutStream> {
         let call = Call::of(&request)?;
-        let (host, streams, errors) = (
-            Arc::clone(&self.host),
-            Arc::clone(&self.streams),
-            call.clone(),
-        );
+        let errors = call.clone();
         let replace = replaces(&request);
         let refused = Refused::of(&request);
         let stored = async move {
-            let _place = stream_place(&streams).await?;
-            let segment = upload::receive(
-                Arc::clone(&host),
-                &errors,
-                replace?,
-                request.into_inner(),
-                &refused,
-            )
-            .await?;
+            let _place = stream_place(&errors.caller).await?;
+            let segment =
+                upload::receive(&errors, replace?, request.into_inner(), &refused).await?;
             Ok(PutResult {
                 app_metadata: match errors.remote {
                     true => Bytes::new(),
-                    false => info::mapping(&host, &segment)?,
+                    false => info::mapping(errors.caller.host(), &segment)?,
                 },
             })
         };
@@ -368,7 +334,7 @@ impl FlightService for Service {
         let call = Call::of(&request)?;
         call.answer(Err(Status::new(
             Code::Unimplemented,
-            "UNSUPPORTED_OP",
+            Reason::UnsupportedOp,
             "this version has no DoExchange; DoPut the inputs, GetFlightInfo with the invocation as cmd, DoGet the results",
         )))
     }

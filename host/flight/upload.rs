@@ -5,7 +5,7 @@
 //!                                                                             └─▶ segment, a second copy
 //! ```
 //! A batch's values are copied out of gRPC's buffer, so that an upload holds the bytes of its
-//! tensors, charged to the host's budget, and never what else came in its messages. Every length
+//! tensors, charged to its principal's budget, and never what else came in its messages. Every length
 //! is held against the bytes that there are; nothing is decoded.
 
 use std::collections::HashSet;
@@ -14,15 +14,15 @@ use std::sync::Arc;
 
 use arrow_flight::FlightData;
 use arrow_ipc::{KeyValue, MessageHeader};
-use arrow_schema::{Field, Schema};
+use arrow_schema::Schema;
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
-use strait_tensor::{Column, Dtype, FileLayout, LayoutError, Row, TensorSpec};
+use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row, kept_schema};
 
 use super::call::Call;
-use super::front::{Refused, malformed};
 use super::info::{bad_request, host_bug};
-use crate::error::{Code, Status};
+use super::refused::{Refused, malformed};
+use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
 use crate::session::{self, Host, Upload};
 
@@ -33,21 +33,16 @@ const HEADER_BYTES_MAX: usize = 1 << 20;
 const METADATA_BYTES_MAX: usize = 64 << 10;
 /// Longer bodies are not copied on a thread of the runtime.
 const COPY_INLINE_BYTES_MAX: usize = 1 << 20;
-const EXTENSION_METADATA: &str = "ARROW:extension:metadata";
-const EXTENSION_NAME: &str = "ARROW:extension:name";
 
 fn bad_tensor(message: impl Into<String>) -> Status {
-    Status::new(Code::InvalidArgument, "BAD_TENSOR", message)
+    Status::new(Code::InvalidArgument, Reason::BadTensor, message)
 }
 
 /// A column, and its values as they arrived.
 #[derive(Debug)]
 struct ColumnPlan {
     name: String,
-    dtype: Dtype,
-    /// The axes after the first.
-    inner: Vec<u64>,
-    is_0d: bool,
+    row: Row,
     row_bytes: u64,
     /// Values in one row, for the column itself and each list level below it.
     levels: Vec<u64>,
@@ -72,20 +67,11 @@ impl Drop for Values {
 
 impl ColumnPlan {
     fn spec(&self, rows: u64) -> Result<TensorSpec, Status> {
-        if self.is_0d && rows != 1 {
-            return Err(bad_tensor(format!(
+        self.row.spec(rows).ok_or_else(|| {
+            bad_tensor(format!(
                 "column `{}` says that it is 0-d (strait.shape=[]) but has {rows} rows; send one row, or leave that metadata out",
                 self.name
-            )));
-        }
-        let leading = (!self.is_0d).then_some(rows);
-        let shape = leading
-            .into_iter()
-            .chain(self.inner.iter().copied())
-            .collect();
-        Ok(TensorSpec {
-            dtype: self.dtype,
-            shape,
+            ))
         })
     }
 }
@@ -149,28 +135,6 @@ impl Metadata {
     }
 }
 
-/// The field as it is kept. arrow-rs writes nulls into the parameters of a fixed-shape tensor,
-/// which pyarrow cannot read; what is null is as good as left out.
-fn kept(field: &Field) -> Field {
-    let metadata = field.metadata();
-    let parameters = (metadata.get(EXTENSION_NAME).map(String::as_str)
-        == Some("arrow.fixed_shape_tensor"))
-    .then(|| metadata.get(EXTENSION_METADATA))
-    .flatten()
-    .and_then(|json| serde_json::from_str(json).ok());
-    match parameters {
-        Some(serde_json::Value::Object(mut parameters))
-            if parameters.values().any(serde_json::Value::is_null) =>
-        {
-            parameters.retain(|_, value| !value.is_null());
-            let json = serde_json::Value::Object(parameters).to_string();
-            let metadata = metadata.clone().with(EXTENSION_METADATA, json);
-            field.clone().with_metadata(metadata)
-        }
-        _ => field.clone(),
-    }
-}
-
 /// What the schema says that the stream holds.
 #[derive(Debug)]
 struct Columns {
@@ -183,7 +147,7 @@ impl Columns {
     fn of(message: arrow_ipc::Schema<'_>) -> Result<Self, Status> {
         let columns = strait_tensor::read_schema(message)
             .map_err(|error| bad_tensor(format!("the schema: {error}")))?;
-        session::check_columns(columns.iter().map(|column| column.name.as_str()))?;
+        session::check_tensor_names(columns.iter().map(|column| column.name.as_str()))?;
         Metadata::default().check_schema(message)?;
         let mut names = HashSet::new();
         let mut plans = Vec::with_capacity(columns.len());
@@ -192,35 +156,24 @@ impl Columns {
             if !names.insert(name.clone()) {
                 return Err(LayoutError::NameTwice { name }.into());
             }
-            let Row {
-                dtype,
-                shape,
-                is_0d,
-            } = column
+            let row = column
                 .row
                 .map_err(|reason| bad_tensor(format!("column `{name}`: {reason}")))?;
-            let row = TensorSpec { dtype, shape };
             plans.push(ColumnPlan {
                 row_bytes: row.bytes()?,
                 name,
-                dtype,
-                inner: row.shape,
-                is_0d,
+                row,
                 levels: column.levels,
                 values: Values::default(),
             });
         }
         // What cannot be said in Arrow however many rows come.
-        let rows = plans.iter().map(|plan| plan.spec(1));
-        let rows = rows.collect::<Result<Vec<_>, _>>()?;
-        strait_tensor::schema(plans.iter().map(|plan| plan.name.as_str()).zip(&rows))?;
-        let schema = arrow_ipc::convert::try_fb_to_schema(message)
+        for plan in &plans {
+            check_row(&plan.name, &plan.spec(1)?)?;
+        }
+        let schema = kept_schema(message)
             .map_err(|error| bad_tensor(format!("the schema is not valid Arrow: {error}")))?;
-        let fields: Vec<Field> = schema.fields().iter().map(|field| kept(field)).collect();
-        Ok(Self {
-            plans,
-            schema: Schema::new_with_metadata(fields, schema.metadata().clone()),
-        })
+        Ok(Self { plans, schema })
     }
 
     /// Where each column's values lie in a batch's `body`, and its rows.
@@ -367,7 +320,8 @@ impl Arriving {
                     .checked_add(rows)
                     .ok_or_else(|| bad_tensor("more than 2^64 rows"))?;
                 let bytes = ranges.iter().map(|range| range.len() as u64).sum();
-                let charge = self.host.budget().try_reserve(bytes);
+                let account = self.upload.caller().account();
+                let charge = account.segments().try_reserve(bytes);
                 self.charge.absorb(charge.map_err(MemoryError::from)?);
                 for (plan, range) in columns.plans.iter_mut().zip(ranges) {
                     plan.values.0.extend_from_slice(&data.data_body[range]);
@@ -399,7 +353,7 @@ impl Arriving {
             .map(|plan| Ok(Column::new(&plan.name, plan.spec(self.rows)?)?))
             .collect::<Result<Vec<_>, Status>>()?;
         let layout = FileLayout::plan_as(&columns, &schema)?;
-        let segment = self.host.allocate_to_fill(&layout)?;
+        let segment = self.upload.caller().allocate_to_fill(&layout)?;
         for (plan, place) in plans.iter_mut().zip(&layout.tensors) {
             let values = std::mem::take(&mut plan.values.0);
             segment.write_at(place.offset, &values, self.host.uploads_copied())?;
@@ -425,7 +379,7 @@ fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
         // tonic's own limit on a message.
         tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Status::new(
             Code::OutOfRange,
-            "INLINE_TOO_LARGE",
+            Reason::InlineTooLarge,
             format!(
                 "{}; a message takes at most {message_bytes_max} bytes (setting server.message_bytes_max): \
                  send fewer rows in a batch, or create the tensor through the data socket",
@@ -437,8 +391,8 @@ fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
         }
         _ => Status::new(
             Code::Cancelled,
-            "CANCELLED",
-            format!("the upload broke off before its end: {}", status.message()),
+            Reason::Cancelled,
+            format!("the upload ended too early: {}", status.message()),
         ),
     }
 }
@@ -467,12 +421,12 @@ fn name(first: &FlightData) -> Result<&str, Status> {
 /// `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
 /// `WRONG_STATE`, `BUDGET_EXCEEDED`, `INLINE_TOO_LARGE`, `DRAINING`, `CANCELLED`, `DEADLINE`. Nothing is left.
 pub(super) async fn receive(
-    host: Arc<Host>,
     call: &Call,
     replace: bool,
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
     refused: &Refused,
 ) -> Result<Arc<LiveSegment>, Status> {
+    let host = Arc::clone(call.caller.host());
     let message_bytes_max = host.config().message_bytes_max();
     let ended = |status: tonic::Status| {
         let refused = refused.take();
@@ -483,8 +437,13 @@ pub(super) async fn receive(
         .await
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
-    let upload = host.begin_upload(call.principal, name(&first)?, replace)?;
-    let charge = host.budget().try_reserve(0).map_err(MemoryError::from)?;
+    let upload = call.caller.begin_upload(name(&first)?, replace)?;
+    let charge = call
+        .caller
+        .account()
+        .segments()
+        .try_reserve(0)
+        .map_err(MemoryError::from)?;
     let mut arriving = Arriving {
         host,
         upload,

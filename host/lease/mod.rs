@@ -6,13 +6,18 @@
 //! A [`LiveSegment`] is alive while anybody has an `Arc` of it: a lease, a name, a running
 //! invocation. The last one gone frees its bytes, or gives a result back to the pool.
 
+mod principal;
 mod segment;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-pub use segment::{Body, Framing, LiveSegment, Principal, SealError, SegmentId};
+use parking_lot::{Mutex, MutexGuard};
+use strait_memory::Charge;
+
+pub use principal::Principal;
+pub use segment::{Body, Framing, LiveSegment, SealError, SegmentId};
 
 /// A session, for the life of the host.
 pub type SessionId = u64;
@@ -27,6 +32,8 @@ const EXPIRED_KEPT: usize = 1024;
 struct Lease {
     segment: Arc<LiveSegment>,
     expires: Instant,
+    /// Its place among its principal's.
+    _place: Charge,
 }
 
 /// The leases of one session.
@@ -127,7 +134,7 @@ pub enum LeaseError {
     NoLease(SegmentId),
     /// The session's lease on the segment ran out.
     #[error(
-        "lease {lease} on segment {segment} expired {late_ms} ms ago; renew leases sooner, or map the tensor again"
+        "lease {lease} on segment {segment} expired {late_ms} ms ago; renew leases sooner, or map it again"
     )]
     Expired {
         /// The lease.
@@ -138,22 +145,20 @@ pub enum LeaseError {
         late_ms: u128,
     },
     /// RENEW of a lease that this session does not have.
-    #[error("lease {0} is not (or no longer) this session's; map the tensor again")]
+    #[error("lease {0} is not (or no longer) this session's; map the segment again")]
     NotYours(LeaseId),
 }
 
 /// All leases of the host. Every call takes the time, so that tests can set it.
 #[derive(Debug, Default)]
 pub struct Leases {
-    // A std mutex: held for map operations only, never across I/O or an await.
+    // Held for map operations only, never across I/O or an await.
     inner: Mutex<Inner>,
 }
 
 impl Leases {
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.inner.lock()
     }
 
     /// Makes a segment known by its id, for [`Leases::count_segments`].
@@ -165,13 +170,14 @@ impl Leases {
         inner.segments.insert(segment.id(), Arc::downgrade(segment));
     }
 
-    /// Gives `session` a lease on `segment` for `life` from `now` on.
+    /// Gives `session` a lease on `segment` for `life` from `now` on, and holds `place` until it ends.
     pub fn grant(
         &self,
         session: SessionId,
         segment: &Arc<LiveSegment>,
         life: Duration,
         now: Instant,
+        place: Charge,
     ) -> LeaseId {
         let mut inner = self.lock();
         inner.last += 1;
@@ -179,6 +185,7 @@ impl Leases {
         let lease = Lease {
             segment: Arc::clone(segment),
             expires: now + life,
+            _place: place,
         };
         inner.insert(session, id, lease);
         id
@@ -333,13 +340,14 @@ impl Leases {
         (inner.ends.len(), own)
     }
 
-    /// Live segments and their bytes.
-    pub fn count_segments(&self) -> (usize, u64) {
+    /// Live segments and their bytes: all, or those of `owner`.
+    pub fn count_segments(&self, owner: Option<&Principal>) -> (usize, u64) {
         let live: Vec<_> = self
             .lock()
             .segments
             .values()
             .filter_map(Weak::upgrade)
+            .filter(|segment| owner.is_none_or(|owner| segment.owner() == owner))
             .collect();
         (
             live.len(),

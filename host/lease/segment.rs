@@ -4,34 +4,16 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
+use parking_lot::{Mutex, MutexGuard};
 use strait_memory::{
-    Client, Copied, Inode, Lent, MemoryError, Open, Parked, ParkingLot, PoolSegment, Sealed,
-    Segment,
+    Client, Copied, Inode, InputSource, KeepsMappings, Lent, Lot, MemoryError, Open, Parked,
+    PoolSegment, Sealed, Segment, Shared, SharedSource,
 };
 use strait_tensor::{FileLayout, TensorPlace};
 
-/// Who is served: the uid behind a unix socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Principal {
-    /// The Linux user id.
-    pub uid: u32,
-}
-
-impl Principal {
-    /// Whose results the pool keeps apart.
-    #[must_use]
-    pub fn owner(self) -> u64 {
-        u64::from(self.uid)
-    }
-}
-
-impl fmt::Display for Principal {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "uid:{}", self.uid)
-    }
-}
+use super::principal::Principal;
 
 /// A segment's random name: 32 hex digits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -71,32 +53,37 @@ impl FromStr for SegmentId {
 /// The host's bytes around the tensors of a segment that a client fills: header and footer.
 #[derive(Clone, Debug)]
 pub struct Framing {
-    /// At offset 0.
-    pub header: Vec<u8>,
-    /// At `footer_offset`.
-    pub footer: Vec<u8>,
-    /// Start of the footer in bytes.
-    pub footer_offset: u64,
+    // At offset 0, without the zeros up to `header_bytes`: most of the 64 KiB before a tensor are such, and
+    // this is kept for as long as the segment lives.
+    header: Box<[u8]>,
+    header_bytes: usize,
+    // At `footer_offset`.
+    footer: Box<[u8]>,
+    footer_offset: u64,
 }
 
 impl Framing {
     /// Whether header and footer are in the segment as the host wrote them.
     fn is_in(&self, sealed: &Segment<Sealed>) -> Result<bool, MemoryError> {
         let uncounted = Copied::new();
-        let same = |offset: u64, expected: &[u8]| -> Result<bool, MemoryError> {
-            let mut found = vec![0; expected.len()];
+        let same = |offset: u64, expected: &[u8], bytes: usize| -> Result<bool, MemoryError> {
+            let mut found = vec![0; bytes];
             sealed.read_at(offset, &mut found, &uncounted)?;
-            Ok(found == expected)
+            let rest = found.strip_prefix(expected);
+            Ok(rest.is_some_and(|rest| rest.iter().all(|byte| *byte == 0)))
         };
-        Ok(same(0, &self.header)? && same(self.footer_offset, &self.footer)?)
+        Ok(same(0, &self.header, self.header_bytes)?
+            && same(self.footer_offset, &self.footer, self.footer.len())?)
     }
 }
 
 impl From<&FileLayout> for Framing {
     fn from(layout: &FileLayout) -> Self {
+        let written = layout.header.iter().rposition(|byte| *byte != 0);
         Self {
-            header: layout.header.clone(),
-            footer: layout.footer.clone(),
+            header: layout.header[..written.map_or(0, |last| last + 1)].into(),
+            header_bytes: layout.header.len(),
+            footer: layout.footer.as_slice().into(),
             footer_offset: layout.footer_offset,
         }
     }
@@ -138,12 +125,13 @@ pub enum SealError {
 pub struct LiveSegment {
     id: SegmentId,
     owner: Principal,
+    number: u64,
     inode: Inode,
     bytes: u64,
     capacity: u64,
     tensors: Vec<TensorPlace>,
     framing: Option<Framing>,
-    lot: Arc<ParkingLot>,
+    lot: Arc<Lot>,
     // Locked for seal, park and chunk copies; never while a kernel runs.
     body: Mutex<Body>,
 }
@@ -160,18 +148,19 @@ impl LiveSegment {
         bytes: u64,
         tensors: Vec<TensorPlace>,
         framing: Option<Framing>,
-        lot: &Arc<ParkingLot>,
+        lot: &Arc<Lot>,
     ) -> std::io::Result<Arc<Self>> {
-        let (inode, capacity) = match &body {
-            Body::Open(s) => (s.inode(), s.bytes()),
-            Body::Client(s) => (s.inode(), s.bytes()),
-            Body::Sealed(s) => (s.inode(), s.bytes()),
-            Body::Result(s) => (s.inode(), s.bytes()),
+        let (number, inode, capacity) = match &body {
+            Body::Open(s) => (s.number(), s.inode(), s.bytes()),
+            Body::Client(s) => (s.number(), s.inode(), s.bytes()),
+            Body::Sealed(s) => (s.number(), s.inode(), s.bytes()),
+            Body::Result(s) => (s.number(), s.inode(), s.bytes()),
             Body::Lost => return Err(std::io::Error::other("a lost segment has no life")),
         };
         Ok(Arc::new(Self {
             id: SegmentId::random()?,
             owner,
+            number,
             inode,
             bytes,
             capacity,
@@ -188,8 +177,8 @@ impl LiveSegment {
     }
 
     /// Whose it is.
-    pub fn owner(&self) -> Principal {
-        self.owner
+    pub fn owner(&self) -> &Principal {
+        &self.owner
     }
 
     /// Device and inode of its memfd.
@@ -214,9 +203,7 @@ impl LiveSegment {
 
     /// Access to the state.
     pub fn body(&self) -> MutexGuard<'_, Body> {
-        self.body
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
+        self.body.lock()
     }
 
     /// A read-only descriptor to send out.
@@ -283,11 +270,17 @@ impl LiveSegment {
         Ok(())
     }
 
-    /// A warm read-only mapping of `range`, to be moved into a guest.
-    ///
-    /// # Errors
-    /// [`MemoryError`] if there is no room for a mapping, or the segment is still open.
-    pub fn park(&self, range: Range<u64>) -> Result<Parked, MemoryError> {
+    /// Somebody may still have its pages mapped: if it is a result, the pool must not use it again.
+    pub fn never_recycle(&self) {
+        if let Body::Result(segment) = &*self.body() {
+            segment.never_recycle();
+        }
+    }
+}
+
+impl InputSource for LiveSegment {
+    /// An open segment is lent first; one that is lost is an error.
+    fn park(&self, range: Range<u64>) -> Result<Parked, MemoryError> {
         self.lend()?;
         match &*self.body() {
             Body::Client(s) => Ok(self.lot.take_input(s, range)?),
@@ -297,16 +290,7 @@ impl LiveSegment {
         }
     }
 
-    /// Copies bytes out, counted.
-    ///
-    /// # Errors
-    /// [`MemoryError`] if the range is outside the segment.
-    pub fn read_at(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
+    fn read_at(&self, offset: u64, into: &mut [u8], copied: &Copied) -> Result<(), MemoryError> {
         match &*self.body() {
             Body::Open(s) => s.read_at(offset, into, copied),
             Body::Client(s) => s.read_at(offset, into, copied),
@@ -315,11 +299,28 @@ impl LiveSegment {
             Body::Lost => Err(lost(self.id)),
         }
     }
+}
 
-    /// Somebody may still have its pages mapped: if it is a result, the pool must not use it again.
-    pub fn never_recycle(&self) {
-        if let Body::Result(segment) = &*self.body() {
-            segment.never_recycle();
+impl SharedSource for LiveSegment {
+    fn number(&self) -> u64 {
+        self.number
+    }
+
+    fn is_final(&self) -> bool {
+        match &*self.body() {
+            Body::Sealed(_) | Body::Result(_) => true,
+            Body::Open(_) | Body::Client(_) | Body::Lost => false,
+        }
+    }
+
+    /// An open segment is lent first; one that is lost is an error.
+    fn share(&self, keeper: &Arc<dyn KeepsMappings>) -> Result<Shared, MemoryError> {
+        self.lend()?;
+        match &*self.body() {
+            Body::Client(s) => s.share(keeper),
+            Body::Sealed(s) => s.share(keeper),
+            Body::Result(s) => s.share(keeper),
+            Body::Open(_) | Body::Lost => Err(lost(self.id)),
         }
     }
 }

@@ -1,17 +1,13 @@
 //! A caller's arguments against a kernel's declaration, before any guest runs.
 
 use std::cmp::Ordering;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use serde_json::Value as Json;
 use strait_tensor::TensorSpec;
 
-use super::{Description, Kernel, Number, ParameterDeclaration, ParameterKind, Port, Role, Value};
-
-/// Most ports, parameters or kernels that one declaration may list.
-const ITEMS_MAX: usize = 256;
-/// Most outputs: each one's descriptor goes beside the reply.
-const OUTPUTS_MAX: usize = 16;
+use super::signature::Shaped;
+use super::{Kernel, Number, ParameterDeclaration, ParameterKind, Port, Value};
 
 /// Why a kernel cannot be invoked with these arguments.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -97,7 +93,8 @@ pub struct Invocable<T> {
     pub parameters: Vec<(String, Value)>,
 }
 
-fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
+/// Names in a message.
+pub(super) fn list<'a>(names: impl Iterator<Item = &'a str>) -> String {
     let names: Vec<_> = names.map(|n| format!("`{n}`")).collect();
     if names.is_empty() {
         "none".to_owned()
@@ -143,11 +140,45 @@ impl Kernel {
                 })?;
             ordered.push(input);
         }
-        let rank = ordered.first().map(|first| spec(first).shape.len());
+        let specs: Vec<TensorSpec> = ordered.iter().map(&spec).collect();
+        self.axes_fit(&specs, &[])
+            .map_err(|(port, reason)| CheckError::BadInput {
+                kernel: self.name.clone(),
+                port: port.name.clone(),
+                reason,
+            })?;
+        let rank = specs.first().map(|first| first.shape.len());
         let parameters = self.parameters(parameters, rank)?;
         Ok(Invocable {
             inputs: ordered,
             parameters,
+        })
+    }
+
+    /// Holds shapes against the kernel's signature: those of all inputs, in order, and of all outputs or of none yet.
+    ///
+    /// # Errors
+    /// The first port whose tensor does not fit, and why.
+    pub fn axes_fit<'a>(
+        &self,
+        inputs: impl IntoIterator<Item = &'a TensorSpec>,
+        outputs: impl IntoIterator<Item = &'a TensorSpec>,
+    ) -> Result<(), (&Port, String)> {
+        let Some(signature) = &self.signature else {
+            return Ok(());
+        };
+        let inputs = self.inputs.iter().zip(inputs);
+        let outputs = self.outputs.iter().zip(outputs);
+        let tensors: Vec<Shaped<'_>> = inputs
+            .map(|(port, spec)| port.shaped("input", spec))
+            .chain(outputs.map(|(port, spec)| port.shaped("output", spec)))
+            .collect();
+        signature.check(&tensors).map_err(|(index, reason)| {
+            let port = match self.inputs.get(index) {
+                Some(input) => input,
+                None => &self.outputs[index - self.inputs.len()],
+            };
+            (port, reason)
         })
     }
 
@@ -212,6 +243,14 @@ impl Kernel {
 }
 
 impl Port {
+    fn shaped<'a>(&self, side: &str, spec: &'a TensorSpec) -> Shaped<'a> {
+        Shaped {
+            port: format!("{side} `{}`", self.name),
+            whole: self.whole,
+            shape: &spec.shape,
+        }
+    }
+
     /// Whether a tensor fits; the error says what would.
     ///
     /// # Errors
@@ -259,43 +298,26 @@ impl ParameterDeclaration {
                 .as_str()
                 .map(|v| Value::Text(v.to_owned()))
                 .ok_or_else(wrong),
+            ParameterKind::Integers => json
+                .as_array()
+                .ok_or_else(wrong)?
+                .iter()
+                .map(|json| {
+                    Number::from_json(json)
+                        .and_then(Number::to_integer)
+                        .ok_or_else(|| format!("{json} is not a whole number from -2^63 to 2^64-1"))
+                })
+                .collect::<Result<_, _>>()
+                .map(Value::Numbers),
             ParameterKind::Reals => json
                 .as_array()
-                .and_then(|v| v.iter().map(real).collect::<Option<Vec<_>>>())
-                .map(Value::Reals)
+                .and_then(|v| v.iter().map(|v| real(v).map(Number::Real)).collect())
+                .map(Value::Numbers)
                 .ok_or_else(wrong),
         }
     }
 
-    /// Whether bounds and default fit the kind and each other.
-    fn makes_sense(&self) -> Result<(), String> {
-        for (what, bound) in [("minimum", self.minimum), ("maximum", self.maximum)] {
-            if let Some(bound) = bound.filter(|v| !v.to_f64().is_finite()) {
-                return Err(format!("its {what} is {bound}; no bound is none at all"));
-            }
-        }
-        if let (Some(minimum), Some(maximum)) = (self.minimum, self.maximum)
-            && minimum.compare(maximum) == Some(Ordering::Greater)
-        {
-            return Err(format!(
-                "its minimum {minimum} is above its maximum {maximum}"
-            ));
-        }
-        let Some(default) = &self.default else {
-            return Ok(());
-        };
-        if !self.kind.takes(default) {
-            return Err(format!(
-                "it is of type {} and its default is {}",
-                self.kind.name(),
-                default.to_json()
-            ));
-        }
-        self.in_range(default, None)
-            .map_err(|e| format!("its default: {e}"))
-    }
-
-    fn in_range(&self, value: &Value, rank: Option<usize>) -> Result<(), String> {
+    pub(super) fn in_range(&self, value: &Value, rank: Option<usize>) -> Result<(), String> {
         // A NaN compares with nothing: it fails wherever there is a bound.
         let check = |v: Number| match (self.minimum, self.maximum) {
             (Some(minimum), _) if v.compare(minimum).is_none_or(Ordering::is_lt) => {
@@ -308,7 +330,7 @@ impl ParameterDeclaration {
         };
         match value {
             Value::Number(v) => check(*v),
-            Value::Reals(v) => v.iter().try_for_each(|v| check(Number::Real(*v))),
+            Value::Numbers(v) => v.iter().try_for_each(|v| check(*v)),
             Value::Axis(v) => match rank {
                 Some(rank) if *v as usize >= rank => Err(format!(
                     "axis {v} of a tensor of rank {rank}; axes count from 0 (the slowest)"
@@ -328,111 +350,6 @@ impl ParameterDeclaration {
 
 fn real(json: &Json) -> Option<f64> {
     Number::from_json(json).map(Number::to_f64)
-}
-
-impl ParameterKind {
-    /// Whether it is the type of a value in the form that a kernel gets.
-    fn takes(self, value: &Value) -> bool {
-        match value {
-            Value::Boolean(_) => self == Self::Boolean,
-            Value::Number(Number::Real(_)) => matches!(self, Self::Real | Self::Number),
-            Value::Number(_) => matches!(self, Self::Integer | Self::Number),
-            Value::Axis(_) => self == Self::Axis,
-            Value::Text(_) => self == Self::Text,
-            Value::Reals(_) => self == Self::Reals,
-        }
-    }
-}
-
-/// Whether a description makes sense in itself.
-pub(super) fn description(description: &Description) -> Result<(), String> {
-    if description.abi != 1 {
-        return Err(format!(
-            "contract revision {}, this host speaks 1",
-            description.abi
-        ));
-    }
-    word("plugin name", &description.name)?;
-    word("plugin version", &description.version)?;
-    count("kernels", description.kernels.len(), ITEMS_MAX)?;
-    if description.kernels.is_empty() {
-        return Err("it has no kernels".to_owned());
-    }
-    unique(
-        "kernel",
-        description.kernels.iter().map(|k| k.name.as_str()),
-    )?;
-    for kernel in &description.kernels {
-        kernel_makes_sense(kernel).map_err(|e| format!("kernel `{}`: {e}", kernel.name))?;
-    }
-    Ok(())
-}
-
-fn kernel_makes_sense(kernel: &Kernel) -> Result<(), String> {
-    count("inputs", kernel.inputs.len(), ITEMS_MAX)?;
-    count("outputs", kernel.outputs.len(), OUTPUTS_MAX)?;
-    count("parameters", kernel.parameters.len(), ITEMS_MAX)?;
-    unique("input", kernel.inputs.iter().map(|p| p.name.as_str()))?;
-    unique("output", kernel.outputs.iter().map(|p| p.name.as_str()))?;
-    unique(
-        "parameter",
-        kernel.parameters.iter().map(|p| p.name.as_str()),
-    )?;
-    if kernel.outputs.is_empty() {
-        return Err("it has no outputs".to_owned());
-    }
-    for port in kernel.inputs.iter().chain(&kernel.outputs) {
-        if port.dtypes.is_empty() {
-            return Err(format!("port `{}` takes no dtype", port.name));
-        }
-        if port.rank_min > port.rank_max {
-            return Err(format!(
-                "port `{}` takes ranks {} to {}",
-                port.name, port.rank_min, port.rank_max
-            ));
-        }
-        if port.role == Role::Mask && port.dtypes != [strait_tensor::Dtype::Bool8] {
-            return Err(format!(
-                "mask port `{}` must take bool8 and nothing else",
-                port.name
-            ));
-        }
-    }
-    for parameter in &kernel.parameters {
-        parameter
-            .makes_sense()
-            .map_err(|e| format!("parameter `{}`: {e}", parameter.name))?;
-    }
-    Ok(())
-}
-
-fn count(what: &str, n: usize, max: usize) -> Result<(), String> {
-    if n > max {
-        Err(format!("{n} {what}, at most {max} are allowed"))
-    } else {
-        Ok(())
-    }
-}
-
-fn word(what: &str, text: &str) -> Result<(), String> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || "._-+".contains(c);
-    if text.is_empty() || text.len() > 64 || !text.chars().all(allowed) {
-        return Err(format!(
-            "{what} {text:?}: 1 to 64 characters from A-Z a-z 0-9 . _ - +"
-        ));
-    }
-    Ok(())
-}
-
-fn unique<'a>(what: &str, names: impl Iterator<Item = &'a str>) -> Result<(), String> {
-    let mut seen = BTreeSet::new();
-    for name in names {
-        word(&format!("{what} name"), name)?;
-        if !seen.insert(name) {
-            return Err(format!("two of {what} `{name}`"));
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -502,9 +419,23 @@ mod tests {
             (
                 ParameterKind::Reals,
                 json!([1, "inf"]),
-                Some(Value::Reals(vec![1.0, f64::INFINITY])),
+                Some(Value::Numbers(vec![
+                    Number::Real(1.0),
+                    Number::Real(f64::INFINITY),
+                ])),
             ),
             (ParameterKind::Reals, json!(1), None),
+            (
+                ParameterKind::Integers,
+                json!([odd, u64::MAX, 2.0]),
+                Some(Value::Numbers(vec![
+                    Number::Integer(odd),
+                    Number::Unsigned(u64::MAX),
+                    Number::Integer(2),
+                ])),
+            ),
+            (ParameterKind::Integers, json!([1, 2.5]), None),
+            (ParameterKind::Integers, json!(1), None),
         ] {
             let converted = declaration(kind).convert(&json).ok();
             assert_eq!(converted, value, "{} from {json}", kind.name());
@@ -539,48 +470,5 @@ mod tests {
         assert!(within(Some(Number::Real(0.5)), None, json!(0)).is_err());
         assert!(within(odd, None, json!("nan")).is_err());
         assert_eq!(within(None, None, json!("nan")), Ok(()));
-    }
-
-    #[test]
-    fn a_declaration_that_contradicts_itself_is_refused() {
-        let refused = |change: &dyn Fn(&mut ParameterDeclaration), kind| {
-            let mut changed = declaration(kind);
-            change(&mut changed);
-            changed.makes_sense().expect_err("refused")
-        };
-        let text = refused(
-            &|p| p.minimum = Some(Number::Real(f64::NAN)),
-            ParameterKind::Real,
-        );
-        assert!(text.contains("minimum is NaN"), "{text}");
-        let text = refused(
-            &|p| {
-                p.minimum = Some(Number::Unsigned(u64::MAX));
-                p.maximum = Some(Number::Integer(1));
-            },
-            ParameterKind::Integer,
-        );
-        assert!(text.contains("18446744073709551615 is above"), "{text}");
-        let text = refused(
-            &|p| p.default = Some(Value::Number(Number::Integer(1))),
-            ParameterKind::Real,
-        );
-        assert!(text.contains("type real and its default is 1"), "{text}");
-        let text = refused(
-            &|p| {
-                p.maximum = Some(Number::Integer(1 << 53));
-                p.default = Some(Value::Number(Number::Integer((1 << 53) + 1)));
-            },
-            ParameterKind::Integer,
-        );
-        assert!(text.contains("its default: 9007199254740993"), "{text}");
-        assert_eq!(
-            ParameterDeclaration {
-                default: Some(Value::Number(Number::Unsigned(u64::MAX))),
-                ..declaration(ParameterKind::Number)
-            }
-            .makes_sense(),
-            Ok(())
-        );
     }
 }

@@ -4,26 +4,32 @@
 //! This room knows nothing of wasmtime: `engine` compiles the bytes and calls `describe`.
 
 mod check;
+mod description;
 mod number;
+mod signature;
 
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
+use parking_lot::RwLock;
 use sha2::{Digest, Sha256};
 pub use strait_tensor::{Dtype, TensorSpec};
 
 pub use check::{CheckError, Invocable};
+pub use description::ITEMS_MAX;
 pub use number::Number;
+pub use signature::Signature;
 
 /// Sha-256 of a plugin's bytes: names the compiled component.
 pub type PluginHash = [u8; 32];
 
 /// Whether a port takes numbers or a mask.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {
     /// Numbers.
     Data,
@@ -32,7 +38,7 @@ pub enum Role {
 }
 
 /// An input or output of a kernel.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Port {
     /// Unique among the kernel's inputs (outputs).
     pub name: String,
@@ -44,12 +50,14 @@ pub struct Port {
     pub rank_max: u32,
     /// Numbers or a mask.
     pub role: Role,
+    /// An input that is never cut into chunks or slices.
+    pub whole: bool,
     /// For people.
     pub doc: String,
 }
 
 /// The types that a parameter can have.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ParameterKind {
     /// true or false.
     Boolean,
@@ -63,6 +71,8 @@ pub enum ParameterKind {
     Axis,
     /// Text.
     Text,
+    /// A list of whole numbers.
+    Integers,
     /// A list of 64-bit floats.
     Reals,
 }
@@ -78,13 +88,14 @@ impl ParameterKind {
             Self::Number => "number",
             Self::Axis => "axis",
             Self::Text => "text",
+            Self::Integers => "integers",
             Self::Reals => "reals",
         }
     }
 }
 
 /// A parameter's value.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Value {
     /// See [`ParameterKind::Boolean`].
     Boolean(bool),
@@ -94,8 +105,8 @@ pub enum Value {
     Axis(u32),
     /// See [`ParameterKind::Text`].
     Text(String),
-    /// See [`ParameterKind::Reals`].
-    Reals(Vec<f64>),
+    /// See [`ParameterKind::Integers`] and [`ParameterKind::Reals`].
+    Numbers(Vec<Number>),
 }
 
 impl Value {
@@ -107,13 +118,13 @@ impl Value {
             Self::Number(v) => v.to_json(),
             Self::Axis(v) => (*v).into(),
             Self::Text(v) => v.as_str().into(),
-            Self::Reals(v) => v.iter().map(|v| Number::Real(*v).to_json()).collect(),
+            Self::Numbers(v) => v.iter().map(|v| v.to_json()).collect(),
         }
     }
 }
 
 /// A parameter as the plugin declares it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ParameterDeclaration {
     /// Unique in the kernel.
     pub name: String,
@@ -131,8 +142,42 @@ pub struct ParameterDeclaration {
     pub doc: String,
 }
 
+/// How a reduction gives the same bits on any slicing: by two other kernels of the plugin.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BlockTree {
+    /// Rows of one block; blocks count from row 0 of the whole tensor.
+    pub block_rows: u64,
+    /// The kernel that gives one row for each block.
+    pub partials: String,
+    /// The kernel that makes the result of all those rows, in order.
+    pub merge: String,
+}
+
+/// How the results of slices are put together again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Combine {
+    /// Not at all: there are no slices.
+    None,
+    /// One after the other along the split axis.
+    Concatenate,
+    /// As a reduction.
+    Tree(BlockTree),
+}
+
+impl Combine {
+    /// As the protocol spells it.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Concatenate => "concatenate",
+            Self::Tree(_) => "tree",
+        }
+    }
+}
+
 /// A kernel as the plugin declares it.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Kernel {
     /// Unique in the plugin.
     pub name: String,
@@ -144,8 +189,12 @@ pub struct Kernel {
     pub outputs: Vec<Port>,
     /// In any order.
     pub parameters: Vec<ParameterDeclaration>,
+    /// Which axes are equal; none: no rule.
+    pub signature: Option<Signature>,
     /// The axis along which it may be cut into slices.
     pub split_axis: Option<u32>,
+    /// How the slices' results are put together.
+    pub combine: Combine,
     /// May be run chunk by chunk.
     pub streaming: bool,
     /// An output may share its first input's pages.
@@ -153,7 +202,7 @@ pub struct Kernel {
 }
 
 /// A plugin's answer to `describe`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Description {
     /// Revision of the contract: 1.
     pub abi: u32,
@@ -163,6 +212,8 @@ pub struct Description {
     pub version: String,
     /// What it offers.
     pub kernels: Vec<Kernel>,
+    /// Guest address at which an instance leaves the words of its panic; 0: nowhere.
+    pub panic_record: u64,
 }
 
 /// A loaded wasm artifact.
@@ -217,7 +268,7 @@ impl Plugin {
     /// # Errors
     /// [`PluginError::Description`] that names the kernel and what is wrong with it.
     pub fn new(bytes: Arc<[u8]>, description: Description) -> Result<Self, PluginError> {
-        check::description(&description).map_err(|reason| PluginError::Description {
+        description::check(&description).map_err(|reason| PluginError::Description {
             plugin: description.name.clone(),
             reason,
         })?;
@@ -230,12 +281,10 @@ impl Plugin {
 }
 
 /// Why a plugin could not be loaded or a kernel not be found.
-#[derive(Clone, Debug, thiserror::Error)]
+#[derive(Clone, Debug, thiserror::Error, Serialize, Deserialize)]
 pub enum PluginError {
     /// The description contradicts itself.
-    #[error(
-        "plugin `{plugin}` describes itself wrongly: {reason}; its author must mend `describe`"
-    )]
+    #[error("plugin `{plugin}` describes itself wrongly: {reason}; its author must fix `describe`")]
     Description {
         /// The plugin's name.
         plugin: String,
@@ -272,10 +321,39 @@ pub struct KernelRef {
 }
 
 impl KernelRef {
+    /// The kernel at `index` of a plugin's description, if there is one.
+    #[must_use]
+    pub fn new(plugin: &Arc<Plugin>, index: usize) -> Option<Self> {
+        let plugin = Arc::clone(plugin);
+        (index < plugin.description.kernels.len()).then_some(Self { plugin, index })
+    }
+
+    /// Its place in the plugin's description.
+    #[must_use]
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
     /// The kernel's declaration.
     #[must_use]
     pub fn kernel(&self) -> &Kernel {
         &self.plugin.description.kernels[self.index]
+    }
+
+    /// Its plugin's name and its own: what listings are sorted by.
+    #[must_use]
+    pub fn names(&self) -> (&str, &str) {
+        (&self.plugin.description.name, &self.kernel().name)
+    }
+
+    /// Whether `name` means it: `kernel` or `plugin/kernel`.
+    #[must_use]
+    pub fn is_called(&self, name: &str) -> bool {
+        let (plugin, kernel) = self.names();
+        let qualified = name
+            .strip_prefix(plugin)
+            .and_then(|rest| rest.strip_prefix('/'));
+        name == kernel || qualified == Some(kernel)
     }
 }
 
@@ -291,7 +369,7 @@ impl Plugins {
     /// # Errors
     /// [`PluginError::NameTaken`] if other bytes have its name.
     pub fn add(&self, plugin: Plugin) -> Result<Arc<Plugin>, PluginError> {
-        let mut by_name = self.by_name.write().unwrap_or_else(|e| e.into_inner());
+        let mut by_name = self.by_name.write();
         if let Some(loaded) = by_name.get(&plugin.description.name) {
             if loaded.hash == plugin.hash {
                 return Ok(Arc::clone(loaded));
@@ -305,14 +383,14 @@ impl Plugins {
 
     /// Takes all of them away.
     pub fn clear(&self) {
-        let mut by_name = self.by_name.write().unwrap_or_else(|e| e.into_inner());
+        let mut by_name = self.by_name.write();
         by_name.clear();
     }
 
     /// All kernels, sorted by plugin and name.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelRef> {
-        let by_name = self.by_name.read().unwrap_or_else(|e| e.into_inner());
+        let by_name = self.by_name.read();
         let mut all: Vec<KernelRef> = by_name
             .values()
             .flat_map(|plugin| {
@@ -322,10 +400,7 @@ impl Plugins {
                 })
             })
             .collect();
-        all.sort_by(|a, b| {
-            (&a.plugin.description.name, &a.kernel().name)
-                .cmp(&(&b.plugin.description.name, &b.kernel().name))
-        });
+        all.sort_by(|a, b| a.names().cmp(&b.names()));
         all
     }
 
@@ -335,12 +410,7 @@ impl Plugins {
     /// [`PluginError::KernelNotFound`], [`PluginError::Ambiguous`].
     pub fn find(&self, name: &str) -> Result<KernelRef, PluginError> {
         let kernels = self.kernels();
-        let qualified =
-            |k: &KernelRef| format!("{}/{}", k.plugin.description.name, k.kernel().name);
-        let mut matches: Vec<&KernelRef> = kernels
-            .iter()
-            .filter(|k| k.kernel().name == name || qualified(k) == name)
-            .collect();
+        let mut matches: Vec<&KernelRef> = kernels.iter().filter(|k| k.is_called(name)).collect();
         match matches.len() {
             1 => Ok(matches.remove(0).clone()),
             0 => Err(PluginError::KernelNotFound {
@@ -355,7 +425,10 @@ impl Plugins {
                 kernel: name.to_owned(),
                 choices: matches
                     .into_iter()
-                    .map(qualified)
+                    .map(|found| {
+                        let (plugin, kernel) = found.names();
+                        format!("{plugin}/{kernel}")
+                    })
                     .collect::<Vec<_>>()
                     .join(", "),
             }),

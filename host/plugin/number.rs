@@ -1,12 +1,13 @@
 //! Numbers as a caller wrote them: an integer stays exact from JSON to the kernel.
 
+use serde::{Deserialize, Serialize};
 use std::cmp::Ordering;
 use std::fmt;
 
 use serde_json::Value as Json;
 
 /// A number. Each integer has one form.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Number {
     /// Below 2^63.
     Integer(i64),
@@ -31,12 +32,7 @@ impl Number {
                 (None, Some(integer)) => Some(Self::Unsigned(integer)),
                 (None, None) => v.as_f64().map(Self::Real),
             },
-            Json::String(v) => match v.as_str() {
-                "nan" => Some(Self::Real(f64::NAN)),
-                "inf" => Some(Self::Real(f64::INFINITY)),
-                "-inf" => Some(Self::Real(f64::NEG_INFINITY)),
-                _ => None,
-            },
+            Json::String(word) => strait_protocol::real_from_word(word).map(Self::Real),
             _ => None,
         }
     }
@@ -44,10 +40,7 @@ impl Number {
     /// The inverse of [`Number::from_json`].
     pub(super) fn to_json(self) -> Json {
         match self {
-            Self::Real(v) if v.is_nan() => "nan".into(),
-            Self::Real(v) if v == f64::INFINITY => "inf".into(),
-            Self::Real(v) if v == f64::NEG_INFINITY => "-inf".into(),
-            Self::Real(v) => v.into(),
+            Self::Real(v) => strait_protocol::real_to_json(v),
             Self::Integer(v) => v.into(),
             Self::Unsigned(v) => v.into(),
         }

@@ -1,152 +1,67 @@
-//! The way of an invocation: resolve inputs, check, queue, run, publish.
+//! The way of an invocation: prepare, queue, run, publish.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use strait_client::wire;
-use strait_tensor::TensorPlace;
+use strait_protocol as wire;
 
-use super::idempotency::{Fingerprint, Key, Turn};
-use super::run::{Call, Run};
-use super::{Host, check_id, check_name};
-use crate::engine::{CancelToken, Input, Limits, Outcome, Request, Seconds, WindowPages};
-use crate::error::{Code, Status};
-use crate::lease::{LiveSegment, Principal, SessionId};
+use super::answer::{Answer, Invoked, InvokedResult, Outputs};
+use super::caller::Caller;
+use super::idempotency::{Fingerprint, Turn};
+use super::prepare::{Checked, Deadline};
+use super::run::{Call, Given, Run};
+use super::{Host, check_id};
+use crate::engine::{Failed, Output};
+use crate::error::{Code, Reason, Status};
+use crate::lease::{Body, SessionId};
 
-/// A result that the caller can map, read or publish.
-#[derive(Clone, Debug)]
-pub struct InvokedResult {
-    /// The output port.
-    pub port: String,
-    /// What holds it; one tensor, named as the port.
-    pub segment: Arc<LiveSegment>,
-    /// The name it was published under.
-    pub name: Option<String>,
-}
-
-/// What an invocation leaves.
-#[derive(Debug)]
-pub struct Invoked {
-    /// In the kernel's order.
-    pub results: Vec<InvokedResult>,
-    /// (key, text).
-    pub notes: Vec<(String, String)>,
-    /// Bytes of its tensors that the host copied.
-    pub copied_bytes: u64,
-    /// With `verify`.
-    pub pages: Vec<WindowPages>,
-    /// Page faults of the process meanwhile that needed no I/O.
-    pub minor_faults: u64,
-    /// Where the time went, without the queue.
-    pub seconds: Seconds,
-    /// Waiting for a worker, in seconds.
-    pub queue_seconds: f64,
-}
-
-type Callback = Box<dyn FnOnce(Result<Arc<Invoked>, Status>) + Send>;
-
-/// The one answer that a request gets, even if the worker that ran it is lost.
-pub struct Answer(Option<Callback>);
-
-impl std::fmt::Debug for Answer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Answer")
-            .field("given", &self.0.is_none())
-            .finish()
-    }
-}
-
-impl Answer {
-    /// Calls `callback` exactly once.
-    pub fn new(callback: impl FnOnce(Result<Arc<Invoked>, Status>) + Send + 'static) -> Self {
-        Self(Some(Box::new(callback)))
-    }
-
-    pub(super) fn give(mut self, result: Result<Arc<Invoked>, Status>) {
-        if let Some(callback) = self.0.take() {
-            callback(result);
-        }
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        if let Some(callback) = self.0.take() {
-            callback(Err(Status::new(
-                Code::Internal,
-                "HOST",
-                "the worker that ran this was lost; the host's log has the reason",
-            )));
-        }
-    }
-}
-
-/// What the inputs of a request stand for, by port.
-type Resolved = BTreeMap<String, Result<(Arc<LiveSegment>, TensorPlace), Status>>;
-
-/// When a request must be done, counted from its receipt.
-#[derive(Clone, Copy, Debug)]
-struct Deadline {
-    at: Instant,
-    ms: u64,
-}
-
-/// A request whose arguments have been checked.
-#[derive(Debug)]
-struct Checked {
-    request: Request,
-    publish: BTreeMap<String, String>,
-    replace: bool,
-    principal: Principal,
-}
+/// What else is to know of a run's outcome; none if there is no result.
+type Keep<T> = Box<dyn FnOnce(&Arc<Run<T>>, Option<&T>) + Send>;
 
 /// Brings a run to its end, even if the worker that runs it is lost.
-struct Ending {
-    host: Arc<Host>,
-    run: Arc<Run>,
-    key: Option<Key>,
+struct Ending<T: Given> {
+    run: Arc<Run<T>>,
+    keep: Option<Keep<T>>,
 }
 
-impl Ending {
-    fn end(self, result: Result<Invoked, Status>) {
-        self.tell(Some(result.map(Arc::new)));
+impl<T: Given> Ending<T> {
+    fn end(mut self, result: Result<T, Status>) {
+        self.tell(Some(result));
     }
 
-    fn tell(&self, result: Option<Result<Arc<Invoked>, Status>>) {
-        if let Some(key) = &self.key {
+    fn tell(&mut self, result: Option<Result<T, Status>>) {
+        if let Some(keep) = self.keep.take() {
             let outcome = result.as_ref().and_then(|result| result.as_ref().ok());
-            self.host.idempotency.finish(key, &self.run, outcome);
+            keep(&self.run, outcome);
         }
         self.run.end(result);
     }
 }
 
-impl Drop for Ending {
+impl<T: Given> Drop for Ending<T> {
     fn drop(&mut self) {
         // After `end` nobody is left to be answered.
         self.tell(None);
     }
 }
 
-impl Host {
+impl Caller {
     /// Starts an invocation; `answer` gets its outcome, on a worker thread or at once.
     ///
     /// `session` is whose leased segments may be inputs by id.
     pub fn invoke(
-        self: &Arc<Self>,
-        principal: Principal,
+        &self,
         session: Option<SessionId>,
         mut invoke: wire::Invoke,
         request_id: Arc<str>,
         answer: Answer,
     ) -> Call {
-        let begun = self.deadline(&invoke).and_then(|deadline| {
+        let begun = self.host.deadline(&invoke).and_then(|deadline| {
             let key = invoke.idempotency_key.take();
             if let Some(key) = &key {
                 check_id("idempotency_key", key)?;
             }
-            Ok((deadline, key.map(|key| (principal, key))))
+            Ok((deadline, key.map(|key| (self.principal().clone(), key))))
         });
         let (mut deadline, key) = match begun {
             Ok(begun) => begun,
@@ -156,19 +71,10 @@ impl Host {
             }
         };
         let own = deadline;
-        let inputs = self.resolve_all(principal, session, &invoke);
+        let mapped = session.is_some() && invoke.map.unwrap_or(true);
+        let inputs = self.resolve_all(session, &invoke);
         let (run, call) = match &key {
-            None => {
-                let run = Run::new(&invoke.kernel);
-                match run.join(answer, own.ms) {
-                    Ok(call) => (run, call),
-                    // A run that is new takes everybody.
-                    Err(answer) => {
-                        drop(answer);
-                        return Call::answered();
-                    }
-                }
-            }
+            None => Run::begin(&invoke.kernel, answer, own.ms),
             Some(key) => {
                 let segment = |port: &str| match inputs.get(port) {
                     Some(Ok((segment, _))) => Some(segment.id()),
@@ -176,69 +82,112 @@ impl Host {
                 };
                 let fingerprint = Fingerprint::of(&invoke, segment);
                 match self
+                    .host
                     .idempotency
                     .begin(key, fingerprint, &invoke.kernel, own.ms, answer)
                 {
                     Turn::Answered => return Call::answered(),
                     Turn::Joined(run, call) => {
-                        run.watch(&call, &self.deadlines, own.at);
+                        run.watch(&call, &self.host.deadlines, own.at);
                         return call;
                     }
                     // Each caller's own deadline is watched; the run lasts as long as anybody waits.
                     Turn::First(run, call) => {
-                        deadline = Deadline::after(self.config.limits.deadline_ms_max);
-                        run.watch(&call, &self.deadlines, own.at);
+                        deadline = Deadline::after(self.host.config.limits.deadline_ms_max);
+                        run.watch(&call, &self.host.deadlines, own.at);
                         (run, call)
                     }
                 }
             }
         };
-        let ending = Ending {
-            host: Arc::clone(self),
-            run,
-            key,
-        };
+        let keep = key.map(|key| -> Keep<Arc<Invoked>> {
+            let host = Arc::clone(&self.host);
+            Box::new(move |run, outcome| host.idempotency.finish(&key, run, outcome))
+        });
+        let ending = Ending { run, keep };
         match self.check(
-            principal,
             invoke,
             inputs,
             deadline,
             request_id,
             ending.run.cancel_token(),
         ) {
-            Ok(checked) => self.queue(checked, ending, &call, own),
+            Ok(checked) => {
+                let caller = self.clone();
+                self.queue(ending, deadline, &call, own, move |queue_seconds| {
+                    caller.run(checked, mapped, queue_seconds).map(Arc::new)
+                });
+            }
             Err(status) => ending.end(Err(status)),
         }
         call
     }
 
-    /// The outputs that an invocation would have, by `open` alone: for `GetSchema` and `kernels`.
+    /// Runs an invocation to its end. Blocks.
     ///
     /// # Errors
-    /// As [`Host::invoke`].
-    pub fn open_only(
-        self: &Arc<Self>,
-        principal: Principal,
+    /// What it is answered.
+    pub fn invoke_and_wait(
+        &self,
         invoke: wire::Invoke,
         request_id: Arc<str>,
-    ) -> Result<Vec<(String, strait_tensor::TensorSpec)>, Status> {
-        let deadline = self.deadline(&invoke)?;
-        let inputs = self.resolve_all(principal, None, &invoke);
-        let checked = self.check(
-            principal,
-            invoke,
-            inputs,
-            deadline,
-            request_id,
-            CancelToken::default(),
-        )?;
-        Ok(self.engine.open_only(checked.request)?)
+    ) -> Result<Arc<Invoked>, Status> {
+        let (sender, receiver) = std::sync::mpsc::sync_channel(1);
+        let answer = Answer::new(move |result| {
+            // It is received below, whatever happens.
+            let _ = sender.send(result);
+        });
+        self.invoke(None, invoke, request_id, answer);
+        let lost = |_| Status::new(Code::Internal, Reason::Host, "an invocation was lost");
+        receiver.recv().map_err(lost)?
     }
 
-    fn queue(self: &Arc<Self>, checked: Checked, ending: Ending, call: &Call, deadline: Deadline) {
-        let workers = self.workers.lock().unwrap_or_else(|e| e.into_inner());
+    /// Starts what finds out the outputs that an invocation would have, by `open` alone: for `GetSchema`. It
+    /// waits, runs and counts as an invocation does.
+    pub fn open_only(
+        &self,
+        invoke: wire::Invoke,
+        request_id: Arc<str>,
+        answer: Answer<Outputs>,
+    ) -> Call {
+        let deadline = match self.host.deadline(&invoke) {
+            Ok(deadline) => deadline,
+            Err(status) => {
+                answer.give(Err(status));
+                return Call::answered();
+            }
+        };
+        let (run, call) = Run::begin(&invoke.kernel, answer, deadline.ms);
+        let inputs = self.resolve_all(None, &invoke);
+        let cancel = run.cancel_token();
+        let ending = Ending { run, keep: None };
+        match self.check(invoke, inputs, deadline, request_id, cancel) {
+            Ok(checked) => {
+                let host = Arc::clone(&self.host);
+                self.queue(ending, deadline, &call, deadline, move |_| {
+                    Ok(host.runner.open_only(&checked.job, checked.means)?)
+                });
+            }
+            Err(status) => ending.end(Err(status)),
+        }
+        call
+    }
+
+    /// Queues `work`, which gets the seconds that it waited. It must be done by `deadline`, and `call`, the first
+    /// that waits for it, is answered by its `own`.
+    fn queue<T: Given>(
+        &self,
+        ending: Ending<T>,
+        deadline: Deadline,
+        call: &Call,
+        own: Deadline,
+        work: impl FnOnce(f64) -> Result<T, Status> + Send + 'static,
+    ) {
+        let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
-            Some(workers) => workers.reserve().map_err(Status::from),
+            Some(workers) => workers
+                .reserve(self.account.invocations())
+                .map_err(Status::from),
             None => Err(super::draining()),
         };
         drop(workers);
@@ -252,99 +201,101 @@ impl Host {
             if !ending.run.start() {
                 return;
             }
-            let queue_seconds = begin.elapsed().as_secs_f64();
-            // The run's: `deadline` is that of the first caller, who may have left others here.
-            let (at, ms) = (checked.request.deadline, checked.request.deadline_ms);
-            let result = match Instant::now() < at {
-                true => ending.host.run(checked, queue_seconds),
-                false => Err(ending.run.late(false, ms)),
+            // `own` is that of the first caller, who may have left others here.
+            let result = match Instant::now() < deadline.at {
+                true => work(begin.elapsed().as_secs_f64()),
+                false => Err(ending.run.late(false, deadline.ms)),
             };
             ending.end(result);
         });
         if queued.waits {
-            run.watch(call, &self.deadlines, deadline.at);
+            run.watch(call, &self.host.deadlines, own.at);
         }
         run.queued(queued);
     }
 
-    fn run(&self, checked: Checked, queue_seconds: f64) -> Result<Invoked, Status> {
+    /// `mapped`: its answer comes with leases and descriptors.
+    fn run(&self, checked: Checked, mapped: bool, queue_seconds: f64) -> Result<Invoked, Status> {
         let Checked {
-            request,
+            job,
+            means,
+            seal,
             publish,
             replace,
-            principal,
         } = checked;
-        let request_id = Arc::clone(&request.request_id);
-        let kernel = request.kernel.kernel().name.clone();
-        let result = self.engine.invoke(request).map_err(Status::from);
+        let (request_id, kernel) = (&*job.request_id, job.kernel.kernel().name.as_str());
+        let result = self.host.runner.invoke(&job, means).map_err(Status::from);
         match &result {
-            Ok(outcome) => tracing::debug!(
-                request_id = &*request_id,
+            Ok(done) => tracing::debug!(
+                request_id,
                 kernel,
-                seconds = outcome.seconds.total,
-                copied_bytes = outcome.copied_bytes,
+                seconds = done.report.seconds.total,
+                copied_bytes = done.report.copied_bytes,
                 "invocation"
             ),
             Err(status) => tracing::warn!(
-                request_id = &*request_id,
+                request_id,
                 kernel,
                 code = status.code.name(),
-                reason = status.reason,
+                reason = status.reason.name(),
                 message = status.message,
                 "invocation failed"
             ),
         }
-        let Outcome {
-            outputs,
-            notes,
-            copied_bytes,
-            pages,
-            minor_faults,
-            seconds,
-        } = result?;
-        let mut results = Vec::with_capacity(outputs.len());
-        for output in outputs {
-            let segment = self.live(
-                principal,
-                output.body,
-                output.layout.bytes,
-                output.layout.tensors,
-                None,
-            )?;
-            results.push(InvokedResult {
-                name: publish.get(&output.port).cloned(),
-                port: output.port,
+        let done = result?;
+        let mut results = Vec::with_capacity(done.outputs.len());
+        for output in done.outputs {
+            let Output {
+                port,
+                layout,
                 segment,
+            } = output;
+            let body = match seal {
+                true => Body::Sealed(
+                    segment
+                        .seal()
+                        .map_err(|refused| Failed::unsealed(kernel, refused.error))?,
+                ),
+                false => Body::Result(segment),
+            };
+            results.push(InvokedResult {
+                segment: self.live(body, layout.bytes, layout.tensors, None)?,
+                name: publish.get(&port).cloned(),
+                port,
             });
         }
         let invoked = Invoked {
             results,
-            notes,
-            copied_bytes,
-            pages,
-            minor_faults,
-            seconds,
+            report: done.report,
             queue_seconds,
         };
-        self.check_reply(&invoked, &kernel)?;
+        self.host.check_reply(&invoked, kernel)?;
+        if mapped {
+            self.account.check_answer(invoked.results.len())?;
+        }
         let named: Vec<_> = invoked
             .results
             .iter()
             .filter_map(|result| Some((&result.segment, result.name.as_deref()?)))
             .collect();
-        self.publish_all(principal, &named, replace)?;
+        self.publish_all(&named, replace)?;
         Ok(invoked)
     }
+}
 
+impl Host {
     /// Whether the reply will fit a frame. Asked before anything gets a name.
     fn check_reply(&self, invoked: &Invoked, kernel: &str) -> Result<(), Status> {
         // A character may become six in JSON; a mapping of one tensor and a page have less than this.
         let notes = invoked
+            .report
             .notes
             .iter()
             .map(|(key, text)| key.len() + text.len());
         let most = wire::BODY_BYTES_MAX - super::REPLY_BYTES;
-        if 6 * notes.sum::<usize>() + 2048 * invoked.results.len() + 256 * invoked.pages.len()
+        if 6 * notes.sum::<usize>()
+            + 2048 * invoked.results.len()
+            + 256 * invoked.report.pages.len()
             < most / 2
         {
             return Ok(());
@@ -364,212 +315,13 @@ impl Host {
         }
         Err(Status::new(
             Code::Internal,
-            "BAD_ANSWER",
+            Reason::BadAnswer,
             format!(
                 "kernel `{kernel}` left {} notes that make a reply of {bytes} bytes of JSON, and there is room for {most}; \
                  the plugin must leave fewer or shorter ones",
-                invoked.notes.len()
+                invoked.report.notes.len()
             ),
         )
         .with("during", "notes"))
     }
-
-    /// When `invoke`, just received, must be done.
-    fn deadline(&self, invoke: &wire::Invoke) -> Result<Deadline, Status> {
-        let settings = &self.config.limits;
-        let ms = invoke.deadline_ms.unwrap_or(settings.deadline_ms_default);
-        if ms == 0 {
-            let message = "deadline_ms of 0: nothing is done by then; ask for at least 1, or leave it out for the host's default";
-            return Err(Status::new(Code::InvalidArgument, "BAD_LIMIT", message).with("asked", 0));
-        }
-        if ms > settings.deadline_ms_max {
-            return Err(bad_limit("deadline_ms", ms, settings.deadline_ms_max));
-        }
-        Ok(Deadline::after(ms))
-    }
-
-    fn resolve_all(
-        &self,
-        principal: Principal,
-        session: Option<SessionId>,
-        invoke: &wire::Invoke,
-    ) -> Resolved {
-        let inputs = invoke.inputs.iter();
-        inputs
-            .map(|(port, input)| (port.clone(), self.resolve(principal, session, input)))
-            .collect()
-    }
-
-    fn check(
-        &self,
-        principal: Principal,
-        invoke: wire::Invoke,
-        resolved: Resolved,
-        deadline: Deadline,
-        request_id: Arc<str>,
-        cancel: CancelToken,
-    ) -> Result<Checked, Status> {
-        self.admit()?;
-        let kernel = self.plugins.find(&invoke.kernel)?;
-        let declared = kernel.kernel();
-        let mut inputs = BTreeMap::new();
-        for (port, input) in resolved {
-            inputs.insert(port, input?);
-        }
-        let checked =
-            declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
-        declared.check_outputs(invoke.publish.keys().map(String::as_str))?;
-        for (port, name) in &invoke.publish {
-            check_name(name)?;
-            if invoke
-                .publish
-                .iter()
-                .any(|(other, n)| other != port && n == name)
-            {
-                return Err(Status::new(
-                    Code::InvalidArgument,
-                    "BAD_NAME",
-                    format!("two outputs would be published as `{name}`"),
-                ));
-            }
-            // Told before the run, not after it; `publish` itself decides in the end.
-            if !invoke.replace && self.entry(principal, name).is_ok() {
-                return Err(super::name_taken(name));
-            }
-        }
-        let limits = tightened(
-            self.config.limits.limits(),
-            invoke.limits.unwrap_or_default(),
-        )?;
-        let inputs = declared
-            .inputs
-            .iter()
-            .zip(checked.inputs)
-            .map(|(port, (segment, place))| Input {
-                port: port.name.clone(),
-                role: port.role,
-                place,
-                segment,
-            })
-            .collect();
-        let request = Request {
-            inputs,
-            parameters: checked.parameters,
-            owner: principal.owner(),
-            seal: invoke.seal,
-            verify: invoke.verify,
-            limits,
-            deadline: deadline.at,
-            deadline_ms: deadline.ms,
-            cancel,
-            request_id,
-            kernel,
-        };
-        Ok(Checked {
-            request,
-            publish: invoke.publish,
-            replace: invoke.replace,
-            principal,
-        })
-    }
-
-    fn resolve(
-        &self,
-        principal: Principal,
-        session: Option<SessionId>,
-        input: &wire::Input,
-    ) -> Result<(Arc<LiveSegment>, TensorPlace), Status> {
-        let (segment, column, shown) = match input {
-            wire::Input::Text(text) => {
-                let (name, column) = match text.split_once('#') {
-                    Some((name, column)) => (name, Some(column)),
-                    None => (text.as_str(), None),
-                };
-                (self.lookup(principal, name)?, column, name)
-            }
-            wire::Input::Flight { name, column } => (
-                self.lookup(principal, name)?,
-                column.as_deref(),
-                name.as_str(),
-            ),
-            wire::Input::Segment { segment, column } => {
-                let session = session.ok_or_else(|| {
-                    Status::new(
-                        Code::InvalidArgument,
-                        "BAD_REQUEST",
-                        "an input by segment id needs a data-socket session; name a flight",
-                    )
-                })?;
-                (
-                    self.leased(session, segment)?,
-                    column.as_deref(),
-                    segment.as_str(),
-                )
-            }
-        };
-        let shown = super::shown(shown);
-        let tensors = segment.tensors();
-        let names = || {
-            tensors
-                .iter()
-                .map(|t| format!("`{}`", t.name))
-                .collect::<Vec<_>>()
-                .join(", ")
-        };
-        let place = match column {
-            Some(column) => tensors.iter().find(|t| t.name == *column).ok_or_else(|| {
-                let column = super::shown(column);
-                Status::new(
-                    Code::NotFound,
-                    "COLUMN_NOT_FOUND",
-                    format!("`{shown}` has no column `{column}`; it has {}", names()),
-                )
-            })?,
-            None if tensors.len() == 1 => &tensors[0],
-            None => {
-                return Err(Status::new(
-                    Code::InvalidArgument,
-                    "BAD_INPUT",
-                    format!(
-                        "`{shown}` has {} columns; say which, as `{shown}#column`: {}",
-                        tensors.len(),
-                        names()
-                    ),
-                ));
-            }
-        };
-        let place = place.clone();
-        Ok((segment, place))
-    }
-}
-
-impl Deadline {
-    fn after(ms: u64) -> Self {
-        let at = Instant::now() + Duration::from_millis(ms);
-        Self { at, ms }
-    }
-}
-
-fn bad_limit(name: &str, asked: u64, limit: u64) -> Status {
-    Status::new(
-        Code::InvalidArgument,
-        "BAD_LIMIT",
-        format!("{name} of {asked} is over the host's own {limit}; ask for less, or have the operator raise it"),
-    )
-    .with("asked", asked)
-    .with("limit", limit)
-}
-
-fn tightened(host: Limits, asked: wire::Limits) -> Result<Limits, Status> {
-    let one = |name, host: u64, asked: Option<u64>| match asked {
-        Some(asked) if asked > host => Err(bad_limit(name, asked, host)),
-        Some(asked) => Ok(asked),
-        None => Ok(host),
-    };
-    Ok(Limits {
-        guest_bytes: one("guest_bytes", host.guest_bytes, asked.guest_bytes)?,
-        window_bytes: one("window_bytes", host.window_bytes, asked.window_bytes)?,
-        result_bytes: one("result_bytes", host.result_bytes, asked.result_bytes)?,
-        log_bytes: one("log_bytes", host.log_bytes, asked.log_bytes)?,
-    })
 }

@@ -5,19 +5,22 @@
 //! Deadlines (a thread) ──────────▶│ ├──▶ its job in the queue ┐ ended when
 //!                                   └──▶ the engine's token   ┘ the last caller leaves
 //! ```
-//! A request without an idempotency key has a run of its own; repeats with one key share theirs.
+//! A request without an idempotency key has a run of its own; repeats with one key share theirs. What a run gives is an
+//! invocation's outcome or, of `open` alone, the specs of its outputs.
 //! Whoever leaves while others wait is answered at once. The last one ends the run, and is
 //! answered when nothing of it is left.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use super::invoke::{Answer, Invoked};
+use parking_lot::{Condvar, Mutex, MutexGuard};
+
+use super::answer::{Answer, Invoked};
 use super::workers::Queued;
-use crate::engine::{CancelToken, InvokeError};
-use crate::error::{Code, Status};
+use crate::engine::{CancelToken, Failed};
+use crate::error::{Code, Reason, Status};
 
 /// Why a caller no longer waits.
 #[derive(Clone, Copy, Debug)]
@@ -29,9 +32,9 @@ enum Leaving {
 }
 
 #[derive(Debug)]
-struct Caller {
+struct Caller<T> {
     id: u64,
-    answer: Answer,
+    answer: Answer<T>,
     deadline_ms: u64,
     /// Set while the clock is watched for it.
     due: Option<Due>,
@@ -39,9 +42,9 @@ struct Caller {
     leaving: Option<Status>,
 }
 
-#[derive(Debug, Default)]
-struct State {
-    callers: Vec<Caller>,
+#[derive(Debug)]
+struct State<T> {
+    callers: Vec<Caller<T>>,
     last: u64,
     queued: Option<Queued>,
     started: bool,
@@ -49,19 +52,29 @@ struct State {
     over: bool,
 }
 
-/// A run.
+/// What a run may give.
+pub(super) trait Given: Clone + Send + std::fmt::Debug + 'static {}
+
+impl<T: Clone + Send + std::fmt::Debug + 'static> Given for T {}
+
+/// A run that gives a `T`: by default that of an invocation.
 #[derive(Debug)]
-pub(super) struct Run {
+pub(super) struct Run<T = Arc<Invoked>> {
     kernel: String,
     cancel: CancelToken,
-    // A std mutex: never held while an answer is given or a job dropped.
-    state: Mutex<State>,
+    // Never held while an answer is given or a job dropped.
+    state: Mutex<State<T>>,
+}
+
+/// A run, whatever it gives.
+trait Leave: Send + Sync + std::fmt::Debug {
+    fn leave(&self, caller: u64, leaving: Leaving);
 }
 
 /// A caller's handle on the invocation that it asked for. Dropping it changes nothing.
 #[derive(Clone, Debug)]
 pub struct Call {
-    run: Weak<Run>,
+    run: Weak<dyn Leave>,
     caller: u64,
 }
 
@@ -69,7 +82,7 @@ impl Call {
     /// A call that was answered before there was a run.
     pub(super) fn answered() -> Self {
         Self {
-            run: Weak::new(),
+            run: Weak::<Run>::new(),
             caller: 0,
         }
     }
@@ -83,19 +96,49 @@ impl Call {
     }
 }
 
-impl Run {
-    /// A run of the kernel that was asked for as `kernel`.
-    pub(super) fn new(kernel: &str) -> Arc<Self> {
+impl<T> State<T> {
+    /// One more that waits; answers its number.
+    fn add(&mut self, answer: Answer<T>, deadline_ms: u64) -> u64 {
+        self.last += 1;
+        self.callers.push(Caller {
+            id: self.last,
+            answer,
+            deadline_ms,
+            due: None,
+            leaving: None,
+        });
+        self.last
+    }
+}
+
+impl<T: Given> Run<T> {
+    /// A run of the kernel that was asked for as `kernel`, and the first one's wait for its outcome.
+    pub(super) fn begin(kernel: &str, answer: Answer<T>, deadline_ms: u64) -> (Arc<Self>, Call) {
         let name = kernel.rsplit('/').next().unwrap_or(kernel);
-        Arc::new(Self {
+        let mut state = State {
+            callers: Vec::new(),
+            last: 0,
+            queued: None,
+            started: false,
+            over: false,
+        };
+        let first = state.add(answer, deadline_ms);
+        let run = Arc::new(Self {
             kernel: name.to_owned(),
             cancel: CancelToken::default(),
-            state: Mutex::default(),
-        })
+            state: Mutex::new(state),
+        });
+        let call = run.call(first);
+        (run, call)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    fn call(self: &Arc<Self>, caller: u64) -> Call {
+        let run: Weak<Self> = Arc::downgrade(self);
+        Call { run, caller }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State<T>> {
+        self.state.lock()
     }
 
     /// What the engine looks at.
@@ -112,31 +155,24 @@ impl Run {
     ///
     /// # Errors
     /// The answer, if the run is over.
-    pub(super) fn join(self: &Arc<Self>, answer: Answer, deadline_ms: u64) -> Result<Call, Answer> {
+    pub(super) fn join(
+        self: &Arc<Self>,
+        answer: Answer<T>,
+        deadline_ms: u64,
+    ) -> Result<Call, Answer<T>> {
         let mut state = self.lock();
         if state.over {
             return Err(answer);
         }
-        state.last += 1;
-        let id = state.last;
-        state.callers.push(Caller {
-            id,
-            answer,
-            deadline_ms,
-            due: None,
-            leaving: None,
-        });
-        Ok(Call {
-            run: Arc::downgrade(self),
-            caller: id,
-        })
+        Ok(self.call(state.add(answer, deadline_ms)))
     }
 
     /// From now on the clock is watched for a caller.
     pub(super) fn watch(self: &Arc<Self>, call: &Call, deadlines: &Deadlines, at: Instant) {
         let mut state = self.lock();
         if let Some(caller) = state.callers.iter_mut().find(|c| c.id == call.caller) {
-            caller.due = Some(deadlines.add(at, self, call.caller));
+            let run: Weak<Self> = Arc::downgrade(self);
+            caller.due = Some(deadlines.add(at, run, call.caller));
         }
     }
 
@@ -159,13 +195,49 @@ impl Run {
         !state.over
     }
 
+    /// What is said at a deadline.
+    pub(super) fn late(&self, started: bool, deadline_ms: u64) -> Status {
+        if started {
+            return Failed::late(&self.kernel, deadline_ms).into();
+        }
+        Status::new(
+            Code::DeadlineExceeded,
+            Reason::Deadline,
+            format!(
+                "the invocation of kernel `{}` was still waiting for a worker at its deadline of {deadline_ms} ms; \
+                 ask again later or with a longer deadline, or have the operator raise engine.workers",
+                self.kernel
+            ),
+        )
+        .with("deadline_ms", deadline_ms)
+    }
+
+    /// Answers everybody. Without a result it never ran, or its worker was lost.
+    pub(super) fn end(&self, result: Option<Result<T, Status>>) {
+        let mut state = self.lock();
+        state.over = true;
+        state.queued = None;
+        let mut callers = std::mem::take(&mut state.callers);
+        drop(state);
+        let last = callers.pop();
+        for caller in callers {
+            caller.end(result.clone());
+        }
+        // By value: whoever has the answer finds that nobody else here holds the results.
+        if let Some(last) = last {
+            last.end(result);
+        }
+    }
+}
+
+impl<T: Given> Leave for Run<T> {
     fn leave(&self, id: u64, leaving: Leaving) {
         let mut state = self.lock();
         let Some(at) = state.callers.iter().position(|caller| caller.id == id) else {
             return;
         };
         let status = match leaving {
-            Leaving::Cancelled => InvokeError::Cancelled(self.kernel.clone()).into(),
+            Leaving::Cancelled => Failed::cancelled(&self.kernel).into(),
             Leaving::Late => self.late(state.started, state.callers[at].deadline_ms),
         };
         if state.callers.len() > 1 {
@@ -184,51 +256,12 @@ impl Run {
             queued.withdraw();
         }
     }
-
-    /// What is said at a deadline.
-    pub(super) fn late(&self, started: bool, deadline_ms: u64) -> Status {
-        if started {
-            let kernel = self.kernel.clone();
-            return InvokeError::Deadline {
-                kernel,
-                deadline_ms,
-            }
-            .into();
-        }
-        Status::new(
-            Code::DeadlineExceeded,
-            "DEADLINE",
-            format!(
-                "the invocation of kernel `{}` was still waiting for a worker at its deadline of {deadline_ms} ms; \
-                 ask again later or with a longer deadline, or have the operator raise engine.workers",
-                self.kernel
-            ),
-        )
-        .with("deadline_ms", deadline_ms)
-    }
-
-    /// Answers everybody. Without a result it never ran, or its worker was lost.
-    pub(super) fn end(&self, result: Option<Result<Arc<Invoked>, Status>>) {
-        let mut state = self.lock();
-        state.over = true;
-        state.queued = None;
-        let mut callers = std::mem::take(&mut state.callers);
-        drop(state);
-        let last = callers.pop();
-        for caller in callers {
-            caller.end(result.clone());
-        }
-        // By value: whoever has the answer finds that nobody else here holds the results.
-        if let Some(last) = last {
-            last.end(result);
-        }
-    }
 }
 
-impl Caller {
-    fn end(self, result: Option<Result<Arc<Invoked>, Status>>) {
+impl<T> Caller<T> {
+    fn end(self, result: Option<Result<T, Status>>) {
         match (result, self.leaving) {
-            (Some(Ok(invoked)), _) => self.answer.give(Ok(invoked)),
+            (Some(Ok(given)), _) => self.answer.give(Ok(given)),
             (_, Some(status)) => self.answer.give(Err(status)),
             (Some(Err(status)), None) => self.answer.give(Err(status)),
             // An answer that is dropped says that its worker was lost.
@@ -241,7 +274,7 @@ type DueKey = (Instant, u64);
 
 #[derive(Debug, Default)]
 struct Clock {
-    due: BTreeMap<DueKey, (Weak<Run>, u64)>,
+    due: BTreeMap<DueKey, (Weak<dyn Leave>, u64)>,
     last: u64,
     ending: bool,
 }
@@ -255,19 +288,18 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, Clock> {
-        self.clock.lock().unwrap_or_else(|e| e.into_inner())
+        self.clock.lock()
     }
 
     fn watch(&self) {
         let mut clock = self.lock();
         while !clock.ending {
             let now = Instant::now();
-            clock = match clock.due.first_entry() {
-                None => self.changed.wait(clock).unwrap_or_else(|e| e.into_inner()),
+            match clock.due.first_entry() {
+                None => self.changed.wait(&mut clock),
                 Some(first) if first.key().0 > now => {
-                    let wait = first.key().0 - now;
-                    let waited = self.changed.wait_timeout(clock, wait);
-                    waited.unwrap_or_else(|e| e.into_inner()).0
+                    let due = first.key().0;
+                    self.changed.wait_until(&mut clock, due);
                 }
                 Some(first) => {
                     let (run, caller) = first.remove();
@@ -275,9 +307,9 @@ impl Shared {
                     if let Some(run) = run.upgrade() {
                         run.leave(caller, Leaving::Late);
                     }
-                    self.lock()
+                    clock = self.lock();
                 }
-            };
+            }
         }
     }
 }
@@ -318,11 +350,11 @@ impl Deadlines {
         })
     }
 
-    fn add(&self, at: Instant, run: &Arc<Run>, caller: u64) -> Due {
+    fn add(&self, at: Instant, run: Weak<dyn Leave>, caller: u64) -> Due {
         let mut clock = self.shared.lock();
         clock.last += 1;
         let key = (at, clock.last);
-        clock.due.insert(key, (Arc::downgrade(run), caller));
+        clock.due.insert(key, (run, caller));
         let first = clock.due.first_key_value().map(|(first, _)| *first) == Some(key);
         drop(clock);
         if first {

@@ -1,9 +1,10 @@
 //! Kernels and outcomes in the words of the wire, for both edges.
 
-use strait_client::wire;
+use strait_protocol as wire;
 
-use super::Invoked;
-use crate::plugin::{KernelRef, Number, Port, Role, Value};
+use super::{Host, Invoked};
+use crate::engine::Report;
+use crate::plugin::{Combine, KernelRef, Number, Port, Role, Value};
 
 impl From<&KernelRef> for wire::Kernel {
     fn from(found: &KernelRef) -> Self {
@@ -16,6 +17,7 @@ impl From<&KernelRef> for wire::Kernel {
                 Role::Data => "data".to_owned(),
                 Role::Mask => "mask".to_owned(),
             },
+            whole: p.whole,
             doc: p.doc.clone(),
         };
         let kernel = found.kernel();
@@ -39,10 +41,38 @@ impl From<&KernelRef> for wire::Kernel {
                     doc: p.doc.clone(),
                 })
                 .collect(),
+            signature: kernel.signature.as_ref().map(ToString::to_string),
             split_axis: kernel.split_axis,
+            combine: kernel.combine.name().to_owned(),
+            block_tree: match &kernel.combine {
+                Combine::Tree(tree) => Some(wire::BlockTree {
+                    block_rows: tree.block_rows,
+                    partials: tree.partials.clone(),
+                    merge: tree.merge.clone(),
+                }),
+                Combine::None | Combine::Concatenate => None,
+            },
             streaming: kernel.streaming,
             in_place: kernel.in_place,
         }
+    }
+}
+
+impl Host {
+    /// The kernels that a listing asks for, sorted by plugin and name.
+    pub fn kernels(&self, wanted: &wire::Kernels) -> impl Iterator<Item = wire::Kernel> {
+        let after = wanted
+            .after
+            .as_deref()
+            .map(|after| after.split_once('/').unwrap_or((after, "")));
+        let is_wanted = move |found: &KernelRef| {
+            let name = wanted.kernel.as_deref();
+            name.is_none_or(|name| found.is_called(name))
+                && after.is_none_or(|after| found.names() > after)
+        };
+        let all = self.plugins.kernels().into_iter();
+        all.filter(is_wanted)
+            .map(|found| wire::Kernel::from(&found))
     }
 }
 
@@ -54,14 +84,19 @@ impl Invoked {
             key: key.clone(),
             text: text.clone(),
         };
-        let seconds = &self.seconds;
+        let Report {
+            notes,
+            copied_bytes,
+            pages,
+            minor_faults,
+            seconds,
+        } = &self.report;
         wire::Invoked {
             results,
-            notes: self.notes.iter().map(note).collect(),
-            copied_bytes: self.copied_bytes,
+            notes: notes.iter().map(note).collect(),
+            copied_bytes: *copied_bytes,
             input_written: false,
-            pages: self
-                .pages
+            pages: pages
                 .iter()
                 .map(|pages| wire::Pages {
                     port: pages.port.clone(),
@@ -69,7 +104,7 @@ impl Invoked {
                     inode: pages.inode.map_or(0, |inode| inode.inode),
                 })
                 .collect(),
-            minor_faults: self.minor_faults,
+            minor_faults: *minor_faults,
             seconds: wire::Seconds {
                 queue: self.queue_seconds,
                 instantiate: seconds.instantiate,

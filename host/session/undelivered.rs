@@ -1,12 +1,15 @@
 //! Results of invocations over Flight: no connection holds them, so they live for a set time.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
+
 use super::Host;
-use crate::error::{Code, Status};
-use crate::lease::{LiveSegment, Principal, SegmentId};
+use super::caller::Caller;
+use crate::error::{Code, Reason, Status};
+use crate::lease::{LiveSegment, SegmentId};
 
 #[derive(Debug)]
 struct Kept {
@@ -17,21 +20,15 @@ struct Kept {
 /// Segments that are kept until a time of their own.
 #[derive(Debug, Default)]
 pub(super) struct Undelivered {
-    // A std mutex: held for map operations only.
+    // Held for map operations only.
     kept: Mutex<HashMap<SegmentId, Kept>>,
 }
 
 impl Undelivered {
-    fn lock(&self) -> MutexGuard<'_, HashMap<SegmentId, Kept>> {
-        self.kept
-            .lock()
-            .unwrap_or_else(|poisoned| poisoned.into_inner())
-    }
-
     /// Takes out those whose time is over.
     pub(super) fn expire(&self, now: Instant) -> Vec<Arc<LiveSegment>> {
         let mut over = Vec::new();
-        self.lock().retain(|_, kept| {
+        self.kept.lock().retain(|_, kept| {
             let live = kept.expires > now;
             if !live {
                 over.push(Arc::clone(&kept.segment));
@@ -50,42 +47,44 @@ impl Host {
             segment: Arc::clone(segment),
             expires: Instant::now() + life,
         };
-        self.undelivered.lock().insert(segment.id(), kept);
+        self.undelivered.kept.lock().insert(segment.id(), kept);
         life
     }
+}
 
-    /// A result of `principal` that is still kept.
+impl Caller {
+    /// A result of this principal that is still kept.
     ///
     /// # Errors
-    /// `SEGMENT_NOT_FOUND` if it is not kept (any more), or another principal's.
-    pub fn undelivered(
-        &self,
-        principal: Principal,
-        id: SegmentId,
-    ) -> Result<Arc<LiveSegment>, Status> {
-        let kept = self.undelivered.lock();
+    /// `NO_RIGHT`; `SEGMENT_NOT_FOUND` if it is not kept (any more), or another principal's.
+    pub fn undelivered(&self, id: SegmentId) -> Result<Arc<LiveSegment>, Status> {
+        self.check_get()?;
+        let kept = self.host.undelivered.kept.lock();
         kept.get(&id)
-            .filter(|kept| kept.segment.owner() == principal && kept.expires > Instant::now())
+            .filter(|kept| self.owns(kept) && kept.expires > Instant::now())
             .map(|kept| Arc::clone(&kept.segment))
             .ok_or_else(|| {
                 Status::new(
                     Code::NotFound,
-                    "SEGMENT_NOT_FOUND",
+                    Reason::SegmentNotFound,
                     format!(
-                        "no result {id} of {principal} is kept; a result that nobody publishes lives {} ms: \
+                        "no result {id} of {} is kept; a result that nobody publishes lives {} ms: \
                          run the invocation again, renew its endpoint in time, or publish the output",
-                        self.config().lease.undelivered_ms
+                        self.principal(),
+                        self.host.config().lease.undelivered_ms
                     ),
                 )
             })
     }
 
+    fn owns(&self, kept: &Kept) -> bool {
+        kept.segment.owner() == self.principal()
+    }
+
     /// Lets go of a result before its time; answers whether it was kept.
-    pub fn forget_undelivered(&self, principal: Principal, id: SegmentId) -> bool {
-        let mut kept = self.undelivered.lock();
-        let own = kept
-            .get(&id)
-            .is_some_and(|kept| kept.segment.owner() == principal);
+    pub fn forget_undelivered(&self, id: SegmentId) -> bool {
+        let mut kept = self.host.undelivered.kept.lock();
+        let own = kept.get(&id).is_some_and(|kept| self.owns(kept));
         let gone = own.then(|| kept.remove(&id)).flatten();
         drop(kept);
         gone.is_some()

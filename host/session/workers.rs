@@ -1,51 +1,51 @@
-//! A bounded number of threads on which kernels run, and one queue before them.
+//! A bounded number of threads on which kernels run, and the queue before them.
 
-use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::queue::{FairQueue, QueueFull, Share};
 
 type Job = Box<dyn FnOnce() + Send>;
 
-#[derive(Default)]
-struct Queue {
-    /// By the number that [`Queued`] knows.
-    jobs: VecDeque<(u64, Job)>,
-    last: u64,
-    /// Places that [`Workers::reserve`] gave out and that hold no job yet.
-    reserved: usize,
-    /// Threads that wait for a job.
-    idle: usize,
+struct State {
+    queue: FairQueue<Job>,
+    /// Threads that wait for a job, by index. The last one's caches are the warmest.
+    idle: Vec<usize>,
     ending: bool,
 }
 
-#[derive(Default)]
 struct Shared {
-    queue: Mutex<Queue>,
-    more: Condvar,
+    state: Mutex<State>,
+    /// What each thread sleeps on: with one for all of them Linux wakes whoever slept longest.
+    beds: Box<[Condvar]>,
 }
 
 impl Shared {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(|e| e.into_inner())
+    /// Wakes a thread if there is a job for one that sleeps.
+    fn wake(&self, state: &mut State) {
+        if state.queue.has_next()
+            && let Some(thread) = state.idle.pop()
+        {
+            self.beds[thread].notify_one();
+        }
+    }
+
+    fn wake_all(&self, state: &mut State) {
+        for thread in state.idle.drain(..) {
+            self.beds[thread].notify_one();
+        }
     }
 }
 
-/// The queue is full.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{queue_len} invocations are waiting already, as many as the host's queue takes; try again later"
-)]
-pub(super) struct QueueFull {
-    /// Its length.
-    pub queue_len: usize,
-}
-
-/// The threads. Dropping it lets what is queued finish, then joins them.
+/// The threads. Dropping it lets what is queued, or has a place, finish, then joins them.
 pub(super) struct Workers {
     shared: Arc<Shared>,
     threads: Vec<JoinHandle<()>>,
-    queue_len_max: usize,
 }
 
 impl std::fmt::Debug for Workers {
@@ -56,96 +56,124 @@ impl std::fmt::Debug for Workers {
     }
 }
 
-fn work(shared: &Shared) {
-    let mut queue = shared.lock();
+/// CPU time of the calling thread.
+fn cpu_time() -> Duration {
+    // A clock of Linux's own threads is never before its start.
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+}
+
+fn work(shared: &Shared, index: usize) {
+    let mut state = shared.state.lock();
     loop {
-        if let Some((_, job)) = queue.jobs.pop_front() {
-            drop(queue);
+        if let Some((turn, job)) = state.queue.take() {
+            // The job that this thread was woken for may have been taken by another, and then woken nobody.
+            shared.wake(&mut state);
+            drop(state);
+            let (begin, cpu) = (Instant::now(), cpu_time());
             // A bug of ours in one invocation must not end the thread for the others; the
             // invocation's callers learn of it because its reply channel is dropped.
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 tracing::error!("an invocation panicked; this is a bug of strait");
             }
-            queue = shared.lock();
-        } else if queue.ending {
+            turn.share().count_cpu(cpu_time().saturating_sub(cpu));
+            state = shared.state.lock();
+            state.queue.end(&turn, begin.elapsed());
+        } else if state.ending && state.queue.is_drained() {
+            // Another thread may sleep until the queue is empty.
+            shared.wake_all(&mut state);
             return;
         } else {
-            queue.idle += 1;
-            queue = shared.more.wait(queue).unwrap_or_else(|e| e.into_inner());
-            queue.idle -= 1;
+            state.idle.push(index);
+            while state.idle.contains(&index) {
+                shared.beds[index].wait(&mut state);
+            }
         }
     }
 }
 
 impl Workers {
+    /// Threads for `slots` jobs at a time and the one more that [`FairQueue`] may let run.
+    ///
     /// # Errors
     /// If Linux gives no threads.
-    pub(super) fn new(threads: usize, queue_len_max: usize) -> std::io::Result<Self> {
-        let shared = Arc::new(Shared::default());
-        let mut workers = Self {
-            shared,
-            threads: Vec::new(),
-            queue_len_max,
+    pub(super) fn new(slots: usize, queue_len_max: usize) -> std::io::Result<Self> {
+        let slots = slots.max(1);
+        let state = State {
+            queue: FairQueue::new(slots, queue_len_max),
+            idle: Vec::new(),
+            ending: false,
         };
-        for index in 0..threads.max(1) {
+        let shared = Shared {
+            state: Mutex::new(state),
+            beds: (0..=slots).map(|_| Condvar::new()).collect(),
+        };
+        let mut workers = Self {
+            shared: Arc::new(shared),
+            threads: Vec::new(),
+        };
+        for index in 0..=slots {
             let shared = Arc::clone(&workers.shared);
             let thread = std::thread::Builder::new()
                 .name(format!("strait-worker-{index}"))
-                .spawn(move || work(&shared))?;
+                .spawn(move || work(&shared, index))?;
             workers.threads.push(thread);
         }
         Ok(workers)
     }
 
-    /// A place in the queue.
+    /// A [`Share`]'s limits are others now: its jobs may begin.
+    pub(super) fn limits_changed(&self) {
+        // Under the lock: a thread that has just looked would sleep through it.
+        self.shared.wake_all(&mut self.shared.state.lock());
+    }
+
+    /// A place in the queue for a job of `share`'s principal.
     ///
     /// # Errors
     /// [`QueueFull`].
-    pub(super) fn reserve(&self) -> Result<Place, QueueFull> {
-        let mut queue = self.shared.lock();
-        // A thread that has yet to wake for its job keeps nobody waiting.
-        let queue_len = (queue.jobs.len() + queue.reserved).saturating_sub(queue.idle);
-        if queue_len >= self.queue_len_max {
-            return Err(QueueFull { queue_len });
-        }
-        queue.reserved += 1;
-        Ok(Place {
+    pub(super) fn reserve(&self, share: &Arc<Share>) -> Result<Permit, QueueFull> {
+        self.shared.state.lock().queue.reserve(share)?;
+        Ok(Permit {
             shared: Arc::clone(&self.shared),
+            share: Arc::clone(share),
             filled: false,
         })
     }
 }
 
 /// A place in the queue, to be filled or given back by dropping it.
-pub(super) struct Place {
+pub(super) struct Permit {
     shared: Arc<Shared>,
+    share: Arc<Share>,
     filled: bool,
 }
 
-impl Place {
-    /// Runs `job` when a thread is free.
+impl Permit {
+    /// Runs `job` when it is its principal's turn and a thread is free.
     pub(super) fn submit(mut self, job: impl FnOnce() + Send + 'static) -> Queued {
-        let mut queue = self.shared.lock();
         self.filled = true;
-        queue.reserved -= 1;
-        queue.last += 1;
-        let id = queue.last;
-        queue.jobs.push_back((id, Box::new(job)));
-        let waits = queue.jobs.len() > queue.idle;
-        drop(queue);
-        self.shared.more.notify_one();
+        let mut state = self.shared.state.lock();
+        let (id, waits) = state.queue.push(&self.share, Box::new(job));
+        self.shared.wake(&mut state);
+        drop(state);
         Queued {
             shared: Arc::clone(&self.shared),
+            share: Arc::clone(&self.share),
             id,
             waits,
         }
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         if !self.filled {
-            self.shared.lock().reserved -= 1;
+            let mut state = self.shared.state.lock();
+            state.queue.give_back(&self.share);
+            if state.ending {
+                // It may have been the last one that the threads waited for.
+                self.shared.wake_all(&mut state);
+            }
         }
     }
 }
@@ -153,6 +181,7 @@ impl Drop for Place {
 /// A job that was submitted.
 pub(super) struct Queued {
     shared: Arc<Shared>,
+    share: Arc<Share>,
     id: u64,
     /// No thread was free for it at that moment.
     pub(super) waits: bool,
@@ -170,10 +199,12 @@ impl std::fmt::Debug for Queued {
 impl Queued {
     /// Takes the job out of the queue and drops it, if no thread has begun it.
     pub(super) fn withdraw(&self) {
-        let mut queue = self.shared.lock();
-        let at = queue.jobs.iter().position(|(id, _)| *id == self.id);
-        let job = at.and_then(|at| queue.jobs.remove(at));
-        drop(queue);
+        let job = self
+            .shared
+            .state
+            .lock()
+            .queue
+            .withdraw(&self.share, self.id);
         // Whoever waits for it is told by that: not under the lock.
         drop(job);
     }
@@ -181,8 +212,10 @@ impl Queued {
 
 impl Drop for Workers {
     fn drop(&mut self) {
-        self.shared.lock().ending = true;
-        self.shared.more.notify_all();
+        let mut state = self.shared.state.lock();
+        state.ending = true;
+        self.shared.wake_all(&mut state);
+        drop(state);
         let own = std::thread::current().id();
         for thread in self.threads.drain(..) {
             // The last holder of the host may be a job of ours, which cannot wait for itself.
@@ -201,55 +234,163 @@ mod tests {
 
     use super::*;
 
-    /// Two threads that wait for a job.
-    fn two_idle(queue_len_max: usize) -> Workers {
-        let workers = Workers::new(2, queue_len_max).expect("threads");
-        while workers.shared.lock().idle < 2 {
+    fn share(whose: &str) -> Arc<Share> {
+        Share::new(whose.into(), usize::MAX, usize::MAX)
+    }
+
+    fn settle(workers: &Workers) {
+        while !workers.shared.state.lock().queue.is_empty() {
             std::thread::yield_now();
         }
-        workers
+    }
+
+    /// A job that runs until it is told to end, and tells when it has begun and ended.
+    struct Gated {
+        queued: Queued,
+        open: mpsc::Sender<()>,
+        begun: mpsc::Receiver<()>,
+        ended: mpsc::Receiver<()>,
+    }
+
+    fn gated(workers: &Workers, share: &Arc<Share>) -> Gated {
+        let ((open, gate), (begin, begun), (end, ended)) =
+            (mpsc::channel(), mpsc::channel(), mpsc::channel());
+        let place = workers.reserve(share).expect("a place");
+        let queued = place.submit(move || {
+            begin.send(()).expect("waited for");
+            gate.recv().expect("opened");
+            end.send(()).expect("waited for");
+        });
+        Gated {
+            queued,
+            open,
+            begun,
+            ended,
+        }
     }
 
     #[test]
     fn who_has_a_thread_does_not_wait() {
         for _ in 0..200 {
-            let workers = two_idle(1);
-            let (done, all_done) = mpsc::channel();
-            let mut gates = Vec::new();
-            for waits in [false, false, true] {
-                let ((open, gate), done) = (mpsc::channel::<()>(), done.clone());
-                let queued = workers.reserve().expect("a place").submit(move || {
-                    gate.recv().expect("opened");
-                    done.send(()).expect("counted");
-                });
-                assert_eq!(queued.waits, waits);
-                gates.push(open);
+            let (workers, one) = (Workers::new(2, 1).expect("threads"), share("one"));
+            let jobs = [false, false, true].map(|waits| {
+                let job = gated(&workers, &one);
+                assert_eq!(job.queued.waits, waits);
+                job
+            });
+            let full = QueueFull::Host { waiting: 1 };
+            assert_eq!(workers.reserve(&one).err(), Some(full));
+            for job in &jobs {
+                job.open.send(()).expect("it runs or will");
             }
-            assert_eq!(workers.reserve().err(), Some(QueueFull { queue_len: 1 }));
-            for open in gates {
-                open.send(()).expect("it runs or will");
+            for job in jobs {
+                job.ended.recv().expect("done");
             }
-            (0..3).for_each(|_| all_done.recv().expect("done"));
         }
     }
 
     #[test]
     fn a_place_is_given_back_filled_or_not() {
-        let workers = two_idle(1);
+        let (workers, one) = (Workers::new(2, 1).expect("threads"), share("one"));
         for _ in 0..10 {
             let places: Vec<_> = (0..3)
-                .map(|_| workers.reserve().expect("a place"))
+                .map(|_| workers.reserve(&one).expect("a place"))
                 .collect();
-            assert!(workers.reserve().is_err());
+            assert!(workers.reserve(&one).is_err());
             drop(places);
             let (done, is_done) = mpsc::channel();
-            let place = workers.reserve().expect("a place");
+            let place = workers.reserve(&one).expect("a place");
             place.submit(move || done.send(()).expect("it is waited for"));
             is_done.recv().expect("done");
-            while workers.shared.lock().idle < 2 {
-                std::thread::yield_now();
-            }
-            assert_eq!(workers.shared.lock().reserved, 0);
+            settle(&workers);
         }
+    }
+
+    #[test]
+    fn one_who_runs_nothing_begins_beside_long_jobs_of_another() {
+        let workers = Workers::new(2, 1000).expect("threads");
+        let (one, two, three) = (share("one"), share("two"), share("three"));
+        let long: Vec<_> = (0..50).map(|_| gated(&workers, &one)).collect();
+        long[0].begun.recv().expect("begun");
+        long[1].begun.recv().expect("begun");
+        let other = gated(&workers, &two);
+        other
+            .begun
+            .recv()
+            .expect("begun while both threads are taken");
+        let second = gated(&workers, &two);
+        let third = gated(&workers, &three);
+        assert!(second.queued.waits && third.queued.waits);
+        assert_eq!(workers.shared.state.lock().queue.running(), 3);
+        other.open.send(()).expect("it runs");
+        // Whoever runs nothing, by turns: not the first one's next.
+        second.begun.recv().expect("begun");
+        second.open.send(()).expect("it runs");
+        third.begun.recv().expect("begun");
+        third.open.send(()).expect("it runs");
+        for job in &long[2..] {
+            job.queued.withdraw();
+        }
+        long[..2]
+            .iter()
+            .for_each(|job| job.open.send(()).expect("it runs"));
+        settle(&workers);
+        assert!(long[2].begun.recv().is_err(), "it was withdrawn");
+        assert_eq!((one.used().runs, two.used().runs), (2, 2));
+    }
+
+    #[test]
+    fn cpu_time_is_the_jobs_own() {
+        let (workers, one) = (Workers::new(1, 1).expect("threads"), share("one"));
+        let burn = || {
+            let begin = cpu_time();
+            while cpu_time().saturating_sub(begin) < Duration::from_millis(20) {}
+        };
+        workers.reserve(&one).expect("a place").submit(burn);
+        let sleep = || std::thread::sleep(Duration::from_millis(200));
+        workers.reserve(&one).expect("a place").submit(sleep);
+        settle(&workers);
+        let used = one.used().cpu;
+        let sensible = Duration::from_millis(20)..Duration::from_millis(200);
+        assert!(sensible.contains(&used), "{used:?}");
+    }
+
+    #[test]
+    fn who_has_a_place_at_the_end_still_runs() {
+        let (workers, one) = (Workers::new(2, 100).expect("threads"), share("one"));
+        let [filled, given_back] = [(); 2].map(|()| workers.reserve(&one).expect("a place"));
+        let shared = Arc::clone(&workers.shared);
+        let ending = std::thread::spawn(move || drop(workers));
+        let asleep = || {
+            let state = shared.state.lock();
+            state.ending && state.idle.len() == 3
+        };
+        let begin = Instant::now();
+        while !(asleep() || ending.is_finished()) && begin.elapsed() < Duration::from_secs(5) {
+            std::thread::yield_now();
+        }
+        let (done, is_done) = mpsc::channel();
+        filled.submit(move || done.send(()).expect("it is waited for"));
+        let ran = is_done.recv_timeout(Duration::from_secs(5));
+        ran.expect("it runs though the end came before it");
+        assert!(!ending.is_finished(), "the other one may still come");
+        drop(given_back);
+        ending.join().expect("no panic");
+    }
+
+    #[test]
+    fn what_is_queued_at_the_end_still_runs() {
+        let workers = Workers::new(2, 100).expect("threads");
+        let (done, all) = mpsc::channel();
+        for whose in ["one", "two", "three"] {
+            let limited = Share::new(whose.into(), 100, 1);
+            for _ in 0..10 {
+                let done = done.clone();
+                let place = workers.reserve(&limited).expect("a place");
+                place.submit(move || done.send(()).expect("counted"));
+            }
+        }
+        drop((workers, done));
+        assert_eq!(all.iter().count(), 30);
     }
 }

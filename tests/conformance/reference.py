@@ -62,7 +62,8 @@ def expected(kernel, parameters, x, dtype):
         if kernel == "filter-finite":
             keep = np.isfinite(x)
             return x[keep], dtype, {"dropped": str(int(len(x) - keep.sum()))}
-        numbers = {name: float(value) for name, value in parameters.items()}
+        # An integer is exact, also beyond 2^53.
+        numbers = {name: value if isinstance(value, int) else float(value) for name, value in parameters.items()}
         if kernel == "scale-shift":
             a, b = (x.dtype.type(numbers.get(name, default)) for name, default in (("a", 1.0), ("b", 0.0)))
             return np.asarray(a * x + b, x.dtype), dtype, {}

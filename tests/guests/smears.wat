@@ -22,3 +22,9 @@
   (i32.store (i32.const 552) (i32.const 560))
   (i32.store (i32.const 556) (i32.const 1))
   i32.const 552)
+;; As many rows as `extents` says.
+(func $step (param $mode i32) (result i32) (local $answer i32)
+  (local.set $answer (call $run (local.get $mode)))
+  (drop (call $extents))
+  (call $moved (global.get $out) (i64.load (i32.const 600)))
+  local.get $answer)

@@ -35,7 +35,7 @@ def test_flight_info_of_a_tensor(client):
     assert info.schema == pa.schema([pa.field("x", pa.float64())])
     [endpoint] = info.endpoints
     assert endpoint.locations == []
-    assert mapping["strait-mmap"] == 1 and mapping["seal"] == "write"
+    assert mapping["strait-mmap"] == 1 and mapping["writers"] == "none"
     if hasattr(endpoint, "app_metadata"):
         assert json.loads(endpoint.app_metadata) == mapping
         assert json.loads(info.app_metadata) == mapping
@@ -170,7 +170,7 @@ def test_metadata_that_cannot_be_kept(client):
     refused(pa.table({"x": x}, metadata={"k": b"\xff"}), "UTF-8")
     refused(pa.table({"x": shaped(None, [1, 0])}), "`x`", "permuted")
     refused(pa.table({f"c{i}": x for i in range(129)}), "129 tensors")
-    raised(KeyError, "TENSOR_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
+    raised(KeyError, "FLIGHT_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
 
 
 def test_100_mb_at_default_limits_both_ways(client):
@@ -210,14 +210,14 @@ def recvd_segment(host, client, name):
 
         def call(op, sequence, body):
             body = json.dumps(body).encode()
-            header = b"ST" + bytes([1, op]) + sequence.to_bytes(4, "little")
-            data.sendall(header + len(body).to_bytes(4, "little") + bytes(4) + body)
+            header = b"ST" + bytes([2, op]) + sequence.to_bytes(4, "little")
+            data.sendall(header + len(body).to_bytes(4, "little") + bytes(36) + body)
             packet, fds, _, _ = socket.recv_fds(data, 65536, 16)
-            reply = json.loads(packet[16:])
+            reply = json.loads(packet[48:])
             assert packet[3] in (2, 3), reply
             return reply, fds
 
-        call(1, 1, {"protocol": 1, "client": "test_flight.py"})
+        call(1, 1, {"protocol": 2, "client": "test_flight.py"})
         reply, [fd] = call(14, 2, {"name": name})
         with os.fdopen(fd, "rb") as segment:
             return reply["mapping"], segment.read(reply["mapping"]["bytes"])
@@ -255,8 +255,8 @@ def raised(kind, code, words, call):
 
 
 def test_errors_are_the_right_exceptions(client):
-    raised(KeyError, "TENSOR_NOT_FOUND", ["no tensor `nope`"], lambda: client.get_flight_info(path("nope")))
-    raised(KeyError, "TENSOR_NOT_FOUND", ["no tensor `nope`"], lambda: client.do_get(flight.Ticket("nope")).read_all())
+    raised(KeyError, "FLIGHT_NOT_FOUND", ["no flight `nope`"], lambda: client.get_flight_info(path("nope")))
+    raised(KeyError, "FLIGHT_NOT_FOUND", ["no flight `nope`"], lambda: client.do_get(flight.Ticket("nope")).read_all())
     raised(KeyError, "KERNEL_NOT_FOUND", ["nope"], lambda: client.get_flight_info(command("nope", {})))
     put(client, "x", pa.table({"x": [1.0, 2.0]}))
     raised(
@@ -285,7 +285,7 @@ def test_uploads_that_are_no_tensors(client):
     table = pa.table({"c": np.arange(1000.0)})
     options = flight.FlightCallOptions(write_options=ipc.IpcWriteOptions(compression="lz4"))
     raised(pa.ArrowInvalid, "BAD_TENSOR", ["compressed"], lambda: put(client, "bad", table, options))
-    raised(KeyError, "TENSOR_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
+    raised(KeyError, "FLIGHT_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
 
 
 def test_what_is_no_utf8_is_told_so(client):

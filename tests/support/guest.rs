@@ -3,7 +3,9 @@
 //! A guest file under `tests/guests` defines some of the functions; the rest are those of a
 //! well-behaved plugin with one kernel `k`: `x` (float64, rank 0 to 8) to `y`, of the same spec.
 //! It has a memory of 2 pages unless the file exports one of its own.
-//! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (control records).
+//! Globals it may use: `$x`, `$y` (i64 addresses), `$bytes` (i64), `$shape` and `$rank` (i32), `$in` and `$out` (chunk records).
+//! Exported as `run` is `$step`: it calls `$run` and, if that answers 0, says that all was consumed and written
+//! (without a call of a function, whose epoch check would end a guest that `$run` left to its fate).
 //! One that names `$x2` has a second input `x2` and a second output `y2`, of the same spec.
 
 #![allow(
@@ -15,7 +17,7 @@
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
 /// Function name, what it is unless the guest file defines it.
-const DEFAULTS: [(&str, &str); 9] = [
+const DEFAULTS: [(&str, &str); 10] = [
     ("$describe", "(func $describe (result i32) i32.const 1024)"),
     (
         "$open",
@@ -53,6 +55,18 @@ const DEFAULTS: [(&str, &str); 9] = [
         i32.const 0)"#,
     ),
     (
+        "$step",
+        r#"(func $step (param $mode i32) (result i32) (local $answer i32)
+        (local.set $answer (call $run (local.get $mode)))
+        (if (i32.eqz (local.get $answer)) (then
+          (i64.store offset=24 (i32.wrap_i64 (global.get $in)) (i64.load offset=8 (i32.wrap_i64 (global.get $in))))
+          (i64.store offset=24 (i32.wrap_i64 (global.get $out)) (i64.load offset=8 (i32.wrap_i64 (global.get $out))))
+          (if (i32.eq (global.get $ports) (i32.const 2)) (then
+            (i64.store offset=88 (i32.wrap_i64 (global.get $in)) (i64.load offset=72 (i32.wrap_i64 (global.get $in))))
+            (i64.store offset=88 (i32.wrap_i64 (global.get $out)) (i64.load offset=72 (i32.wrap_i64 (global.get $out))))))))
+        local.get $answer)"#,
+    ),
+    (
         "$extents",
         r#"(func $extents (result i32)
         (i32.store (i32.const 560) (global.get $shape))
@@ -72,6 +86,7 @@ const DEFAULTS: [(&str, &str); 9] = [
         (i32.store8 (i32.const 576) (i32.const 2))
         (i32.store (i32.const 580) (i32.const 700))
         (i32.store (i32.const 584) (i32.const 9))
+        (i64.store align=4 (i32.const 596) (i64.const 0))
         i32.const 576)"#,
     ),
     (
@@ -125,10 +140,12 @@ impl Data {
 
 /// A description with the kernel `k`; its record is the first thing in the segment.
 fn description(plugin: &str, ports: usize) -> Vec<u8> {
-    const DESCRIPTION_BYTES: usize = 28;
+    // The canonical ABI's sizes.
+    const DESCRIPTION_BYTES: usize = 40;
+    const KERNEL_BYTES: usize = 104;
     let mut data = Data {
         base: 1024,
-        bytes: vec![0; 32],
+        bytes: vec![0; DESCRIPTION_BYTES],
     };
     let mut side = |names: [&str; 2]| -> Vec<u8> {
         let names = names.iter().take(ports);
@@ -140,21 +157,16 @@ fn description(plugin: &str, ports: usize) -> Vec<u8> {
     kernel.extend(data.text("a kernel of the tests"));
     kernel.extend(data.list(&x, ports));
     kernel.extend(data.list(&y, ports));
-    kernel.extend([0; 8]);
-    kernel.extend([0; 8]);
-    kernel.extend([0; 8]);
-    kernel.extend(0_f64.to_le_bytes());
-    assert_eq!(kernel.len(), 64, "the canonical ABI's size of a kernel");
+    // Parameters, signature, split axis, combine, streaming and in-place, cost hint: none.
+    kernel.resize(KERNEL_BYTES, 0);
     let mut record = Vec::new();
     record.extend(1_u32.to_le_bytes());
     record.extend(data.text(plugin));
     record.extend(data.text("0.0.1"));
     record.extend(data.list(&kernel, 1));
-    assert_eq!(
-        record.len(),
-        DESCRIPTION_BYTES,
-        "the canonical ABI's size of a description"
-    );
+    // A gap, and no panic record.
+    record.extend([0; 12]);
+    assert_eq!(record.len(), DESCRIPTION_BYTES);
     data.bytes[..DESCRIPTION_BYTES].copy_from_slice(&record);
     data.bytes
 }
@@ -196,13 +208,14 @@ pub fn module(plugin: &str, text: &str) -> String {
         (global $heap (mut i32) (i32.const 65536))
         (data (i32.const 700) "own words")
         (data (i32.const 1024) "{escaped}")
+        (func $moved (param $record i64) (param $rows i64) (i64.store offset=24 (i32.wrap_i64 (local.get $record)) (local.get $rows)))
         {defaults}
         {rest}
         (export "strait:kernel/kernels@0.1.0#describe" (func $describe))
         (export "strait:kernel/kernels@0.1.0#open" (func $open))
         (export "strait:kernel/kernels@0.1.0#reserve" (func $reserve))
         (export "strait:kernel/kernels@0.1.0#bind" (func $bind))
-        (export "strait:kernel/kernels@0.1.0#run" (func $run))
+        (export "strait:kernel/kernels@0.1.0#run" (func $step))
         (export "strait:kernel/kernels@0.1.0#extents" (func $extents))
         (export "strait:kernel/kernels@0.1.0#notes" (func $notes))
         (export "strait:kernel/kernels@0.1.0#last-error" (func $last_error))

@@ -14,14 +14,11 @@ use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use serde_json::{Value, json};
 use strait::config::Config;
 use strait::error::Status;
-use strait::lease::{LiveSegment, Principal};
-use strait::session::{Answer, Host, Invoked};
+use strait::lease::LiveSegment;
+use strait::session::{Answer, Caller, Host, Invoked};
 use strait_client::wire;
-use strait_memory::Copied;
+use strait_memory::{Copied, InputSource};
 use strait_tensor::{Column, Dtype, FileLayout, TensorSpec};
-
-/// The principal of the tests.
-pub const ME: Principal = Principal { uid: 4242 };
 
 /// Descriptors and threads are counted for the whole process, so one rig at a time.
 static TURN: Mutex<()> = Mutex::new(());
@@ -61,6 +58,9 @@ impl Rig {
         // Set where plugins were built by another compiler than the prebuilt ones (xtask's step `rebuilt`).
         config.server.standard_plugin =
             std::env::var_os("STRAIT__SERVER__STANDARD_PLUGIN").map(Into::into);
+        // The same suite, with kernels in a process of their own.
+        config.workers.enabled = std::env::var_os("STRAIT_TEST_WORKERS").is_some();
+        config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
         change(&mut config);
         let workers = config.engine.workers.unwrap_or_default() as u64;
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
@@ -73,6 +73,11 @@ impl Rig {
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
         Self { host, _turn: turn }
+    }
+
+    /// Whose everything is that a test makes.
+    pub fn me(&self) -> Caller {
+        self.host.own_caller()
     }
 
     pub fn put(&self, name: &str, dtype: Dtype, shape: &[u64], bytes: &[u8]) -> Arc<LiveSegment> {
@@ -89,9 +94,9 @@ impl Rig {
             bytes.len() as u64,
             "the test's own arithmetic"
         );
-        let upload = self.host.begin_upload(ME, name, true).unwrap();
+        let upload = self.me().begin_upload(name, true).unwrap();
         let layout = FileLayout::plan(&[column]).unwrap();
-        let segment = self.host.allocate_to_fill(&layout).unwrap();
+        let segment = self.me().allocate_to_fill(&layout).unwrap();
         segment
             .write_at(layout.tensors[0].offset, bytes, &Copied::new())
             .unwrap();
@@ -114,7 +119,7 @@ impl Rig {
         let (send, receive) = mpsc::channel();
         let id = self.host.request_id(None).unwrap();
         let answer = Answer::new(move |result| drop(send.send(result)));
-        (self.host.invoke(ME, None, invoke, id, answer), receive)
+        (self.me().invoke(None, invoke, id, answer), receive)
     }
 
     pub fn invoke(&self, invoke: Value) -> Result<Arc<Invoked>, Status> {
@@ -171,11 +176,17 @@ fn host_threads() -> u64 {
 }
 
 impl Rig {
+    /// What STATS shows of the whole host.
+    pub fn stats(&self) -> Value {
+        serde_json::to_value(self.host.stats(None)).unwrap()
+    }
+
     pub fn holdings(&self) -> Holdings {
-        let stats = self.host.stats(None);
+        let stats = self.stats();
         let n = |path: &str| stats.pointer(path).and_then(Value::as_u64).unwrap();
         Holdings {
-            fds: n("/process/fds"),
+            // An idle result of the pool is a descriptor.
+            fds: n("/process/fds") - n("/pool/idle_segments"),
             threads: host_threads(),
             segments: n("/segments"),
             flights: n("/flights"),

@@ -2,6 +2,7 @@
 
 #![allow(
     dead_code,
+    unused_imports,
     unreachable_pub,
     reason = "each test file uses a part of it"
 )]
@@ -11,23 +12,24 @@
     reason = "a test that cannot go on ends; small numbers"
 )]
 
+mod raw;
+
 use std::fs;
-use std::io::{self, BufRead, BufReader, IoSlice};
-use std::mem::MaybeUninit;
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
-use std::path::PathBuf;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{MemfdFlags, SealFlags};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags};
 use rustix::process::{Pid, Signal, Uid};
 use serde_json::{Value, json};
-use strait_client::wire::{self, Header, Op};
-use strait_memory::FrameSocket;
+use strait_client::wire::Op;
 use tempfile::TempDir;
+
+pub use raw::{Created, Frame, Raw, packet, send_with, try_send_with};
 
 /// Long enough for a loaded machine; nothing here waits for it unless it fails.
 pub const PATIENCE: Duration = Duration::from_secs(60);
@@ -39,6 +41,8 @@ pub const PAGE: u64 = 65_536;
 pub struct Served {
     directory: TempDir,
     child: Child,
+    /// The line by which it said that it serves.
+    pub ready: String,
 }
 
 impl Served {
@@ -50,7 +54,22 @@ impl Served {
     /// The same with settings from the environment.
     pub fn with(arguments: &[&str], settings: &[(&str, &str)]) -> Self {
         let host = Command::new(env!("CARGO_BIN_EXE_strait"));
-        Self::run(host, arguments, settings)
+        Self::run(host, TempDir::new().unwrap(), arguments, settings)
+    }
+
+    /// The same in a directory that has files, or had a host, already.
+    pub fn start_in(directory: TempDir, arguments: &[&str]) -> Self {
+        Self::start_in_with(directory, arguments, &[])
+    }
+
+    /// The same with settings from the environment.
+    pub fn start_in_with(
+        directory: TempDir,
+        arguments: &[&str],
+        settings: &[(&str, &str)],
+    ) -> Self {
+        let host = Command::new(env!("CARGO_BIN_EXE_strait"));
+        Self::run(host, directory, arguments, settings)
     }
 
     /// The same with at most `files` open files.
@@ -58,11 +77,24 @@ impl Served {
         let mut host = Command::new("sh");
         let script = format!("ulimit -n {files} && exec \"$0\" \"$@\"");
         host.args(["-c", &script, env!("CARGO_BIN_EXE_strait")]);
-        Self::run(host, arguments, settings)
+        Self::run(host, TempDir::new().unwrap(), arguments, settings)
     }
 
-    fn run(mut command: Command, arguments: &[&str], settings: &[(&str, &str)]) -> Self {
+    /// The same as another user, which only root can start.
+    pub fn as_user(uid: u32, settings: &[(&str, &str)]) -> Self {
         let directory = TempDir::new().unwrap();
+        std::os::unix::fs::chown(directory.path(), Some(uid), None).unwrap();
+        let mut host = Command::new(env!("CARGO_BIN_EXE_strait"));
+        host.uid(uid);
+        Self::run(host, directory, &[], settings)
+    }
+
+    fn run(
+        mut command: Command,
+        directory: TempDir,
+        arguments: &[&str],
+        settings: &[(&str, &str)],
+    ) -> Self {
         let log = fs::File::create(directory.path().join("log")).unwrap();
         for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("STRAIT_")) {
             command.env_remove(name);
@@ -74,6 +106,12 @@ impl Served {
                 concat!(env!("CARGO_TARGET_TMPDIR"), "/cache"),
             )
             .env("STRAIT__MEMORY__BUDGET_BYTES", (2_u64 << 30).to_string())
+            .env(
+                "STRAIT__WORKERS__ENABLED",
+                std::env::var_os("STRAIT_TEST_WORKERS")
+                    .is_some()
+                    .to_string(),
+            )
             .envs(settings.iter().copied())
             .args(["serve", "--directory", "host", "--log-level", "debug"])
             .args(arguments)
@@ -86,10 +124,15 @@ impl Served {
         BufReader::new(child.stdout.take().unwrap())
             .read_line(&mut ready)
             .unwrap();
-        let served = Self { directory, child };
+        let served = Self {
+            directory,
+            child,
+            ready,
+        };
         assert!(
-            ready.ends_with("kernels\n"),
-            "{ready:?}; log: {}",
+            served.ready.ends_with("kernels\n"),
+            "{:?}; log: {}",
+            served.ready,
             served.log()
         );
         served
@@ -103,17 +146,36 @@ impl Served {
         Self::with(&["--plugin", path.to_str().unwrap()], settings)
     }
 
+    /// Where it runs: its log and its runtime directory are in there.
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Ends it and gives what it leaves behind.
+    pub fn into_path(mut self) -> TempDir {
+        std::mem::replace(&mut self.directory, TempDir::new().unwrap())
+    }
+
     /// The runtime directory.
     pub fn directory(&self) -> PathBuf {
-        self.directory.path().join("host")
+        self.path().join("host")
     }
 
     pub fn socket(&self) -> PathBuf {
         self.directory().join("data.sock")
     }
 
+    /// Whether all hosts of this test run have kernels in processes of their own.
+    pub fn has_workers(&self) -> bool {
+        std::env::var_os("STRAIT_TEST_WORKERS").is_some()
+    }
+
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).unwrap()
+    }
+
     pub fn log(&self) -> String {
-        fs::read_to_string(self.directory.path().join("log")).unwrap()
+        fs::read_to_string(self.path().join("log")).unwrap()
     }
 
     /// Lets every user get to the sockets, which `strait serve` itself never does.
@@ -121,7 +183,7 @@ impl Served {
         let mode = |path: PathBuf, mode| {
             fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap()
         };
-        mode(self.directory.path().to_owned(), 0o755);
+        mode(self.path().to_owned(), 0o755);
         mode(self.directory(), 0o755);
         mode(self.socket(), 0o666);
         mode(self.directory().join("flight.sock"), 0o666);
@@ -139,22 +201,22 @@ impl Served {
         raw
     }
 
+    pub fn signal(&self, signal: Signal) {
+        send(&self.child, signal);
+    }
+
     pub fn terminate(&self) {
-        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap()).unwrap();
-        rustix::process::kill_process(pid, Signal::TERM).unwrap();
+        self.signal(Signal::TERM);
+    }
+
+    /// The exit code once it has ended, or none if a signal ended it.
+    pub fn wait(&mut self) -> Option<i32> {
+        wait(&mut self.child)
     }
 
     /// Waits for the end that it was told of, which must be a good one.
     pub fn ended(mut self) {
-        let start = Instant::now();
-        while start.elapsed() < PATIENCE {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                assert!(status.success(), "{status}; log: {}", self.log());
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        panic!("the host does not end; log: {}", self.log());
+        assert_eq!(self.wait(), Some(0), "log: {}", self.log());
     }
 
     /// Asks until `holds` of STATS, which is read over `watcher`; answers those STATS.
@@ -204,190 +266,20 @@ impl Drop for Served {
     }
 }
 
-/// A frame that came.
-pub struct Frame {
-    pub header: [u8; wire::HEADER_BYTES],
-    pub text: String,
-    pub fds: Vec<OwnedFd>,
+pub fn send(child: &Child, signal: Signal) {
+    let pid = Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
 }
 
-impl Frame {
-    pub fn op(&self) -> Op {
-        Op::try_from(self.header[3]).unwrap()
-    }
-
-    pub fn sequence(&self) -> u32 {
-        Header::sequence_of(&self.header)
-    }
-
-    pub fn body(&self) -> Value {
-        serde_json::from_str(&self.text).unwrap()
-    }
-
-    /// Asserts an ERROR; answers its message.
-    pub fn refused(&self, code: &str, reason: &str) -> String {
-        let body = self.body();
-        assert_eq!(
-            (self.op(), body["code"].as_str(), body["reason"].as_str()),
-            (Op::Error, Some(code), Some(reason)),
-            "{:.2000}",
-            self.text
-        );
-        assert!(self.fds.is_empty(), "descriptors beside an ERROR");
-        let message = body["message"].as_str().unwrap();
-        assert!(message.len() > 12, "the message explains: {message:?}");
-        message.to_owned()
-    }
-
-    /// Asserts an OK; answers its body.
-    pub fn accepted(&self) -> Value {
-        assert_eq!(self.op(), Op::Ok, "{:.2000}", self.text);
-        self.body()
-    }
-}
-
-/// A frame's bytes.
-pub fn packet(op: u8, sequence: u32, body: &[u8]) -> Vec<u8> {
-    let mut bytes = Header {
-        op: Op::Ping,
-        sequence,
-        body_bytes: u32::try_from(body.len()).unwrap(),
-    }
-    .encode()
-    .to_vec();
-    bytes[3] = op;
-    bytes.extend_from_slice(body);
-    bytes
-}
-
-/// One connection.
-pub struct Raw {
-    pub socket: FrameSocket,
-    sequence: u32,
-}
-
-impl Raw {
-    pub fn connect(socket: &std::path::Path) -> std::io::Result<Self> {
-        Ok(Self {
-            socket: FrameSocket::connect(socket)?,
-            sequence: 100,
-        })
-    }
-
-    pub fn hello(&mut self) -> Value {
-        let reply = self.ask(Op::Hello, json!({"protocol": 1, "client": "strait-tests"}));
-        assert_eq!(reply.op(), Op::Welcome, "{}", reply.text);
-        reply.body()
-    }
-
-    pub fn send(&self, packet: &[u8], fds: &[BorrowedFd<'_>]) {
-        self.socket.send(&[packet], fds).unwrap();
-    }
-
-    /// Sends a request without waiting; answers its sequence.
-    pub fn begin(&mut self, op: Op, body: &Value, fds: &[BorrowedFd<'_>]) -> u32 {
-        self.sequence += 1;
-        self.send(
-            &packet(op as u8, self.sequence, body.to_string().as_bytes()),
-            fds,
-        );
-        self.sequence
-    }
-
-    /// Whether something, or the end, is to be read within `within`.
-    pub fn readable(&self, within: Duration) -> bool {
-        let fd = self.socket.as_fd();
-        let timeout = Timespec {
-            tv_sec: i64::try_from(within.as_secs()).unwrap(),
-            tv_nsec: i64::from(within.subsec_nanos()),
-        };
-        rustix::event::poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&timeout)).unwrap() > 0
-    }
-
-    /// The next frame; none at the end of the connection.
-    pub fn receive(&self) -> Option<Frame> {
-        assert!(self.readable(PATIENCE), "no frame came");
-        let mut buffer = vec![0; wire::HEADER_BYTES + wire::BODY_BYTES_MAX];
-        let received = match self.socket.recv(&mut buffer) {
-            Ok(received) if received.bytes > 0 => received,
-            Ok(_) => return None,
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return None,
-            Err(error) => panic!("{error}"),
-        };
-        assert!(
-            !received.truncated,
-            "a frame of the host is longer than the protocol allows"
-        );
-        let (header, body) = buffer[..received.bytes]
-            .split_first_chunk()
-            .expect("a header");
-        let decoded = Header::decode(&buffer[..received.bytes])
-            .expect("a frame of the protocol")
-            .0;
-        assert_eq!(decoded.body_bytes as usize, body.len());
-        Some(Frame {
-            header: *header,
-            text: String::from_utf8(body.to_vec()).unwrap(),
-            fds: received.fds,
-        })
-    }
-
-    /// A request and its reply, which must be the next frame.
-    pub fn ask_with(&mut self, op: Op, body: Value, fds: &[BorrowedFd<'_>]) -> Frame {
-        let sequence = self.begin(op, &body, fds);
-        let reply = self
-            .receive()
-            .unwrap_or_else(|| panic!("the host closed the connection at {op:?} {body}"));
-        assert_eq!(reply.sequence(), sequence, "{op:?} {body}: {}", reply.text);
-        reply
-    }
-
-    pub fn ask(&mut self, op: Op, body: Value) -> Frame {
-        self.ask_with(op, body, &[])
-    }
-
-    pub fn ok(&mut self, op: Op, body: Value) -> Value {
-        self.ask(op, body).accepted()
-    }
-
-    pub fn ended(&self) {
-        if let Some(frame) = self.receive() {
-            panic!(
-                "not the end of the connection: {:?} {}",
-                frame.op(),
-                frame.text
-            );
+/// The exit code once it has ended, or none if a signal ended it.
+pub fn wait(child: &mut Child) -> Option<i32> {
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            return status.code();
         }
-    }
-
-    /// A float64 segment: its id, its lease, its size, the descriptor.
-    pub fn create(&mut self, elements: u64) -> Created {
-        let body = json!({"tensors": [{"name": "x", "dtype": "float64", "shape": [elements]}]});
-        let mut reply = self.ask(Op::Create, body);
-        let body = reply.accepted();
-        Created {
-            segment: body["mapping"]["segment"].as_str().unwrap().to_owned(),
-            lease: body["lease"].as_u64().unwrap(),
-            offset: body["mapping"]["tensors"][0]["offset"].as_u64().unwrap(),
-            bytes: usize::try_from(body["mapping"]["bytes"].as_u64().unwrap()).unwrap(),
-            fd: reply.fds.pop().expect("CREATE comes with a descriptor"),
-        }
-    }
-}
-
-/// What CREATE answered.
-pub struct Created {
-    pub segment: String,
-    pub lease: u64,
-    pub offset: u64,
-    pub bytes: usize,
-    pub fd: OwnedFd,
-}
-
-impl Created {
-    pub fn fill(&self, values: &[f64]) {
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        write(self.fd.as_fd(), self.offset, &bytes);
+        assert!(start.elapsed() < PATIENCE, "it does not end");
+        std::thread::sleep(Duration::from_millis(5));
     }
 }
 
@@ -521,25 +413,6 @@ pub fn check_call(client: &mut Raw, input: Value, x: &[f64]) {
     );
     let lease = reply.body()["results"][0]["lease"].clone();
     client.ok(Op::Release, json!({"leases": [lease]}));
-}
-
-/// Sends a packet with more descriptors than `FrameSocket` would.
-pub fn try_send_with(client: &Raw, packet: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-    let mut control = SendAncillaryBuffer::new(&mut space);
-    assert!(fds.is_empty() || control.push(SendAncillaryMessage::ScmRights(fds)));
-    let sent = rustix::net::sendmsg(
-        client.socket.as_fd(),
-        &[IoSlice::new(packet)],
-        &mut control,
-        SendFlags::NOSIGNAL,
-    )?;
-    assert_eq!(sent, packet.len());
-    Ok(())
-}
-
-pub fn send_with(client: &Raw, packet: &[u8], fds: &[BorrowedFd<'_>]) {
-    try_send_with(client, packet, fds).unwrap();
 }
 
 /// Runs `client` in a thread that has become user `uid`.

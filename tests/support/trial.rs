@@ -101,7 +101,7 @@ impl Trial {
             Ok(_) => panic!("{name} was loaded"),
         };
         assert_eq!(
-            (status.code, status.reason),
+            (status.code, status.reason.name()),
             (Code::InvalidArgument, "BAD_PLUGIN"),
             "{name}: {status}"
         );

@@ -1,7 +1,9 @@
 //! Everything a developer would otherwise type.
 
 mod bindings;
+mod environment;
 mod plugins;
+mod setup;
 mod test;
 mod toolchain;
 mod tools;

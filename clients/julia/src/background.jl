@@ -61,3 +61,14 @@ function main_task()
     backend === nothing && return isdefined(Base, :roottask) ? Base.roottask : nothing
     return backend.in_eval ? backend.backend_task : nothing
 end
+
+"What wakes the reaper (reaper.jl); nothing before the first connection."
+const REAPER_BELL = Ref{Union{Nothing,Base.AsyncCondition}}(nothing)
+
+"Wakes the reaper; allowed in a finalizer."
+function signal_reaper()
+    bell = REAPER_BELL[]
+    # The handle is null once the process is ending.
+    bell === nothing || bell.handle == C_NULL || ccall(:uv_async_send, Cint, (Ptr{Cvoid},), bell.handle)
+    return nothing
+end

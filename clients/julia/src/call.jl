@@ -3,7 +3,7 @@
 """
     Strait.CancelToken()
 
-Ends a call from another task: give it to [`call`](@ref) or [`invocation`](@ref) as option `cancel`, and
+Ends a call from another task: pass it to [`call`](@ref) or [`invocation`](@ref) as the option `cancel`, then
 [`cancel!`](@ref) it. One token serves one call.
 """
 mutable struct CancelToken
@@ -17,7 +17,7 @@ CancelToken() = CancelToken(ReentrantLock(), false, nothing)
     Strait.cancel!(token)
 
 Asks the host to end the call that has this token; the call then throws a [`RemoteError`](@ref) with reason
-`CANCELLED`. Without effect on a call that was answered already; a call that has not begun will not begin.
+`CANCELLED`. It has no effect on a call that was answered already; a call that has not begun will not begin.
 """
 function cancel!(token::CancelToken)
     running = lock(token.lock) do
@@ -38,7 +38,7 @@ What a kernel gave back, in full:
 - `copied_bytes`: bytes of this call's tensors that the host copied, `client_copied_bytes`: and those that this side copied
 - `pages`: with `verify = true`, the pages that the kernel saw: `(port, device, inode)`
 - `minor_faults`, `seconds`: what it cost the host (a `Dict`: queue, instantiate, open, reserve, move_in, run, move_out, total)
-- `request_id`: names this call in the host's log
+- `request_id`: id of this call in the host's log
 """
 struct Invocation
     outputs::NamedTuple
@@ -61,7 +61,7 @@ Base.show(io::IO, i::Invocation) = print(io, "Strait.Invocation(", join(("$port 
     call(session, kernel; x = a, m = b, parameters...)
     call(f, session, kernel, ...; parameters...)
 
-Runs a kernel and answers its output: an `Array` over the pages of the result, read-only; a `NamedTuple` of them by port
+Runs a kernel and returns its output: an `Array` over the pages of the result, read-only; a `NamedTuple` of them by port
 if the kernel has several outputs, `nothing` if none was mapped.
 
 ```julia
@@ -78,7 +78,7 @@ the call runs.
 
 *Dimensions.* Tensors are row-major outside of Julia, `Array`s column-major. The same bytes are seen with the dimensions
 from back to front: an `Array` of `size` `(c, r)` is the host's tensor of shape `[r, c]`. Nothing is ever transposed or
-moved. So `axis` counts as everywhere in Julia: from 1 (the fastest) to `ndims(x)`, and `axis = k` is the host's axis
+moved. So `axis` counts as it does everywhere in Julia: from 1 (the fastest) to `ndims(x)`, and `axis = k` is the host's axis
 `ndims(x) - k`. It refers to the first input port. And a matrix product of two inputs `a`, `b` computes `b * a` in
 Julia's terms, since each matrix is seen transposed: swap the inputs.
 
@@ -90,7 +90,7 @@ and `UInt64` (beyond it is an `ArgumentError`); any other number as the nearest 
 cost: `options = (deadline_ms = 500,)`.
 
 *Lifetime.* A result's pages are given back when the `Array` is garbage, by [`release!`](@ref), or, with a function first,
-after that was called with the output: `call(sum, s, "zscore", x; axis = 1)`; keep nothing of it then.
+once that has been called with the output: `call(sum, s, "zscore", x; axis = 1)`; then keep nothing of it.
 
 Throws a [`RemoteError`](@ref) if the host refuses or the kernel fails.
 """
@@ -168,19 +168,19 @@ named(other) = refuse_input(other)
 """
     Strait.invocation(session, kernel, inputs, parameters = (); options...)
 
-[`call`](@ref) with everything said and everything answered, as an [`Invocation`](@ref). `inputs` and `parameters` are
+[`call`](@ref) with every option, and with all that the host answered, as an [`Invocation`](@ref). `inputs` and `parameters` are
 collections of `name => value` (named tuples, dictionaries, tuples of pairs). Options:
 
 - `deadline_ms`: wall time for the call, from the host's receipt on
 - `lease_ms`: life of the results' leases
-- `publish`: names for outputs, `(y = "name",)`; `replace = false`: may they take names from other flights
+- `publish`: names for outputs, `(y = "name",)`; `replace = false`: whether they may take names from other flights
 - `seal = false`: outputs are sealed for good, so that not even the host can write to them again
 - `map = true`: whether the outputs are mapped here; if not, publish each
 - `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
 - `verify = false`: the host tells which pages the kernel saw
 - `idempotency_key`: a repeat of the same call with the same key within a minute gets the same results without another run;
   another call with that key is refused with reason `IDEMPOTENCY_KEY_REUSED`
-- `request_id`: names this call in the host's log and in errors
+- `request_id`: id of this call in the host's log and in errors
 - `cancel`: a [`CancelToken`](@ref)
 
 An interrupt (an exception thrown into the calling task) cancels the kernel as well.
@@ -232,7 +232,7 @@ end
 function give_back!(s::Session, held::Vector{Any}, reusable::Bool)
     for copy in held
         if copy isa UInt64
-            locked(() -> end_lease!(s.connection, copy), s.connection)
+            locked(() -> end!(s.connection.leases, copy), s.connection)
         else
             reusable ? keep_scratch!(s, copy) : release!(s, copy)
         end
@@ -262,7 +262,7 @@ function wire_input(s::Session, x::Array)
     check_lease(s.connection, mapped.lease)
     segment = (segment = mapped.mapping.segment,)
     several = length(mapped.mapping.places) > 1
-    return ((; segment..., (several ? (column = mapped.mapping.places[index].spec.name,) : NamedTuple())...), nothing)
+    return ((; segment..., (several ? (tensor = mapped.mapping.places[index].spec.name,) : NamedTuple())...), nothing)
 end
 wire_input(s::Session, x::AbstractArray) = copied_input(s, x)
 wire_input(s::Session, x::Number) = copied_input(s, fill(x))
@@ -307,10 +307,10 @@ end
 rank_of(::Session, x::Union{AbstractArray,Number}) = ndims(x)
 rank_of(::Session, x) = refuse_input(x)
 function rank_of(s::Session, name::AbstractString)
-    flight, column = occursin('#', name) ? split(name, '#'; limit = 2) : (name, nothing)
+    flight, tensor = occursin('#', name) ? split(name, '#'; limit = 2) : (name, nothing)
     places = Mapping(field(ask(s.connection, LOOKUP, with_options(s, (name = String(flight),))), "mapping", Dict{String,Any})).places
-    found = column === nothing ? 1 : findfirst(place -> place.spec.name == column, places)
-    # The host says that there is no such column.
+    found = tensor === nothing ? 1 : findfirst(place -> place.spec.name == tensor, places)
+    # The host says that there is no such tensor.
     return found === nothing || isempty(places) ? typemax(Int) : ndims(places[found].spec)
 end
 
@@ -390,7 +390,7 @@ function answered(c::Connection, reply::Reply, copied::Int)
             # What is mapped already is garbage.
             rest = mapped[index+1:end]
             foreach(result -> close_fd(result.fd), rest)
-            locked(() -> foreach(result -> end_lease!(c, result.lease), rest), c)
+            locked(() -> foreach(result -> end!(c.leases, result.lease), rest), c)
             signal_reaper()
             rethrow()
         end

@@ -15,8 +15,8 @@ abstract type StraitError <: Exception end
 
 The host refused, or the kernel failed; the connection is fine.
 
-- `code`: a gRPC code's name, as `"NOT_FOUND"`
-- `reason`: the protocol's stable word, as `"TENSOR_NOT_FOUND"`; compare this one
+- `code`: a gRPC code's name, such as `"NOT_FOUND"`
+- `reason`: the protocol's stable word, such as `"FLIGHT_NOT_FOUND"`; compare this one
 - `message`: what, which, by how much, what to do
 - `request_id`: the same as in the host's log
 - `backtrace`: the kernel's, if it trapped, else `nothing`
@@ -35,7 +35,7 @@ end
     LeaseExpired
 
 The right to a segment is over, the connection is fine. The array's elements can still be read, but it
-is no input for a call any more: `fetch` or compute it anew. `request_id` is `"-"` if this side knew without asking.
+can no longer be the input of a call: `fetch` or compute it anew. `request_id` is `"-"` if this side knew without asking.
 """
 struct LeaseExpired <: StraitError
     message::String
@@ -92,8 +92,8 @@ end
 """
     ProtocolError
 
-The host said something that the protocol does not allow. If it was a frame that cannot be read the session is over; if it
-was an answer that cannot be right nothing of it is kept, and the session goes on.
+The host said something that the protocol does not allow. After a frame that cannot be read the session is over; of an
+answer that cannot be right nothing is kept, and the session goes on.
 """
 struct ProtocolError <: StraitError
     message::String

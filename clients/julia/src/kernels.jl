@@ -4,7 +4,7 @@
     Strait.Port
 
 An input or output of a kernel: `name`, the element `types` it takes or gives, `rank_min` and `rank_max` (what
-`ndims` may be), `role` (`"data"` or `"mask"`), `doc`.
+`ndims` may be), `role` (`"data"` or `"mask"`), `whole` (an input that comes whole with every chunk and slice), `doc`.
 """
 struct Port
     name::String
@@ -12,17 +12,18 @@ struct Port
     rank_min::Int
     rank_max::Int
     role::String
+    whole::Bool
     doc::String
 end
 
 """
     Strait.Parameter
 
-A parameter of a kernel: `name`, `kind` (`"boolean"`, `"integer"`, `"real"`, `"axis"`, `"text"` or `"reals"`),
+A parameter of a kernel: `name`, `kind` (`"boolean"`, `"integer"`, `"real"`, `"number"`, `"axis"`, `"text"`, `"integers"` or `"reals"`),
 `default` (`nothing`: it must be given), `minimum`, `maximum`, `choices` (of a text; empty: any), `doc`. Default and bounds
 are exact: an `Int64` or `UInt64` where the host has an integer, else a `Float64`.
 
-These are the host's words: an axis' default counts from 0 and row-major. [`call`](@ref) takes an axis as Julia
+They are as the host has them: an axis' default counts from 0, row-major. [`call`](@ref) takes an axis as Julia
 counts, from 1 to `ndims(x)`.
 """
 struct Parameter
@@ -36,11 +37,25 @@ struct Parameter
 end
 
 """
+    Strait.BlockTree
+
+How a reduction gives the same bits on any slicing: the kernel `partials` gives one row for each `block_rows` rows, counted
+from the first, and the kernel `merge` makes the result of all those rows.
+"""
+struct BlockTree
+    block_rows::Int
+    partials::String
+    merge::String
+end
+
+"""
     Strait.Kernel
 
 A kernel of the host: `name`, `plugin` and its `version`, `doc`, `inputs` and `outputs` ([`Port`](@ref)s),
-`parameters` ([`Parameter`](@ref)s), `split_axis` (the wire's axis along which the host may cut an invocation, or
-`nothing`), `streaming`, `in_place`. Two plugins may have kernels of one name: then call `"plugin/name"`.
+`parameters` ([`Parameter`](@ref)s), `signature` (which axes are equal, in the wire's order, such as `"(n),(k)->(m)"`, or `nothing`),
+`split_axis` (the wire's axis along which the host may cut an invocation, or `nothing`), `combine` (how the results of slices are put
+together: `"none"`, `"concatenate"` or `"tree"`), `block_tree` (a [`BlockTree`](@ref) with `"tree"`, or `nothing`), `streaming`,
+`in_place`. Two plugins may have kernels of one name: then call `"plugin/name"`.
 """
 struct Kernel
     name::String
@@ -50,7 +65,10 @@ struct Kernel
     inputs::Vector{Port}
     outputs::Vector{Port}
     parameters::Vector{Parameter}
+    signature::Union{Nothing,String}
     split_axis::Union{Nothing,Int}
+    combine::String
+    block_tree::Union{Nothing,BlockTree}
     streaming::Bool
     in_place::Bool
 end
@@ -65,7 +83,7 @@ function Port(body::Dict{String,Any})
     # A dtype of a newer host is left out: this client has no arrays of it.
     types = DataType[TYPE_OF[dtype] for dtype in texts(body, "dtypes") if haskey(TYPE_OF, dtype)]
     return Port(field(body, "name", String), types, size_field(body, "rank_min"), size_field(body, "rank_max"),
-        field(body, "role", String, "data"), field(body, "doc", String, ""))
+        field(body, "role", String, "data"), field(body, "whole", Bool, false), field(body, "doc", String, ""))
 end
 
 function Parameter(body::Dict{String,Any})
@@ -75,11 +93,16 @@ function Parameter(body::Dict{String,Any})
         field(body, "doc", String, ""))
 end
 
+block_tree(::Nothing) = nothing
+block_tree(body::Dict{String,Any}) = BlockTree(size_field(body, "block_rows"), field(body, "partials", String), field(body, "merge", String))
+
 function Kernel(body::Dict{String,Any})
     split = size_field(body, "split_axis", nothing)
+    tree = block_tree(field(body, "block_tree", Dict{String,Any}, nothing))
     return Kernel(field(body, "name", String), field(body, "plugin", String), field(body, "version", String),
         field(body, "doc", String, ""), map(Port, objects(body, "inputs")), map(Port, objects(body, "outputs")),
-        map(Parameter, objects(body, "parameters")), split,
+        map(Parameter, objects(body, "parameters")), field(body, "signature", String, nothing), split,
+        field(body, "combine", String, "none"), tree,
         field(body, "streaming", Bool, false), field(body, "in_place", Bool, false))
 end
 

@@ -9,7 +9,7 @@ const SCRATCH_BYTES_MAX = 1 << 30
     Session
 
 A connection to a host, made by [`connect`](@ref). Any number of tasks, on any threads, may use it at once.
-It is ended by `close(session)`; arrays that came over it stay readable.
+`close(session)` ends it; arrays that came over it stay readable.
 """
 mutable struct Session
     connection::Connection
@@ -34,7 +34,7 @@ has a host. With a function first, it is called with the session, which is close
 Options:
 - `renew = true`: renew leases in the background at half of their life, so that they end only with their arrays
 - `lease_ms = nothing`: life of a lease; `nothing` is the host's default
-- `request_id = nothing`: goes along with every request into the host's log and into errors; 1 to 64
+- `request_id = nothing`: id of every request in the host's log and in errors; 1 to 64
   characters from `A-Z a-z 0-9 . _ : -`
 
 Throws [`NoHost`](@ref) if nobody answers.
@@ -61,6 +61,7 @@ end
 "A session over a connected socket, which it owns from here."
 function begin_session(fd::Cint, directory::String; renew::Bool = true, lease_ms = nothing, request_id = nothing)
     connection = Connection(fd; renew = renew)
+    enlist(connection)
     try
         hello = (protocol = PROTOCOL_VERSION, client = "strait-julia/$CLIENT_VERSION")
         welcome = ask(connection, HELLO, hello)
@@ -108,7 +109,7 @@ function ready!(s::Session)
     c = s.connection
     check_owner(c)
     drain!(c)
-    c.deaths[] == c.reaped && isempty(c.outdated) || reap!(c)
+    c.deaths[] == c.reaped && isempty(c.leases.ended) || reap!(c)
     relieve!(c)
     return c
 end
@@ -130,7 +131,7 @@ milliseconds(value, what) = value isa Real && !(value isa Bool) && 0 < value < 2
     zeros(session, T, dims...)
     zeros(session, dims...)
 
-An `Array` of zeros inside a segment, so that [`call`](@ref) and [`publish!`](@ref) take it without a copy. Fill it as any
+An `Array` of zeros inside a segment, so that [`call`](@ref) and [`publish!`](@ref) take it without a copy. Fill it like any
 `Array`, but not while a call that uses it is running: the kernel would see some of the old and some of the new
 elements. `T` is one of `Strait.DTYPES`; without it `Float64`. It is given back to the host when it is garbage, or by
 [`release!`](@ref).
@@ -182,7 +183,7 @@ end
 
 Gives an array's segment back to the host now, not when the garbage collector finds it. Afterwards `y`, and whatever
 shares its elements, reads as zeros; using it in a call throws [`Released`](@ref). An array that is in no segment of
-this session is left alone, and of a flight of several tensors each has to be released. Answers `nothing`.
+this session is left alone, and of a flight of several tensors each has to be released. Returns `nothing`.
 """
 function release!(s::Session, y::Array)
     check_owner(s.connection)
@@ -202,8 +203,8 @@ release!(s::Session, ys::Union{NamedTuple,Tuple}) = foreach(y -> release!(s, y),
 """
     renew!(session, y; lease_ms = nothing)
 
-Gives the lease of an array's segment a new life, counted from now, and answers the life that the host granted, in
-milliseconds. Without `lease_ms` it is the host's default. Only of use to a session with `renew = false`. Throws
+Gives the lease of an array's segment a new life, counted from now, and returns the life that the host granted, in
+milliseconds. Without `lease_ms` it is the host's default. Useful only in a session with `renew = false`. Throws
 [`LeaseExpired`](@ref) if it is over, `ArgumentError` if `y` is in no segment of this session.
 """
 function renew!(s::Session, y::Array; lease_ms = nothing)
@@ -228,8 +229,8 @@ function take_scratch!(s::Session, ::Type{T}, dims::Dims{N}) where {T,N}
     end
     if kept !== nothing
         mapped, _ = something(find_tensor(s.connection, kept))
-        lease = locked(() -> get(s.connection.leases, mapped.lease, nothing), s.connection)
-        lease !== nothing && lease.gone === nothing && return kept::Array{T,N}
+        why = locked(() -> why_gone(s.connection.leases, mapped.lease), s.connection)
+        why === nothing && return kept::Array{T,N}
         release!(s, kept)
     end
     return create(s, T, dims)
@@ -277,11 +278,11 @@ end
 """
     publish!(session, name, x; replace = false)
 
-Gives `x` a name under which every process of this user finds it (with `fetch`, from any language), and answers `x`. It
-lives on without this program, until `delete!(session, name)`.
+Makes `x` a flight: every process of this user finds it by that name (with `fetch`, from any language), and it lives on
+without this program, until `delete!(session, name)`. Returns `x`.
 
 An array that was made by `zeros(session, ...)`, or came from `call` or `fetch`, is published as it is, with no copy. It
-cannot be written any more then, even if the host refuses the name: a write is a `ReadOnlyMemoryError`. Of any other
+can then no longer be written to, even if the host refuses the name: a write is a `ReadOnlyMemoryError`. Of any other
 array a dense copy is published, counted in [`stats`](@ref); one with a `missing` in it is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
 if there is such a flight and `replace` is false.
 """
@@ -315,7 +316,7 @@ function publish_empty(s::Session, name::String, T, dims::Dims, replace::Bool)
     try
         ask(c, PUBLISH, with_options(s, (; segment..., name = name, replace = replace)))
     finally
-        locked(() -> end_lease!(c, lease), c)
+        locked(() -> end!(c.leases, lease), c)
         signal_reaper()
     end
 end
@@ -333,7 +334,7 @@ function empty_segment(s::Session, T, dims::Dims)
         length(leases) == 1 || throw(ProtocolError("CREATE was answered by $(length(leases)) leases"))
         return (segment = Mapping(field(reply.body, "mapping", Dict{String,Any})).segment,), leases[1].first
     catch
-        locked(() -> foreach(((lease, _),) -> end_lease!(c, lease), leases), c)
+        locked(() -> foreach(((lease, _),) -> end!(c.leases, lease), leases), c)
         signal_reaper()
         rethrow()
     end
@@ -357,7 +358,7 @@ end
     fetch(session, name; lease_ms = nothing)
 
 The tensor of a flight as an `Array` over its pages, read-only; of a flight of several tensors a `NamedTuple` of
-`Array`s. Writing to one is a `ReadOnlyMemoryError`. Throws a [`RemoteError`](@ref) with reason `TENSOR_NOT_FOUND`
+`Array`s. Writing to one is a `ReadOnlyMemoryError`. Throws a [`RemoteError`](@ref) with reason `FLIGHT_NOT_FOUND`
 if there is no such flight.
 
 The dimensions are the wire's from back to front: what numpy calls shape `(rows, columns)` has
@@ -376,8 +377,8 @@ end
 """
     delete!(session, name)
 
-Takes a flight's name away at once; its memory goes when nobody uses it any more. Answers the session. Throws a
-[`RemoteError`](@ref) with reason `TENSOR_NOT_FOUND` if there is no such flight.
+Removes a flight's name at once; its memory is freed once nobody uses it. Returns the session. Throws a
+[`RemoteError`](@ref) with reason `FLIGHT_NOT_FOUND` if there is no such flight.
 """
 function Base.delete!(s::Session, name::AbstractString)
     ask(ready!(s), DROP, with_options(s, (name = String(name),)))
@@ -437,7 +438,7 @@ Counts of this session and of its host:
   with other bytes than 0 and 1, from the first such on)
 - `huge_bytes`: bytes of large arrays to fill (`zeros(session, ...)`, and copies) that were born in huge pages
 - `calls`: kernels that it called
-- `mappings`, `mapped_bytes`: segments that it has mapped now
+- `mappings`, `mapped_bytes`: segments that it has mapped now, and their bytes
 - `host`: what the host counts, a `Dict` (docs/protocol.md, STATS): its own copies are `host["copied_bytes"]`
 """
 function stats(s::Session)
@@ -448,7 +449,7 @@ end
 """
     Strait.client_stats(session)
 
-The part of [`stats`](@ref) that needs no answer of the host; also after the session's end.
+The part of [`stats`](@ref) that needs no answer from the host; it can be had after the session's end, too.
 """
 function client_stats(s::Session)
     c = s.connection
@@ -459,6 +460,6 @@ end
 """
     ping(session)
 
-Asks whether the host is there; answers `nothing`, or throws why not.
+Asks whether the host is there; returns `nothing`, or throws why it is not.
 """
 ping(s::Session) = (ask(ready!(s), PING, with_options(s, NamedTuple())); nothing)

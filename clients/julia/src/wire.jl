@@ -20,13 +20,14 @@
     INVOKE = 17
     CANCEL = 20
     PING = 22
+    LIMITS = 23
     GONE = 65
     SHUTDOWN = 66
 end
 
-const HEADER_BYTES = 16
+const HEADER_BYTES = 48
 const BODY_BYTES_MAX = 61440
-const PROTOCOL_VERSION = 1
+const PROTOCOL_VERSION = 2
 "Every tensor of a segment starts on a multiple of this, which is enough for each element type."
 const ALIGN_BYTES = 64
 "More tensors in a segment, or dimensions in a tensor, no host has; types of unbounded size would be compiled for them."
@@ -35,13 +36,22 @@ const RANK_MAX = 8
 "Longer lives of leases count as this one (milliseconds), which a Float64 holds exactly."
 const LIFE_MS_MAX = 2^53
 
+"W3C's trace context: the trace that a request belongs to. All zero: none."
+struct TraceContext
+    trace_id::NTuple{16,UInt8}
+    parent_id::NTuple{8,UInt8}
+    flags::UInt8
+end
+const NO_TRACE = TraceContext(ntuple(_ -> 0x00, 16), ntuple(_ -> 0x00, 8), 0x00)
+
 "One frame; throws `ArgumentError` if `body` does not fit into one."
-function encode_frame(op::Op, sequence::UInt32, body)
+function encode_frame(op::Op, sequence::UInt32, body; trace::TraceContext = NO_TRACE)
     json = codeunits(JSON.encode(body))
     length(json) <= BODY_BYTES_MAX || throw(ArgumentError(
         "a request of $(length(json)) bytes; at most $BODY_BYTES_MAX fit into a frame: shorten its lists or names"))
     packet = IOBuffer(sizehint = HEADER_BYTES + length(json))
-    write(packet, UInt8('S'), UInt8('T'), 0x01, UInt8(op), htol(sequence), htol(UInt32(length(json))), htol(UInt32(0)))
+    write(packet, UInt8('S'), UInt8('T'), UInt8(PROTOCOL_VERSION), UInt8(op), htol(sequence), htol(UInt32(length(json))), UInt32(0))
+    write(packet, trace.trace_id..., trace.parent_id..., trace.flags, 0x00, 0x00, 0x00, UInt32(0))
     write(packet, json)
     return take!(packet)
 end
@@ -49,13 +59,18 @@ end
 "A frame's op, sequence and body; throws [`ProtocolError`](@ref)."
 function decode_frame(packet::AbstractVector{UInt8})
     wrong(what) = throw(ProtocolError(what))
+    # What is of another version is told so, however long its header is.
+    if length(packet) > 2
+        packet[1] == UInt8('S') && packet[2] == UInt8('T') || wrong("a frame without the magic \"ST\"")
+        packet[3] == PROTOCOL_VERSION || wrong("a frame of protocol version $(packet[3]); this client speaks version $PROTOCOL_VERSION")
+    end
     length(packet) >= HEADER_BYTES || wrong("a frame of $(length(packet)) bytes, less than a header")
-    packet[1] == UInt8('S') && packet[2] == UInt8('T') || wrong("a frame without the magic \"ST\"")
-    packet[3] == 1 || wrong("a frame of version $(packet[3]), known is 1")
     word(at) = UInt32(packet[at]) | UInt32(packet[at+1]) << 8 | UInt32(packet[at+2]) << 16 | UInt32(packet[at+3]) << 24
-    bytes = length(packet) - HEADER_BYTES
-    word(9) == bytes || wrong("a frame whose header says $(word(9)) bytes of body, and that has $bytes")
-    word(13) == 0 || wrong("a frame with flags $(word(13))")
+    bytes, payload, had = word(9), word(13), length(packet) - HEADER_BYTES
+    widen(bytes) + payload == had || wrong("a frame whose header says $bytes bytes of body and $payload of payload, and that has $had")
+    payload == 0 || wrong("a frame with $payload bytes of payload, which no op has")
+    all(iszero, @view packet[42:44]) || wrong("a frame with reserved bytes that are not 0")
+    word(45) == 0 || wrong("a frame with flags $(word(45))")
     op = findfirst(op -> UInt8(op) == packet[4], instances(Op))
     op === nothing && wrong("a frame with op $(packet[4])")
     body = try
@@ -127,7 +142,7 @@ end
 struct Mapping
     segment::String
     bytes::Int
-    seal::String
+    writers::String                    # who can still write: none, host, creator or anyone
     places::Vector{Place}
 end
 
@@ -140,7 +155,7 @@ function Mapping(body::Dict{String,Any})
     length(tensors) <= TENSORS_MAX || throw(ProtocolError("a segment of $(length(tensors)) tensors, more than $TENSORS_MAX"))
     places = Place[place(tensor, bytes) for tensor in tensors]
     allunique(place.spec.name for place in places) || throw(ProtocolError("two tensors of a segment have one name"))
-    return Mapping(field(body, "segment", String), bytes, field(body, "seal", String), places)
+    return Mapping(field(body, "segment", String), bytes, field(body, "writers", String), places)
 end
 
 function place(body, segment_bytes::Int)

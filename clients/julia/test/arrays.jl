@@ -36,7 +36,7 @@ function put_down(op, body)
     op == CREATE || return (OK, done())
     received.spec = body["tensors"][1]
     bytes = sizeof(Strait.TYPE_OF[received.spec["dtype"]]) * prod(Int.(received.spec["shape"]))
-    fd, mapping = segment(PAGE + max(bytes, PAGE), [tensor("x", received.spec["dtype"], received.spec["shape"], PAGE, bytes)]; seal = "none")
+    fd, mapping = segment(PAGE + max(bytes, PAGE), [tensor("x", received.spec["dtype"], received.spec["shape"], PAGE, bytes)]; writers = "anyone")
     received.fd < 0 || Strait.close_fd(received.fd)
     received.fd = ccall(:dup, Cint, (Cint,), fd)
     return (OK, leased(lease[] += 1, mapping), Cint[fd])
@@ -105,7 +105,7 @@ with_peer(serve(put_down, log)) do s, peer
     # Nothing of all that is left but the idle segments.
     GC.gc()
     @test collect_until(() -> Strait.client_stats(s).mappings == length(s.scratch))
-    @test collect_until(() -> length(s.connection.leases) == length(s.scratch))
+    @test collect_until(() -> length(s.connection.leases.held) == length(s.scratch))
 end
 Strait.close_fd(received.fd)
 @test collect_until(() -> open_fds() <= before + 1)

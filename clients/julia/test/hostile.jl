@@ -31,8 +31,8 @@ mappings = (
     "size beyond Int" => () -> holding(tensor("x", "int8", [typemax(UInt64)], PAGE, 0)), "size as text" => () -> holding(tensor("x", "int8", ["1"], PAGE, 1)), "size true" => () -> holding(tensor("x", "int8", [true], PAGE, 1)), "size 1.0" => () -> holding(tensor("x", "int8", [1.0], PAGE, 1)),
     "9 dimensions" => () -> holding(tensor("x", "int8", fill(1, 9), PAGE, 1)), "5000 dimensions" => () -> holding(tensor("x", "int8", fill(1, 5000), PAGE, 1)), "129 tensors" => () -> holding((tensor("x$n", "int8", [1], PAGE, 1) for n in 1:129)...),
     "two of one name" => () -> holding(tensor("x", "int8", [1], PAGE, 1), tensor("x", "int8", [1], PAGE + 64, 1)), "a name with NUL" => () -> holding(tensor("a\0b", "int8", [1], PAGE, 1)), "a name of a number" => () -> holding(tensor(1, "int8", [1], PAGE, 1)),
-    "dtype unknown" => () -> holding(tensor("x", "float65", [1], PAGE, 8)), "dtype null" => () -> holding(tensor("x", nothing, [1], PAGE, 8)), "seal unknown" => () -> but(seal = "wax"), "seal null" => () -> but(seal = nothing),
-    "others can write" => () -> x48(seal = "none"), "it can still write" => () -> x48(seal = "client-write"), "said to be sealed" => () -> x48(seal = "write", seals = 2 | 4 | 16), "host-write unsealed" => () -> x48(seals = 2 | 4),
+    "dtype unknown" => () -> holding(tensor("x", "float65", [1], PAGE, 8)), "dtype null" => () -> holding(tensor("x", nothing, [1], PAGE, 8)), "writers unknown" => () -> but(writers = "wax"), "writers null" => () -> but(writers = nothing),
+    "others can write" => () -> x48(writers = "anyone"), "it can still write" => () -> x48(writers = "creator"), "said to be sealed" => () -> x48(writers = "none", seals = 2 | 4 | 16), "the host's and unsealed" => () -> x48(seals = 2 | 4),
     "a file that can shrink" => () -> x48(seals = 16), "no seals at all" => () -> x48(seals = 0), "a pipe" => () -> ((fd, mapping) = x48(); Strait.close_fd(fd); (no_memory(), mapping)),
     "a device" => () -> ((fd, mapping) = x48(); Strait.close_fd(fd); (ccall(:open, Cint, (Cstring, Cint), "/dev/zero", 0), mapping)),
     "a folder" => () -> ((fd, mapping) = x48(); Strait.close_fd(fd); (ccall(:open, Cint, (Cstring, Cint), "/", 0), mapping)),
@@ -63,7 +63,7 @@ with_peer(serve((op, body) -> op == MAP ? replies[body["name"]]() : (OK, done())
         e = thrown(() -> fetch(s, name), StraitError)
         @test e isa (name in ("an error", "an error that grants") ? RemoteError : Union{ProtocolError,MappingError})
         @test open_fds() == held
-        @test isempty(s.connection.mapped) && isempty(s.connection.leases) && isempty(s.connection.tensors) && s.connection.mapped_bytes == 0
+        @test isempty(s.connection.mapped) && isempty(s.connection.leases.held) && isempty(s.connection.tensors) && s.connection.mapped_bytes == 0
         # The session is as usable as before.
         @test Strait.ping(s) === nothing
     end
@@ -102,7 +102,7 @@ with_peer(serve((op, body) -> op == KERNELS ? (OK, done(kernels = DECLARED, more
     for name in sort!(collect(keys(calls)))
         held = open_fds()
         @test thrown(() -> call(s, "mix", name), StraitError) isa Union{ProtocolError,MappingError}
-        @test collect_until(() -> open_fds() == held && isempty(s.connection.mapped) && isempty(s.connection.leases))
+        @test collect_until(() -> open_fds() == held && isempty(s.connection.mapped) && isempty(s.connection.leases.held))
         @test Strait.ping(s) === nothing
     end
 end
@@ -112,12 +112,13 @@ end
 function broken(ask, op, body, E = ProtocolError)
     with_peer(serve((asked, _) -> asked == op ? (OK, body) : (OK, done()))) do s, peer
         @test thrown(() -> ask(s), StraitError) isa E
-        @test Strait.ping(s) === nothing && isempty(s.connection.leases)
+        @test Strait.ping(s) === nothing && isempty(s.connection.leases.held)
     end
 end
 kernel = DECLARED[1]
 for wrong in ((; kernel..., name = 1), (; kernel..., plugin = nothing), (; kernel..., inputs = 1), (; kernel..., inputs = [1]), (; kernel..., split_axis = -1), (; kernel..., split_axis = typemax(UInt64)),
-    (; kernel..., streaming = 1), (; kernel..., inputs = [(; kernel.inputs[1]..., rank_min = -1)]), (; kernel..., inputs = [(; kernel.inputs[1]..., rank_max = typemax(UInt64))]),
+    (; kernel..., streaming = 1), (; kernel..., signature = 1), (; kernel..., combine = 1), (; kernel..., block_tree = 1), (; kernel..., block_tree = (block_rows = -1, partials = "a", merge = "b")),
+    (; kernel..., inputs = [(; kernel.inputs[1]..., whole = 1)]), (; kernel..., inputs = [(; kernel.inputs[1]..., rank_min = -1)]), (; kernel..., inputs = [(; kernel.inputs[1]..., rank_max = typemax(UInt64))]),
     (; kernel..., inputs = [(; kernel.inputs[1]..., dtypes = [1])]), (; kernel..., parameters = [(; kernel.parameters[1]..., minimum = true)]), (; kernel..., parameters = [(; kernel.parameters[1]..., maximum = "1")]),
     (; kernel..., parameters = [(; kernel.parameters[1]..., choices = [1])]), (; kernel..., parameters = [(; kernel.parameters[1]..., kind = nothing)]))
     broken(kernels, KERNELS, done(kernels = [wrong], more = false))
@@ -133,9 +134,9 @@ broken(s -> publish!(s, "n", Float64[]), CREATE, done(lease = 3, expires_ms = 5)
 
 # Another array than was asked for.
 for (dtype, shape, length) in (("float32", [3], 12), ("float64", [4], 32), ("float64", [3, 1], 24), ("float64", [], 8))
-    with_peer(serve((op, body) -> op == CREATE ? mapped(holding(tensor("x", dtype, shape, PAGE, length); seal = "none")) : (OK, done()))) do s, peer
+    with_peer(serve((op, body) -> op == CREATE ? mapped(holding(tensor("x", dtype, shape, PAGE, length); writers = "anyone")) : (OK, done()))) do s, peer
         says(thrown(() -> zeros(s, 3), ProtocolError), "CREATE")
-        @test collect_until(() -> isempty(s.connection.mapped) && isempty(s.connection.leases))
+        @test collect_until(() -> isempty(s.connection.mapped) && isempty(s.connection.leases.held))
     end
 end
 
@@ -143,25 +144,25 @@ end
 with_peer(serve((op, body) -> op == MAP ? ((op, found, fds) = mapped(x48()); (op, (; found..., expires_ms = typemax(Int)), fds)) : (OK, done(expires_ms = typemax(Int))))) do s, peer
     y = fetch(s, "x")
     @test Strait.renew!(s, y) == Strait.LIFE_MS_MAX
-    s.connection.leases[3].due = 0.0
+    s.connection.leases.held[3].due = 0.0
     @test Strait.renew_due!(s.connection) === nothing
     answer(peer, Strait.SHUTDOWN, 0, (drain_ms = typemax(Int),))
     @test Strait.ping(s) === nothing && all(iszero, y)
 end
 with_peer(serve((op, body) -> (OK, done(lease = 9, expires_ms = 10)))) do s, peer
     # A lease that nobody asked for is given back.
-    @test Strait.ping(s) === nothing && isempty(s.connection.leases)
+    @test Strait.ping(s) === nothing && isempty(s.connection.leases.held)
 end
 
 # ---- frames
 
-raw(text) = (frame = Strait.encode_frame(OK, UInt32(2), NamedTuple())[1:8]; vcat(frame, reinterpret(UInt8, [UInt32(sizeof(text)), UInt32(0)]), codeunits(text)))
+raw(text) = (frame = Strait.encode_frame(OK, UInt32(2), NamedTuple())[1:8]; vcat(frame, reinterpret(UInt8, [UInt32(sizeof(text))]), zeros(UInt8, 36), codeunits(text)))
 frames = (
-    UInt8[], UInt8[0x53], raw("{}")[1:15], raw("["), raw("[]"), raw("\"\""), raw("null"), raw("{\"a\":1e999}"), raw("{\"a\":" * "["^30000), raw("{\"a\":"^10000), raw("{\"a\":\"\\ud800\"}"), raw("{\"a\":\"\xff\"}"),
+    UInt8[], UInt8[0x53], raw("{}")[1:47], raw("["), raw("[]"), raw("\"\""), raw("null"), raw("{\"a\":1e999}"), raw("{\"a\":" * "["^30000), raw("{\"a\":"^10000), raw("{\"a\":\"\\ud800\"}"), raw("{\"a\":\"\xff\"}"),
     raw("{\"a\":1,\"a\":2}"), raw("{\"a\":01}"), raw("{} {}"), raw("{\"a\":\"" * "b"^40000), vcat(raw("{}"), 0x00), raw("{\"lease\":0,\"expires_ms\":1}"), raw("{\"lease\":-1}"), raw("{\"lease\":true,\"expires_ms\":1}"),
     raw("{\"lease\":3}"), raw("{\"lease\":3,\"expires_ms\":-1}"), raw("{\"results\":[{\"lease\":\"3\"}]}"),
     Strait.encode_frame(GONE, UInt32(0), (lease = -1,)), Strait.encode_frame(GONE, UInt32(0), NamedTuple()), Strait.encode_frame(Strait.SHUTDOWN, UInt32(0), (drain_ms = "soon",)), Strait.encode_frame(Strait.CANCEL, UInt32(2), NamedTuple()),
-    setindex!(raw("{}"), 0x02, 3), setindex!(raw("{}"), 0xff, 4), setindex!(raw("{}"), 0x01, 13), setindex!(raw("{}"), 0x03, 9),
+    setindex!(raw("{}"), 0x01, 3), setindex!(raw("{}"), 0xff, 4), setindex!(raw("{}"), 0x01, 13), setindex!(raw("{}"), 0x03, 9), setindex!(raw("{}"), 0x01, 42), setindex!(raw("{}"), 0x01, 45),
 )
 "The peer's next word is `frame`, with a descriptor beside it."
 function say_junk(peer, frame)
@@ -221,7 +222,7 @@ for last_step in (KERNELS, CREATE, INVOKE, MAP, PUBLISH, RELEASE)
     @test collect_until(() -> open_fds() <= held + 1)
 end
 # Before the greeting is over.
-for script in (peer -> nothing, peer -> receive(peer), peer -> ((_, sequence, _, _) = receive(peer); answer(peer, WELCOME, sequence, done(protocol = 2))),
+for script in (peer -> nothing, peer -> receive(peer), peer -> ((_, sequence, _, _) = receive(peer); answer(peer, WELCOME, sequence, done(protocol = 1))),
     peer -> ((_, sequence, _, _) = receive(peer); answer(peer, WELCOME, sequence, done(protocol = true))), peer -> ((_, sequence, _, _) = receive(peer); answer(peer, OK, sequence, done())))
     ends = zeros(Cint, 2)
     systemerror("socketpair", ccall(:socketpair, Cint, (Cint, Cint, Cint, Ptr{Cint}), Strait.AF_UNIX, Strait.SOCK_SEQPACKET | Strait.SOCK_NONBLOCK, 0, ends) != 0)

@@ -25,7 +25,7 @@ end
 "Renews all leases now, as happens in the background."
 function renew_all(s)
     c = s.connection
-    Strait.locked(() -> foreach(lease -> lease.due = 0.0, values(c.leases)), c)
+    Strait.locked(() -> foreach(lease -> lease.due = 0.0, values(c.leases.held)), c)
     Strait.renew_due!(c)
 end
 

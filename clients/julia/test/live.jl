@@ -73,7 +73,7 @@ with_host() do address, host
         @test [name for (name, _) in flights(s)] == ["copied", "inside"]
         delete!(delete!(s, "copied"), "inside")
         @test isempty(flights(s))
-        @test thrown(() -> fetch(s, "copied"), RemoteError).reason == "TENSOR_NOT_FOUND"
+        @test thrown(() -> fetch(s, "copied"), RemoteError).reason == "FLIGHT_NOT_FOUND"
     end
 
     @testset "empty and 0-dimensional inputs, types by name" begin

@@ -38,8 +38,8 @@ end
 
 function greet(peer::Peer)
     op, sequence, body, _ = receive(peer)
-    @test op == HELLO && body["protocol"] == 1 && startswith(body["client"], "strait-julia/")
-    answer(peer, WELCOME, sequence, (protocol = 1, host_id = "h", move_min_bytes = 524288, request_id = "r"))
+    @test op == HELLO && body["protocol"] == Strait.PROTOCOL_VERSION && startswith(body["client"], "strait-julia/")
+    answer(peer, WELCOME, sequence, (protocol = Strait.PROTOCOL_VERSION, host_id = "h", move_min_bytes = 524288, request_id = "r"))
 end
 
 "The next frame, or nothing once the session closed."
@@ -61,17 +61,17 @@ function answer(peer::Peer, op::Op, sequence, body, fds::Vector{Cint} = Cint[])
 end
 hang_up(peer::Peer) = ccall(:shutdown, Cint, (Cint, Cint), peer.fd, Strait.SHUT_RDWR)
 
-const SEALS = Dict("none" => 2 | 4, "host-write" => 2 | 4 | 16, "write" => 2 | 4 | 8, "client-write" => 2 | 4 | 16)
+const SEALS = Dict("anyone" => 2 | 4, "host" => 2 | 4 | 16, "none" => 2 | 4 | 8, "creator" => 2 | 4 | 16)
 
 "A memfd of `bytes` with `values` from `offset` on, sealed, and a mapping that says what is in it."
-function segment(bytes, tensors; seal = "host-write", seals = SEALS[seal], id = "0"^32, values = UInt8[], offset = 65536)
+function segment(bytes, tensors; writers = "host", seals = SEALS[writers], id = "0"^32, values = UInt8[], offset = 65536)
     fd = ccall(:memfd_create, Cint, (Cstring, Cuint), "test", 3)   # CLOEXEC, ALLOW_SEALING
     systemerror("memfd_create", fd < 0)
     systemerror("ftruncate", ccall(:ftruncate, Cint, (Cint, Int64), fd, bytes) != 0)
     isempty(values) || fill_fd(fd, offset, values)
     systemerror("F_ADD_SEALS", ccall(:fcntl, Cint, (Cint, Cint, Cint...), fd, 1033, seals) != 0)
     mapping = Dict("strait-mmap" => 1, "host_id" => "h", "socket" => "s", "segment" => id, "generation" => 1,
-        "bytes" => bytes, "seal" => seal, "tensors" => tensors)
+        "bytes" => bytes, "writers" => writers, "tensors" => tensors)
     return fd, mapping
 end
 tensor(name, dtype, shape, offset, length) =

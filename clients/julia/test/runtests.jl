@@ -13,6 +13,7 @@ include("peer.jl")
     @testset "json" begin include("json.jl") end
     @testset "dtypes" begin include("dtypes.jl") end
     @testset "wire" begin include("wire.jl") end
+    @testset "leases" begin include("leases.jl") end
     @testset "session" begin include("session.jl") end
     @testset "arrays" begin include("arrays.jl") end
     @testset "a hostile host" begin include("hostile.jl") end

@@ -22,8 +22,8 @@ bodies(log, op) = [body for (other, body) in log if other == op]
 anything(op, body) = (OK, done())
 
 "A result of two Float64 columns and three rows, numbered."
-function result_of(lease; op = MAP, seal = "host-write")
-    fd, mapping = segment(2PAGE, [tensor("x", "float64", [3, 2], PAGE, 48)]; seal = seal, values = Float64[1 3 5; 2 4 6])
+function result_of(lease; op = MAP, writers = "host")
+    fd, mapping = segment(2PAGE, [tensor("x", "float64", [3, 2], PAGE, 48)]; writers = writers, values = Float64[1 3 5; 2 4 6])
     return (OK, leased(lease, mapping), Cint[fd])
 end
 
@@ -129,7 +129,7 @@ end
         @test !is_mapped(address)
         @test bodies(log, RELEASE)[1]["leases"] == [7]
         @test Strait.client_stats(s) == (copied_bytes = 0, huge_bytes = 0, calls = 0, mappings = 0, mapped_bytes = 0)
-        @test isempty(s.connection.tensors) && isempty(s.connection.leases)
+        @test isempty(s.connection.tensors) && isempty(s.connection.leases.held)
     end
     @test collect_until(() -> open_fds() <= before + 1)   # the peer's own end stays open
 end
@@ -210,7 +210,7 @@ end
     short() = (found = segment(2PAGE, [tensor("x", "int8", [4], PAGE, 4)]); found[2]["bytes"] = 4PAGE; found)
     replies = Dict(
         "short" => () -> ((fd, mapping) = short(); (OK, leased(1, mapping), Cint[fd])),
-        "written" => () -> result_of(2; seal = "client-write"),
+        "written" => () -> result_of(2; writers = "creator"),
         "no descriptor" => () -> (OK, result_of(3)[2]),
         "no lease" => () -> ((_, body, fds) = result_of(4); (OK, done(mapping = body.mapping), fds)),
         "no mapping" => () -> ((_, body, fds) = result_of(5); (OK, done(lease = 5, expires_ms = 10_000), fds)),
@@ -218,13 +218,13 @@ end
     log = Tuple{Op,Dict{String,Any}}[]
     with_peer(serve((op, body) -> op == MAP ? replies[body["name"]]() : (OK, done()), log)) do s, peer
         says(thrown(() -> fetch(s, "short"), MappingError), "131072", "262144")
-        says(thrown(() -> fetch(s, "written"), MappingError), "client-write", "publish")
+        says(thrown(() -> fetch(s, "written"), MappingError), "creator", "publish")
         says(thrown(() -> fetch(s, "no descriptor"), ProtocolError), "0 descriptors")
         says(thrown(() -> fetch(s, "no lease"), ProtocolError), "0 leases")
         says(thrown(() -> fetch(s, "no mapping"), ProtocolError), "mapping")
         # What was granted all the same is given back.
         @test collect_until(() -> Set(lease for body in bodies(log, RELEASE) for lease in body["leases"]) == Set([1, 2, 3, 5]))
-        @test isempty(s.connection.mapped) && isempty(s.connection.leases)
+        @test isempty(s.connection.mapped) && isempty(s.connection.leases.held)
     end
     @test collect_until(() -> open_fds() <= before + 3)
 end
@@ -235,7 +235,7 @@ end
     function reply(op, body)
         op == CREATE || return (OK, done(mapping = Dict()))
         given = body["tensors"][1]
-        fd, mapping = segment(2PAGE, [tensor("x", given["dtype"], given["shape"], PAGE, sizeof(Strait.TYPE_OF[given["dtype"]]) * prod(Int.(given["shape"])))]; seal = "none", id = "f"^32)
+        fd, mapping = segment(2PAGE, [tensor("x", given["dtype"], given["shape"], PAGE, sizeof(Strait.TYPE_OF[given["dtype"]]) * prod(Int.(given["shape"])))]; writers = "anyone", id = "f"^32)
         push!(keep, ccall(:dup, Cint, (Cint,), fd))
         return (OK, leased(length(keep), mapping), Cint[fd])
     end
@@ -286,8 +286,8 @@ end
         op == CREATE || op == MAP || return (OK, done())
         # At the beginning of a huge page, as the host has it, and nowhere near one.
         offset = op == MAP || body["tensors"][1]["dtype"] == "uint8" ? huge : PAGE
-        seal = op == MAP ? "host-write" : "none"
-        fd, mapping = segment(offset + length_of + PAGE, [tensor("x", op == MAP ? "uint8" : body["tensors"][1]["dtype"], [length_of], offset, length_of)]; seal = seal)
+        writers = op == MAP ? "host" : "anyone"
+        fd, mapping = segment(offset + length_of + PAGE, [tensor("x", op == MAP ? "uint8" : body["tensors"][1]["dtype"], [length_of], offset, length_of)]; writers = writers)
         keep[] < 0 || Strait.close_fd(keep[])
         keep[] = ccall(:dup, Cint, (Cint,), fd)
         return (OK, leased(1, mapping), Cint[fd])
@@ -321,7 +321,7 @@ end
     end
     Strait.close_fd(keep[])
     # Where Linux refuses nothing is lost: file and address out of step.
-    fd, _ = segment(3huge, []; seal = "none")
+    fd, _ = segment(3huge, []; writers = "anyone")
     address = Strait.mmap_at_huge_page(C_NULL, 2huge, Strait.PROT_READ | Strait.PROT_WRITE, Strait.MAP_SHARED, fd)
     Strait.mmap(address, 2huge, Strait.PROT_READ | Strait.PROT_WRITE, Strait.MAP_SHARED | Strait.MAP_FIXED, fd, PAGE)
     @test Strait.back_with_huge_pages!(address, 2huge) == 0
@@ -357,13 +357,13 @@ end
             @test collect_until(() -> count(body -> 1 in body["leases"], bodies(log, RENEW)) >= 2)
             @test all(body -> body["lease_ms"] == 60, bodies(log, RENEW))
             push!(expired, 1)
-            @test collect_until(() -> s.connection.leases[1].gone !== nothing)
+            @test collect_until(() -> s.connection.leases.held[1].gone !== nothing)
             # One of two is over: the other one lives on.
-            @test s.connection.leases[2].gone === nothing
+            @test s.connection.leases.held[2].gone === nothing
             says(thrown(() -> publish!(s, "c", a), LeaseExpired), "gone by now")
             answer(peer, GONE, 0, (lease = 2, segment = "x", reason = "expired"))
             # The renewal in the background may be the one that reads it.
-            @test collect_until(() -> (isopen(s); s.connection.leases[2].gone !== nothing))
+            @test collect_until(() -> (isopen(s); s.connection.leases.held[2].gone !== nothing))
             e = thrown(() -> Strait.renew!(s, b), LeaseExpired)
             @test e.request_id == "-" && occursin("lease 2 is over: expired", e.message)
             # The pages stay; what is gone is not released.
@@ -392,7 +392,8 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         (name = "w", kind = "reals", default = nothing, minimum = 0, maximum = 1.5, choices = [], doc = ""),
         (name = "n", kind = "integer", default = 2^53 + 1, minimum = typemin(Int64), maximum = typemax(UInt64), choices = [], doc = ""),
         (name = "r", kind = "real", default = "nan", minimum = -0.5, maximum = 2^53 + 1, choices = [], doc = "")],
-    split_axis = 0, streaming = false, in_place = true)]
+    signature = "(),()->()", split_axis = 0, combine = "tree", block_tree = (block_rows = 4096, partials = "mix-blocks", merge = "mix-all"),
+    streaming = false, in_place = true)]
 
 @testset "calls" begin
     log = Tuple{Op,Dict{String,Any}}[]
@@ -401,7 +402,7 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         op == KERNELS && return (OK, done(kernels = get(body, "kernel", "mix") == "mix" ? DECLARED : [], more = false))
         if op == CREATE
             given = body["tensors"][1]
-            fd, mapping = segment(2PAGE, [tensor("x", given["dtype"], given["shape"], PAGE, sizeof(Strait.TYPE_OF[given["dtype"]]) * prod(Int.(given["shape"])))]; seal = "none", id = string(lease[] += 1; pad = 32))
+            fd, mapping = segment(2PAGE, [tensor("x", given["dtype"], given["shape"], PAGE, sizeof(Strait.TYPE_OF[given["dtype"]]) * prod(Int.(given["shape"])))]; writers = "anyone", id = string(lease[] += 1; pad = 32))
             return (OK, leased(lease[], mapping), Cint[fd])
         end
         if op == INVOKE
@@ -506,6 +507,9 @@ const DECLARED = [(name = "mix", plugin = "p", version = "1", doc = "Mixes.\nWel
         @test all(iszero, kept[])
 
         text = sprint(show, MIME"text/plain"(), kernels(s, "mix")[1])
+        mix = kernels(s, "mix")[1]
+        @test (mix.signature, mix.combine, mix.inputs[1].whole) == ("(),()->()", "tree", false)
+        @test mix.block_tree == Strait.BlockTree(4096, "mix-blocks", "mix-all")
         @test [(p.minimum, p.maximum) for p in kernels(s, "mix")[1].parameters[4:5]] == [(typemin(Int64), typemax(UInt64)), (-0.5, 2^53 + 1)]
         for word in ("p/mix 1", "Mixes.\nWell.", "mask-of: Array of Bool", "mask", "axis: axis, default ndims(x)", "\"a\" \"b\"", "at least 0, at most 1.5",
             "n: integer, default 9007199254740993, at least -9223372036854775808, at most 18446744073709551615", "r: real, default \"nan\", at least -0.5, at most 9007199254740993")
@@ -557,7 +561,7 @@ end
         @test collect_until(() -> count_of(log, CANCEL) == 2)
         @test istaskfailed(task)
         @test collect_until(() -> any(body -> body["leases"] == [55], bodies(log, RELEASE)))
-        @test isempty(s.connection.leases)
+        @test isempty(s.connection.leases.held)
         @test Strait.ping(s) === nothing
     end
     @test collect_until(() -> open_fds() <= before + 1)

@@ -2,13 +2,31 @@ using Strait: encode_frame, decode_frame, Mapping, Place, TensorSpec, parse_addr
 
 # Byte for byte.
 frame = encode_frame(PING, UInt32(0x01020304), NamedTuple())
-@test frame == UInt8['S', 'T', 1, 22, 4, 3, 2, 1, 2, 0, 0, 0, 0, 0, 0, 0, '{', '}']
+@test frame == vcat(UInt8['S', 'T', 2, 22, 4, 3, 2, 1, 2], zeros(UInt8, 39), UInt8['{', '}'])
 @test decode_frame(frame) == (PING, 0x01020304, Dict{String,Any}())
-@test decode_frame(frame[1:8] |> head -> vcat(head, zeros(UInt8, 8))) == (PING, 0x01020304, Dict{String,Any}())
+@test decode_frame(frame[1:8] |> head -> vcat(head, zeros(UInt8, 40))) == (PING, 0x01020304, Dict{String,Any}())
+# The frames that every client's tests read.
+frames = joinpath(@__DIR__, "../../../tests/conformance/frames.json")
+if isfile(frames)
+    table = Strait.JSON.decode(read(frames))
+    @test table["version"] == Strait.PROTOCOL_VERSION && length(table["frames"]) > 2 && length(table["refused"]) > 9
+    for good in table["frames"]
+        op, sequence, text = Op(good["op"]), UInt32(good["sequence"]), good["body"]
+        trace = Strait.TraceContext(Tuple(hex2bytes(good["trace_id"])), Tuple(hex2bytes(good["parent_id"])), UInt8(good["trace_flags"]))
+        body = Strait.JSON.decode(Vector{UInt8}(text))
+        # A Dict has no order: its fields are compared, and the header byte for byte.
+        made, right = encode_frame(op, sequence, body; trace = trace), hex2bytes(good["hex"])
+        @test made[1:Strait.HEADER_BYTES] == right[1:Strait.HEADER_BYTES] && String(right[Strait.HEADER_BYTES+1:end]) == text
+        @test decode_frame(right) == (op, sequence, body) == decode_frame(made)
+    end
+    for bad in table["refused"]
+        says(thrown(() -> decode_frame(hex2bytes(bad["hex"])), ProtocolError), bad["says"]...)
+    end
+end
 
 changed(at, byte) = (copy = Base.copy(frame); copy[at] = byte; copy)
-for (packet, word) in (frame[1:15] => "15 bytes", changed(1, 0x00) => "magic", changed(3, 0x02) => "version 2", changed(4, 0x3f) => "op 63",
-    changed(9, 0x03) => "3 bytes", changed(13, 0x01) => "flags", changed(17, UInt8('[')) => "no JSON")
+for (packet, word) in (frame[1:47] => "47 bytes", changed(1, 0x00) => "magic", changed(3, 0x01) => "version 1", changed(4, 0x3f) => "op 63",
+    changed(9, 0x03) => "3 bytes", changed(45, 0x01) => "flags", changed(49, UInt8('[')) => "no JSON")
     says(thrown(() -> decode_frame(packet), ProtocolError), word)
 end
 says(thrown(() -> decode_frame(encode_frame(OK, UInt32(1), [1])), ProtocolError), "no object")
@@ -16,7 +34,7 @@ says(thrown(() -> encode_frame(PING, UInt32(1), (x = "a"^61440,)), ArgumentError
 
 # Mappings: the host's word is held against itself.
 body(tensors...; bytes = 1 << 17, version = 1) = Strait.JSON.decode(Strait.JSON.encode(
-    Dict("strait-mmap" => version, "segment" => "0123", "bytes" => bytes, "seal" => "write", "tensors" => collect(tensors))))
+    Dict("strait-mmap" => version, "segment" => "0123", "bytes" => bytes, "writers" => "none", "tensors" => collect(tensors))))
 mapping = Mapping(body(tensor("x", "float64", [2, 3], 65536, 48)))
 @test mapping.places == [Place(TensorSpec("x", Float64, [3, 2]), 65536, 48)] || mapping.places[1].spec.dims == [3, 2]
 @test repr(mapping.places[1].spec) == "x: Float64[3, 2]"

@@ -112,12 +112,12 @@ def test_replies_find_their_callers_in_any_order(peer, connection):
 
 def test_errors_are_the_hosts_words(peer, connection):
     caller = Caller(lambda: connection.call(Op.LOOKUP, {"name": "x"}))
-    failure = {"code": "NOT_FOUND", "reason": "TENSOR_NOT_FOUND", "message": "no x", "request_id": "r", "backtrace": "b"}
+    failure = {"code": "NOT_FOUND", "reason": "FLIGHT_NOT_FOUND", "message": "no x", "request_id": "r", "backtrace": "b"}
     peer.say(Op.ERROR, peer.expect(Op.LOOKUP)[0], failure)
     error = caller.result()
     assert type(error) is strait.RemoteError
     assert (error.code, error.reason, error.message, error.request_id, error.backtrace) == tuple(failure.values())
-    assert str(error) == "no x [NOT_FOUND TENSOR_NOT_FOUND, request r]\nb"
+    assert str(error) == "no x [NOT_FOUND FLIGHT_NOT_FOUND, request r]\nb"
 
     caller = Caller(lambda: connection.call(Op.RENEW, {"leases": [1]}))
     peer.say(Op.ERROR, peer.expect(Op.RENEW)[0], {"code": "FAILED_PRECONDITION", "reason": "LEASE_EXPIRED"})
@@ -142,7 +142,7 @@ def test_close_wakes_who_waits(peer, connection):
     assert all(type(caller.result()) is strait.DisconnectedError for caller in callers)
 
 
-@pytest.mark.parametrize("frame", [b"rubbish", b"ST\x01\x03\x01\0\0\0\x02\0\0\0\0\0\0\0[]", b"x" * 70000])
+@pytest.mark.parametrize("frame", [b"rubbish", b"ST\x02\x03\x01\0\0\0\x02" + bytes(39) + b"[]", b"x" * 70000])
 def test_a_frame_that_is_none_ends_the_connection(peer, connection, frame):
     before = open_fds()
     caller = Caller(lambda: connection.call(Op.PING, {}))

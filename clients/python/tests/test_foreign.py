@@ -101,7 +101,7 @@ def test_lists():
     refused([[0.5], [np.int64(BIG)]], TypeError, "9007199254740993")
     refused([1, None], ValueError, "x has 1 nulls")
     refused([pa.array([1, None])], ValueError, "x has 1 nulls")
-    refused([[1], [1, 2]], ValueError, "x is a list that is no array")
+    refused([[1], [1, 2]], ValueError, "x is a list that does not make an array")
     refused([[[[[[[[[1]]]]]]]]], ValueError, "at most 8 axes")
 
 

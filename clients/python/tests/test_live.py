@@ -374,7 +374,7 @@ def test_copies_and_pickles(session):
         copy.copy(y)
     assert {name: type(value) for name, value in copy.deepcopy(columns).items()} == {"a": np.ndarray, "b": np.ndarray}
     shallow = copy.copy(columns)
-    assert type(shallow) is strait.Columns and address_of(shallow["a"]) == address_of(columns["a"])
+    assert type(shallow) is strait.Arrays and address_of(shallow["a"]) == address_of(columns["a"])
     del same, shallow
     with pytest.raises(TypeError, match="connect where"):
         copy.deepcopy(session)
@@ -444,6 +444,9 @@ def test_kernels_say_what_they_take(session):
     (axis,) = zscore.parameters
     assert (axis.name, axis.kind, axis.default) == ("axis", "axis", 0) and axis.doc
     assert zscore.inputs[0].rank_min == 1 and "bfloat16" in zscore.inputs[0].dtypes and zscore.doc
+    assert (zscore.signature, zscore.split_axis, zscore.combine, zscore.block_tree) == ("()->()", None, "none", None)
+    clip = kernels["clip"]
+    assert (clip.signature, clip.split_axis, clip.combine) == ("()->()", 0, "concatenate") and not clip.inputs[0].whole
     assert [kernel.name for kernel in session.kernels("clip")] == ["clip"]
 
 

@@ -15,15 +15,41 @@ import pytest
 
 import strait
 from strait import _address, _dtypes, _wire
-from strait._connection import milliseconds
-from strait._session import _parameter
+from strait._parameters import parameter as _parameter
+from strait._wire import milliseconds
 
 
 def test_frames_byte_by_byte():
     frame = _wire.encode(_wire.Op.LOOKUP, 0x01020304, {"name": "ä"})
-    assert frame == b"ST\x01\x06\x04\x03\x02\x01" + b"\x0d\0\0\0" + b"\0\0\0\0" + '{"name":"ä"}'.encode()
+    assert frame == b"ST\x02\x06\x04\x03\x02\x01" + b"\x0d\0\0\0" + bytes(36) + '{"name":"ä"}'.encode()
     assert _wire.decode(frame) == (6, 0x01020304, {"name": "ä"})
-    assert _wire.encode(_wire.Op.PING, 1, {}) == b"ST\x01\x16\x01\0\0\0\0\0\0\0\0\0\0\0"
+    assert _wire.encode(_wire.Op.PING, 1, {}) == b"ST\x02\x16\x01" + bytes(43)
+
+
+def conformance_frames(part):
+    """The frames that every client's tests read."""
+    table = Path(__file__).resolve().parents[3] / "tests" / "conformance" / "frames.json"
+    if not table.exists():
+        pytest.skip("not in the repository")
+    frames = json.loads(table.read_text())
+    assert frames["version"] == _wire.PROTOCOL and frames[part]
+    return frames[part]
+
+
+def test_headers_are_those_of_every_client():
+    for good in conformance_frames("frames"):
+        trace = _wire.TraceContext(bytes.fromhex(good["trace_id"]), bytes.fromhex(good["parent_id"]), good["trace_flags"])
+        body = json.loads(good["body"])
+        frame = bytes.fromhex(good["hex"])
+        assert _wire.encode(good["op"], good["sequence"], body, trace) == frame, good["name"]
+        assert _wire.decode(frame) == (good["op"], good["sequence"], body), good["name"]
+
+
+def test_headers_that_every_client_refuses():
+    for bad in conformance_frames("refused"):
+        with pytest.raises(strait.ProtocolError) as refused:
+            _wire.decode(bytes.fromhex(bad["hex"]))
+        assert all(word in str(refused.value) for word in bad["says"]), (bad["name"], refused.value)
 
 
 def test_frames_are_those_of_the_protocol():
@@ -31,31 +57,32 @@ def test_frames_are_those_of_the_protocol():
     document = Path(__file__).resolve().parents[3] / "docs" / "protocol.md"
     if not document.exists():
         pytest.skip("not in the repository")
-    frames = re.findall(r"```frame client (\w+)[^\n]*\n([0-9a-f ]+)\n(.*?)```", document.read_text(), re.DOTALL)
+    frames = re.findall(r"```frame client (\w+)[^\n]*\n([0-9a-f \n]+)\n(.*?)```", document.read_text(), re.DOTALL)
     assert len(frames) > 10
     for op, header, body in frames:
         text = re.sub(r"<segment:(\d)>", lambda found: found[1] * 32, body.strip())
-        wanted = bytes.fromhex(header) + text.encode()
-        if op in ("PREPARE", "CALL", "STREAM") or wanted[2] != 1 or wanted[12:16] != bytes(4):
-            # An example of what is refused: a reserved op, another version, flags.
+        header = bytes.fromhex(header).ljust(_wire.HEADER.size, b"\0")
+        if op in ("PREPARE", "CALL", "STREAM") or header[2] != _wire.PROTOCOL or any(header[12:16] + header[41:48]):
+            # An example of what is refused: a reserved op, another version, a payload, flags.
             continue
-        number, sequence, fields = _wire.decode(wanted)
+        number, sequence, fields = _wire.decode(header + text.encode())
         assert number == _wire.Op[op]
-        assert _wire.encode(number, sequence, fields) == wanted
+        trace = _wire.TraceContext(header[16:32], header[32:40], header[40])
+        assert _wire.encode(number, sequence, fields, trace) == header + text.encode()
 
 
 @pytest.mark.parametrize(
     "frame",
     [
         b"",
-        b"ST\x01\x16\x01\0\0",
-        b"XX\x01\x16\x01\0\0\0\0\0\0\0\0\0\0\0",
-        b"ST\x02\x16\x01\0\0\0\0\0\0\0\0\0\0\0",
-        b"ST\x01\x16\x01\0\0\0\x03\0\0\0\0\0\0\0{}",
-        b"ST\x01\x16\x01\0\0\0\x02\0\0\0\0\0\0\0{]",
-        b"ST\x01\x16\x01\0\0\0\x02\0\0\0\0\0\0\0[]",
-        b"ST\x01\x16\x01\0\0\0\x03\0\0\0\0\0\0\0{}x",
-        b"ST\x01\x16\x01\0\0\0\x07\0\0\0\0\0\0\0{\"a\":\xff}",
+        b"ST\x02\x16\x01\0\0",
+        b"XX\x02\x16\x01" + bytes(43),
+        b"ST\x03\x16\x01" + bytes(43),
+        b"ST\x02\x16\x01\0\0\0\x03" + bytes(39) + b"{}",
+        b"ST\x02\x16\x01\0\0\0\x02" + bytes(39) + b"{]",
+        b"ST\x02\x16\x01\0\0\0\x02" + bytes(39) + b"[]",
+        b"ST\x02\x16\x01\0\0\0\x03" + bytes(39) + b"{}x",
+        b"ST\x02\x16\x01\0\0\0\x07" + bytes(39) + b"{\"a\":\xff}",
     ],
 )
 def test_frames_that_are_none(frame):
@@ -71,7 +98,7 @@ def test_a_request_that_fits_into_no_frame():
 def mapping(**changes):
     tensor = {"name": "x", "dtype": "float64", "shape": [2, 3], "offset": 65536, "length": 48}
     tensor.update(changes.pop("tensor", {}))
-    whole = {"strait-mmap": 1, "segment": "ab", "bytes": 131072, "seal": "write", "tensors": [tensor]}
+    whole = {"strait-mmap": 1, "segment": "ab", "bytes": 131072, "writers": "none", "tensors": [tensor]}
     whole.update(changes)
     return whole
 
@@ -173,7 +200,7 @@ def test_parameters():
 def test_integers_among_parameters_are_exact():
     limits = [-(2**63), -(2**53) - 1, 2**53 + 1, 2**63, 2**64 - 1]
     given = [*limits, *map(np.int64, limits[:3]), *map(np.uint64, limits[2:]), np.array(limits[2:], np.uint64), True, np.bool_(True)]
-    text = _wire.encode(_wire.Op.INVOKE, 1, {"parameters": [_parameter("x", value) for value in given]})[16:].decode()
+    text = _wire.encode(_wire.Op.INVOKE, 1, {"parameters": [_parameter("x", value) for value in given]})[_wire.HEADER.size :].decode()
     written = ",".join(map(str, [*limits, *limits[:3], *limits[2:]]))
     assert text == f'{{"parameters":[{written},[{",".join(map(str, limits[2:]))}],true,true]}}'
     # A float stays one, also where it is whole.

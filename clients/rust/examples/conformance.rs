@@ -336,7 +336,7 @@ impl Driver {
                 (Some(flight), _) => call.input(port, flight),
                 (None, Some(name)) => match (filled.get(port), self.handle(name)?) {
                     (Some(segment), _) | (None, Handle::Open(segment)) => call.input(port, segment),
-                    // A flight may have several columns; those of the suite have one.
+                    // A flight may have several tensors; those of the suite have one.
                     (None, Handle::Mapped(segment)) => call.input(port, segment),
                     (None, _) => return Err(Failed::Driver(format!("{name} has no segment"))),
                 },

@@ -5,8 +5,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-/// The data socket's name in a host's runtime directory.
-pub const DATA_SOCKET: &str = "data.sock";
+pub use crate::wire::DATA_SOCKET;
 
 /// An address that does not lead to a host's directory.
 #[derive(Debug, thiserror::Error)]

@@ -1,166 +1,53 @@
 //! Calling a kernel: what goes in, and what comes out.
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::marker::PhantomData;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::Value;
+use parking_lot::Mutex;
 
-use crate::asynchronous::AsyncClient;
-use crate::client::Client;
-use crate::connection::{Connection, Pending};
+use crate::argument::{CallInput, Param};
+use crate::connection::{Connection, Pending, Reply};
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment, TensorView};
-use crate::wire::{Failure, Flight, Input, Invoke, Limits, Note, Op, Pages, Seconds};
+use crate::segment::MappedSegment;
+use crate::session::{Session, check_request_id, milliseconds};
+use crate::tensor::TensorView;
+use crate::wire::{self, Failure, Flight, Invoke, Limits, Note, Op, Pages, Seconds};
 
-/// A call to be sent: [`Client::call`] or [`AsyncClient::call`] begin it.
+/// A call to be sent: [`Client::call`](crate::Client::call) or
+/// [`AsyncClient::call`](crate::AsyncClient::call) begin it, and `C` says which of them sends it.
 ///
 /// It borrows the segments that go in, so that they are not written while it runs.
 #[must_use = "a call does nothing until it is sent"]
 pub struct Call<'a, C> {
-    client: &'a C,
+    session: &'a Session,
     invoke: Invoke,
     leases: Vec<&'a Lease>,
     cancel: CancelHandle,
+    client: PhantomData<&'a C>,
 }
-
-/// A kernel's input: a flight by name (`"x"`, `"x#column"`), or a segment of this session.
-pub struct CallInput<'a> {
-    input: Input,
-    lease: Option<&'a Lease>,
-}
-
-impl From<&str> for CallInput<'_> {
-    fn from(name: &str) -> Self {
-        Self {
-            input: Input::Text(name.to_owned()),
-            lease: None,
-        }
-    }
-}
-
-impl From<&String> for CallInput<'_> {
-    fn from(name: &String) -> Self {
-        name.as_str().into()
-    }
-}
-
-impl<'a> CallInput<'a> {
-    fn segment(segment: &str, lease: &'a Lease, column: Option<&str>) -> Self {
-        let column = column.map(str::to_owned);
-        Self {
-            input: Input::Segment {
-                segment: segment.to_owned(),
-                column,
-            },
-            lease: Some(lease),
-        }
-    }
-}
-
-macro_rules! segment_inputs {
-    ($($segment:ty),*) => { $(
-        impl<'a> From<&'a $segment> for CallInput<'a> {
-            fn from(segment: &'a $segment) -> Self {
-                Self::segment(&segment.mapping().segment, segment.lease(), None)
-            }
-        }
-
-        /// A segment and the name of one of its tensors.
-        impl<'a> From<(&'a $segment, &str)> for CallInput<'a> {
-            fn from((segment, column): (&'a $segment, &str)) -> Self {
-                Self::segment(&segment.mapping().segment, segment.lease(), Some(column))
-            }
-        }
-    )* };
-}
-
-segment_inputs!(OpenSegment, MappedSegment, AdoptedSegment);
-
-impl fmt::Debug for CallInput<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.input.fmt(f)
-    }
-}
-
-/// A parameter's value: a truth value, a number, a text or a list of numbers.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Param(Value);
-
-impl From<Value> for Param {
-    fn from(value: Value) -> Self {
-        Self(value)
-    }
-}
-
-impl From<f64> for Param {
-    fn from(number: f64) -> Self {
-        // JSON has no word for these three; the protocol has.
-        Self(match number {
-            _ if number.is_nan() => "nan".into(),
-            f64::INFINITY => "inf".into(),
-            f64::NEG_INFINITY => "-inf".into(),
-            _ => number.into(),
-        })
-    }
-}
-
-impl From<f32> for Param {
-    fn from(number: f32) -> Self {
-        f64::from(number).into()
-    }
-}
-
-impl From<&[f64]> for Param {
-    fn from(numbers: &[f64]) -> Self {
-        Self(
-            numbers
-                .iter()
-                .map(|&number| Param::from(number).0)
-                .collect(),
-        )
-    }
-}
-
-impl From<Vec<f64>> for Param {
-    fn from(numbers: Vec<f64>) -> Self {
-        numbers.as_slice().into()
-    }
-}
-
-impl<const N: usize> From<[f64; N]> for Param {
-    fn from(numbers: [f64; N]) -> Self {
-        numbers.as_slice().into()
-    }
-}
-
-macro_rules! plain_params {
-    ($($type:ty),*) => {
-        $(impl From<$type> for Param { fn from(value: $type) -> Self { Self(value.into()) } })*
-    };
-}
-
-plain_params!(
-    bool, i8, i16, i32, i64, u8, u16, u32, u64, usize, &str, String
-);
 
 impl<'a, C> Call<'a, C> {
-    pub(crate) fn new(client: &'a C, kernel: &str, lease_ms: Option<u64>) -> Self {
+    pub(crate) fn new(session: &'a Session, kernel: &str) -> Self {
         let invoke = Invoke {
             kernel: kernel.to_owned(),
-            lease_ms,
+            lease_ms: session.lease_ms(),
             ..Invoke::default()
         };
         Self {
-            client,
+            session,
             invoke,
             leases: Vec::new(),
             cancel: CancelHandle::default(),
+            client: PhantomData,
         }
     }
 
-    /// Gives an input port its tensor. A segment must not be written by anybody while the call runs.
+    /// Gives an input port its tensor. Nobody may write to a segment while the call runs.
     pub fn input(mut self, port: &str, input: impl Into<CallInput<'a>>) -> Self {
         let CallInput { input, lease } = input.into();
         self.leases.extend(lease);
@@ -230,14 +117,14 @@ impl<'a, C> Call<'a, C> {
         self
     }
 
-    /// Names this call in the host's log and in errors: 1 to 64 characters from
+    /// Id of this call in the host's log and in errors: 1 to 64 characters from
     /// `A-Z a-z 0-9 . _ : -`.
     pub fn request_id(mut self, id: &str) -> Self {
         self.invoke.request_id = Some(id.to_owned());
         self
     }
 
-    /// What ends this call from another thread or task.
+    /// A handle that ends this call from another thread or task.
     #[must_use]
     pub fn cancel_handle(&self) -> CancelHandle {
         self.cancel.clone()
@@ -251,49 +138,22 @@ impl<'a, C> Call<'a, C> {
             .map_or(Ok(()), check_request_id)?;
         self.leases.iter().try_for_each(|lease| lease.check())
     }
-}
 
-impl Call<'_, Client> {
-    /// Runs the kernel and waits for its results.
-    ///
-    /// # Errors
-    /// [`Error::Remote`] if the host refuses or the kernel fails, [`Error::LeaseExpired`] if an
-    /// input's lease is over, and the ends of the connection.
-    pub fn send(self) -> Result<CallResult, Error> {
-        let Call {
-            client,
-            invoke,
-            leases,
-            cancel,
-        } = self;
-        let client = client.inner();
-        client.connection().wait(
-            Call {
-                client,
-                invoke,
-                leases,
-                cancel,
-            }
-            .send(),
-        )
+    pub(crate) fn session(&self) -> &'a Session {
+        self.session
     }
-}
 
-impl Call<'_, AsyncClient> {
-    /// Runs the kernel. Dropping the future cancels the kernel; results that were already under
-    /// way are released.
-    ///
-    /// # Errors
-    /// As for the blocking call.
-    pub async fn send(mut self) -> Result<CallResult, Error> {
+    /// Runs the kernel. Dropping the future cancels it; results that were already under way are
+    /// released.
+    pub(crate) async fn run(mut self) -> Result<CallResult, Error> {
         self.check()?;
         if self.invoke.request_id.is_none() {
-            self.invoke.request_id = self.client.request_id();
+            self.invoke.request_id = self.session.request_id();
         }
-        let pending = self.cancel.start(self.client, &self.invoke)?;
+        let pending = self.cancel.start(self.session, &self.invoke)?;
         // Ended on drop too, so that a late cancel cannot hit another call's sequence.
         let _running = Running(&self.cancel);
-        self.client.results(pending.await?)
+        CallResult::of(self.session, pending.await?)
     }
 }
 
@@ -323,7 +183,7 @@ impl CancelHandle {
     /// Asks the host to end the call, or keeps it from being sent. Without effect once it is
     /// answered. Returns at once: the call itself tells how it went.
     pub fn cancel(&self) {
-        let mut phase = self.phase();
+        let mut phase = self.0.lock();
         match &*phase {
             Phase::Unsent => *phase = Phase::Cancelled,
             Phase::Running {
@@ -334,22 +194,18 @@ impl CancelHandle {
         }
     }
 
-    fn start(&self, client: &AsyncClient, invoke: &Invoke) -> Result<Pending, Error> {
-        let mut phase = self.phase();
+    fn start(&self, session: &Session, invoke: &Invoke) -> Result<Pending, Error> {
+        let mut phase = self.0.lock();
         if matches!(*phase, Phase::Cancelled) {
             return Err(cancelled(invoke).into());
         }
-        let pending = client.request(Op::Invoke, invoke, Vec::new())?;
+        let pending = session.request(Op::Invoke, invoke, Vec::new())?;
         let sequence = pending.sequence();
         *phase = Phase::Running {
-            connection: Arc::clone(client.connection()),
+            connection: Arc::clone(session.connection()),
             sequence,
         };
         Ok(pending)
-    }
-
-    fn phase(&self) -> MutexGuard<'_, Phase> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -357,7 +213,7 @@ struct Running<'a>(&'a CancelHandle);
 
 impl Drop for Running<'_> {
     fn drop(&mut self) {
-        *self.0.phase() = Phase::Done;
+        *self.0.0.lock() = Phase::Done;
     }
 }
 
@@ -398,6 +254,53 @@ pub struct CallResult {
 }
 
 impl CallResult {
+    /// Maps what an INVOKE answered.
+    fn of(session: &Session, reply: Reply) -> Result<Self, Error> {
+        let (invoked, fds) = reply.read::<wire::Invoked>()?;
+        let mut fds: BTreeMap<usize, OwnedFd> = fds.into_iter().enumerate().collect();
+        let mut published = Vec::new();
+        let mut held = Vec::new();
+        // All leases are taken over before the first mapping is tried: a failure releases them.
+        for entry in invoked.results {
+            let wire::ResultEntry {
+                port,
+                mapping,
+                lease,
+                expires_ms,
+                fd,
+                name,
+            } = entry;
+            if let Some(name) = name {
+                published.push(Flight {
+                    name,
+                    mapping: mapping.clone(),
+                });
+            }
+            if let (Some(lease), Some(life)) = (lease, expires_ms) {
+                held.push((port, mapping, session.lease(lease, life), fd));
+            }
+        }
+        let mut results = Vec::with_capacity(held.len());
+        for (port, mapping, lease, fd) in held {
+            let fd = fd.and_then(|index| fds.remove(&index)).ok_or_else(|| {
+                Error::Protocol(format!(
+                    "result {port:?} came without a descriptor of its own"
+                ))
+            })?;
+            results.push((port, MappedSegment::new(mapping, lease, fd)?));
+        }
+        Ok(Self {
+            results,
+            published,
+            notes: invoked.notes,
+            copied_bytes: invoked.copied_bytes,
+            pages: invoked.pages,
+            minor_faults: invoked.minor_faults,
+            seconds: invoked.seconds,
+            request_id: invoked.request_id,
+        })
+    }
+
     /// The tensor of an output port.
     ///
     /// # Errors
@@ -426,63 +329,5 @@ impl CallResult {
             name: port.to_owned(),
             known,
         }
-    }
-}
-
-/// As the protocol counts time; a part of a millisecond counts as a whole one.
-pub(crate) fn milliseconds(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos().div_ceil(1_000_000))
-        .unwrap_or(u64::MAX)
-        .max(1)
-}
-
-pub(crate) fn check_request_id(id: &str) -> Result<(), Error> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
-    if (1..=64).contains(&id.len()) && id.bytes().all(allowed) {
-        return Ok(());
-    }
-    Err(Error::RequestId(id.to_owned()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_that_json_lacks_have_words() {
-        let value = |param: Param| param.0;
-        assert_eq!(value(f64::NAN.into()), "nan");
-        assert_eq!(value(f64::NEG_INFINITY.into()), "-inf");
-        assert_eq!(value(0.1.into()), serde_json::json!(0.1));
-        assert_eq!(
-            value([1.0, f64::INFINITY].into()),
-            serde_json::json!([1.0, "inf"])
-        );
-        assert_eq!(value(1.into()), serde_json::json!(1));
-        assert_eq!(value(u64::MAX.into()).to_string(), "18446744073709551615");
-        assert_eq!(value(i64::MIN.into()).to_string(), "-9223372036854775808");
-        assert_eq!(value(true.into()), serde_json::json!(true));
-    }
-
-    #[test]
-    fn request_ids_are_checked_here_already() {
-        let longest = "x".repeat(64);
-        for good in ["a", "job-7.2:retry_1", &longest] {
-            assert!(check_request_id(good).is_ok(), "{good}");
-        }
-        let too_long = "x".repeat(65);
-        for bad in ["", "a b", "ü", "a\n", &too_long] {
-            assert!(
-                matches!(check_request_id(bad), Err(Error::RequestId(_))),
-                "{bad}"
-            );
-        }
-    }
-
-    #[test]
-    fn times_are_never_rounded_to_nothing() {
-        assert_eq!(milliseconds(Duration::ZERO), 1);
-        assert_eq!(milliseconds(Duration::from_micros(1500)), 2);
-        assert_eq!(milliseconds(Duration::MAX), u64::MAX);
     }
 }

@@ -1,54 +1,33 @@
 //! The client for threads.
 
-use std::future::Future;
 use std::os::fd::OwnedFd;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 use std::vec;
 
 use strait_memory::FrameSocket;
 use strait_tensor::{TensorPlace, TensorSpec};
 
+use crate::address;
 use crate::asynchronous::AsyncClient;
-use crate::call::Call;
-use crate::connection::Face;
+use crate::call::{Call, CallResult};
+use crate::connection::{Connection, Waiter};
 use crate::element::Element;
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::reader::{park, wait};
+use crate::listing::FlightPages;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
+use crate::session::{self, Options, Session};
 use crate::stats::Stats;
-use crate::wire::{Flight, Kernel, Mapping, NewTensor, Welcome};
-
-/// How a client behaves.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Options {
-    /// Whether leases are renewed in the background, at half of their life. Without it a lease
-    /// ends when it expires, and [`Lease::check`] tells. On at first.
-    pub renew: bool,
-    /// Life of leases; the host's own default if none is named, and never more than its maximum.
-    pub lease: Option<Duration>,
-    /// Name and version by which the host's log knows this client.
-    pub name: String,
-}
-
-impl Default for Options {
-    fn default() -> Self {
-        let name = concat!("strait-rust/", env!("CARGO_PKG_VERSION")).into();
-        Self {
-            renew: true,
-            lease: None,
-            name,
-        }
-    }
-}
+use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome};
 
 /// A connection to a host. Any number of threads may use it at once; clones share it.
 ///
-/// It ends by [`Client::close`], or when the last clone, segment and lease of it is dropped. It
+/// It ends with [`Client::close`], or when the last clone, segment and lease of it is dropped. It
 /// belongs to the process that connected: after a fork the child gets [`Error::Forked`].
 #[derive(Clone, Debug)]
-pub struct Client(AsyncClient);
+pub struct Client(Session);
 
 impl Client {
     /// Connects to the host at `address` (`unix:///DIRECTORY`), or without one to the host that
@@ -58,7 +37,7 @@ impl Client {
     /// [`Error::Address`] or [`Error::NoHost`] if there is none, [`Error::Remote`] if it speaks
     /// another protocol version.
     pub fn connect(address: Option<&str>) -> Result<Self, Error> {
-        Self::greeted(AsyncClient::connect(address))
+        Self::connect_to(&address::directory(address)?)
     }
 
     /// Connects to the host whose runtime directory is `directory`.
@@ -69,35 +48,27 @@ impl Client {
         Self::connect_with(directory, &Options::default())
     }
 
-    /// [`Client::connect_to`] with other than the usual options.
+    /// [`Client::connect_to`] with options other than the defaults.
     ///
     /// # Errors
     /// As [`Client::connect`].
     pub fn connect_with(directory: &Path, options: &Options) -> Result<Self, Error> {
-        Self::greeted(AsyncClient::connect_with(directory, options))
+        Self::greet(session::connect(directory, options)?, options)
     }
 
-    fn greeted(client: impl Future<Output = Result<AsyncClient, Error>>) -> Result<Self, Error> {
-        // Until the greeting there is no connection that this thread could receive from.
-        wait(client, park).map(|client| Self(client.facing(Face::Thread)))
-    }
-
-    fn wait<F: Future>(&self, future: F) -> F::Output {
-        self.0.connection().wait(future)
-    }
-
-    pub(crate) fn inner(&self) -> &AsyncClient {
-        &self.0
+    fn greet(connection: Arc<Connection>, options: &Options) -> Result<Self, Error> {
+        let greeted = Session::greet(Arc::clone(&connection), options, Waiter::Thread);
+        connection.wait(greeted).map(Self)
     }
 
     /// The same connection, as futures.
     #[must_use]
     pub fn asynchronous(&self) -> AsyncClient {
-        self.0.facing(Face::Task)
+        AsyncClient(self.0.waited_for_by(Waiter::Task))
     }
 
-    /// The same connection, whose every request from here carries this id into the host's log
-    /// lines and errors.
+    /// The same connection, with this id in each of its requests, and so in the host's log lines
+    /// and errors.
     ///
     /// # Errors
     /// [`Error::RequestId`] unless it is 1 to 64 characters from `A-Z a-z 0-9 . _ : -`.
@@ -114,7 +85,7 @@ impl Client {
     /// Time until the host ends, once it announced that.
     #[must_use]
     pub fn draining(&self) -> Option<Duration> {
-        self.0.draining()
+        self.0.connection().draining()
     }
 
     /// Tensor bytes that this client copied: those that went through `put`.
@@ -126,12 +97,12 @@ impl Client {
     /// Bytes of segments to fill that this client backed with huge pages, before their first write.
     #[must_use]
     pub fn huge_bytes(&self) -> u64 {
-        self.0.huge_bytes()
+        self.0.births().huge_bytes()
     }
 
     /// Ends the connection for every clone and segment of it. What is mapped stays readable.
     pub fn close(&self) {
-        self.0.close();
+        self.0.connection().close();
     }
 
     /// A segment with room for tensors, to be filled in place. Its bytes are zero. All tensors of
@@ -140,10 +111,10 @@ impl Client {
     /// # Errors
     /// [`Error::Remote`] if the host refuses, [`Error::Memory`] if it cannot be mapped.
     pub fn create(&self, tensors: &[NewTensor]) -> Result<OpenSegment, Error> {
-        self.wait(self.0.create(tensors))
+        self.0.wait(self.0.create(tensors))
     }
 
-    /// Gives a call's result a name, as it is.
+    /// Publishes a call's result as it is.
     ///
     /// # Errors
     /// [`Error::Remote`] with `NAME_TAKEN` if another flight has the name and `replace` is false.
@@ -153,10 +124,10 @@ impl Client {
         name: &str,
         replace: bool,
     ) -> Result<Flight, Error> {
-        self.wait(self.0.publish_result(segment, name, replace))
+        self.0.wait(self.0.publish_result(segment, name, replace))
     }
 
-    /// Copies a tensor into a segment of its own and publishes it; the column has the same name.
+    /// Copies a tensor into a segment of its own and publishes it as a flight of that name.
     /// Filling [`Client::create`]'s segment in place saves this copy.
     ///
     /// # Errors
@@ -169,7 +140,7 @@ impl Client {
         data: &[T],
         replace: bool,
     ) -> Result<Flight, Error> {
-        self.wait(self.0.put(name, spec, data, replace))
+        self.0.wait(self.0.put(name, spec, data, replace))
     }
 
     /// [`Client::put`] for bytes of any dtype: little-endian, row-major, contiguous.
@@ -183,11 +154,11 @@ impl Client {
         data: &[u8],
         replace: bool,
     ) -> Result<Flight, Error> {
-        self.wait(self.0.put_bytes(name, spec, data, replace))
+        self.0.wait(self.0.put_bytes(name, spec, data, replace))
     }
 
-    /// Hands over a memfd of one's own, sealed as the protocol asks (ADOPT), and with a name
-    /// publishes it. It need not be an Arrow file.
+    /// Hands over a memfd of your own, sealed as the protocol asks (ADOPT), and publishes it if
+    /// it is given a name. It need not be an Arrow file.
     ///
     /// # Errors
     /// [`Error::Remote`] with `BAD_SEGMENT` and the reason if the host does not take it.
@@ -198,33 +169,33 @@ impl Client {
         name: Option<&str>,
         replace: bool,
     ) -> Result<AdoptedSegment, Error> {
-        self.wait(self.0.adopt(memfd, tensors, name, replace))
+        self.0.wait(self.0.adopt(memfd, tensors, name, replace))
     }
 
     /// Maps a flight's pages, read-only.
     ///
     /// # Errors
-    /// [`Error::Remote`] with `TENSOR_NOT_FOUND` if there is no such flight, [`Error::Memory`] if
+    /// [`Error::Remote`] with `FLIGHT_NOT_FOUND` if there is no such flight, [`Error::Memory`] if
     /// it cannot be mapped.
     pub fn map(&self, name: &str) -> Result<MappedSegment, Error> {
-        self.wait(self.0.map(name))
+        self.0.wait(self.0.map(name))
     }
 
     /// Gives leases a new life, counted from now; without `life` the host's default.
-    /// It answers the life that the host granted.
+    /// Returns the life that the host granted.
     ///
     /// # Errors
     /// [`Error::LeaseExpired`] if one of them is over; then none is renewed.
     pub fn renew(&self, leases: &[&Lease], life: Option<Duration>) -> Result<Duration, Error> {
-        self.wait(self.0.renew(leases, life))
+        self.0.wait(self.0.renew(leases, life))
     }
 
     /// What a flight is, without mapping it.
     ///
     /// # Errors
-    /// [`Error::Remote`] with `TENSOR_NOT_FOUND`.
+    /// [`Error::Remote`] with `FLIGHT_NOT_FOUND`.
     pub fn lookup(&self, name: &str) -> Result<Mapping, Error> {
-        self.wait(self.0.lookup(name))
+        self.0.wait(self.0.lookup(name))
     }
 
     /// The flights of this principal, sorted by name; asked for page by page. A flight that comes
@@ -232,19 +203,17 @@ impl Client {
     #[must_use]
     pub fn list(&self) -> Flights<'_> {
         Flights {
-            client: self,
+            pages: FlightPages::new(&self.0),
             page: Vec::new().into_iter(),
-            after: None,
-            more: true,
         }
     }
 
-    /// Takes a flight's name away; its memory goes when the last lease ends.
+    /// Removes a flight's name; its memory is freed when the last lease ends.
     ///
     /// # Errors
-    /// [`Error::Remote`] with `TENSOR_NOT_FOUND`.
+    /// [`Error::Remote`] with `FLIGHT_NOT_FOUND`.
     pub fn drop_flight(&self, name: &str) -> Result<(), Error> {
-        self.wait(self.0.drop_flight(name))
+        self.0.wait(self.0.drop_flight(name))
     }
 
     /// All kernels, sorted by plugin and name; with `name` those of that name.
@@ -252,7 +221,7 @@ impl Client {
     /// # Errors
     /// The ends of the connection; [`Error::Remote`] with `KERNEL_NOT_FOUND`.
     pub fn kernels(&self, name: Option<&str>) -> Result<Vec<Kernel>, Error> {
-        self.wait(self.0.kernels(name))
+        self.0.wait(self.0.kernels(name))
     }
 
     /// The host's counts, with this client's own copied bytes.
@@ -260,7 +229,28 @@ impl Client {
     /// # Errors
     /// The ends of the connection.
     pub fn stats(&self) -> Result<Stats, Error> {
-        self.wait(self.0.stats())
+        self.0.wait(self.0.stats())
+    }
+
+    /// What each principal may have of the host, and has. For operators of the host.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`, and the ends of the connection.
+    pub fn limits(&self) -> Result<QuotaList, Error> {
+        self.0.wait(self.0.limits(None, None))
+    }
+
+    /// Changes quotas of `principal`, or of all that have none of their own, until the host ends; returns what
+    /// holds then. For operators of the host.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`, `BAD_REQUEST`, and the ends of the connection.
+    pub fn set_limits(
+        &self,
+        principal: Option<&str>,
+        changes: QuotaSettings,
+    ) -> Result<QuotaList, Error> {
+        self.0.wait(self.0.limits(principal, Some(changes)))
     }
 
     /// Asks whether the host is there.
@@ -268,12 +258,12 @@ impl Client {
     /// # Errors
     /// The ends of the connection.
     pub fn ping(&self) -> Result<(), Error> {
-        self.wait(self.0.ping())
+        self.0.wait(self.0.ping())
     }
 
     /// Begins a call of `kernel`, or `plugin/kernel` where two plugins have one of that name.
     pub fn call(&self, kernel: &str) -> Call<'_, Self> {
-        Call::new(self, kernel, self.0.lease_ms())
+        Call::new(&self.0, kernel)
     }
 
     /// Begins a session over a connected socket, such as one that a service manager handed over.
@@ -281,40 +271,54 @@ impl Client {
     /// # Errors
     /// As [`Client::connect`].
     pub fn over(socket: FrameSocket, options: &Options) -> Result<Self, Error> {
-        Self::greeted(AsyncClient::over(socket, options))
+        Self::greet(Connection::open(socket, options.renew)?, options)
     }
 }
 
-/// What [`Client::list`] answers.
+/// The iterator that [`Client::list`] returns.
 #[derive(Debug)]
 pub struct Flights<'a> {
-    client: &'a Client,
+    pages: FlightPages<'a>,
     page: vec::IntoIter<Flight>,
-    after: Option<String>,
-    more: bool,
 }
 
 impl Iterator for Flights<'_> {
     type Item = Result<Flight, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
-        if let Some(flight) = self.page.next() {
-            return Some(Ok(flight));
-        }
-        if !self.more {
-            return None;
-        }
-        match self.client.wait(self.client.0.list_page(self.after.take())) {
-            Ok(page) => {
-                self.more = page.more;
-                self.after = page.flights.last().map(|flight| flight.name.clone());
-                self.page = page.flights.into_iter();
-                self.page.next().map(Ok)
+        loop {
+            if let Some(flight) = self.page.next() {
+                return Some(Ok(flight));
             }
-            Err(error) => {
-                self.more = false;
-                Some(Err(error))
+            let session = self.pages.session;
+            match session.wait(self.pages.next()).transpose()? {
+                Ok(page) => self.page = page.into_iter(),
+                Err(error) => return Some(Err(error)),
             }
         }
+    }
+}
+
+impl OpenSegment {
+    /// Makes the segment a flight: others find it by that name, and it lives on without this client.
+    /// Its writable mapping is replaced by a read-only one first, at the same address, even if the
+    /// host refuses the name. Asynchronous code uses [`AsyncClient::publish`].
+    ///
+    /// # Errors
+    /// [`Error::Remote`] with `NAME_TAKEN` if another flight has the name and `replace` is false.
+    pub fn publish(&mut self, name: &str, replace: bool) -> Result<Flight, Error> {
+        let session = self.session().waited_for_by(Waiter::Thread);
+        session.wait(session.publish(self, name, replace))
+    }
+}
+
+impl Call<'_, Client> {
+    /// Runs the kernel and waits for its results.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] if the host refuses or the kernel fails, [`Error::LeaseExpired`] if an
+    /// input's lease is over, and the ends of the connection.
+    pub fn send(self) -> Result<CallResult, Error> {
+        self.session().wait(self.run())
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use strait_tensor::{Dtype, TensorSpec};
 
 use crate::address::AddressError;
-use crate::wire::{Failure, Seal};
+use crate::wire::{Failure, Writers};
 
 /// Why an operation failed.
 ///
@@ -14,7 +14,7 @@ use crate::wire::{Failure, Seal};
 /// ([`Error::Disconnected`]), a lease is over while the connection is fine ([`Error::LeaseExpired`]).
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No address of a host.
+    /// The address does not lead to a host.
     #[error(transparent)]
     Address(#[from] AddressError),
     /// Nobody answers at the data socket.
@@ -22,7 +22,7 @@ pub enum Error {
     NoHost {
         /// The data socket.
         path: PathBuf,
-        /// What connecting to it answered.
+        /// What connecting to it failed with.
         source: io::Error,
     },
     /// The connection is over: the host ended or closed it, or this client did.
@@ -111,19 +111,20 @@ pub enum Error {
         /// The data's bytes.
         given: u64,
     },
-    /// A tensor that is impossible.
+    /// An impossible tensor.
     #[error(transparent)]
     Layout(#[from] strait_tensor::LayoutError),
     /// Somebody can still write to the segment, so it cannot be lent out as a slice.
     #[error(
-        "segment {segment} is {seal:?}: somebody can still write to it; publish it first, \
-         so that it gets sealed"
+        "segment {segment} can still be written to (writers: {}); publish it first, \
+         so that it gets sealed",
+        writers.name()
     )]
     StillWritten {
         /// The segment's id.
         segment: String,
         /// Who can write.
-        seal: Seal,
+        writers: Writers,
     },
     /// The segment was published: nobody can write any more.
     #[error(

@@ -19,21 +19,24 @@
 //! the pages that the kernel wrote.
 //!
 //! ```text
-//! Client ─ waits on ─▶ AsyncClient ─▶ Connection ─ frames (wire) ─▶ data.sock
-//!                          │              └ reader thread: replies, lease renewal
-//!                          └─▶ OpenSegment, MappedSegment: a mapping and the Lease that holds it
+//! Client, AsyncClient             two faces: whoever waits is a thread, or a task of any executor
+//!  └▶ segment, call, listing      the verbs, by noun
+//!      └▶ session                 what every request carries, and how it is asked
+//!          └▶ lease, tensor       a right to a segment; the tensors in it
+//!              └▶ connection      data.sock: replies to whoever waits, renewal of leases
 //! ```
-//! [`Client`] is for threads, [`AsyncClient`] for tasks of any executor; both may share one
-//! connection. The protocol is `docs/protocol.md`; [`wire`] has its frames and bodies.
+//! [`Client`] is for threads, [`AsyncClient`] for tasks; both may share one connection. Imports
+//! run down this page only. The protocol is `docs/protocol.md`; [`wire`] has its frames and bodies.
 //!
 //! # What is deliberately absent
 //! - No `unsafe` and no `mmap`: strait-memory maps, and gives slices only of pages that nobody
 //!   writes to.
 //! - No async runtime: the connection has one thread of its own, which wakes whoever waits.
 //! - No reconnecting: leases and unpublished segments end with their connection, so a silent new
-//!   one could not be what the caller had.
+//!   one would not have what the caller had.
 
 pub mod address;
+mod argument;
 mod asynchronous;
 mod call;
 mod client;
@@ -41,19 +44,25 @@ mod connection;
 mod element;
 mod error;
 mod lease;
-mod reader;
+mod listing;
 mod segment;
+mod session;
 mod stats;
-pub mod wire;
+mod tensor;
 
+pub use argument::{CallInput, Param};
 pub use asynchronous::AsyncClient;
-pub use call::{Call, CallInput, CallResult, CancelHandle, Param};
-pub use client::{Client, Flights, Options};
+pub use call::{Call, CallResult, CancelHandle};
+pub use client::{Client, Flights};
 pub use element::Element;
 pub use error::Error;
 pub use lease::Lease;
-pub use segment::{AdoptedSegment, MappedSegment, OpenSegment, TensorView};
-pub use stats::{OwnStats, ParkedStats, PoolStats, ProcessStats, Stats};
+pub use segment::{AdoptedSegment, MappedSegment, OpenSegment};
+pub use session::Options;
+pub use stats::Stats;
 pub use strait_memory::Inode;
+/// The protocol's frames and bodies.
+pub use strait_protocol as wire;
 pub use strait_tensor::{Dtype, TensorPlace, TensorSpec};
+pub use tensor::TensorView;
 pub use wire::{Flight, Kernel, Limits, Mapping, NewTensor, Welcome};

@@ -1,22 +1,144 @@
-//! Segments that this process maps: one to fill, and those that are there to be read.
+//! Segments that this process maps: one to fill, and those that are there to be read. How they
+//! are asked for and published.
 
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use strait_memory::{Inode, ReadMapping, WriteMapping};
-use strait_tensor::{Dtype, TensorPlace};
+use strait_tensor::{TensorPlace, TensorSpec};
 
-use crate::asynchronous::AsyncClient;
 use crate::connection::Connection;
 use crate::element::{self, Element};
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::wire::{Flight, Mapping, Seal};
+use crate::session::Session;
+use crate::tensor::{TensorView, cast_mut, check, find, length, range};
+use crate::wire::{self, Flight, Mapping, NewTensor, Op, Writers};
 
-/// Tensors start on page boundaries; this much of it is enough for every element type, and is
-/// checked so that no cast to a slice can fail later.
-const ALIGN_BYTES: u64 = 64;
+impl Session {
+    pub(crate) async fn create(&self, tensors: &[NewTensor]) -> Result<OpenSegment, Error> {
+        let body = wire::Create {
+            tensors: tensors.to_vec(),
+            lease_ms: self.lease_ms(),
+            request_id: self.request_id(),
+        };
+        let granted = self.granted(Op::Create, &body, Vec::new()).await?;
+        let (mapping, lease, fd) = granted.single_fd()?;
+        OpenSegment::new(mapping, lease, fd, self.clone())
+    }
+
+    pub(crate) async fn publish(
+        &self,
+        segment: &mut OpenSegment,
+        name: &str,
+        replace: bool,
+    ) -> Result<Flight, Error> {
+        segment.freeze()?;
+        let flight = self
+            .publish_id(&segment.mapping.segment, name, replace)
+            .await?;
+        segment.mapping = flight.mapping.clone();
+        Ok(flight)
+    }
+
+    pub(crate) async fn publish_result(
+        &self,
+        segment: &MappedSegment,
+        name: &str,
+        replace: bool,
+    ) -> Result<Flight, Error> {
+        segment.lease.check()?;
+        self.publish_id(&segment.mapping.segment, name, replace)
+            .await
+    }
+
+    async fn publish_id(&self, segment: &str, name: &str, replace: bool) -> Result<Flight, Error> {
+        let body = wire::Publish {
+            segment: segment.to_owned(),
+            name: name.to_owned(),
+            replace,
+            request_id: self.request_id(),
+        };
+        let mapped: wire::Mapped = self.ask(Op::Publish, &body).await?;
+        Ok(Flight {
+            name: name.to_owned(),
+            mapping: mapped.mapping,
+        })
+    }
+
+    pub(crate) async fn put<T: Element>(
+        &self,
+        name: &str,
+        spec: &TensorSpec,
+        data: &[T],
+        replace: bool,
+    ) -> Result<Flight, Error> {
+        element::check::<T>(name, spec.dtype)?;
+        self.put_bytes(name, spec, bytemuck::cast_slice(data), replace)
+            .await
+    }
+
+    pub(crate) async fn put_bytes(
+        &self,
+        name: &str,
+        spec: &TensorSpec,
+        data: &[u8],
+        replace: bool,
+    ) -> Result<Flight, Error> {
+        let expected = spec.bytes()?;
+        let given = data.len() as u64;
+        if given != expected {
+            return Err(Error::Length {
+                spec: spec.clone(),
+                expected,
+                given,
+            });
+        }
+        let TensorSpec { dtype, shape } = spec.clone();
+        let tensor = NewTensor {
+            name: name.to_owned(),
+            dtype,
+            shape,
+        };
+        let mut segment = self.create(&[tensor]).await?;
+        segment.bytes_mut(name)?.copy_from_slice(data);
+        self.count_copied(given);
+        self.publish(&mut segment, name, replace).await
+    }
+
+    pub(crate) async fn adopt(
+        &self,
+        memfd: OwnedFd,
+        tensors: &[TensorPlace],
+        name: Option<&str>,
+        replace: bool,
+    ) -> Result<AdoptedSegment, Error> {
+        let body = wire::Adopt {
+            tensors: tensors.iter().map(Into::into).collect(),
+            name: name.map(str::to_owned),
+            replace,
+            lease_ms: self.lease_ms(),
+            request_id: self.request_id(),
+        };
+        let granted = self.granted(Op::Adopt, &body, vec![memfd]).await?;
+        Ok(AdoptedSegment {
+            mapping: granted.mapping,
+            lease: granted.lease,
+        })
+    }
+
+    pub(crate) async fn map(&self, name: &str) -> Result<MappedSegment, Error> {
+        let body = wire::Map {
+            name: Some(name.to_owned()),
+            segment: None,
+            lease_ms: self.lease_ms(),
+            request_id: self.request_id(),
+        };
+        let granted = self.granted(Op::Map, &body, Vec::new()).await?;
+        let (mapping, lease, fd) = granted.single_fd()?;
+        MappedSegment::new(mapping, lease, fd)
+    }
+}
 
 /// A mapping, for the process that made it. A forked child has no pages there
 /// (`MADV_DONTFORK`), and by now something else of its own may lie at their addresses.
@@ -63,7 +185,7 @@ pub struct OpenSegment {
     // Unmapped before the lease ends: fields are dropped in this order.
     pages: Pages<Filling>,
     mapping: Mapping,
-    client: AsyncClient,
+    session: Session,
     lease: Lease,
 }
 
@@ -78,18 +200,13 @@ enum Filling {
 }
 
 impl OpenSegment {
-    pub(crate) fn new(
-        mapping: Mapping,
-        lease: Lease,
-        fd: OwnedFd,
-        client: AsyncClient,
-    ) -> Result<Self, Error> {
+    fn new(mapping: Mapping, lease: Lease, fd: OwnedFd, session: Session) -> Result<Self, Error> {
         check(&mapping)?;
         let filling = Filling::Fresh(WriteMapping::new(&fd, length(&mapping)?)?, fd);
         Ok(Self {
             pages: Pages::new(filling, lease.connection()),
             mapping,
-            client,
+            session,
             lease,
         })
     }
@@ -110,7 +227,7 @@ impl OpenSegment {
     ///
     /// # Errors
     /// [`Error::NoTensor`], [`Error::Dtype`] if its elements are not `T`, and
-    /// [`Error::NotWritable`] once publishing was begun.
+    /// [`Error::NotWritable`] once publishing has begun.
     pub fn tensor_mut<T: Element>(&mut self, name: &str) -> Result<&mut [T], Error> {
         let place = find(&self.mapping, name)?;
         element::check::<T>(name, place.spec.dtype)?;
@@ -133,7 +250,7 @@ impl OpenSegment {
             // Now and not when it was made: this is the thread that is going to fill it.
             Filling::Fresh(mut pages, fd) => {
                 for place in &self.mapping.tensors {
-                    pages.back_with_huge_pages(range(place), self.client.births());
+                    pages.back_with_huge_pages(range(place), self.session.births());
                 }
                 Filling::Writable(pages, fd)
             }
@@ -165,21 +282,13 @@ impl OpenSegment {
         Ok(TensorView::of(place, all))
     }
 
-    /// Gives the segment a name under which others find it; it then lives on without this client.
-    /// Its writable mapping is replaced by a read-only one first, at the same address, even if the
-    /// host refuses the name. Asynchronous code uses [`AsyncClient::publish`].
-    ///
-    /// # Errors
-    /// [`Error::Remote`] with `NAME_TAKEN` if another flight has the name and `replace` is false.
-    pub fn publish(&mut self, name: &str, replace: bool) -> Result<Flight, Error> {
-        let client = self.client.clone();
-        client
-            .connection()
-            .wait(client.publish(self, name, replace))
+    /// Who made it.
+    pub(crate) fn session(&self) -> &Session {
+        &self.session
     }
 
     /// Gives up writing, which the host needs to see before it can seal.
-    pub(crate) fn freeze(&mut self) -> Result<(), Error> {
+    fn freeze(&mut self) -> Result<(), Error> {
         let pages = self.pages.get_mut()?;
         *pages = match std::mem::replace(pages, Filling::Unmapped) {
             Filling::Fresh(writable, fd) | Filling::Writable(writable, fd) => {
@@ -188,10 +297,6 @@ impl OpenSegment {
             other => other,
         };
         Ok(())
-    }
-
-    pub(crate) fn published(&mut self, mapping: Mapping) {
-        self.mapping = mapping;
     }
 }
 
@@ -210,13 +315,13 @@ pub struct MappedSegment {
 impl MappedSegment {
     pub(crate) fn new(mapping: Mapping, lease: Lease, fd: OwnedFd) -> Result<Self, Error> {
         check(&mapping)?;
-        let pages = match mapping.seal {
-            Seal::Write => ReadMapping::new(&fd, length(&mapping)?)?,
-            Seal::HostWrite => ReadMapping::of_result(&fd, length(&mapping)?)?,
-            seal @ (Seal::ClientWrite | Seal::None) => {
+        let pages = match mapping.writers {
+            Writers::None => ReadMapping::new(&fd, length(&mapping)?)?,
+            Writers::Host => ReadMapping::of_result(&fd, length(&mapping)?)?,
+            writers @ (Writers::Creator | Writers::Anyone) => {
                 return Err(Error::StillWritten {
                     segment: mapping.segment,
-                    seal,
+                    writers,
                 });
             }
         };
@@ -270,7 +375,7 @@ impl MappedSegment {
     }
 }
 
-/// A memfd of one's own that the host took over ([`Client::adopt`](crate::Client::adopt)).
+/// A memfd of your own that the host took over ([`Client::adopt`](crate::Client::adopt)).
 /// Dropping it gives the lease back.
 #[derive(Debug)]
 pub struct AdoptedSegment {
@@ -279,10 +384,6 @@ pub struct AdoptedSegment {
 }
 
 impl AdoptedSegment {
-    pub(crate) fn new(mapping: Mapping, lease: Lease) -> Self {
-        Self { mapping, lease }
-    }
-
     /// What the host said about the segment.
     #[must_use]
     pub fn mapping(&self) -> &Mapping {
@@ -293,222 +394,5 @@ impl AdoptedSegment {
     #[must_use]
     pub fn lease(&self) -> &Lease {
         &self.lease
-    }
-}
-
-/// A tensor in a mapped segment.
-#[derive(Clone, Copy, Debug)]
-pub struct TensorView<'a> {
-    place: &'a TensorPlace,
-    bytes: &'a [u8],
-}
-
-impl<'a> TensorView<'a> {
-    fn of(place: &'a TensorPlace, all: &'a [u8]) -> Self {
-        Self {
-            place,
-            bytes: all.get(range(place)).unwrap_or_default(),
-        }
-    }
-
-    /// Its name in the segment.
-    #[must_use]
-    pub fn name(&self) -> &'a str {
-        &self.place.name
-    }
-
-    /// The type of its elements.
-    #[must_use]
-    pub fn dtype(&self) -> Dtype {
-        self.place.spec.dtype
-    }
-
-    /// The sizes of its axes, the last one fastest. Empty: one element.
-    #[must_use]
-    pub fn shape(&self) -> &'a [u64] {
-        &self.place.spec.shape
-    }
-
-    /// Its bytes: little-endian, row-major, contiguous.
-    #[must_use]
-    pub fn bytes(&self) -> &'a [u8] {
-        self.bytes
-    }
-
-    /// Its elements, row-major.
-    ///
-    /// # Errors
-    /// [`Error::Dtype`] if they are not `T`.
-    pub fn as_slice<T: Element>(&self) -> Result<&'a [T], Error> {
-        element::check::<T>(self.name(), self.dtype())?;
-        Ok(cast(self.bytes))
-    }
-}
-
-/// Holds the host's word against itself, so that later no tensor reaches out of its segment.
-fn check(mapping: &Mapping) -> Result<(), Error> {
-    let wrong = |what: String| {
-        Err(Error::Protocol(format!(
-            "mapping of segment {}: {what}",
-            mapping.segment
-        )))
-    };
-    if mapping.strait_mmap != 1 {
-        return wrong(format!(
-            "its version is {}, known is 1",
-            mapping.strait_mmap
-        ));
-    }
-    for TensorPlace {
-        name,
-        spec,
-        offset,
-        length,
-    } in &mapping.tensors
-    {
-        match spec.bytes() {
-            Ok(bytes) if bytes == *length => {}
-            Ok(bytes) => {
-                return wrong(format!(
-                    "tensor {name:?} is {spec} with {bytes} bytes, not {length}"
-                ));
-            }
-            Err(error) => return wrong(format!("tensor {name:?}: {error}")),
-        }
-        if offset
-            .checked_add(*length)
-            .is_none_or(|end| end > mapping.bytes)
-        {
-            return wrong(format!(
-                "tensor {name:?} has {length} bytes at {offset}, the segment {} in all",
-                mapping.bytes
-            ));
-        }
-        if *length > 0 && offset % ALIGN_BYTES != 0 {
-            return wrong(format!(
-                "tensor {name:?} is at {offset}, no multiple of {ALIGN_BYTES}"
-            ));
-        }
-    }
-    Ok(())
-}
-
-fn find<'a>(mapping: &'a Mapping, name: &str) -> Result<&'a TensorPlace, Error> {
-    mapping
-        .tensors
-        .iter()
-        .find(|place| place.name == name)
-        .ok_or_else(|| Error::NoTensor {
-            name: name.to_owned(),
-            known: mapping
-                .tensors
-                .iter()
-                .map(|place| place.name.clone())
-                .collect(),
-        })
-}
-
-fn length(mapping: &Mapping) -> Result<usize, Error> {
-    usize::try_from(mapping.bytes).map_err(|_| {
-        Error::Protocol(format!(
-            "a segment of {} bytes, more than there are addresses",
-            mapping.bytes
-        ))
-    })
-}
-
-/// Within the mapped bytes: [`check`] saw to it, and both mappings cover `mapping.bytes`.
-fn range(place: &TensorPlace) -> Range<usize> {
-    // A place in mapped memory is an address offset, so it fits.
-    let at = |offset: u64| usize::try_from(offset).unwrap_or(usize::MAX);
-    at(place.offset)..at(place.offset + place.length)
-}
-
-/// An empty tensor may lie anywhere, the others are aligned: [`check`] saw to it.
-fn cast<T: Element>(bytes: &[u8]) -> &[T] {
-    if bytes.is_empty() {
-        &[]
-    } else {
-        bytemuck::cast_slice(bytes)
-    }
-}
-
-fn cast_mut<T: Element>(bytes: &mut [u8]) -> &mut [T] {
-    if bytes.is_empty() {
-        &mut []
-    } else {
-        bytemuck::cast_slice_mut(bytes)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use strait_tensor::TensorSpec;
-
-    fn mapping(shape: &[u64], offset: u64, length: u64) -> Mapping {
-        let spec = TensorSpec {
-            dtype: Dtype::Float64,
-            shape: shape.to_vec(),
-        };
-        Mapping {
-            strait_mmap: 1,
-            host_id: String::new(),
-            socket: String::new(),
-            segment: "0123".into(),
-            generation: 1,
-            bytes: 1 << 17,
-            seal: Seal::Write,
-            tensors: vec![TensorPlace {
-                name: "x".into(),
-                spec,
-                offset,
-                length,
-            }],
-        }
-    }
-
-    #[test]
-    fn places_that_reach_out_are_refused() {
-        let text = |shape: &[u64], offset, length| {
-            check(&mapping(shape, offset, length))
-                .err()
-                .map(|error| error.to_string())
-        };
-        assert_eq!(text(&[8192], 1 << 16, 1 << 16), None);
-        assert_eq!(
-            text(&[0, 5], (1 << 17) - 1, 0),
-            None,
-            "an empty tensor may lie anywhere"
-        );
-        for (shape, offset, length, says) in [
-            (
-                &[8193][..],
-                1 << 16,
-                65544,
-                "65544 bytes at 65536, the segment 131072 in all",
-            ),
-            (&[8192], 1 << 16, 1 << 17, "with 65536 bytes, not 131072"),
-            (&[1], u64::MAX - 7, 8, "at 18446744073709551608"),
-            (&[1], 65544, 8, "no multiple of 64"),
-            (&[u64::MAX, u64::MAX], 0, 8, "float64"),
-        ] {
-            let text = text(shape, offset, length).unwrap_or_default();
-            assert!(text.contains(says), "{text:?} does not say {says:?}");
-        }
-        let newer = Mapping {
-            strait_mmap: 2,
-            ..mapping(&[1], 0, 8)
-        };
-        assert!(check(&newer).is_err());
-    }
-
-    #[test]
-    fn a_missing_tensor_is_answered_with_those_that_there_are() {
-        let error = find(&mapping(&[1], 0, 8), "y").expect_err("there is only x");
-        assert_eq!(
-            error.to_string(),
-            "no tensor \"y\" in the segment; it has x"
-        );
     }
 }

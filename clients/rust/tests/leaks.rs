@@ -38,18 +38,18 @@ fn nothing_is_left_of_what_was_used() {
                 assert_eq!(result.tensor("y").expect("a port").bytes().len(), 8);
                 client.call("trap").send().expect_err("it traps");
             });
-            let made = segment("1", "x", &[0.0; 2], "none");
+            let made = segment("1", "x", &[0.0; 2], "anyone");
             peer.grant(&peer.expect(Op::Create), &made, 1, 60_000);
             peer.ok(&peer.expect(Op::Publish), json!({"mapping": made.mapping}));
             peer.expect(Op::Release);
             peer.grant(
                 &peer.expect(Op::Map),
-                &segment("2", "x", &[1.0], "write"),
+                &segment("2", "x", &[1.0], "none"),
                 2,
                 60_000,
             );
             let asked = peer.expect(Op::Invoke);
-            let result = segment("3", "y", &[3.0], "host-write");
+            let result = segment("3", "y", &[3.0], "host");
             let mut body = invoked(json!([{
                 "port": "y", "mapping": result.mapping, "lease": 3, "expires_ms": 9000, "fd": 0,
             }]));

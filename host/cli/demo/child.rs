@@ -8,7 +8,7 @@ use serde::de::DeserializeOwned;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
 use tokio::process::{ChildStdin, ChildStdout, Command};
 
-use super::super::failure::Failure;
+use crate::cli::failure::Failure;
 
 /// Killed when it is dropped.
 pub(super) struct Child {
@@ -61,7 +61,7 @@ impl Child {
             Ok(Ok(None)) => Err(self.ended_early().await),
             Ok(Err(error)) => Err(Failure::other(
                 "LINUX",
-                format!("the {} cannot be heard: {error}", self.name),
+                format!("cannot read from the {}: {error}", self.name),
             )),
             Err(_) => Err(self.too_slow(patience)),
         }
@@ -103,10 +103,7 @@ impl Child {
         };
         Failure::other(
             "DEMO",
-            format!(
-                "the {} ended early ({how}); what it said stands above",
-                self.name
-            ),
+            format!("the {} ended early ({how}); its output is above", self.name),
         )
     }
 
@@ -143,7 +140,7 @@ impl Child {
             Ok(Ok(status)) if status.success() => Ok(()),
             Ok(Ok(status)) => Err(Failure::other(
                 "DEMO",
-                format!("the {name} ended badly: {status}"),
+                format!("the {name} failed: {status}"),
             )),
             Ok(Err(error)) => Err(Failure::other(
                 "LINUX",

@@ -11,15 +11,15 @@ use futures::TryStreamExt;
 use tokio::runtime::Runtime;
 use tonic::transport::{Channel, Endpoint};
 
-use super::super::failure::Failure;
-use super::roles::{Compared, Formula};
+use super::formula::{Compared, Formula};
+use crate::cli::failure::Failure;
 
 /// Room on the way: with the default of 64 KiB a stream waits more than it moves.
 const WINDOW_BYTES: u32 = 16 << 20;
 /// A message of the host in one frame, not in 33.
 const FRAME_BYTES: u32 = 1 << 20;
 
-pub(super) struct Reader {
+pub(super) struct InlineReader {
     runtime: Runtime,
     channel: Channel,
 }
@@ -28,7 +28,7 @@ fn failed(what: &str, error: &dyn std::fmt::Display) -> Failure {
     Failure::other("FLIGHT", format!("{what} through Flight: {error}"))
 }
 
-impl Reader {
+impl InlineReader {
     /// A connection to the Flight service at `address`.
     pub(super) fn new(address: &str) -> Result<Self, Failure> {
         let runtime = tokio::runtime::Builder::new_current_thread()

@@ -1,4 +1,4 @@
-//! `demo`: the whole way of a tensor on this machine, measured and checked.
+//! `demo`: a tensor's whole way on this machine, measured and checked.
 //!
 //! ```text
 //! demo ──spawns──▶ strait serve            the host, in a private directory
@@ -10,23 +10,27 @@
 //! demo that was killed.
 
 mod child;
+mod formula;
 mod inline;
 mod report;
 mod roles;
 
-use std::path::{Path, PathBuf};
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
-use rustix::rand::{GetRandomFlags, getrandom};
+use indicatif::BinaryBytes;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::Failure;
 use super::output;
 use child::Child;
+use formula::Formula;
 use report::{Report, Round};
-use roles::{Called, Checked, Filled, Formula, Inlined, Looped, ToConsumer, ToProducer};
+use roles::{Called, Checked, Filled, Inlined, Looped, ToConsumer, ToProducer};
 
 pub(super) use roles::{RoleArgs, consumer, producer};
 
@@ -44,7 +48,7 @@ pub(super) struct DemoArgs {
     /// Size of the float64 tensor.
     #[arg(long, default_value_t = 100 << 20, value_parser = clap::value_parser!(u64).range(8..))]
     bytes: u64,
-    /// Measured calls.
+    /// Number of measured calls.
     #[arg(long, default_value_t = 15, value_parser = clap::value_parser!(u16).range(1..=1000))]
     calls: u16,
     /// One JSON object on stdout instead of text.
@@ -62,10 +66,15 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
     let shown = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).map_err(linux)?;
         let mut terminate = signal(SignalKind::terminate()).map_err(linux)?;
-        let directory = PrivateDirectory::create().map_err(linux)?;
+        // For this user alone, gone with this value.
+        let directory = tempfile::Builder::new()
+            .prefix("strait-demo-")
+            .permissions(Permissions::from_mode(0o700))
+            .tempdir()
+            .map_err(linux)?;
         let mut cast = Cast::default();
         let shown = tokio::select! {
-            report = show(args, &directory.0, &mut cast) => report,
+            report = show(args, directory.path(), &mut cast) => report,
             _ = interrupt.recv() => Err(Failure::signal(SignalKind::interrupt())),
             _ = terminate.recv() => Err(Failure::signal(SignalKind::terminate())),
         };
@@ -89,7 +98,7 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
                 return Ok(());
             }
             let message = format!(
-                "the demo found what should not be: {}",
+                "the demo found that something is wrong: {}",
                 report.problems().join("; ")
             );
             Err(Failure::other("NOT_VERIFIED", message).answered())
@@ -99,28 +108,6 @@ pub(super) fn demo(args: &DemoArgs) -> Result<(), Failure> {
             Err(failure.answered())
         }
         Err(failure) => Err(failure),
-    }
-}
-
-/// A directory for this user alone, gone with this value.
-struct PrivateDirectory(PathBuf);
-
-impl PrivateDirectory {
-    fn create() -> std::io::Result<Self> {
-        use std::os::unix::fs::DirBuilderExt;
-        let mut random = [0; 8];
-        getrandom(&mut random, GetRandomFlags::empty())?;
-        let path =
-            std::env::temp_dir().join(format!("strait-demo-{:016x}", u64::from_le_bytes(random)));
-        std::fs::DirBuilder::new().mode(0o700).create(&path)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for PrivateDirectory {
-    fn drop(&mut self) {
-        // Nothing more can be done about it.
-        let _ = std::fs::remove_dir_all(&self.0);
     }
 }
 
@@ -203,8 +190,8 @@ fn enough_memory(bytes: u64) -> Result<(), Failure> {
             "BAD_SETTING",
             format!(
                 "--bytes {bytes} needs about {} of memory in all, {} are available; take fewer",
-                output::bytes(needed),
-                output::bytes(available)
+                BinaryBytes(needed),
+                BinaryBytes(available)
             ),
         )),
         // Where it cannot be known, trying tells.

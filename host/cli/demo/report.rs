@@ -1,9 +1,11 @@
 //! What the demo measured, and what should not be.
 
+use indicatif::BinaryBytes;
 use serde_json::{Value, json};
 
-use super::super::output;
-use super::roles::{Called, Checked, Compared, Filled, Inlined, KERNEL, Looped, Pages};
+use super::formula::Compared;
+use super::roles::{Called, Checked, Filled, Inlined, KERNEL, Looped, Pages};
+use crate::cli::output;
 
 const NATIVE: &str = "the same loop in the producer's process over its own mapping of the pages that the kernel reads: \
      auto-vectorised Rust, one thread, no sandbox, everything warm, taking turns with the calls";
@@ -90,7 +92,7 @@ impl Report {
         let elements = self.bytes / size_of::<f64>() as u64;
         if compared.elements != elements {
             self.problems.push(format!(
-                "{what}: {} of {elements} elements came",
+                "{what}: {} of {elements} elements arrived",
                 compared.elements
             ));
         }
@@ -246,7 +248,7 @@ impl Report {
             "SANDBOX READY>",
         ];
         let [host, producer, consumer] = self.pids;
-        let size = output::bytes(self.bytes);
+        let size = BinaryBytes(self.bytes);
         let calls = self.measured().count();
         let mut text = format!(
             "{KERNEL} (y = a*x + b) on {size} of float64: producer (pid {producer}) -> host (pid {host}) -> consumer (pid {consumer}).\n\
@@ -255,7 +257,7 @@ impl Report {
         );
         text += &self.pages_in_words();
         text += &format!(
-            "The consumer attached to a result in {:.0} us and compared {} elements with its own computation, bit by bit: ",
+            "The consumer attached to a result in {:.0} us and compared {} elements with its own computation, bit for bit: ",
             self.median(|round| round.checked.attach_seconds) * 1e6,
             self.elements_checked
         );
@@ -274,7 +276,7 @@ impl Report {
         if !self.is_moved() {
             return format!(
                 "Tensors below {} are copied into the guest, which is cheaper than moving their pages.\n",
-                output::bytes(self.filled.move_min_bytes)
+                BinaryBytes(self.filled.move_min_bytes)
             );
         }
         let looked = self
@@ -284,7 +286,7 @@ impl Report {
             .next_back();
         match (looked, self.filled.pages) {
             (Some(([x, y], consumer)), Some(producer)) => format!(
-                "Memory (device:inode by Linux's maps): x is {} in the producer and {} in the guest, y is {} in the guest and {} in the consumer.\n",
+                "Memory (device:inode in /proc/PID/maps): x is {} in the producer and {} in the guest, y is {} in the guest and {} in the consumer.\n",
                 shown(producer),
                 shown(x),
                 shown(y),

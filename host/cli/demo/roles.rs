@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 use strait_client::{Client, Dtype, NewTensor, OpenSegment};
 use strait_memory::{Inode, process};
 
-use super::super::failure::Failure;
-use super::super::output;
+use super::formula::{Compared, Formula, x_of};
 use super::inline;
+use crate::cli::failure::Failure;
+use crate::cli::output;
 
 const X: &str = "x";
 const Y: &str = "y";
@@ -31,34 +32,6 @@ impl RoleArgs {
     fn elements(&self) -> u64 {
         self.bytes / size_of::<f64>() as u64
     }
-}
-
-/// `y = a*x + b`; another one in each round, so that no old result can pass for a new one.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(super) struct Formula {
-    a: f64,
-    b: f64,
-}
-
-impl Formula {
-    #[expect(clippy::cast_precision_loss, reason = "rounds are few")]
-    pub(super) fn of_round(number: usize) -> Self {
-        Self {
-            a: 2.0 + number as f64 / 4.0,
-            b: 1.0 - number as f64,
-        }
-    }
-
-    /// What element `index` of the result must be, from nothing but the rule for x.
-    pub(super) fn expected(self, index: usize) -> f64 {
-        self.a * x_of(index) + self.b
-    }
-}
-
-/// The rule for x: no two neighbours are alike, and no value is out of reach of the others.
-#[expect(clippy::cast_precision_loss, reason = "below a million")]
-fn x_of(index: usize) -> f64 {
-    (index.wrapping_mul(48_271) % 999_983) as f64 / 7.0 - 70_000.0
 }
 
 /// Which memory an address is: device and inode by Linux's own list of this process's mappings.
@@ -132,31 +105,6 @@ pub(super) struct Inlined {
     /// By the host, in user space.
     pub(super) copied_bytes: u64,
     pub(super) compared: Compared,
-}
-
-/// Elements held against what they must be, bit by bit.
-#[derive(Debug, Default, Serialize, Deserialize)]
-pub(super) struct Compared {
-    pub(super) elements: u64,
-    pub(super) wrong: u64,
-    /// Index, value and what it should be of the first wrong one.
-    pub(super) first_wrong: Option<(u64, f64, f64)>,
-}
-
-impl Compared {
-    /// Compares the elements that follow those compared so far.
-    pub(super) fn add(&mut self, values: &[f64], formula: Formula) {
-        let start = usize::try_from(self.elements).unwrap_or(usize::MAX);
-        for (index, value) in (start..).zip(values) {
-            let expected = formula.expected(index);
-            if value.to_bits() != expected.to_bits() {
-                self.wrong += 1;
-                self.first_wrong
-                    .get_or_insert((index as u64, *value, expected));
-            }
-        }
-        self.elements += values.len() as u64;
-    }
 }
 
 /// Answers each question on stdin, until stdin ends.
@@ -260,13 +208,18 @@ fn scale_shift(x: &[f64], y: &mut [f64], Formula { a, b }: Formula) {
 
 pub(in super::super) fn consumer(args: &RoleArgs) -> Result<(), Failure> {
     let client = connect(&args.directory)?;
-    let flight = inline::Reader::new(&client.welcome().flight)?;
+    let flight = inline::InlineReader::new(&client.welcome().flight)?;
     serve(|question| match question {
         ToConsumer::Check { formula } => output::json(&check(&client, formula)?),
         ToConsumer::Inline { formula } => {
-            let before = client.stats()?.copied_bytes;
+            let copied = || {
+                client
+                    .stats()
+                    .map(|stats| stats.counts.host.map_or(0, |host| host.copied_bytes))
+            };
+            let before = copied()?;
             let (seconds, compared) = flight.read(Y, formula)?;
-            let copied_bytes = client.stats()?.copied_bytes - before;
+            let copied_bytes = copied()? - before;
             output::json(&Inlined {
                 seconds,
                 copied_bytes,

@@ -1,21 +1,21 @@
 //! Limits of processes and users, and the machine's memory.
 
+use indicatif::BinaryBytes;
 use rustix::process::{Resource, getrlimit};
 use strait_memory::process;
 
 use super::{Check, Subject, text};
-use crate::cli::output::bytes;
 use crate::config::Config;
 
 const FILES: Subject = Subject::new(
     "limits",
     "open files",
-    "each live segment and each connection is a descriptor; the host raises the soft limit to the hard one",
+    "each live segment and each connection takes a descriptor; the host raises the soft limit to the hard one",
 );
 const MAPPINGS: Subject = Subject::new(
     "limits",
     "mappings",
-    "warm tensors and running kernels are mappings of one process (vm.max_map_count)",
+    "warm tensors and running kernels are mappings of one process, whose number is limited (vm.max_map_count)",
 );
 const FILE_SIZE: Subject = Subject::new(
     "limits",
@@ -40,7 +40,7 @@ const THREADS: Subject = Subject::new(
 const LOCKED: Subject = Subject::new(
     "limits",
     "locked memory",
-    "strait locks no memory, so that a small limit does no harm",
+    "strait locks no memory, so a small limit does no harm",
 );
 const MEMORY: Subject = Subject::new(
     "limits",
@@ -55,7 +55,7 @@ const GROUP: Subject = Subject::new(
 const OVERCOMMIT: Subject = Subject::new(
     "limits",
     "overcommit",
-    "with strict accounting (2) memory that a kernel merely may use counts as used",
+    "with strict accounting (2), memory that a kernel may use counts as used",
 );
 
 /// Fewer descriptors than this do not start a host.
@@ -80,7 +80,7 @@ pub(super) fn checks(config: &Config) -> Vec<Check> {
     let available = process::memory_available().ok();
     let mut checks = vec![
         open_files(files.current, files.maximum, config.memory.segments),
-        mappings(process::mappings_max(), config.engine().parked_mappings_max),
+        mappings(process::mappings_max(), config.parked_mappings_max()),
         file_size(
             getrlimit(Resource::Fsize).current,
             config.limits.result_bytes,
@@ -113,7 +113,10 @@ pub(super) fn files_can_have(bytes: u64) -> bool {
 }
 
 fn limit(of: Option<u64>) -> String {
-    of.map_or_else(|| "no limit".to_owned(), bytes)
+    of.map_or_else(
+        || "no limit".to_owned(),
+        |most| BinaryBytes(most).to_string(),
+    )
 }
 
 fn open_files(soft: Option<u64>, hard: Option<u64>, segments: Option<u64>) -> Check {
@@ -162,20 +165,20 @@ fn file_size(most: Option<u64>, result_bytes: u64) -> Check {
         None => FILE_SIZE.ok("no limit"),
         Some(most) if most < super::speed::BYTES_MAX => FILE_SIZE.fail(
             format!(
-                "{}: too little for a tensor, and for what doctor would try of Linux and measure",
-                bytes(most)
+                "{}: too little for a tensor, and for what doctor would try and measure",
+                BinaryBytes(most)
             ),
             unlimited,
         ),
         Some(most) if most < result_bytes => FILE_SIZE.warn(
             format!(
                 "{}, less than the {} that results may have",
-                bytes(most),
-                bytes(result_bytes)
+                BinaryBytes(most),
+                BinaryBytes(result_bytes)
             ),
             unlimited,
         ),
-        Some(most) => FILE_SIZE.ok(bytes(most)),
+        Some(most) => FILE_SIZE.ok(BinaryBytes(most).to_string()),
     }
 }
 
@@ -185,8 +188,8 @@ fn address_space(most: Option<u64>, guests: u64) -> Check {
         Some(most) if most < needed => ADDRESS_SPACE.warn(
             format!(
                 "{}, but {guests} guests reserve {}",
-                bytes(most),
-                bytes(needed)
+                BinaryBytes(most),
+                BinaryBytes(needed)
             ),
             "ulimit -v unlimited (systemd: LimitAS=infinity)",
         ),
@@ -199,8 +202,8 @@ fn data(most: Option<u64>, kernels_bytes: u64) -> Check {
         Some(most) if most < kernels_bytes => DATA.warn(
             format!(
                 "{}, but kernels may have {} at once (engine.workers times limits.guest_bytes)",
-                bytes(most),
-                bytes(kernels_bytes)
+                BinaryBytes(most),
+                BinaryBytes(kernels_bytes)
             ),
             "ulimit -d unlimited (systemd: LimitDATA=infinity)",
         ),
@@ -225,15 +228,15 @@ fn memory(available: Option<u64>, budget: u64) -> Check {
         return MEMORY.warn(
             format!(
                 "/proc/meminfo does not say; segments may have {}",
-                bytes(budget)
+                BinaryBytes(budget)
             ),
             "memory.budget_bytes = what segments may have",
         );
     };
     let found = format!(
         "{} available, segments may have {}",
-        bytes(available),
-        bytes(budget)
+        BinaryBytes(available),
+        BinaryBytes(budget)
     );
     let more = "free memory, or a higher memory.max of the control group";
     if available < MEMORY_MIN {
@@ -266,8 +269,8 @@ fn group(least: u64, available: u64, budget: u64) -> Option<Check> {
     }
     let found = format!(
         "{} by control groups of version 1, segments may have {}",
-        bytes(least),
-        bytes(budget)
+        BinaryBytes(least),
+        BinaryBytes(budget)
     );
     Some(if budget > least / 2 {
         GROUP.warn(found, format!("memory.budget_bytes = {}", least / 2))
@@ -336,12 +339,12 @@ mod tests {
     #[test]
     fn sizes_that_would_end_the_host() {
         is(&file_size(None, 2 << 30), Ok, "no limit");
-        is(&file_size(Some(4 << 30), 2 << 30), Ok, "4.0 GiB");
-        is(&file_size(Some(1 << 30), 2 << 30), Warn, "2.0 GiB");
+        is(&file_size(Some(4 << 30), 2 << 30), Ok, "4.00 GiB");
+        is(&file_size(Some(1 << 30), 2 << 30), Warn, "2.00 GiB");
         is(&file_size(Some(1 << 20), 2 << 30), Fail, "ulimit -f");
         is(&address_space(None, 18), Ok, "no limit");
         is(&address_space(Some(16 << 30), 18), Warn, "LimitAS");
-        is(&address_space(Some(1 << 50), 18), Ok, "1.0 PiB");
+        is(&address_space(Some(1 << 50), 18), Ok, "1.00 PiB");
         is(&data(Some(1 << 20), 1 << 29), Warn, "guest_bytes");
         is(&data(None, 1 << 29), Ok, "no limit");
         is(&threads(Some(100), false), Warn, "ulimit -u");
@@ -351,14 +354,14 @@ mod tests {
 
     #[test]
     fn memory_is_held_against_the_budget() {
-        is(&memory(Some(8 << 30), 4 << 30), Ok, "8.0 GiB available");
+        is(&memory(Some(8 << 30), 4 << 30), Ok, "8.00 GiB available");
         is(
             &memory(Some(8 << 30), 9 << 30),
             Warn,
             "budget_bytes = 4294967296",
         );
         is(&memory(Some(512 << 20), 256 << 20), Warn, "memory.max");
-        is(&memory(Some(64 << 20), 32 << 20), Fail, "64.0 MiB");
+        is(&memory(Some(64 << 20), 32 << 20), Fail, "64.00 MiB");
         is(&memory(None, 1 << 30), Warn, "does not say");
         is(&overcommit(Some(0)), Ok, "=0");
         is(&overcommit(Some(2)), Warn, "overcommit_ratio");
@@ -371,6 +374,6 @@ mod tests {
         let check = group(1 << 30, 8 << 30, 4 << 30).expect("it matters");
         is(&check, Warn, "memory.budget_bytes = 536870912");
         let check = group(1 << 30, 8 << 30, 1 << 28).expect("it matters");
-        is(&check, Ok, "256.0 MiB");
+        is(&check, Ok, "256.00 MiB");
     }
 }

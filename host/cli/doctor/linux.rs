@@ -2,15 +2,15 @@
 
 use std::time::Duration;
 
+use indicatif::BinaryBytes;
 use strait_memory::probe::{self, Collapsed, ProbeError};
 
 use super::{Check, Status, Subject, text};
-use crate::cli::output;
 
 const SEALS: Subject = Subject::new(
     "linux",
     "seals",
-    "a tensor is immutable by the kernel's word, and safe to map, because its memfd is sealed",
+    "a tensor is immutable and safe to map because Linux guards the seals of its memfd",
 );
 const FUTURE_WRITE: Subject = Subject::new(
     "linux",
@@ -20,12 +20,12 @@ const FUTURE_WRITE: Subject = Subject::new(
 const NOEXEC: Subject = Subject::new(
     "linux",
     "noexec seal",
-    "shared memory can never be run as a program; without it segments are as before Linux 6.3",
+    "shared memory can never be run as a program; without it, segments are what they were before Linux 6.3",
 );
 const SOCKETS: Subject = Subject::new(
     "linux",
     "descriptor passing",
-    "tensors reach clients as descriptors over a SOCK_SEQPACKET socket, which also says who they are",
+    "tensors reach clients as descriptors over a SOCK_SEQPACKET socket, which also says who the clients are",
 );
 const MOVES: Subject = Subject::new(
     "linux",
@@ -35,7 +35,7 @@ const MOVES: Subject = Subject::new(
 const ADDRESSES: Subject = Subject::new(
     "linux",
     "guest addresses",
-    "each running kernel has 4 GiB of addresses of its own, reserved and mostly never used",
+    "each running kernel reserves 4 GiB of addresses, most of which it never uses",
 );
 const EXECUTABLE: Subject = Subject::new(
     "linux",
@@ -55,12 +55,12 @@ const THP: Subject = Subject::new(
 const POPULATE: Subject = Subject::new(
     "linux",
     "populate",
-    "clients that map a tensor can fault it in by one call instead of page by page",
+    "clients that map a tensor can fault it in with one call instead of page by page",
 );
 const PIDFD: Subject = Subject::new(
     "linux",
     "pidfd",
-    "names a client's process for certain; strait does not need it yet",
+    "identifies a client's process beyond doubt; strait does not need it yet",
 );
 const SECCOMP: Subject = Subject::new(
     "linux",
@@ -171,15 +171,12 @@ fn huge(tried: Result<Collapsed, ProbeError>) -> Check {
     };
     let found = format!(
         "{} in {:.1} ms",
-        output::bytes(collapsed.asked_bytes),
+        BinaryBytes(collapsed.asked_bytes),
         collapsed.took.as_secs_f64() * 1e3
     );
     match collapsed.huge_bytes {
         Some(huge) if huge < collapsed.asked_bytes => COLLAPSE.warn(
-            format!(
-                "{found}, but only {} are in huge pages",
-                output::bytes(huge)
-            ),
+            format!("{found}, but only {} are in huge pages", BinaryBytes(huge)),
             "free memory in larger pieces: echo 1 > /proc/sys/vm/compact_memory",
         ),
         _ if collapsed.took > SLOW => COLLAPSE.warn(
@@ -251,9 +248,13 @@ mod tests {
     #[test]
     fn huge_pages_must_be_many_and_quick() {
         for (tried, status, part) in [
-            (collapsed(Some(8 << 20), 1), Status::Ok, "8.0 MiB in 1.0 ms"),
+            (
+                collapsed(Some(8 << 20), 1),
+                Status::Ok,
+                "8.00 MiB in 1.0 ms",
+            ),
             (collapsed(None, 1), Status::Ok, "does not say"),
-            (collapsed(Some(2 << 20), 1), Status::Warn, "only 2.0 MiB"),
+            (collapsed(Some(2 << 20), 1), Status::Warn, "only 2.00 MiB"),
             (collapsed(Some(8 << 20), 17), Status::Warn, "too slow"),
             (Err(ProbeError::Wrong("refused")), Status::Warn, "refused"),
         ] {

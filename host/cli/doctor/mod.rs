@@ -27,8 +27,9 @@ use clap::Args;
 use serde::Serialize;
 
 use super::failure::Failure;
-use super::output::{self, Colour, Progress};
-use super::serve;
+use super::hosting;
+use super::output::{self, Colour};
+use super::progress::Progress;
 
 #[derive(Debug, Args)]
 pub(super) struct DoctorArgs {
@@ -38,7 +39,7 @@ pub(super) struct DoctorArgs {
     /// The host's directory, as for `serve`.
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
-    /// Say of every check why it matters, not only of those that ask for a change.
+    /// Say why each check matters, not only for those that ask for a change.
     #[arg(long)]
     why: bool,
     /// One JSON object on stdout instead of text.
@@ -153,7 +154,7 @@ struct Report {
 }
 
 pub(super) fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
-    let config = serve::load(args.config.as_deref())?;
+    let config = hosting::settings(args.config.as_deref())?;
     let progress = Progress::waiting("trying what this machine can do");
     let mut checks = limits::checks(&config);
     // A memfd above the limit of file sizes is not an error but a signal that ends the process.

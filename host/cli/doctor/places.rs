@@ -1,7 +1,7 @@
 //! The runtime directory, a host that is there already, and the cache.
 
-use std::fs::{self, DirBuilder};
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::fs::{self, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use strait_client::address::{self, DATA_SOCKET};
 use strait_client::{Client, Options};
 
 use super::{Check, Subject};
-use crate::cli::serve;
+use crate::cli::directory::{absolute, owned, usual_directory};
 use crate::config::Config;
 
 const DIRECTORY: Subject = Subject::new(
@@ -38,9 +38,9 @@ pub(super) fn checks(config: &Config, given: Option<&Path>) -> Vec<Check> {
     let wanted = given
         .map(Path::to_owned)
         .or_else(|| config.server.directory.clone())
-        .unwrap_or_else(serve::usual_directory);
+        .unwrap_or_else(usual_directory);
     let mut checks = Vec::new();
-    match serve::absolute(&wanted) {
+    match absolute(&wanted) {
         Ok(directory) => {
             checks.push(runtime_directory(&directory));
             checks.push(host(&directory));
@@ -61,7 +61,7 @@ fn elsewhere(why: &str) -> Check {
 
 fn runtime_directory(directory: &Path) -> Check {
     if fs::symlink_metadata(directory).is_ok() {
-        return match serve::owned(directory) {
+        return match owned(directory) {
             Ok(()) => DIRECTORY.ok(format!("{}, of this user, mode 0700", directory.display())),
             Err(failure) => elsewhere(failure.message()),
         };
@@ -86,11 +86,11 @@ fn creatable(directory: &Path) -> Result<(), String> {
         return Err(format!("{} is not a directory", parent.display()));
     }
     // Tried: rights alone do not tell of file systems on which nobody makes directories.
-    let trial = parent.join(format!(".strait-doctor-{}", std::process::id()));
-    DirBuilder::new()
-        .mode(0o700)
-        .create(&trial)
-        .and_then(|()| fs::remove_dir(&trial))
+    tempfile::Builder::new()
+        .prefix(".strait-doctor-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(parent)
+        .and_then(tempfile::TempDir::close)
         .map_err(|error| format!("making a directory in {}: {error}", parent.display()))
 }
 

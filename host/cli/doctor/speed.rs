@@ -1,10 +1,10 @@
 //! From which size on moving a tensor into a kernel beats copying it.
 
+use indicatif::BinaryBytes;
 use serde::Serialize;
 use strait_memory::probe::{self, CopyAndMove, ProbeError};
 
 use super::{Check, Subject};
-use crate::cli::output::bytes;
 
 const BREAK_EVEN: Subject = Subject::new(
     "speed",
@@ -52,7 +52,7 @@ pub(super) fn check(move_min_bytes: u64) -> (Check, Vec<Row>) {
 fn not_measured(error: &ProbeError) -> Check {
     BREAK_EVEN.warn(
         format!("not measured: {error}"),
-        "what the checks above say; without it the setting is a guess",
+        "what the checks above ask for; until it is measured, the setting is a guess",
     )
 }
 
@@ -64,11 +64,11 @@ fn break_even(rows: &[Row]) -> Option<&Row> {
 
 /// Off by a factor of two is within what such a measurement can tell.
 fn judge(rows: &[Row], set: u64) -> Check {
-    let settings = format!("engine.move_min_bytes is {}", bytes(set));
+    let settings = format!("engine.move_min_bytes is {}", BinaryBytes(set));
     let Some(row) = break_even(rows) else {
         let found = format!(
             "copying is quicker up to {} and maybe beyond; {settings}",
-            bytes(BYTES_MAX)
+            BinaryBytes(BYTES_MAX)
         );
         return if set > BYTES_MAX {
             BREAK_EVEN.ok(found)
@@ -81,7 +81,7 @@ fn judge(rows: &[Row], set: u64) -> Check {
     };
     let found = format!(
         "moving is quicker from {} on ({:.0} us, copying {:.0} us); {settings}",
-        bytes(row.bytes),
+        BinaryBytes(row.bytes),
         row.move_us,
         row.copy_us
     );

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
 
-use crate::segment::{inode_of, reopen_readonly};
+use crate::memfd::{inode_of, reopen_readonly};
+use crate::segment_charge::SegmentCharge;
 use crate::{Budget, BudgetExceeded, Client, GUEST_PAGE, Lent, Sealed, Seals, Segment};
 
 /// An adopted segment, by the seals that it came with.
@@ -160,7 +161,7 @@ pub fn adopt(
     let stat = rustix::fs::fstat(&fd).map_err(AdoptError::system("fstat"))?;
     let bytes = u64::try_from(stat.st_size).unwrap_or(0);
     check_places(ranges, bytes)?;
-    let charge = budget.try_reserve_segment(bytes)?;
+    let charge = SegmentCharge::reserve(budget, bytes)?;
     // The sender shares our file offset, and could move it between two of our steps.
     let reader = reopen_readonly(fd.as_fd()).map_err(|errno| match errno {
         Errno::WOULDBLOCK => AdoptError::Leased,
@@ -169,10 +170,10 @@ pub fn adopt(
     check_holes(ranges, reader.as_fd())?;
     let inode = inode_of(fd.as_fd()).map_err(AdoptError::system("fstat"))?;
     Ok(if seals.no_writes() {
-        Adopted::Sealed(Segment::from_reader(reader, inode, charge))
+        Adopted::Sealed(Segment::from_client_reader(reader, inode, charge))
     } else {
         // The sender's own descriptor, because only one that can write can seal for good.
-        Adopted::Lent(Segment::from_writer(fd, inode, charge))
+        Adopted::Lent(Segment::from_client(fd, inode, charge))
     })
 }
 

@@ -65,6 +65,13 @@ impl<K: Copy + Eq + Hash, V> Idle<K, V> {
         self.remove(age)
     }
 
+    /// The oldest value that `fits`.
+    pub(crate) fn take_oldest_where(&mut self, fits: impl Fn(&V) -> bool) -> Option<V> {
+        let found = self.by_age.iter().find(|(_, entry)| fits(&entry.value));
+        let age = *found?.0;
+        self.remove(age)
+    }
+
     pub(crate) fn take_all(&mut self, key: K) -> Vec<V> {
         let ages = self.by_key.get(&key).cloned().unwrap_or_default();
         ages.into_iter()
@@ -107,6 +114,7 @@ mod tests {
         assert_eq!(idle.take('a', |value| *value < 4), Some(3));
         assert_eq!(idle.take_oldest(), Some(1));
         assert_eq!(idle.take('c', |_| true), None);
+        assert_eq!(idle.take_oldest_where(|value| *value > 4), None);
         assert_eq!(idle.keys_where(|value| *value == 2), ['b']);
         assert_eq!(idle.take_all('a'), [4]);
         assert_eq!((idle.len(), idle.bytes()), (1, 10));

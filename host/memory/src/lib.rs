@@ -9,9 +9,10 @@
 //!                 └─lend──────▶ Segment<Lent<Client>> ──seal──▶ Segment<Sealed>
 //!   ResultPool ──take──▶ PoolSegment                   the host is the one writer
 //!
-//!   ParkingLot / PoolSegment ──▶ Parked ──move_into──▶ Window in a GuestSpace
-//!                                   ▲────move_home───────┘
+//!   Lot / PoolSegment ──▶ Parked ──move_into──▶ Window in a GuestSpace
+//!                            ▲────move_home───────┘
 //! ```
+//! [`InputSource`] and [`ResultSource`] are all that whoever runs kernels has to know of it.
 //!
 //! [`Budget`]s bound all of it. [`FrameSocket`] carries descriptors between processes,
 //! [`ReadMapping`] and [`WriteMapping`] are how a client maps what it received, and
@@ -31,37 +32,49 @@ compile_error!(
 );
 
 mod adopt;
+mod backing;
 mod budget;
 mod dirty;
+mod error;
 mod freeing;
+mod guest_space;
+mod held;
 mod huge;
 mod idle;
+mod lot;
 mod mapping;
+mod memfd;
+mod moving;
 mod pages;
-mod parking;
 mod pool;
 pub mod probe;
 pub mod process;
+mod result_pages;
 mod scrap;
+mod seals;
 mod segment;
+mod segment_charge;
 mod socket;
+mod source;
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 pub use adopt::{AdoptError, Adopted, adopt};
-pub use budget::{Budget, BudgetExceeded, Charge};
+pub use backing::KeepsMappings;
+pub use budget::{Budget, BudgetExceeded, Charge, Elsewhere};
+pub use error::{MemoryError, ParkError, Refused};
+pub use guest_space::{GuestSpace, GuestSpaces};
 pub use huge::HugeBirths;
+pub use lot::{Lot, LotStats};
 pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
-pub use parking::{
-    Access, FaultRange, GuestSpace, GuestSpaces, LotStats, MoveRefused, ParkError, Parked,
-    ParkingLot, Poisoned, Window,
-};
-pub use pool::{PoolSegment, PoolStats, ResultPool};
+pub use moving::{Access, FaultRange, MoveRefused, Parked, Poisoned, Window};
+pub use pool::{Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
+pub use result_pages::ResultPages;
 pub use scrap::{SCRAP_BYTES, Scrap};
-pub use segment::{
-    Client, Host, Lent, MemoryError, Open, Parkable, Refused, Sealed, SealedBytes, Seals, Segment,
-};
+pub use seals::Seals;
+pub use segment::{Client, Host, Lent, Open, Parkable, Sealed, SealedBytes, Segment};
 pub use socket::{FDS_MAX, FrameListener, FrameSocket, Peer, Received, SpareDescriptor};
+pub use source::{InputSource, ResultSource, Shared, SharedSource};
 
 /// Bytes in a page of the machine: what `mmap` counts in.
 pub const PAGE: u64 = 4096;
@@ -94,7 +107,7 @@ impl Copied {
 
 /// What names a shared-memory object to the operating system: two mappings with equal
 /// `Inode`s (and equal offsets) are the same physical pages.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 pub struct Inode {
     /// Device number, as in `st_dev`.
     pub device: u64,

@@ -9,8 +9,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use rustix::fs::OFlags;
 
+use crate::memfd::{inode_of, reopen_readonly};
 use crate::pages::{FileAccess, Reservation, map_for_reading, reading_access};
-use crate::segment::{inode_of, reopen_readonly};
 use crate::{Copied, HugeBirths, Inode, PAGE_USIZE, Seals};
 
 /// Why a descriptor was not mapped.
@@ -123,7 +123,7 @@ impl Mapped {
 pub struct ReadMapping(Mapped);
 
 impl ReadMapping {
-    /// Maps the first `bytes` bytes of a segment that nobody can write (`"seal": "write"`).
+    /// Maps the first `bytes` bytes of a segment that nobody can write (`"writers": "none"`).
     ///
     /// # Errors
     /// [`MappingError::MissingSeals`] without `F_SEAL_WRITE` and `F_SEAL_SHRINK`;
@@ -134,7 +134,7 @@ impl ReadMapping {
         Mapped::new(fd.as_fd(), bytes, map_for_reading).map(Self)
     }
 
-    /// Maps the first `bytes` bytes of a result (`"seal": "host-write"`): only the host that
+    /// Maps the first `bytes` bytes of a result (`"writers": "host"`): only the host that
     /// made it can write it, and that host has promised not to while the lease lives. So
     /// drop the mapping before the lease is released, and do not use it after the lease
     /// expired.
@@ -182,7 +182,7 @@ pub struct SharedMapping(Mapped);
 
 impl SharedMapping {
     /// Maps the first `bytes` bytes of a segment of any kind whose size is fixed (for
-    /// instance `"seal": "client-write"`).
+    /// instance `"writers": "creator"`).
     ///
     /// # Errors
     /// [`MappingError::MissingSeals`] without `F_SEAL_SHRINK`;

@@ -10,8 +10,8 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::ptr::{null_mut, with_exposed_provenance_mut};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::{Mutex, MutexGuard};
 use rustix::mm::{self, Advice, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 use rustix::process::Resource;
 
@@ -341,9 +341,8 @@ impl Reservation {
         }
     }
 
-    fn lock_suspect(&self) -> std::sync::MutexGuard<'_, Vec<Range<usize>>> {
-        // A list of ranges is never left half-changed.
-        self.suspect.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_suspect(&self) -> MutexGuard<'_, Vec<Range<usize>>> {
+        self.suspect.lock()
     }
 }
 

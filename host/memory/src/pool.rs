@@ -3,7 +3,7 @@
 //! Faulting in fresh pages dominates a result's cost. So a result segment is made once,
 //! mapped writable once, then lent to the host for good (`F_SEAL_FUTURE_WRITE`, `SHRINK`,
 //! `GROW`, `SEAL`): nobody else can write it, and the host's own mapping still can. When its
-//! last holder is gone it waits, warm, for the next result of the same owner.
+//! last holder is gone it waits, warm, for the next result of the same [`RecyclingKey`].
 //!
 //! Results that a caller wants sealed for good are made without those seals, and are
 //! sealed with `F_SEAL_WRITE` when they are complete. They are never recycled.
@@ -15,24 +15,31 @@
 //! to an eighth of the power of two below it: 1 MiB, 1.125 MiB, 1.25 MiB, … So at most an
 //! eighth is spare, and results of nearly equal size share a class.
 
-use std::ops::Range;
-use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+mod segment;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use parking_lot::{Mutex, MutexGuard};
 
 use crate::budget::Reclaim;
 use crate::idle::Idle;
-use crate::segment::Backing;
+use crate::result_pages::born;
 use crate::{
-    Budget, BudgetExceeded, Charge, Copied, GUEST_PAGE, HUGE, Host, HugeBirths, Inode, Lent,
-    MemoryError, Open, ParkError, Parked, ParkingLot, Refused, Sealed, Seals, Segment,
+    Budget, BudgetExceeded, Charge, GUEST_PAGE, HugeBirths, MemoryError, Open, ParkError, Segment,
 };
+
+pub use segment::{Filler, PoolSegment};
+
+use segment::{Counted, Held, Warm, Writer};
 
 /// The share of the system's mappings that a pool may have: one for each segment.
 const MAPPINGS_SHARE: u64 = 8;
 
-/// Where a large result's body starts: before it is a header of a page or two.
-const HUGE_FROM: u64 = HUGE;
+/// Who may see what an earlier result left in a recycled segment's pages: it goes only to a result of an equal
+/// key. The host makes one of all that decides it, the principal and the plugin, by a hash without collisions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RecyclingKey(pub [u8; 32]);
 
 /// Makes, recycles and bounds result segments.
 #[derive(Debug)]
@@ -42,23 +49,11 @@ pub struct ResultPool {
     segments: Arc<Budget>,
     bytes: Arc<Budget>,
     idle_bytes_max: u64,
-    // By owner and capacity.
-    idle: Mutex<Idle<(u64, u64), Warm>>,
+    // By key and capacity.
+    idle: Mutex<Idle<(RecyclingKey, u64), Warm>>,
     recycled: AtomicU64,
     created: AtomicU64,
     births: HugeBirths,
-}
-
-#[derive(Debug)]
-struct Warm {
-    segment: Segment<Lent<Host>>,
-    parked: Parked,
-    counted: Counted,
-}
-
-#[derive(Debug)]
-struct Counted {
-    _bytes: Charge,
 }
 
 /// Counts of a [`ResultPool`].
@@ -83,8 +78,9 @@ pub struct PoolStats {
 }
 
 impl ResultPool {
-    /// A pool whose segments are charged to `budget` and of which at most `idle_bytes_max`
-    /// bytes wait for reuse. Idle segments make room as soon as the budget is full.
+    /// A pool whose segments are charged to children of `budget` (or to itself), and of which at most
+    /// `idle_bytes_max` bytes wait for reuse. Idle segments stay charged to whom they were made for, and make
+    /// room as soon as that budget or the parent is full.
     pub fn new(budget: Arc<Budget>, idle_bytes_max: u64) -> Arc<Self> {
         let segments_max = crate::process::mappings_max() / MAPPINGS_SHARE;
         let pool = Arc::new(Self {
@@ -102,43 +98,110 @@ impl ResultPool {
         pool
     }
 
-    /// A segment of at least `bytes` for `owner` (an id of a principal). It holds zeros, or
-    /// what an earlier result of the same owner left there.
-    ///
-    /// # Errors
-    /// [`MemoryError::Budget`], [`MemoryError::Park`], [`MemoryError::System`].
-    pub fn take(self: &Arc<Self>, bytes: u64, owner: u64) -> Result<PoolSegment, MemoryError> {
-        let capacity = capacity_for(bytes)?;
-        let idle = self.lock().take((owner, capacity), |_| true);
-        let warm = match idle {
-            Some(warm) => {
-                self.recycled.fetch_add(1, Ordering::Relaxed);
-                warm
-            }
-            None => self.make_lent(capacity, bytes)?,
-        };
-        Ok(PoolSegment {
-            held: Some(Held::Lent(warm.segment, owner)),
-            parked: Some(warm.parked),
-            counted: Some(warm.counted),
-            recyclable: AtomicBool::new(true),
-            pool: Arc::clone(self),
-        })
+    /// What [`Self::new`] was given.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
-    /// A segment of at least `bytes` zeros that is going to be [sealed](PoolSegment::seal).
+    /// A segment of at least `bytes`, charged to `budget`. It holds zeros, or what an earlier result of the
+    /// same key and budget left there.
     ///
     /// # Errors
     /// [`MemoryError::Budget`], [`MemoryError::Park`], [`MemoryError::System`].
-    pub fn take_sealable(self: &Arc<Self>, bytes: u64) -> Result<PoolSegment, MemoryError> {
-        let (segment, parked, counted) = self.make(capacity_for(bytes)?, bytes)?;
-        Ok(PoolSegment {
-            held: Some(Held::Sealable(segment)),
-            parked: Some(parked),
-            counted: Some(counted),
-            recyclable: AtomicBool::new(false),
-            pool: Arc::clone(self),
-        })
+    pub fn take(
+        self: &Arc<Self>,
+        bytes: u64,
+        key: RecyclingKey,
+        budget: &Arc<Budget>,
+    ) -> Result<PoolSegment, MemoryError> {
+        let capacity = capacity_for(bytes)?;
+        let warm = match self.take_warm(capacity, key, budget, None) {
+            Some(warm) => warm,
+            None => self.make_lent(capacity, bytes, budget)?,
+        };
+        Ok(PoolSegment::warm(self, warm, key))
+    }
+
+    /// As [`Self::take`], to be filled by the process `process`: it has it mapped already, or is to be
+    /// given [a descriptor](PoolSegment::new_fd) and then [lent it](PoolSegment::lend_to).
+    ///
+    /// # Errors
+    /// [`MemoryError::Budget`], [`MemoryError::Park`], [`MemoryError::System`].
+    pub fn take_for(
+        self: &Arc<Self>,
+        process: u64,
+        bytes: u64,
+        key: Option<RecyclingKey>,
+        budget: &Arc<Budget>,
+    ) -> Result<PoolSegment, MemoryError> {
+        let capacity = capacity_for(bytes)?;
+        let warm = key.and_then(|key| self.take_warm(capacity, key, budget, Some(process)));
+        if let (Some(warm), Some(key)) = (warm, key) {
+            return Ok(PoolSegment::warm(self, warm, key));
+        }
+        let (segment, mut counted, place) = self.make(capacity, budget)?;
+        counted._segment = Some(place);
+        let held = match key {
+            Some(key) => Held::Unlent(segment, key),
+            None => Held::Sealable(segment),
+        };
+        Ok(PoolSegment::new(self, held, None, counted))
+    }
+
+    /// What [`Self::take_for`] gives if it need not make a segment.
+    pub fn warm_for(
+        self: &Arc<Self>,
+        process: u64,
+        bytes: u64,
+        key: RecyclingKey,
+        budget: &Arc<Budget>,
+    ) -> Option<PoolSegment> {
+        let capacity = capacity_for(bytes).ok()?;
+        let warm = self.take_warm(capacity, key, budget, Some(process))?;
+        Some(PoolSegment::warm(self, warm, key))
+    }
+
+    fn take_warm(
+        &self,
+        capacity: u64,
+        key: RecyclingKey,
+        budget: &Arc<Budget>,
+        process: Option<u64>,
+    ) -> Option<Warm> {
+        let fits = |warm: &Warm| warm.charged_to(budget) && warm.is_for(process);
+        let warm = self.lock().take((key, capacity), fits)?;
+        self.recycled.fetch_add(1, Ordering::Relaxed);
+        Some(warm)
+    }
+
+    /// A segment of at least `bytes` zeros, charged to `budget`, that is going to be [sealed](PoolSegment::seal).
+    ///
+    /// # Errors
+    /// [`MemoryError::Budget`], [`MemoryError::Park`], [`MemoryError::System`].
+    pub fn take_sealable(
+        self: &Arc<Self>,
+        bytes: u64,
+        budget: &Arc<Budget>,
+    ) -> Result<PoolSegment, MemoryError> {
+        let (segment, counted, mapping) = self.make(capacity_for(bytes)?, budget)?;
+        let parked = born(&segment, bytes, mapping, &self.births)?;
+        Ok(PoolSegment::new(
+            self,
+            Held::Sealable(segment),
+            Some(parked),
+            counted,
+        ))
+    }
+
+    /// Frees the idle segments that the process `process` would have filled: it is gone.
+    pub fn forget(&self, process: u64) {
+        let its = |warm: &Warm| matches!(&warm.writer, Writer::There(filler) if filler.process() == process);
+        loop {
+            let Some(warm) = self.lock().take_oldest_where(its) else {
+                return;
+            };
+            warm.free(&self.budget);
+        }
     }
 
     /// Counts as of now.
@@ -156,34 +219,37 @@ impl ResultPool {
         }
     }
 
-    fn make_lent(&self, capacity: u64, bytes: u64) -> Result<Warm, MemoryError> {
-        let (segment, parked, counted) = self.make(capacity, bytes)?;
+    fn make_lent(
+        &self,
+        capacity: u64,
+        bytes: u64,
+        budget: &Arc<Budget>,
+    ) -> Result<Warm, MemoryError> {
+        let (segment, counted, mapping) = self.make(capacity, budget)?;
+        let parked = born(&segment, bytes, mapping, &self.births)?;
         // The mapping is there already: it is the one that can still write.
         let segment = segment.lend_to_host().map_err(|refused| refused.error)?;
         Ok(Warm {
+            writer: Writer::Here(parked),
             segment,
-            parked,
             counted,
         })
     }
 
-    /// A segment of `capacity` of which `bytes` were asked for.
+    /// A segment of `capacity`, and the place of its one writable mapping.
     fn make(
         &self,
         capacity: u64,
-        bytes: u64,
-    ) -> Result<(Segment<Open>, Parked, Counted), MemoryError> {
+        budget: &Arc<Budget>,
+    ) -> Result<(Segment<Open>, Counted, Charge), MemoryError> {
         let mapping = self.charge_segment().map_err(ParkError::TooMany)?;
-        let segment = Segment::create(capacity, &self.budget)?;
+        let segment = Segment::create(capacity, budget)?;
         let counted = Counted {
             _bytes: self.bytes.try_reserve(capacity)?,
+            _segment: None,
         };
-        let mut parked = Parked::whole(&segment, mapping)?;
-        if bytes > HUGE_FROM {
-            parked.back_with_huge_pages(HUGE_FROM..bytes, &self.births);
-        }
         self.created.fetch_add(1, Ordering::Relaxed);
-        Ok((segment, parked, counted))
+        Ok((segment, counted, mapping))
     }
 
     fn charge_segment(&self) -> Result<Charge, BudgetExceeded> {
@@ -199,245 +265,38 @@ impl ResultPool {
         }
     }
 
-    fn keep(&self, warm: Warm, owner: u64) {
+    fn keep(&self, warm: Warm, key: RecyclingKey) {
         let capacity = warm.segment.bytes();
         let mut evicted = Vec::new();
         let mut idle = self.lock();
-        idle.push((owner, capacity), warm, capacity);
+        idle.push((key, capacity), warm, capacity);
         while idle.bytes() > self.idle_bytes_max {
             evicted.extend(idle.take_oldest());
         }
         // Freeing pages takes long enough to do it without the lock.
         drop(idle);
         for warm in evicted {
-            self.budget.free(warm.segment.bytes(), warm);
+            warm.free(&self.budget);
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Idle<(u64, u64), Warm>> {
-        // Nothing under this lock panics.
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Idle<(RecyclingKey, u64), Warm>> {
+        self.idle.lock()
     }
 }
 
 impl Reclaim for ResultPool {
-    fn reclaim(&self, bytes: u64, segments: u64) -> bool {
+    fn reclaim(&self, full: &Budget, bytes: u64, segments: u64) -> bool {
         let (mut freed_bytes, mut freed) = (0, 0);
+        let counts = |warm: &Warm| warm.segment.backing().counts_in(full);
         while freed_bytes < bytes || freed < segments {
-            let Some(oldest) = self.lock().take_oldest() else {
+            let Some(oldest) = self.lock().take_oldest_where(counts) else {
                 break;
             };
             freed_bytes += oldest.segment.bytes();
             freed += 1;
         }
         freed > 0
-    }
-}
-
-/// A result's segment, writable by the host alone, or [sealable](ResultPool::take_sealable).
-///
-/// Dropping it gives it back to the pool, or frees it if it must not be recycled.
-#[derive(Debug)]
-pub struct PoolSegment {
-    // Both taken by `drop` and `seal` only.
-    held: Option<Held>,
-    counted: Option<Counted>,
-    // None while its pages are with a guest, or were lost there.
-    parked: Option<Parked>,
-    recyclable: AtomicBool,
-    pool: Arc<ResultPool>,
-}
-
-#[derive(Debug)]
-enum Held {
-    /// With its owner.
-    Lent(Segment<Lent<Host>>, u64),
-    Sealable(Segment<Open>),
-}
-
-impl Held {
-    fn backing(&self) -> &Arc<Backing> {
-        match self {
-            Self::Lent(segment, _) => segment.backing(),
-            Self::Sealable(segment) => segment.backing(),
-        }
-    }
-}
-
-impl PoolSegment {
-    /// Its capacity: at least what was asked for, and a multiple of [`GUEST_PAGE`].
-    pub fn bytes(&self) -> u64 {
-        self.backing().bytes()
-    }
-
-    /// Which shared-memory object it is.
-    pub fn inode(&self) -> Inode {
-        self.backing().inode
-    }
-
-    /// A descriptor for a consumer. It can neither write nor be made to.
-    ///
-    /// # Errors
-    /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first.
-    pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
-        self.lent("sending a descriptor")?.readonly_fd()
-    }
-
-    /// Copies `bytes` to `offset`. Nobody may hold a mapping of this segment yet.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
-    pub fn write_at(
-        &mut self,
-        offset: u64,
-        bytes: &[u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
-        self.parked_for(offset, bytes.len() as u64)?
-            .copy_in(offset, bytes);
-        copied.add(bytes.len() as u64);
-        Ok(())
-    }
-
-    /// Copies out of `offset`.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
-    pub fn read_at(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
-        self.backing().check_range(offset, into.len() as u64)?;
-        let inode = self.inode();
-        let parked = self.parked.as_ref().ok_or(MemoryError::Away { inode })?;
-        parked.copy_out(offset, into);
-        copied.add(into.len() as u64);
-        Ok(())
-    }
-
-    /// Writes zeros to `range` (bytes). Nobody may hold a mapping of this segment yet.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
-    pub fn zero(&mut self, range: Range<u64>) -> Result<(), MemoryError> {
-        let length = range.end.saturating_sub(range.start);
-        let parked = self.parked_for(range.start, length)?;
-        parked.zero(range.start..range.start + length);
-        Ok(())
-    }
-
-    /// The mapping of the whole segment, to be moved into a guest. Without it the segment
-    /// can neither be written nor recycled. None if it was taken already.
-    pub fn take_parked(&mut self) -> Option<Parked> {
-        self.parked.take()
-    }
-
-    /// Takes back what [`Self::take_parked`] gave. A spent mapping, or one of another
-    /// segment, is dropped.
-    pub fn put_parked(&mut self, parked: Parked) {
-        if !parked.is_spent() && parked.backing_id() == self.backing().id && self.parked.is_none() {
-            self.parked = Some(parked);
-        }
-    }
-
-    /// A read-only mapping of `range` (bytes, whole guest pages), to use this result as a
-    /// kernel's input.
-    ///
-    /// # Errors
-    /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first. [`MemoryError::Park`].
-    pub fn park_as_input(
-        &self,
-        lot: &Arc<ParkingLot>,
-        range: Range<u64>,
-    ) -> Result<Parked, MemoryError> {
-        Ok(lot.take_input(self.lent("use as an input")?, range)?)
-    }
-
-    /// Forbids recycling: somebody may go on reading it (a lease expired without a release,
-    /// or another principal mapped it).
-    pub fn never_recycle(&self) {
-        self.recyclable.store(false, Ordering::Relaxed);
-    }
-
-    /// Ends all writing, for everybody. Only for a [sealable](ResultPool::take_sealable) segment.
-    ///
-    /// # Errors
-    /// [`MemoryError::SealsLocked`] for a segment that is lent for good,
-    /// [`MemoryError::StillWritable`] if its pages are in a guest; the segment comes back.
-    pub fn seal(mut self) -> Result<Segment<Sealed>, Box<Refused<Self>>> {
-        let segment = match self.held.take() {
-            Some(Held::Sealable(segment)) => segment,
-            held => {
-                self.held = held;
-                let inode = self.inode();
-                let seals = Seals::LENT_FOR_GOOD;
-                return Err(Box::new(Refused {
-                    segment: self,
-                    error: MemoryError::SealsLocked { inode, seals },
-                }));
-            }
-        };
-        self.parked = None;
-        segment.seal().map_err(|refused| {
-            self.held = Some(Held::Sealable(refused.segment));
-            Box::new(Refused {
-                segment: self,
-                error: refused.error,
-            })
-        })
-    }
-
-    fn backing(&self) -> &Arc<Backing> {
-        let held = self.held.as_ref().expect("only drop and seal take it");
-        held.backing()
-    }
-
-    fn lent(&self, operation: &'static str) -> Result<&Segment<Lent<Host>>, MemoryError> {
-        match self.held.as_ref().expect("only drop and seal take it") {
-            Held::Lent(segment, _) => Ok(segment),
-            Held::Sealable(segment) => Err(MemoryError::MissingSeals {
-                operation,
-                inode: segment.inode(),
-                seals: segment.seals()?,
-                needed: Seals::SEALED,
-            }),
-        }
-    }
-
-    fn parked_for(&mut self, offset: u64, length: u64) -> Result<&mut Parked, MemoryError> {
-        self.backing().check_range(offset, length)?;
-        let inode = self.inode();
-        self.parked.as_mut().ok_or(MemoryError::Away { inode })
-    }
-}
-
-impl Drop for PoolSegment {
-    fn drop(&mut self) {
-        let (held, counted, parked) = (self.held.take(), self.counted.take(), self.parked.take());
-        let Some(held) = held else {
-            return;
-        };
-        let recyclable = self.recyclable.load(Ordering::Relaxed);
-        match (held, counted, parked) {
-            (Held::Lent(segment, owner), Some(counted), Some(parked))
-                if recyclable && !segment.backing().has_readers() =>
-            {
-                self.pool.keep(
-                    Warm {
-                        segment,
-                        parked,
-                        counted,
-                    },
-                    owner,
-                );
-            }
-            (held, counted, parked) => {
-                let bytes = held.backing().bytes();
-                self.pool.budget.free(bytes, (held, counted, parked));
-            }
-        }
     }
 }
 

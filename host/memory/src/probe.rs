@@ -15,11 +15,11 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::io::Errno;
 use rustix::mm::{self, Advice, MprotectFlags};
 
+use crate::memfd::reopen_readonly;
 use crate::pages::{Cover, FileAccess, Reservation};
-use crate::segment::reopen_readonly;
 use crate::{
-    Budget, Copied, FrameSocket, GUEST_PAGE, GuestSpaces, HUGE_USIZE, MemoryError, PAGE_USIZE,
-    Parked, ParkingLot, PoolSegment, ResultPool, Sealed, Segment, to_usize,
+    Budget, Copied, FrameSocket, GUEST_PAGE, GuestSpaces, HUGE_USIZE, Lot, MemoryError, PAGE_USIZE,
+    Parked, PoolSegment, RecyclingKey, ResultPool, Sealed, Segment, to_usize,
 };
 
 /// The segment of most tries.
@@ -406,7 +406,7 @@ pub fn copy_and_move(sizes: &[u64], rounds: usize) -> Result<Vec<CopyAndMove>, P
 struct Bench {
     bytes: u64,
     spaces: Arc<GuestSpaces>,
-    lot: Arc<ParkingLot>,
+    lot: Arc<Lot>,
     input: Segment<Sealed>,
     output: PoolSegment,
     copied: Copied,
@@ -424,12 +424,12 @@ impl Bench {
         input.write_at(0, &vec![1; to_usize(bytes)], &copied)?;
         let input = input.seal().map_err(|refused| refused.error)?;
         let pool = ResultPool::new(budget, 0);
-        let mut output = pool.take(bytes, 0)?;
-        output.zero(0..bytes)?;
+        let output = pool.take(bytes, RecyclingKey([0; 32]), pool.budget())?;
+        output.pages().zero(0..bytes)?;
         Ok(Self {
             bytes,
             spaces: GuestSpaces::new(1),
-            lot: ParkingLot::new(16, u64::MAX),
+            lot: Lot::new(16, u64::MAX),
             input,
             output,
             copied,
@@ -473,7 +473,7 @@ impl Bench {
         for page in guest[to.clone()].chunks_mut(PAGE_USIZE) {
             page[0] = 1;
         }
-        self.output.write_at(0, &guest[to], &self.copied)?;
+        self.output.pages().write_at(0, &guest[to], &self.copied)?;
         drop(space);
         Ok(begin.elapsed())
     }
@@ -494,7 +494,7 @@ impl Bench {
             .take_input(&self.input, whole.clone())
             .map_err(MemoryError::from)?;
         let input = go(parked, from.start)?;
-        let parked = self.output.take_parked().ok_or(ProbeError::Wrong(
+        let parked = self.output.pages().take_parked().ok_or(ProbeError::Wrong(
             "the result's mapping is not at home after a move",
         ))?;
         let output = go(parked, to.start)?;
@@ -510,7 +510,9 @@ impl Bench {
         }
         let wrong = |_| ProbeError::Wrong("a window could not be moved home");
         self.lot.give_back(input.move_home().map_err(wrong)?);
-        self.output.put_parked(output.move_home().map_err(wrong)?);
+        self.output
+            .pages()
+            .put_parked(output.move_home().map_err(wrong)?);
         drop(space);
         Ok(begin.elapsed())
     }

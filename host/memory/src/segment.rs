@@ -4,16 +4,20 @@ use std::fmt;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::{Deref, Range};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
+use rustix::fs::{OFlags, SealFlags};
 
-use crate::budget::SegmentCharge;
+use crate::backing::{Backing, Descriptor, Life, Maker};
+use crate::memfd::{create_memfd, inode_of, reopen, reopen_readonly};
 use crate::pages::{FileAccess, Reservation, map_for_reading};
-use crate::parking::ParkingLot;
-use crate::{Budget, BudgetExceeded, Copied, HugeBirths, Inode, PAGE, to_usize};
+use crate::segment_charge::SegmentCharge;
+use crate::{
+    Budget, Copied, HugeBirths, Inode, KeepsMappings, MemoryError, PAGE, Refused, Seals, Shared,
+    to_usize,
+};
 
 /// Anybody who has the descriptor can write; the host copies bytes in and out.
 #[derive(Debug)]
@@ -46,179 +50,6 @@ impl Parkable for Sealed {}
 impl Parkable for Lent<Host> {}
 impl Parkable for Lent<Client> {}
 
-/// Why an operation on a segment was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// The host's budget is full.
-    #[error(transparent)]
-    Budget(#[from] BudgetExceeded),
-    /// The operating system refused.
-    #[error("{operation} of {bytes} bytes failed: {source}")]
-    System {
-        /// What was tried.
-        operation: &'static str,
-        /// On how many bytes.
-        bytes: u64,
-        /// The operating system's answer.
-        source: io::Error,
-    },
-    /// A byte range ends outside the segment.
-    #[error("bytes {offset} to {end} are not within segment {inode} of {bytes} bytes", end = u128::from(*offset) + u128::from(*length))]
-    OutOfRange {
-        /// First byte asked for.
-        offset: u64,
-        /// Bytes asked for.
-        length: u64,
-        /// Bytes that there are.
-        bytes: u64,
-        /// Which segment.
-        inode: Inode,
-    },
-    /// Sealing was refused because a writable mapping lives.
-    #[error(
-        "segment {inode} is still mapped writable; unmap it or replace that mapping by a read-only one, then seal again"
-    )]
-    StillWritable {
-        /// Which segment.
-        inode: Inode,
-    },
-    /// Its creator forbade further seals, or gave a descriptor that cannot seal.
-    #[error(
-        "segment {inode} takes no further seals (it has {seals}); seal it with F_SEAL_WRITE before handing it over"
-    )]
-    SealsLocked {
-        /// Which segment.
-        inode: Inode,
-        /// The seals that it has.
-        seals: Seals,
-    },
-    /// Somebody holds a file lease on it, which would have made us wait.
-    #[error(
-        "somebody holds a file lease (F_SETLEASE) on segment {inode}; let go of it, then try again"
-    )]
-    Leased {
-        /// Which segment.
-        inode: Inode,
-    },
-    /// The operation needs seals that the segment lacks.
-    #[error("segment {inode} has the seals {seals}, but {operation} needs {needed}")]
-    MissingSeals {
-        /// What was tried.
-        operation: &'static str,
-        /// Which segment.
-        inode: Inode,
-        /// The seals that it has.
-        seals: Seals,
-        /// The seals that it must have.
-        needed: Seals,
-    },
-    /// Its pages are in a guest at the moment, or were lost there.
-    #[error(
-        "the pages of segment {inode} are not at home; end the invocation that uses them first"
-    )]
-    Away {
-        /// Which segment.
-        inode: Inode,
-    },
-    /// The pages could not be parked.
-    #[error(transparent)]
-    Park(#[from] crate::ParkError),
-}
-
-impl MemoryError {
-    pub(crate) fn system(
-        operation: &'static str,
-        bytes: u64,
-        source: impl Into<io::Error>,
-    ) -> Self {
-        Self::System {
-            operation,
-            bytes,
-            source: source.into(),
-        }
-    }
-}
-
-/// An operation that consumes a segment was refused; here it is back.
-#[derive(Debug, thiserror::Error)]
-#[error("{error}")]
-pub struct Refused<T: fmt::Debug> {
-    /// What the operation was called on, unchanged.
-    pub segment: T,
-    /// Why.
-    #[source]
-    pub error: MemoryError,
-}
-
-/// The seals of a memfd, by their names in text.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Seals(SealFlags);
-
-impl Seals {
-    pub(crate) const SIZE: Self = Self(SealFlags::SHRINK.union(SealFlags::GROW));
-    pub(crate) const SEALED: Self = Self(SealFlags::WRITE.union(Self::SIZE.0));
-    pub(crate) const LENT: Self = Self(SealFlags::FUTURE_WRITE.union(Self::SIZE.0));
-    pub(crate) const LENT_FOR_GOOD: Self = Self(Self::LENT.0.union(SealFlags::SEAL));
-
-    pub(crate) fn of(fd: BorrowedFd<'_>) -> rustix::io::Result<Self> {
-        rustix::fs::fcntl_get_seals(fd).map(Self)
-    }
-
-    pub(crate) fn contains(self, other: Self) -> bool {
-        self.0.contains(other.0)
-    }
-
-    /// Nobody can write any more.
-    pub fn no_writes(self) -> bool {
-        self.0.contains(SealFlags::WRITE)
-    }
-
-    /// Nobody can make a new writable mapping any more.
-    pub fn no_future_writes(self) -> bool {
-        self.0.contains(SealFlags::FUTURE_WRITE)
-    }
-
-    /// Nobody can make it smaller any more.
-    pub fn no_shrinking(self) -> bool {
-        self.0.contains(SealFlags::SHRINK)
-    }
-
-    /// Nobody can make it bigger any more.
-    pub fn no_growing(self) -> bool {
-        self.0.contains(SealFlags::GROW)
-    }
-
-    /// Nobody can add a seal any more.
-    pub fn no_seals(self) -> bool {
-        self.0.contains(SealFlags::SEAL)
-    }
-}
-
-impl fmt::Display for Seals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names: Vec<_> = [
-            (SealFlags::WRITE, "F_SEAL_WRITE"),
-            (SealFlags::FUTURE_WRITE, "F_SEAL_FUTURE_WRITE"),
-            (SealFlags::SHRINK, "F_SEAL_SHRINK"),
-            (SealFlags::GROW, "F_SEAL_GROW"),
-            (SealFlags::SEAL, "F_SEAL_SEAL"),
-            (SealFlags::EXEC, "F_SEAL_EXEC"),
-        ]
-        .into_iter()
-        .filter(|(flag, _)| self.0.contains(*flag))
-        .map(|(_, name)| name)
-        .collect();
-        f.write_str(if names.is_empty() { "none" } else { "" })?;
-        f.write_str(&names.join(" | "))
-    }
-}
-
-impl fmt::Debug for Seals {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 /// A memfd of fixed size, charged to a [`Budget`] until it and every mapping of it that this
 /// crate made are gone. What can be done with it depends on its kind `K`: [`Open`],
 /// [`Sealed`] or [`Lent`].
@@ -227,38 +58,37 @@ pub struct Segment<K> {
     kind: PhantomData<fn() -> K>,
 }
 
-/// The one descriptor that a segment holds, shared with the frames that are to carry it.
-enum Descriptor {
-    /// It can add seals, and perhaps write.
-    Writer(Arc<OwnedFd>),
-    /// A file description of our own that only reads: fit to be sent to anybody.
-    Reader(Arc<OwnedFd>),
-}
-
-impl Descriptor {
-    fn get(&self) -> &Arc<OwnedFd> {
-        match self {
-            Self::Writer(fd) | Self::Reader(fd) => fd,
-        }
-    }
-}
-
 impl<K> Segment<K> {
     /// Around a descriptor that may be able to write.
     pub(crate) fn from_writer(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
-        Self::from_parts(Descriptor::Writer(Arc::new(fd)), inode, charge)
+        Self::from_parts(Descriptor::Writer(Arc::new(fd)), inode, charge, Maker::Host)
     }
 
-    /// Around what [`reopen_readonly`] gave.
-    pub(crate) fn from_reader(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
-        Self::from_parts(Descriptor::Reader(Arc::new(fd)), inode, charge)
+    /// Around the descriptor of a client, which made the file.
+    pub(crate) fn from_client(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
+        Self::from_parts(
+            Descriptor::Writer(Arc::new(fd)),
+            inode,
+            charge,
+            Maker::Client,
+        )
     }
 
-    fn from_parts(fd: Descriptor, inode: Inode, charge: SegmentCharge) -> Self {
+    /// As [`Self::from_client`], around what [`reopen_readonly`] gave of it.
+    pub(crate) fn from_client_reader(fd: OwnedFd, inode: Inode, charge: SegmentCharge) -> Self {
+        Self::from_parts(
+            Descriptor::Reader(Arc::new(fd)),
+            inode,
+            charge,
+            Maker::Client,
+        )
+    }
+
+    fn from_parts(fd: Descriptor, inode: Inode, charge: SegmentCharge, maker: Maker) -> Self {
         Self {
             life: Life {
                 fd,
-                backing: Arc::new(Backing::new(inode, charge)),
+                backing: Arc::new(Backing::new(inode, charge, maker)),
             },
             kind: PhantomData,
         }
@@ -290,10 +120,16 @@ impl<K> Segment<K> {
     /// # Errors
     /// [`MemoryError::Leased`]; [`MemoryError::System`], for instance if there are no descriptors left.
     pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
+        self.backing().handed_out.store(true, Ordering::Relaxed);
         match &self.life.fd {
             Descriptor::Reader(fd) => Ok(Arc::clone(fd)),
             Descriptor::Writer(_) => self.reopened().map(Arc::new),
         }
+    }
+
+    /// Which segment it is, by a number that is not used twice in this process.
+    pub fn number(&self) -> u64 {
+        self.backing().id
     }
 
     fn reopened(&self) -> Result<OwnedFd, MemoryError> {
@@ -303,6 +139,22 @@ impl<K> Segment<K> {
             },
             _ => MemoryError::system("opening read-only", self.bytes(), errno),
         })
+    }
+
+    /// A memfd of `bytes` bytes that the host made, in another process of it. `counted` counts what that has open.
+    pub(crate) fn of_host(
+        fd: OwnedFd,
+        bytes: u64,
+        counted: &Arc<Budget>,
+    ) -> Result<Self, MemoryError> {
+        let failed = |source| MemoryError::system("fstat", bytes, source);
+        let stat = rustix::fs::fstat(&fd).map_err(failed)?;
+        if u64::try_from(stat.st_size) != Ok(bytes) {
+            return Err(failed(rustix::io::Errno::INVAL));
+        }
+        let charge = SegmentCharge::reserve(counted, bytes)?;
+        let inode = inode_of(fd.as_fd()).map_err(failed)?;
+        Ok(Self::from_writer(fd, inode, charge))
     }
 
     pub(crate) fn fd(&self) -> BorrowedFd<'_> {
@@ -317,7 +169,11 @@ impl<K> Segment<K> {
         self.backing().check_range(offset, length)
     }
 
-    fn read_by_descriptor(
+    /// Copies out of `offset`. Whoever can still write may be writing meanwhile.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`], [`MemoryError::System`].
+    pub fn read_at(
         &self,
         offset: u64,
         into: &mut [u8],
@@ -386,6 +242,20 @@ impl<K> Segment<K> {
     }
 }
 
+impl<K: Parkable> Segment<K> {
+    /// What another process of the host needs in order to read it; `keeper` is told when the segment goes.
+    ///
+    /// # Errors
+    /// As [`Self::readonly_fd`].
+    pub fn share(&self, keeper: &Arc<dyn KeepsMappings>) -> Result<Shared, MemoryError> {
+        self.backing().parked_in(keeper);
+        Ok(Shared {
+            fd: self.readonly_fd()?,
+            bytes: self.bytes(),
+        })
+    }
+}
+
 impl Segment<Open> {
     /// A new segment of at least `bytes` zeros (a multiple of [`PAGE`], at least one).
     ///
@@ -398,7 +268,7 @@ impl Segment<Open> {
             .ok_or_else(|| {
                 MemoryError::system("creating a segment", bytes, rustix::io::Errno::FBIG)
             })?;
-        let charge = budget.try_reserve_segment(bytes)?;
+        let charge = SegmentCharge::reserve(budget, bytes)?;
         let fd =
             create_memfd().map_err(|source| MemoryError::system("memfd_create", bytes, source))?;
         rustix::fs::ftruncate(&fd, bytes)
@@ -408,9 +278,16 @@ impl Segment<Open> {
         let fixed = SealFlags::SHRINK | SealFlags::GROW;
         rustix::fs::fcntl_add_seals(&fd, fixed)
             .map_err(|source| MemoryError::system("F_ADD_SEALS", bytes, source))?;
+        // The description that `memfd_create` gave is not among those that Linux counts as open, see `held.rs`.
+        let fd = reopen(fd.as_fd(), OFlags::RDWR)
+            .map_err(|source| MemoryError::system("opening a new memfd", bytes, source))?;
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
         Ok(Self::from_writer(fd, inode, charge))
+    }
+
+    pub(crate) fn writer(&self) -> Arc<OwnedFd> {
+        Arc::clone(self.life.fd.get())
     }
 
     /// Backs `range` (bytes), which this process is about to fill and nobody has written yet, with
@@ -450,21 +327,9 @@ impl Segment<Open> {
         Ok(())
     }
 
-    /// Copies out of `offset`. Another process may be writing meanwhile.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::System`].
-    pub fn read_at(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
-        self.read_by_descriptor(offset, into, copied)
-    }
-
     /// The descriptor that can write, for the client that fills the segment.
     pub fn client_fd(&self) -> Arc<OwnedFd> {
+        self.backing().handed_out.store(true, Ordering::Relaxed);
         Arc::clone(self.life.fd.get())
     }
 
@@ -491,6 +356,16 @@ impl Segment<Open> {
     }
 }
 
+impl Segment<Lent<Host>> {
+    /// In a process of the host: what it is to read, of `bytes` bytes, and cannot shrink. `counted` counts what it has open.
+    ///
+    /// # Errors
+    /// [`MemoryError::Budget`]; [`MemoryError::System`], also if it has another size.
+    pub fn received(fd: OwnedFd, bytes: u64, counted: &Arc<Budget>) -> Result<Self, MemoryError> {
+        Self::of_host(fd, bytes, counted)
+    }
+}
+
 impl Segment<Lent<Client>> {
     /// Ends all writing, for everybody.
     ///
@@ -500,35 +375,9 @@ impl Segment<Lent<Client>> {
     pub fn seal(self) -> Result<Segment<Sealed>, Refused<Self>> {
         self.with_last_seals(Seals::SEALED)
     }
-
-    /// Copies out of `offset`. The client may be writing meanwhile.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::System`].
-    pub fn read_at(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
-        self.read_by_descriptor(offset, into, copied)
-    }
 }
 
 impl Segment<Sealed> {
-    /// Copies out of `offset`.
-    ///
-    /// # Errors
-    /// [`MemoryError::OutOfRange`], [`MemoryError::System`].
-    pub fn read_at(
-        &self,
-        offset: u64,
-        into: &mut [u8],
-        copied: &Copied,
-    ) -> Result<(), MemoryError> {
-        self.read_by_descriptor(offset, into, copied)
-    }
-
     /// Maps all of it for reading.
     ///
     /// # Errors
@@ -608,151 +457,5 @@ impl fmt::Debug for SealedBytes {
         f.debug_struct("SealedBytes")
             .field("bytes", &self.bytes)
             .finish_non_exhaustive()
-    }
-}
-
-/// What a segment and its parked mappings share. Lives, with the charge, until the last of
-/// them is gone.
-#[derive(Debug)]
-pub(crate) struct Backing {
-    /// Unlike an inode number never used twice in this process.
-    pub(crate) id: u64,
-    pub(crate) inode: Inode,
-    charge: SegmentCharge,
-    gone: AtomicBool,
-    // Read-only parkings that are with an invocation now: until they are back, the pages of
-    // a result must not be handed to the next invocation.
-    readers: AtomicUsize,
-    lots: Mutex<Vec<Weak<ParkingLot>>>,
-}
-
-impl Backing {
-    fn new(inode: Inode, charge: SegmentCharge) -> Self {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
-        Self {
-            id: NEXT.fetch_add(1, Ordering::Relaxed),
-            inode,
-            charge,
-            gone: AtomicBool::new(false),
-            readers: AtomicUsize::new(0),
-            lots: Mutex::new(Vec::new()),
-        }
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        self.charge.bytes()
-    }
-
-    /// The segment was dropped: its mappings must not be kept for later.
-    pub(crate) fn is_gone(&self) -> bool {
-        self.gone.load(Ordering::Acquire)
-    }
-
-    pub(crate) fn has_readers(&self) -> bool {
-        self.readers.load(Ordering::Acquire) > 0
-    }
-
-    pub(crate) fn check_range(&self, offset: u64, length: u64) -> Result<(), MemoryError> {
-        let bytes = self.bytes();
-        if offset > bytes || length > bytes - offset {
-            return Err(MemoryError::OutOfRange {
-                offset,
-                length,
-                bytes,
-                inode: self.inode,
-            });
-        }
-        Ok(())
-    }
-
-    /// Remembers a lot that may keep mappings of this segment.
-    pub(crate) fn parked_in(&self, lot: &Arc<ParkingLot>) {
-        let mut lots = self.lots.lock().unwrap_or_else(PoisonError::into_inner);
-        if !lots.iter().any(|known| known.as_ptr() == Arc::as_ptr(lot)) {
-            lots.push(Arc::downgrade(lot));
-        }
-    }
-}
-
-/// A read-only parking that is with an invocation.
-#[derive(Debug)]
-pub(crate) struct Reader(Arc<Backing>);
-
-impl Reader {
-    pub(crate) fn new(backing: &Arc<Backing>) -> Self {
-        backing.readers.fetch_add(1, Ordering::AcqRel);
-        Self(Arc::clone(backing))
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        self.0.readers.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-/// Held by the segment alone: when it goes, the lots let go of the idle mappings, and its pages
-/// are freed with the descriptor, unless somebody else has them.
-struct Life {
-    fd: Descriptor,
-    backing: Arc<Backing>,
-}
-
-impl Drop for Life {
-    fn drop(&mut self) {
-        let backing = &self.backing;
-        backing.gone.store(true, Ordering::Release);
-        let lots =
-            std::mem::take(&mut *backing.lots.lock().unwrap_or_else(PoisonError::into_inner));
-        let idle: Vec<_> = lots
-            .iter()
-            .filter_map(Weak::upgrade)
-            .flat_map(|lot| lot.take_backing(backing.id))
-            .collect();
-        // The charge goes last: until then the memory is not free.
-        let pages = (idle, Arc::clone(self.fd.get()), Arc::clone(backing));
-        backing.charge.free(pages);
-    }
-}
-
-/// Bytes `range` of a segment of `bytes` bytes, as a range of whole guest pages.
-pub(crate) fn guest_pages(range: &Range<u64>, bytes: u64) -> bool {
-    range.start < range.end
-        && range.start.is_multiple_of(crate::GUEST_PAGE)
-        && range.end.is_multiple_of(crate::GUEST_PAGE)
-        && range.end <= bytes
-}
-
-pub(crate) fn inode_of(fd: BorrowedFd<'_>) -> rustix::io::Result<Inode> {
-    let stat = rustix::fs::fstat(fd)?;
-    Ok(Inode {
-        device: stat.st_dev,
-        inode: stat.st_ino,
-    })
-}
-
-/// A file description of our own that only reads. `/proc/self/fd` stays open to a process
-/// itself when it is not dumpable.
-///
-/// # Errors
-/// `WOULDBLOCK` if somebody holds a write lease on the file (`F_SETLEASE`): without `O_NONBLOCK`
-/// this would wait for that process, up to `fs.lease-break-time`.
-pub(crate) fn reopen_readonly(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
-    let fd = rustix::fs::open(
-        format!("/proc/self/fd/{}", fd.as_raw_fd()),
-        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
-        Mode::empty(),
-    )?;
-    // Whoever gets it may take the flag for that of a socket.
-    rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
-    Ok(fd)
-}
-
-fn create_memfd() -> rustix::io::Result<OwnedFd> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    match rustix::fs::memfd_create("strait", flags | MemfdFlags::NOEXEC_SEAL) {
-        // Linux before 6.3 does not know NOEXEC_SEAL.
-        Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create("strait", flags),
-        result => result,
     }
 }

@@ -305,6 +305,20 @@ impl FrameSocket {
         set_nonblocking(self.fd.as_fd(), nonblocking)
     }
 
+    /// About how many bytes of what was sent, with what the kernel keeps beside them, the peer has not received yet:
+    /// 0 if it has received all, and with it every descriptor.
+    ///
+    /// # Errors
+    /// Any error of `SIOCOUTQ`.
+    pub fn unread_bytes(&self) -> io::Result<u64> {
+        let mut bytes: libc::c_int = 0;
+        // SAFETY: the descriptor is open, and SIOCOUTQ (the number of TIOCOUTQ) writes one integer.
+        match unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) } {
+            0 => Ok(u64::try_from(bytes).unwrap_or(0)),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
     /// Ends the connection for every descriptor of it, in both directions: a thread that
     /// waits in [`Self::recv`] on it sees the end.
     ///
@@ -313,6 +327,19 @@ impl FrameSocket {
     pub fn shutdown(&self) -> io::Result<()> {
         rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both)?;
         Ok(())
+    }
+}
+
+/// Around an end of a connection that was inherited or received.
+impl From<OwnedFd> for FrameSocket {
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
+impl From<FrameSocket> for OwnedFd {
+    fn from(socket: FrameSocket) -> Self {
+        socket.fd
     }
 }
 
@@ -378,7 +405,7 @@ fn lock_directory(path: &Path) -> io::Result<OwnedFd> {
                     pids => format!("process {}", pids.join(", ")),
                 };
                 let text = format!(
-                    "{who} holds a lock (flock) on the directory {} and has not let go for {} s; end it, or take another directory",
+                    "{who} holds a lock (flock) on the directory {} and has not released it for {} s; end it, or take another directory",
                     directory.display(),
                     LOCK_WAIT.as_secs()
                 );

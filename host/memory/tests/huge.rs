@@ -4,7 +4,7 @@ mod common;
 
 use std::sync::Arc;
 
-use common::budget;
+use common::{budget, key};
 use strait_memory::{Copied, HUGE, HugeBirths, ReadMapping, ResultPool, Segment, WriteMapping};
 
 const MIB: u64 = 1 << 20;
@@ -43,8 +43,8 @@ fn a_large_result_is_born_in_huge_pages() {
         (33 * MIB, 30 * MIB),
     ] {
         let before = pool.stats();
-        let mut result = pool.take(bytes, 1).expect("fits");
-        let parked = result.take_parked().expect("at home");
+        let result = pool.take(bytes, key(1), pool.budget()).expect("fits");
+        let parked = result.pages().take_parked().expect("at home");
         let stats = pool.stats();
         assert_eq!(
             stats.huge_asked_bytes - before.huge_asked_bytes,
@@ -54,7 +54,7 @@ fn a_large_result_is_born_in_huge_pages() {
         let huge = stats.huge_bytes - before.huge_bytes;
         assert!(huge <= asked, "{huge} of {asked}");
         assert_eq!(mapped_huge(parked.address()), huge, "{bytes}");
-        result.put_parked(parked);
+        result.pages().put_parked(parked);
         let mut all = vec![1; to_usize(bytes)];
         result.read_at(0, &mut all, &Copied::new()).expect("within");
         assert!(all.iter().all(|byte| *byte == 0), "{bytes} bytes of zeros");

@@ -7,15 +7,15 @@ use std::sync::Arc;
 
 use rustix::fs::SealFlags;
 use strait_memory::{
-    Adopted, Copied, FrameSocket, GUEST_PAGE, GuestSpaces, ParkingLot, ReadMapping, ResultPool,
-    Scrap, Segment, WriteMapping, adopt, process,
+    Adopted, Copied, FrameSocket, GUEST_PAGE, GuestSpaces, Lot, ReadMapping, ResultPool, Scrap,
+    Segment, WriteMapping, adopt, process,
 };
 
 // One test in this file, since it counts what the whole process holds.
 #[test]
 fn a_thousand_rounds_leave_nothing_behind() {
     let (budget, copied) = (common::budget(), Copied::new());
-    let lot = ParkingLot::new(8, 8 * GUEST_PAGE);
+    let lot = Lot::new(8, 8 * GUEST_PAGE);
     let pool = ResultPool::new(Arc::clone(&budget), 8 * GUEST_PAGE);
     let spaces = GuestSpaces::new(2);
     let (one, other) = FrameSocket::pair().expect("descriptors are left");
@@ -57,9 +57,11 @@ fn a_thousand_rounds_leave_nothing_behind() {
 
         let space = spaces.take(1 << 32).expect("address space");
         space.make_accessible(0, 1 << 21).expect("within");
-        let mut result = pool.take(bytes, round % 2).expect("fits");
+        let result = pool
+            .take(bytes, common::key(round % 2), pool.budget())
+            .expect("fits");
         let place = |page: usize| space.base() + page * 65_536;
-        let output = result.take_parked().expect("at home");
+        let output = result.pages().take_parked().expect("at home");
         let output = output
             .move_into(0..GUEST_PAGE, &space, place(10))
             .expect("room");
@@ -85,14 +87,16 @@ fn a_thousand_rounds_leave_nothing_behind() {
         }
         lot.give_back(input.move_home().expect("covered"));
         lot.give_back(refused.parked);
-        result.put_parked(output.move_home().expect("covered"));
-        result.write_at(0, b"y", &copied).expect("at home");
+        result
+            .pages()
+            .put_parked(output.move_home().expect("covered"));
+        result.pages().write_at(0, b"y", &copied).expect("at home");
         let consumer = result.readonly_fd().expect("lent");
         drop(ReadMapping::of_result(consumer, 100).expect("lent"));
         if round % 3 == 0 {
             result.never_recycle();
         }
-        let sealable = pool.take_sealable(bytes).expect("fits");
+        let sealable = pool.take_sealable(bytes, pool.budget()).expect("fits");
         drop(sealable.seal().expect("at home"));
     }
     let (before, reserved) = before.expect("round 100 came");

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use rustix::mm::{MapFlags, ProtFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use strait_memory::{
-    Copied, GuestSpaces, ParkError, ParkingLot, PoolSegment, ResultPool, SCRAP_BYTES, Scrap,
-    Sealed, Segment, process,
+    Copied, GuestSpaces, Lot, ParkError, PoolSegment, ResultPool, SCRAP_BYTES, Scrap, Sealed,
+    Segment, process,
 };
 
 const MIB: u64 = 1 << 20;
@@ -30,7 +30,7 @@ fn alone(name: &str) -> bool {
 }
 
 struct Setting {
-    lot: Arc<ParkingLot>,
+    lot: Arc<Lot>,
     pool: Arc<ResultPool>,
     spaces: Arc<GuestSpaces>,
     input: Segment<Sealed>,
@@ -47,12 +47,15 @@ impl Setting {
             .write_at(0, &expected, &Copied::new())
             .expect("within");
         let pool = ResultPool::new(Arc::clone(&budget), 1 << 30);
-        let mut result = pool.take(bytes, 1).expect("fits");
+        let result = pool
+            .take(bytes, common::key(1), pool.budget())
+            .expect("fits");
         result
+            .pages()
             .write_at(0, &expected, &Copied::new())
             .expect("at home");
         Self {
-            lot: ParkingLot::new(100, 1 << 30),
+            lot: Lot::new(100, 1 << 30),
             result,
             pool,
             spaces: GuestSpaces::new(4),
@@ -74,8 +77,12 @@ impl Setting {
             assert!(written == self.expected);
         } else {
             assert!(refused);
-            self.result = self.pool.take(self.result.bytes(), 1).expect("fits");
+            self.result = self
+                .pool
+                .take(self.result.bytes(), common::key(1), self.pool.budget())
+                .expect("fits");
             self.result
+                .pages()
                 .write_at(0, &self.expected, &copied)
                 .expect("at home");
         }
@@ -94,7 +101,7 @@ impl Setting {
             self.lot.give_back(refused.parked);
             error
         })?;
-        let Some(output) = self.result.take_parked() else {
+        let Some(output) = self.result.pages().take_parked() else {
             return Err(ParkError::Spent {
                 inode: self.result.inode(),
             });
@@ -103,19 +110,19 @@ impl Setting {
         let output = match output.move_into(0..bytes, &space, at) {
             Ok(output) => output,
             Err(refused) => {
-                self.result.put_parked(refused.parked);
+                self.result.pages().put_parked(refused.parked);
                 return Err(refused.error);
             }
         };
         let home = output.move_home();
         match home {
-            Ok(parked) => self.result.put_parked(parked),
+            Ok(parked) => self.result.pages().put_parked(parked),
             Err(poisoned) => {
                 assert!(space.is_poisoned());
                 poisoned
                     .parked
                     .into_iter()
-                    .for_each(|parked| self.result.put_parked(parked));
+                    .for_each(|parked| self.result.pages().put_parked(parked));
                 return Err(poisoned.error);
             }
         }

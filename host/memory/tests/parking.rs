@@ -1,55 +1,21 @@
-//! Parking, moving and the result pool, one rule at a time.
+//! Parking and moving, one rule at a time.
 
 mod common;
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 
-use common::{budget, pattern, peek, peek_all, poke, shared_mapping};
-use strait_memory::{
-    Access, Budget, Copied, FaultRange, GUEST_PAGE, GuestSpace, GuestSpaces, HUGE, MemoryError,
-    ParkError, Parked, ParkingLot, ResultPool, Scrap, Sealed, Segment, Window, process,
+use common::{
+    GUEST_BYTES, MIB, budget, guest, key, pattern, peek, peek_all, poke, sealed, to_usize, window,
 };
-
-const MIB: u64 = 1 << 20;
-const GUEST_BYTES: usize = 4 << 30;
-
-fn to_usize(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("64 bits")
-}
-
-/// A sealed segment with `pattern(seed)` in it.
-fn sealed(budget: &Arc<Budget>, seed: u64, bytes: u64) -> Segment<Sealed> {
-    let segment = Segment::create(bytes, budget).expect("fits");
-    segment
-        .write_at(0, &pattern(seed, bytes), &Copied::new())
-        .expect("within");
-    segment.seal().expect("unmapped")
-}
-
-/// A guest with its first `bytes` accessible.
-fn guest(bytes: u64) -> Arc<GuestSpace> {
-    let space = GuestSpaces::new(0)
-        .take(GUEST_BYTES)
-        .expect("address space");
-    space.make_accessible(0, to_usize(bytes)).expect("within");
-    space
-}
-
-fn window(
-    parked: Parked,
-    part: std::ops::Range<u64>,
-    space: &Arc<GuestSpace>,
-    offset: u64,
-) -> Window {
-    parked
-        .move_into(part, space, space.base() + to_usize(offset))
-        .expect("there is room")
-}
+use strait_memory::{
+    Access, FaultRange, GUEST_PAGE, GuestSpaces, HUGE, Lot, ParkError, ResultPool, Scrap, Segment,
+    process,
+};
 
 #[test]
 fn an_input_is_the_same_pages_in_the_guest() {
-    let (budget, lot) = (budget(), ParkingLot::new(10, 1 << 30));
+    let (budget, lot) = (budget(), Lot::new(10, 1 << 30));
     let segment = sealed(&budget, 1, 8 * MIB);
     let parked = lot.take_input(&segment, 2 * MIB..6 * MIB).expect("room");
     assert_eq!((parked.bytes(), parked.file_offset()), (4 * MIB, 2 * MIB));
@@ -96,7 +62,7 @@ fn an_input_is_the_same_pages_in_the_guest() {
 
 #[test]
 fn an_input_can_be_parked_twice_and_goes_with_its_segment() {
-    let (budget, lot) = (budget(), ParkingLot::new(10, 1 << 30));
+    let (budget, lot) = (budget(), Lot::new(10, 1 << 30));
     let segment = sealed(&budget, 1, MIB);
     let one = lot.take_input(&segment, 0..MIB).expect("room");
     let two = lot.take_input(&segment, 0..MIB).expect("room");
@@ -118,7 +84,7 @@ fn an_input_can_be_parked_twice_and_goes_with_its_segment() {
 
 #[test]
 fn a_lot_is_bounded_by_count_and_bytes() {
-    let (budget, lot) = (budget(), ParkingLot::new(3, 5 * MIB));
+    let (budget, lot) = (budget(), Lot::new(3, 5 * MIB));
     let segments: Vec<_> = (0..4).map(|seed| sealed(&budget, seed, 2 * MIB)).collect();
     let park = |index: usize| lot.take_input(&segments[index], 0..2 * MIB);
     let three: Vec<_> = (0..3).map(|index| park(index).expect("room")).collect();
@@ -145,7 +111,7 @@ fn a_lot_is_bounded_by_count_and_bytes() {
 
 #[test]
 fn what_is_not_whole_guest_pages_is_refused() {
-    let (budget, lot) = (budget(), ParkingLot::new(3, 5 * MIB));
+    let (budget, lot) = (budget(), Lot::new(3, 5 * MIB));
     let segment = sealed(&budget, 1, MIB);
     for range in [
         1..MIB,
@@ -179,7 +145,7 @@ fn what_is_not_whole_guest_pages_is_refused() {
 
 #[test]
 fn windows_stay_in_accessible_memory_and_do_not_meet() {
-    let (budget, lot) = (budget(), ParkingLot::new(30, 5 * MIB));
+    let (budget, lot) = (budget(), Lot::new(30, 5 * MIB));
     let segment = sealed(&budget, 1, MIB);
     let park = || lot.take_input(&segment, 0..MIB).expect("room");
     let space = guest(4 * MIB);
@@ -230,7 +196,7 @@ fn windows_stay_in_accessible_memory_and_do_not_meet() {
 
 #[test]
 fn a_reservation_is_reused_without_a_trace() {
-    let (budget, lot) = (budget(), ParkingLot::new(30, 1 << 30));
+    let (budget, lot) = (budget(), Lot::new(30, 1 << 30));
     let segment = sealed(&budget, 1, MIB);
     let spaces = GuestSpaces::new(1);
     let space = spaces.take(GUEST_BYTES).expect("address space");
@@ -271,7 +237,7 @@ fn a_reservation_is_reused_without_a_trace() {
 
 #[test]
 fn a_dirty_input_never_comes_back() {
-    let (budget, lot) = (budget(), ParkingLot::new(30, 1 << 30));
+    let (budget, lot) = (budget(), Lot::new(30, 1 << 30));
     let segment = sealed(&budget, 9, MIB);
     let space = guest(4 * MIB);
     let window = window(
@@ -357,7 +323,7 @@ fn a_real_fault_is_survived_once_for_a_window() {
         assert!(status.success(), "{status}");
         return;
     }
-    let lot = ParkingLot::new(30, 1 << 30);
+    let lot = Lot::new(30, 1 << 30);
     let segment = sealed(&budget(), 4, MIB);
     let space = guest(4 * MIB);
     let window = window(
@@ -388,215 +354,8 @@ fn a_real_fault_is_survived_once_for_a_window() {
 }
 
 #[test]
-fn a_result_is_written_in_the_guest_and_by_nobody_else() {
-    let (budget, copied) = (budget(), Copied::new());
-    let pool = ResultPool::new(Arc::clone(&budget), 1 << 30);
-    let mut result = pool.take(5 * MIB, 1000).expect("fits");
-    assert_eq!((result.bytes(), budget.used()), (5 * MIB, 5 * MIB));
-    result.write_at(0, b"ARROW1", &copied).expect("within");
-    let space = guest(16 * MIB);
-    let parked = result.take_parked().expect("at home");
-    assert!(matches!(
-        result.write_at(0, b"x", &copied),
-        Err(MemoryError::Away { .. })
-    ));
-    assert!(matches!(
-        result.read_at(0, &mut [0], &copied),
-        Err(MemoryError::Away { .. })
-    ));
-    assert!(result.take_parked().is_none());
-    let window = window(parked, GUEST_PAGE..4 * MIB, &space, 2 * MIB + GUEST_PAGE);
-    // SAFETY: the window is writable.
-    unsafe { poke(window.address() + 3, 42) };
-    let range = window.fault_range();
-    // SAFETY: the window is in its guest.
-    let handled = unsafe { range.divert_in_signal(&SCRAP) };
-    assert!(!handled, "a result never faults like this");
-    result.put_parked(window.move_home().expect("covered"));
-
-    let mut read = [0; 6];
-    result
-        .read_at(GUEST_PAGE, &mut read, &copied)
-        .expect("within");
-    assert_eq!(read, [0, 0, 0, 42, 0, 0]);
-    result.zero(GUEST_PAGE + 3..GUEST_PAGE + 4).expect("within");
-    result
-        .read_at(GUEST_PAGE, &mut read, &copied)
-        .expect("within");
-    assert_eq!((read, copied.get()), ([0; 6], 18));
-    assert!(result.zero(5 * MIB - 1..5 * MIB + 1).is_err());
-    assert!(result.write_at(5 * MIB, b"x", &copied).is_err());
-
-    let fd = result.readonly_fd().expect("lent");
-    assert!(common::pwrite(&fd, b"x", 0).is_err());
-    assert!(shared_mapping(&fd, MIB, true).is_err());
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&fd));
-    let reopened = std::fs::OpenOptions::new()
-        .write(true)
-        .open(path)
-        .expect("the mode allows it");
-    assert!(common::pwrite(&reopened, b"x", 0).is_err());
-    assert!(shared_mapping(&reopened, MIB, true).is_err());
-    assert!(rustix::fs::ftruncate(&reopened, 0).is_err());
-    assert!(rustix::fs::fcntl_add_seals(&reopened, rustix::fs::SealFlags::WRITE).is_err());
-    let consumer = strait_memory::ReadMapping::of_result(&fd, 6).expect("lent");
-    assert_eq!(consumer.bytes(), b"ARROW1");
-    assert_eq!(consumer.inode(), result.inode());
-}
-
-#[test]
-fn results_are_recycled_for_their_owner_only() {
-    let (budget, copied) = (budget(), Copied::new());
-    let pool = ResultPool::new(Arc::clone(&budget), 10 * MIB);
-    let mut mine = pool.take(MIB, 1).expect("fits");
-    mine.write_at(0, b"mine", &copied).expect("within");
-    let inode = mine.inode();
-    drop(mine);
-    assert_eq!(
-        (pool.stats().idle_segments, pool.stats().idle_bytes),
-        (1, MIB)
-    );
-
-    let theirs = pool.take(MIB, 2).expect("fits");
-    assert_ne!(theirs.inode(), inode);
-    let mut read = [1; 4];
-    theirs.read_at(0, &mut read, &copied).expect("within");
-    assert_eq!(read, [0; 4]);
-    let bigger = pool.take(2 * MIB, 1).expect("fits");
-    assert_ne!(bigger.inode(), inode);
-    let again = pool.take(MIB - 100, 1).expect("idle");
-    assert_eq!(again.inode(), inode);
-    assert_eq!((pool.stats().recycled, pool.stats().created), (1, 3));
-
-    again.never_recycle();
-    drop(again);
-    drop(theirs);
-    drop(bigger);
-    let stats = pool.stats();
-    assert_eq!(
-        (
-            stats.segments,
-            stats.idle_segments,
-            stats.bytes,
-            budget.used()
-        ),
-        (2, 2, 3 * MIB, 3 * MIB)
-    );
-    assert_ne!(pool.take(MIB, 1).expect("fits").inode(), inode);
-    drop(pool);
-    assert_eq!(budget.used(), 0);
-}
-
-#[test]
-fn a_result_whose_pages_were_lost_is_not_recycled() {
-    let pool = ResultPool::new(budget(), 10 * MIB);
-    let mut lost = pool.take(MIB, 1).expect("fits");
-    drop(lost.take_parked());
-    drop(lost);
-    assert_eq!(pool.stats().segments, 0);
-
-    let mut swapped = pool.take(MIB, 1).expect("fits");
-    let mut other = pool.take(MIB, 1).expect("fits");
-    drop(swapped.take_parked());
-    swapped.put_parked(other.take_parked().expect("at home"));
-    assert!(matches!(
-        swapped.read_at(0, &mut [0], &Copied::new()),
-        Err(MemoryError::Away { .. })
-    ));
-}
-
-#[test]
-fn a_result_that_an_invocation_still_reads_is_not_recycled() {
-    let (lot, pool) = (
-        ParkingLot::new(10, 1 << 30),
-        ResultPool::new(budget(), 10 * MIB),
-    );
-    let result = pool.take(MIB, 1).expect("fits");
-    let input = result.park_as_input(&lot, GUEST_PAGE..MIB).expect("lent");
-    assert_eq!(
-        (input.access(), input.inode()),
-        (Access::ReadOnly, result.inode())
-    );
-    drop(result);
-    assert_eq!(pool.stats().idle_segments, 0);
-    lot.give_back(input);
-    assert_eq!(lot.stats().mappings, 0, "its segment is gone");
-
-    let mut result = pool.take(MIB, 1).expect("fits");
-    lot.give_back(result.park_as_input(&lot, 0..MIB).expect("lent"));
-    let inode = result.inode();
-    drop(result);
-    result = pool.take(MIB, 1).expect("idle");
-    assert_eq!(result.inode(), inode);
-    result.write_at(7, b"n", &Copied::new()).expect("within");
-    // The idle input mapping shows what is there now.
-    let input = result.park_as_input(&lot, 0..MIB).expect("idle");
-    assert_eq!(lot.stats().reused, 1);
-    let space = guest(MIB);
-    let window = window(input, 0..MIB, &space, 0);
-    // SAFETY: the window is in its guest.
-    assert_eq!(unsafe { peek(window.address() + 7) }, b'n');
-}
-
-#[test]
-fn idle_results_make_room() {
-    let budget = Budget::new("segment bytes", 8 * MIB);
-    let pool = ResultPool::new(Arc::clone(&budget), 3 * MIB);
-    for bytes in [MIB, 2 * MIB, 2 * MIB] {
-        // Each of another owner, so that none is used again.
-        drop(
-            pool.take(bytes, bytes + pool.stats().created)
-                .expect("fits"),
-        );
-    }
-    assert_eq!((pool.stats().idle_bytes, budget.used()), (2 * MIB, 2 * MIB));
-    let segment =
-        Segment::<strait_memory::Open>::create(7 * MIB, &budget).expect("the idle one goes");
-    assert_eq!((pool.stats().segments, budget.used()), (0, 7 * MIB));
-    let error = pool.take(2 * MIB, 1).expect_err("9 MiB of 8");
-    assert!(matches!(error, MemoryError::Budget(_)), "{error}");
-    drop(segment);
-    pool.take(8 * MIB, 1).expect("fits");
-}
-
-#[test]
-fn a_sealable_result_is_sealed_for_good() {
-    let pool = ResultPool::new(budget(), 10 * MIB);
-    let lot = ParkingLot::new(10, 1 << 30);
-    let mut result = pool.take_sealable(MIB).expect("fits");
-    assert!(matches!(
-        result.readonly_fd(),
-        Err(MemoryError::MissingSeals { .. })
-    ));
-    assert!(matches!(
-        result.park_as_input(&lot, 0..MIB),
-        Err(MemoryError::MissingSeals { .. })
-    ));
-    let space = guest(4 * MIB);
-    let window = window(result.take_parked().expect("at home"), 0..MIB, &space, 0);
-    // SAFETY: the window is writable.
-    unsafe { poke(window.address() + 3, 42) };
-    let refused = result.seal().expect_err("its pages are in a guest");
-    assert!(
-        matches!(refused.error, MemoryError::StillWritable { .. }),
-        "{refused}"
-    );
-    result = refused.segment;
-    result.put_parked(window.move_home().expect("covered"));
-    let sealed = result.seal().expect("at home");
-    assert_eq!(sealed.map().expect("sealed")[..5], [0, 0, 0, 42, 0]);
-    assert_eq!(pool.stats().segments, 0, "it is not the pool's any more");
-
-    let lent = pool.take(MIB, 1).expect("fits");
-    let refused = lent.seal().expect_err("lent for good");
-    assert!(matches!(refused.error, MemoryError::SealsLocked { .. }));
-    drop(refused);
-    assert_eq!(pool.stats().idle_segments, 1);
-}
-
-#[test]
 fn a_parked_input_does_not_hinder_sealing() {
-    let lot = ParkingLot::new(10, 1 << 30);
+    let lot = Lot::new(10, 1 << 30);
     let segment = Segment::create(MIB, &budget()).expect("fits");
     let lent = segment.lend_to_client().expect("no seals yet");
     let space = guest(4 * MIB);
@@ -612,21 +371,21 @@ fn a_parked_input_does_not_hinder_sealing() {
 
 #[test]
 fn warm_calls_take_no_page_faults() {
-    let (budget, lot) = (budget(), ParkingLot::new(10, 1 << 30));
+    let (budget, lot) = (budget(), Lot::new(10, 1 << 30));
     let pool = ResultPool::new(Arc::clone(&budget), 1 << 30);
     let bytes = 64 * MIB;
     let segment = sealed(&budget, 1, bytes);
     let spaces = GuestSpaces::new(1);
     let mut faults = 0;
     for _ in 0..3 {
-        let mut result = pool.take(bytes, 1).expect("fits");
+        let result = pool.take(bytes, key(1), pool.budget()).expect("fits");
         let before = common::thread_faults();
         let space = spaces.take(GUEST_BYTES).expect("address space");
         space.make_accessible(0, 256 << 20).expect("within");
         let input = lot.take_input(&segment, 0..bytes).expect("room");
         let input = window(input, 0..bytes, &space, 2 * MIB);
         let output = window(
-            result.take_parked().expect("at home"),
+            result.pages().take_parked().expect("at home"),
             0..bytes,
             &space,
             128 * MIB,
@@ -638,7 +397,9 @@ fn warm_calls_take_no_page_faults() {
             unsafe { poke(output.address() + offset, byte) };
         }
         lot.give_back(input.move_home().expect("covered"));
-        result.put_parked(output.move_home().expect("covered"));
+        result
+            .pages()
+            .put_parked(output.move_home().expect("covered"));
         faults = common::thread_faults() - before;
     }
     // Mapped anew it would be over 17 000.

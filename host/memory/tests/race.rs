@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rustix::mm::{MapFlags, ProtFlags};
-use strait_memory::{Copied, GuestSpaces, ParkingLot, ResultPool, Segment};
+use strait_memory::{Copied, GuestSpaces, Lot, ResultPool, Segment};
 
 const BLOCK: usize = 2 << 20;
 const MOVES: usize = 10_000;
@@ -71,7 +71,7 @@ fn unmap_block(address: usize) {
 fn no_mapping_lands_in_a_reservation() {
     let (budget, copied) = (common::budget(), Copied::new());
     let bytes = BLOCK as u64;
-    let lot = ParkingLot::new(10, 1 << 30);
+    let lot = Lot::new(10, 1 << 30);
     let pool = ResultPool::new(Arc::clone(&budget), 1 << 30);
     let expected = common::pattern(1, bytes);
     let segment = Segment::create(bytes, &budget).expect("fits");
@@ -80,9 +80,11 @@ fn no_mapping_lands_in_a_reservation() {
 
     let space = GuestSpaces::new(1).take(1 << 30).expect("address space");
     space.make_accessible(0, 8 * BLOCK).expect("within");
-    let mut result = pool.take(bytes, 1).expect("fits");
+    let result = pool
+        .take(bytes, common::key(1), pool.budget())
+        .expect("fits");
     let input = lot.take_input(&segment, 0..bytes).expect("room");
-    let output = result.take_parked().expect("at home");
+    let output = result.pages().take_parked().expect("at home");
     let home = |address: usize| address..address + BLOCK;
     let intruder = Intruder {
         forbidden: vec![
@@ -123,7 +125,7 @@ fn no_mapping_lands_in_a_reservation() {
     assert!(!space.is_poisoned());
 
     lot.give_back(input);
-    result.put_parked(output);
+    result.pages().put_parked(output);
     assert!(*segment.map().expect("sealed") == *expected);
     let mut written = vec![0; BLOCK];
     result.read_at(0, &mut written, &copied).expect("at home");

@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use common::{budget, fill, memfd, pattern, pwrite, seal_all, shared_mapping};
+use common::{budget, fill, key, memfd, pattern, pwrite, seal_all, shared_mapping};
 use rustix::fs::SealFlags;
 use strait_memory::{
     AdoptError, Adopted, Budget, Copied, GUEST_PAGE, MappingError, MemoryError, Open, PAGE,
@@ -482,11 +482,17 @@ fn idle_results_make_room_though_they_are_freed_elsewhere() {
     budget.free_elsewhere().expect("a thread");
     let pool = ResultPool::new(Arc::clone(&budget), BYTES);
     for _ in 0..20 {
-        drop(pool.take(BYTES, 1).expect("it is freed by now"));
+        drop(
+            pool.take(BYTES, key(1), pool.budget())
+                .expect("it is freed by now"),
+        );
         assert_eq!(pool.stats().idle_segments, 1);
         Segment::<Open>::create(BYTES, &budget).expect("the idle one makes room");
     }
-    drop(pool.take(BYTES, 1).expect("it is freed by now"));
-    pool.take(BYTES, 2)
+    drop(
+        pool.take(BYTES, key(1), pool.budget())
+            .expect("it is freed by now"),
+    );
+    pool.take(BYTES, key(2), pool.budget())
         .expect("another owner's idle one makes room");
 }

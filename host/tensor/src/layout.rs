@@ -10,8 +10,9 @@
 
 use arrow_schema::Schema;
 
-use crate::ipc;
-use crate::{RANK_MAX, TensorPlace, TensorSpec};
+use crate::arrow::{check_row, schema, values};
+use crate::ipc::{self, SchemaMessage};
+use crate::{LayoutError, METADATA_BYTES_MAX, TensorPlace, TensorSpec};
 
 /// Each tensor starts on a multiple of this, and its region ends on one: a wasm page.
 pub const TENSOR_ALIGN_BYTES: u64 = 64 << 10;
@@ -67,107 +68,6 @@ pub struct FileLayout {
     pub capacity: u64,
 }
 
-/// Tensors that cannot be laid out.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum LayoutError {
-    /// More axes than [`RANK_MAX`].
-    #[error("a tensor of {rank} axes; at most {RANK_MAX} are possible: merge some of them")]
-    Rank {
-        /// The number of axes asked for.
-        rank: usize,
-    },
-    /// More bytes than can be counted.
-    #[error("{spec} has more than {max} bytes, or an axis longer than that", max = i64::MAX)]
-    Overflow {
-        /// The tensor.
-        spec: TensorSpec,
-    },
-    /// The columns together have more bytes than can be counted.
-    #[error("the columns up to {name:?} need more than {max} bytes together", max = i64::MAX)]
-    FileOverflow {
-        /// The first column that does not fit.
-        name: String,
-    },
-    /// A file without tensors.
-    #[error("a segment needs at least one tensor")]
-    NoTensors,
-    /// Two columns of one name.
-    #[error("two tensors are called {name:?}; within one segment names must differ")]
-    NameTwice {
-        /// The name.
-        name: String,
-    },
-    /// Columns whose leading axes differ: they cannot be one record batch.
-    #[error(
-        "{first:?} has {first_rows} rows and {name:?} has {rows}; tensors of one segment share their \
-         leading axis (a 0-d tensor is one row): put them into segments of their own"
-    )]
-    RowsDiffer {
-        /// The first column.
-        first: String,
-        /// Its rows.
-        first_rows: u64,
-        /// The column that differs.
-        name: String,
-        /// Its rows.
-        rows: u64,
-    },
-    /// Arrow counts the elements of a row in 31 bits.
-    #[error(
-        "each row of {name:?}, {spec}, has {elements} values; Arrow holds at most {max} in a row: \
-         reshape it so that the leading axis is longer",
-        max = i32::MAX
-    )]
-    RowTooLong {
-        /// The column.
-        name: String,
-        /// What it is.
-        spec: TensorSpec,
-        /// Values in a row (two for each complex element); `u128` because shapes with a zero axis
-        /// may go beyond 64 bits.
-        elements: u128,
-    },
-    /// `reserve_bytes` below the size of the tensor.
-    #[error("{name:?} reserves {reserve_bytes} bytes but {spec} needs {bytes}")]
-    ReserveTooSmall {
-        /// The column.
-        name: String,
-        /// What was reserved.
-        reserve_bytes: u64,
-        /// The tensor.
-        spec: TensorSpec,
-        /// What it needs.
-        bytes: u64,
-    },
-    /// Too many columns, or too long names.
-    #[error(
-        "the names and types of {columns} columns need up to {bytes} bytes of header; at most {max} \
-         are possible: use fewer columns or shorter names",
-        max = ipc::METADATA_BYTES_MAX
-    )]
-    HeaderTooLarge {
-        /// The number of columns.
-        columns: usize,
-        /// The bound on the header.
-        bytes: u64,
-    },
-}
-
-/// Tensors as an Arrow schema. Their lengths may differ.
-///
-/// # Errors
-/// [`LayoutError::RowTooLong`] for what Arrow has no type for.
-pub fn schema<'a>(
-    tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
-) -> Result<Schema, LayoutError> {
-    let field = |(name, spec)| {
-        check_row(name, spec)?;
-        Ok(ipc::field(name, spec))
-    };
-    let fields = tensors.into_iter().map(field);
-    Ok(Schema::new(fields.collect::<Result<Vec<_>, _>>()?))
-}
-
 impl FileLayout {
     /// Lays `columns` out, in order.
     ///
@@ -195,7 +95,7 @@ impl FileLayout {
         let rows = check(columns)?;
         // Lists of empty lists may have values without having bytes.
         for (column, field) in columns.iter().zip(schema.fields()) {
-            if ipc::values(field, rows).is_none() {
+            if values(field, rows).is_none() {
                 return Err(LayoutError::Overflow {
                     spec: column.spec.clone(),
                 });
@@ -204,7 +104,7 @@ impl FileLayout {
         let metadata_bytes = metadata_bytes_max(columns, ipc::schema_bytes(schema))?;
         let layout = Self::frame(columns, rows, schema, metadata_bytes)?;
         assert!(
-            ipc::schema_message(&layout.header, &layout.tensors).is_some(),
+            SchemaMessage::in_header(&layout.header, &layout.tensors).is_some(),
             "the schema declares other tensors than {:?}",
             layout.tensors
         );
@@ -290,32 +190,8 @@ fn check(columns: &[Column]) -> Result<u64, LayoutError> {
     Ok(first_rows)
 }
 
-fn check_row(name: &str, spec: &TensorSpec) -> Result<(), LayoutError> {
-    let elements = row_elements(spec);
-    if elements > i32::MAX.cast_unsigned().into() {
-        return Err(LayoutError::RowTooLong {
-            name: name.to_owned(),
-            spec: spec.clone(),
-            elements,
-        });
-    }
-    Ok(())
-}
-
 fn rows(spec: &TensorSpec) -> u64 {
     spec.shape.first().copied().unwrap_or(1)
-}
-
-/// Values that one row of storage has; `u128::MAX` stands for more.
-fn row_elements(spec: &TensorSpec) -> u128 {
-    let inner = spec.shape.get(1..).unwrap_or_default();
-    if inner.contains(&0) {
-        return 0;
-    }
-    let pair = if spec.dtype.is_complex() { 2 } else { 1 };
-    inner
-        .iter()
-        .fold(pair, |product: u128, &n| product.saturating_mul(n.into()))
 }
 
 /// The place of `column` at or after `free`, and where its region ends.
@@ -357,7 +233,7 @@ fn metadata_bytes_max(columns: &[Column], schema_bytes: u64) -> Result<u64, Layo
             .saturating_add(640)
             .saturating_add(column.name.len() as u64)
     });
-    if bytes > u64::from(ipc::METADATA_BYTES_MAX) {
+    if bytes > u64::from(METADATA_BYTES_MAX) {
         return Err(LayoutError::HeaderTooLarge {
             columns: columns.len(),
             bytes,

@@ -12,16 +12,21 @@
 //! window. Whatever is read here may come from a hostile writer: sizes are checked before they are
 //! believed or allocated, and nothing panics.
 
+mod arrow;
 mod dtype;
 mod files;
 mod ipc;
 pub mod layout;
 mod spec;
 
+pub use arrow::{Row, check_row, kept_schema};
 pub use dtype::{Dtype, UnknownDtype};
 pub use files::{FileError, NpyError, TensorFile, write};
 pub use ipc::{
-    IpcError, Row, SchemaColumn, message_bytes, read_layout, read_schema, schema_message,
+    BatchColumn, IpcError, SchemaColumn, SchemaMessage, batch_message, read_layout, read_schema,
 };
-pub use layout::{Column, FileLayout, LayoutError, schema};
-pub use spec::{RANK_MAX, TensorPlace, TensorSpec};
+pub use layout::{Column, FileLayout};
+pub use spec::{LayoutError, RANK_MAX, TensorPlace, TensorSpec};
+
+/// The most bytes of one message's metadata, or of a footer, that are written or read.
+const METADATA_BYTES_MAX: u32 = 64 << 20;

@@ -1,10 +1,10 @@
-//! What a tensor is, and where it lies.
+//! What a tensor is, where it lies, and why it cannot lie there.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Dtype, LayoutError};
+use crate::{Dtype, METADATA_BYTES_MAX};
 
 /// The most axes a tensor may have.
 pub const RANK_MAX: usize = 8;
@@ -74,6 +74,92 @@ pub struct TensorPlace {
     pub offset: u64,
     /// Bytes of the elements: what [`TensorSpec::bytes`] answers for a valid place.
     pub length: u64,
+}
+
+/// Tensors that cannot be laid out.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum LayoutError {
+    /// More axes than [`RANK_MAX`].
+    #[error("a tensor of {rank} axes; at most {RANK_MAX} are possible: merge some of them")]
+    Rank {
+        /// The number of axes asked for.
+        rank: usize,
+    },
+    /// More bytes than can be counted.
+    #[error("{spec} has more than {max} bytes, or an axis longer than that", max = i64::MAX)]
+    Overflow {
+        /// The tensor.
+        spec: TensorSpec,
+    },
+    /// The columns together have more bytes than can be counted.
+    #[error("the columns up to {name:?} need more than {max} bytes together", max = i64::MAX)]
+    FileOverflow {
+        /// The first column that does not fit.
+        name: String,
+    },
+    /// A file without tensors.
+    #[error("a segment needs at least one tensor")]
+    NoTensors,
+    /// Two columns of one name.
+    #[error("two tensors are called {name:?}; within one segment names must differ")]
+    NameTwice {
+        /// The name.
+        name: String,
+    },
+    /// Columns whose leading axes differ: they cannot be one record batch.
+    #[error(
+        "{first:?} has {first_rows} rows and {name:?} has {rows}; tensors of one segment share their \
+         leading axis (a 0-d tensor is one row): put them into segments of their own"
+    )]
+    RowsDiffer {
+        /// The first column.
+        first: String,
+        /// Its rows.
+        first_rows: u64,
+        /// The column that differs.
+        name: String,
+        /// Its rows.
+        rows: u64,
+    },
+    /// Arrow counts the elements of a row in 31 bits.
+    #[error(
+        "each row of {name:?}, {spec}, has {elements} values; Arrow holds at most {max} in a row: \
+         reshape it so that the leading axis is longer",
+        max = i32::MAX
+    )]
+    RowTooLong {
+        /// The column.
+        name: String,
+        /// What it is.
+        spec: TensorSpec,
+        /// Values in a row (two for each complex element); `u128` because shapes with a zero axis
+        /// may go beyond 64 bits.
+        elements: u128,
+    },
+    /// `reserve_bytes` below the size of the tensor.
+    #[error("{name:?} reserves {reserve_bytes} bytes but {spec} needs {bytes}")]
+    ReserveTooSmall {
+        /// The column.
+        name: String,
+        /// What was reserved.
+        reserve_bytes: u64,
+        /// The tensor.
+        spec: TensorSpec,
+        /// What it needs.
+        bytes: u64,
+    },
+    /// Too many columns, or too long names.
+    #[error(
+        "the names and types of {columns} columns need up to {bytes} bytes of header; at most {max} \
+         are possible: use fewer columns or shorter names",
+        max = METADATA_BYTES_MAX
+    )]
+    HeaderTooLarge {
+        /// The number of columns.
+        columns: usize,
+        /// The bound on the header.
+        bytes: u64,
+    },
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use arrow_schema::DataType;
 use proptest::prelude::*;
 use strait_tensor::layout::{HUGE_ALIGN_BYTES, HUGE_MIN_BYTES, PAGE_BYTES, TENSOR_ALIGN_BYTES};
 use strait_tensor::{
-    Column, Dtype, FileLayout, LayoutError, TensorSpec, read_layout, schema_message,
+    Column, Dtype, FileLayout, LayoutError, SchemaMessage, TensorSpec, read_layout,
 };
 
 fn spec(dtype: Dtype, shape: &[u64]) -> TensorSpec {
@@ -390,7 +390,10 @@ fn columns_that_arrow_rs_made_are_found() {
         "{holes}"
     );
     let names = text(&write(vec![("names", &names), ("x", &x)], 1));
-    assert!(names.contains(r#"column "names" is no tensor"#), "{names}");
+    assert!(
+        names.contains(r#"column "names" cannot be a tensor"#),
+        "{names}"
+    );
 }
 
 #[test]
@@ -420,18 +423,28 @@ fn a_schema_of_the_callers_is_kept() {
     assert_eq!(read_layout(&bytes).expect("our own file"), layout.tensors);
     assert_eq!(*read_by_arrow(&bytes).schema(), schema);
 
-    let message = schema_message(&layout.header, &layout.tensors).expect("its schema");
-    let read = arrow_ipc::convert::try_schema_from_ipc_buffer(message).expect("a schema");
+    let message = SchemaMessage::in_header(&layout.header, &layout.tensors).expect("its schema");
+    assert_eq!(message.levels, [vec![1, 2, 6], vec![1]]);
+    let read = arrow_ipc::convert::try_schema_from_ipc_buffer(&message.bytes).expect("a schema");
     assert_eq!(read, schema);
     // Of other tensors, cut off, or of other bytes: not this file's.
-    assert_eq!(schema_message(&layout.header, &layout.tensors[..1]), None);
+    assert_eq!(
+        SchemaMessage::in_header(&layout.header, &layout.tensors[..1]),
+        None
+    );
     let mut other = layout.tensors.clone();
     other[1].spec.dtype = Dtype::Int64;
-    assert_eq!(schema_message(&layout.header, &other), None);
+    assert_eq!(SchemaMessage::in_header(&layout.header, &other), None);
     for end in [0, 7, 8, 15, 16, 70 << 10] {
-        assert_eq!(schema_message(&layout.header[..end], &layout.tensors), None);
+        assert_eq!(
+            SchemaMessage::in_header(&layout.header[..end], &layout.tensors),
+            None
+        );
     }
-    assert_eq!(schema_message(&[0xff; 4096], &layout.tensors), None);
+    assert_eq!(
+        SchemaMessage::in_header(&[0xff; 4096], &layout.tensors),
+        None
+    );
 
     // Lists of empty lists have values without bytes.
     let empty = Arc::new(Field::new("v", DataType::Int8, true));

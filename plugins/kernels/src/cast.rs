@@ -32,6 +32,7 @@ impl Kernel for Cast {
         "The same values as dtype `to`; float to integer cuts towards zero and saturates.";
     const INPUTS: &[Port] = &[Port::new("x", dtypes::ALL, "Any shape.")];
     const OUTPUTS: &[Port] = &[Port::new("y", dtypes::ALL, "Shape of x, dtype `to`.")];
+    const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;

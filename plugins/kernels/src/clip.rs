@@ -26,6 +26,7 @@ impl Kernel for Clip {
     const DOC: &str = "Holds values between `lo` and `hi`; NaN stays NaN.";
     const INPUTS: &[Port] = &[Port::new("x", dtypes::REALS, "Any shape.")];
     const OUTPUTS: &[Port] = &[Port::new("y", dtypes::REALS, "Dtype and shape of x.")];
+    const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;

@@ -16,6 +16,7 @@ impl Kernel for FilterFinite {
         "The finite elements, at most as many as x has.",
     )
     .rank(1, 1)];
+    const SIGNATURE: &str = "(n)->(m)";
     const COST_HINT: f64 = 1.0;
     type Parameters = ();
 

@@ -31,6 +31,7 @@ impl Kernel for ScaleShift {
         &[Dtype::Float32, Dtype::Float64],
         "Dtype and shape of x.",
     )];
+    const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;

@@ -35,6 +35,7 @@ impl Kernel for ZScore {
         "Shape of x; its dtype if that is a float, else float64.",
     )
     .rank(1, Port::RANK_MAX)];
+    const SIGNATURE: &str = "()->()";
     const COST_HINT: f64 = 3.0;
     type Parameters = Parameters;
 

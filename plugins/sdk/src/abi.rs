@@ -1,7 +1,7 @@
 //! The component's exports: one instance in a static, and `memory.grow`.
 
 use crate::bindings::exports::strait::kernel::kernels::{
-    Description, Error, Extent, Guest, Note, Parameter, Spec, Tensor,
+    Description, Error, Extent, Failure, Guest, Note, Parameter, Spec, Tensor,
 };
 use crate::{Instance, Plugin};
 use alloc::{string::String, vec::Vec};
@@ -78,7 +78,7 @@ impl<P: Plugin> Guest for Exports<P> {
         INSTANCE.0.borrow().notes()
     }
 
-    fn last_error() -> Error {
+    fn last_error() -> Failure {
         INSTANCE.0.borrow().last_error()
     }
 }

@@ -54,6 +54,151 @@ pub mod strait {
                 }
             }
         }
+        /// Linear algebra by the host on tensors that are bound, during `run`. An operand is (port, element):
+        /// inputs count from 0 in their order, outputs after them; the element is where in the tensor it starts. All
+        /// operands have one dtype, float32 or float64. Results are those of the same sums in the order that the host
+        /// documents. No host offers this yet: a plugin that imports it is refused.
+        #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
+        pub mod linalg {
+            #[used]
+            #[doc(hidden)]
+            static __FORCE_SECTION_REF: fn() = super::super::super::__link_custom_section_describing_imports;
+            use super::super::super::_rt;
+            #[allow(unused_unsafe, clippy::all)]
+            /// c = alpha * op(a) @ op(b) + beta * c: c is m x n, op(a) m x k, op(b) k x n, row-major, with elements from one
+            /// row to the next. Bit 0 of `transposed`: op(a) is a's transpose; bit 1: op(b) is b's.
+            #[allow(async_fn_in_trait)]
+            pub fn gemm(
+                transposed: u32,
+                m: u64,
+                n: u64,
+                k: u64,
+                alpha: f64,
+                a_port: u32,
+                a_element: u64,
+                a_row: u64,
+                b_port: u32,
+                b_element: u64,
+                b_row: u64,
+                beta: f64,
+                c_port: u32,
+                c_element: u64,
+                c_row: u64,
+            ) -> () {
+                unsafe {
+                    #[cfg(target_arch = "wasm32")]
+                    #[link(wasm_import_module = "strait:kernel/linalg@0.1.0")]
+                    unsafe extern "C" {
+                        #[link_name = "gemm"]
+                        fn wit_import0(
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                            _: i64,
+                            _: f64,
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                            _: f64,
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                        );
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    unsafe extern "C" fn wit_import0(
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                        _: i64,
+                        _: f64,
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                        _: f64,
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                    ) {
+                        unreachable!()
+                    }
+                    wit_import0(
+                        _rt::as_i32(&transposed),
+                        _rt::as_i64(&m),
+                        _rt::as_i64(&n),
+                        _rt::as_i64(&k),
+                        _rt::as_f64(&alpha),
+                        _rt::as_i32(&a_port),
+                        _rt::as_i64(&a_element),
+                        _rt::as_i64(&a_row),
+                        _rt::as_i32(&b_port),
+                        _rt::as_i64(&b_element),
+                        _rt::as_i64(&b_row),
+                        _rt::as_f64(&beta),
+                        _rt::as_i32(&c_port),
+                        _rt::as_i64(&c_element),
+                        _rt::as_i64(&c_row),
+                    );
+                }
+            }
+            #[allow(unused_unsafe, clippy::all)]
+            /// The sum of products of `n` elements each, with steps in elements.
+            #[allow(async_fn_in_trait)]
+            pub fn dot(
+                n: u64,
+                x_port: u32,
+                x_element: u64,
+                x_step: u64,
+                y_port: u32,
+                y_element: u64,
+                y_step: u64,
+            ) -> f64 {
+                unsafe {
+                    #[cfg(target_arch = "wasm32")]
+                    #[link(wasm_import_module = "strait:kernel/linalg@0.1.0")]
+                    unsafe extern "C" {
+                        #[link_name = "dot"]
+                        fn wit_import0(
+                            _: i64,
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                            _: i32,
+                            _: i64,
+                            _: i64,
+                        ) -> f64;
+                    }
+                    #[cfg(not(target_arch = "wasm32"))]
+                    unsafe extern "C" fn wit_import0(
+                        _: i64,
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                        _: i32,
+                        _: i64,
+                        _: i64,
+                    ) -> f64 {
+                        unreachable!()
+                    }
+                    let ret = wit_import0(
+                        _rt::as_i64(&n),
+                        _rt::as_i32(&x_port),
+                        _rt::as_i64(&x_element),
+                        _rt::as_i64(&x_step),
+                        _rt::as_i32(&y_port),
+                        _rt::as_i64(&y_element),
+                        _rt::as_i64(&y_step),
+                    );
+                    ret
+                }
+            }
+        }
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod types {
             #[used]
@@ -190,8 +335,7 @@ pub mod strait {
                 }
             }
             /// Where a tensor lies in the plugin's linear memory. `address` is a multiple of 64.
-            /// `bytes` is the tensor's own size; `control` is the address of its chunk record (64 bytes:
-            /// u64 elements in, u64 elements out, u64 chunk number, rest zero), outside every window.
+            /// `bytes` is the tensor's own size; `control` is the address of its chunk record.
             #[derive(Clone, PartialEq)]
             pub struct Tensor {
                 pub address: u64,
@@ -245,7 +389,8 @@ pub mod strait {
                 /// 0-based and row-major: axis 0 is the slowest.
                 Axis(u32),
                 Text(_rt::String),
-                Reals(_rt::Vec<f64>),
+                /// Each exact, as a single number is.
+                Numbers(_rt::Vec<Number>),
             }
             impl ::core::fmt::Debug for Value {
                 fn fmt(
@@ -261,8 +406,8 @@ pub mod strait {
                         }
                         Value::Axis(e) => f.debug_tuple("Value::Axis").field(e).finish(),
                         Value::Text(e) => f.debug_tuple("Value::Text").field(e).finish(),
-                        Value::Reals(e) => {
-                            f.debug_tuple("Value::Reals").field(e).finish()
+                        Value::Numbers(e) => {
+                            f.debug_tuple("Value::Numbers").field(e).finish()
                         }
                     }
                 }
@@ -284,7 +429,8 @@ pub mod strait {
                 }
             }
             /// Three kinds take a value `number`: `integer` one without a fraction, as `integer` or `unsigned`;
-            /// `real` one rounded to f64, as `real`; `number` any, as the caller wrote it.
+            /// `real` one rounded to f64, as `real`; `number` any, as the caller wrote it. Two take `numbers`:
+            /// `integers` and `reals`, of which each number is as in those kinds.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum ParameterKind {
@@ -294,6 +440,7 @@ pub mod strait {
                 Number,
                 Axis,
                 Text,
+                Integers,
                 Reals,
             }
             impl ::core::fmt::Debug for ParameterKind {
@@ -320,6 +467,9 @@ pub mod strait {
                         ParameterKind::Text => {
                             f.debug_tuple("ParameterKind::Text").finish()
                         }
+                        ParameterKind::Integers => {
+                            f.debug_tuple("ParameterKind::Integers").finish()
+                        }
                         ParameterKind::Reals => {
                             f.debug_tuple("ParameterKind::Reals").finish()
                         }
@@ -339,7 +489,8 @@ pub mod strait {
                         3 => ParameterKind::Number,
                         4 => ParameterKind::Axis,
                         5 => ParameterKind::Text,
-                        6 => ParameterKind::Reals,
+                        6 => ParameterKind::Integers,
+                        7 => ParameterKind::Reals,
                         _ => panic!("invalid enum discriminant"),
                     }
                 }
@@ -350,7 +501,7 @@ pub mod strait {
                 pub kind: ParameterKind,
                 /// None: the caller must give it.
                 pub default: Option<Value>,
-                /// Bounds of a number, of each number in `reals`, or of an axis; finite.
+                /// Bounds of a number, of each number in `numbers`, or of an axis; finite.
                 pub minimum: Option<Number>,
                 pub maximum: Option<Number>,
                 /// For `text`: the allowed values; empty allows any.
@@ -381,6 +532,8 @@ pub mod strait {
                 pub rank_min: u32,
                 pub rank_max: u32,
                 pub role: Role,
+                /// An input that comes whole with every chunk and slice: a table, a filter's taps.
+                pub whole: bool,
                 pub doc: _rt::String,
             }
             impl ::core::fmt::Debug for Port {
@@ -394,16 +547,41 @@ pub mod strait {
                         .field("rank-min", &self.rank_min)
                         .field("rank-max", &self.rank_max)
                         .field("role", &self.role)
+                        .field("whole", &self.whole)
                         .field("doc", &self.doc)
                         .finish()
                 }
             }
-            /// How the results of slices are put together again.
-            #[repr(u8)]
-            #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
+            /// How a reduction is computed with the same bits on any slicing. Two other kernels of this plugin do it:
+            /// `partials` takes the reduction's inputs and gives one row for each block of `block-rows` rows (the last
+            /// block may be shorter); blocks count from row 0 of the whole tensor. `merge` takes all those rows
+            /// at once, in order, and gives the reduction's outputs. Ports of one name are the same port; `partials`
+            /// has the inputs of the reduction, `merge` its outputs, and what `partials` gives is what `merge` takes.
+            /// Parameters go to both, as far as each has one of that name and kind.
+            #[derive(Clone, PartialEq)]
+            pub struct BlockTree {
+                pub block_rows: u64,
+                pub partials: _rt::String,
+                pub merge: _rt::String,
+            }
+            impl ::core::fmt::Debug for BlockTree {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("BlockTree")
+                        .field("block-rows", &self.block_rows)
+                        .field("partials", &self.partials)
+                        .field("merge", &self.merge)
+                        .finish()
+                }
+            }
+            /// How the results of slices are put together again: not at all, along `split-axis`, or as a reduction.
+            #[derive(Clone, PartialEq)]
             pub enum Combine {
                 None,
                 Concatenate,
+                Tree(BlockTree),
             }
             impl ::core::fmt::Debug for Combine {
                 fn fmt(
@@ -415,19 +593,9 @@ pub mod strait {
                         Combine::Concatenate => {
                             f.debug_tuple("Combine::Concatenate").finish()
                         }
-                    }
-                }
-            }
-            impl Combine {
-                #[doc(hidden)]
-                pub unsafe fn _lift(val: u8) -> Combine {
-                    if !cfg!(debug_assertions) {
-                        return unsafe { ::core::mem::transmute(val) };
-                    }
-                    match val {
-                        0 => Combine::None,
-                        1 => Combine::Concatenate,
-                        _ => panic!("invalid enum discriminant"),
+                        Combine::Tree(e) => {
+                            f.debug_tuple("Combine::Tree").field(e).finish()
+                        }
                     }
                 }
             }
@@ -439,10 +607,16 @@ pub mod strait {
                 pub inputs: _rt::Vec<Port>,
                 pub outputs: _rt::Vec<Port>,
                 pub parameters: _rt::Vec<ParameterDeclaration>,
+                /// Which axes are equal, as a gufunc signature: `(n),(k)->(m)`, one pair of parentheses for each port. The
+                /// names stand for the last axes of a tensor, and one name is one size wherever it stands; a number is that
+                /// size. Axes before the named ones are the same, in number and size, for all ports; a `whole` port
+                /// has none. The host checks inputs before `open` and what `open` answers after it. Empty: no rule.
+                pub signature: _rt::String,
                 /// The axis along which an invocation may be cut into slices with the same result bit for bit.
                 pub split_axis: Option<u32>,
                 pub combine: Combine,
-                /// `run` may be called once for each chunk.
+                /// `run` may be called once for each chunk of axis 0, with the same result bit for bit. Rows that a kernel
+                /// needs again it keeps, or does not consume.
                 pub streaming: bool,
                 /// An output may share its first input's pages.
                 pub in_place: bool,
@@ -460,6 +634,7 @@ pub mod strait {
                         .field("inputs", &self.inputs)
                         .field("outputs", &self.outputs)
                         .field("parameters", &self.parameters)
+                        .field("signature", &self.signature)
                         .field("split-axis", &self.split_axis)
                         .field("combine", &self.combine)
                         .field("streaming", &self.streaming)
@@ -475,6 +650,11 @@ pub mod strait {
                 pub name: _rt::String,
                 pub version: _rt::String,
                 pub kernels: _rt::Vec<Kernel>,
+                /// Where in linear memory an instance leaves the words of its panic before it traps; 0: nowhere. 1024 bytes,
+                /// which no allocation takes: u32 1 once there was a panic, u32 line, u32 bytes of the file's name, u32 bytes of
+                /// the message; from byte 16 the name (at most 240), from byte 256 the message (at most 768), UTF-8. The host
+                /// reads it after a trap, when nothing of the instance can be called any more.
+                pub panic_record: u64,
             }
             impl ::core::fmt::Debug for Description {
                 fn fmt(
@@ -486,6 +666,7 @@ pub mod strait {
                         .field("name", &self.name)
                         .field("version", &self.version)
                         .field("kernels", &self.kernels)
+                        .field("panic-record", &self.panic_record)
                         .finish()
                 }
             }
@@ -568,6 +749,24 @@ pub mod strait {
                 }
             }
             impl ::core::error::Error for Error {}
+            /// `diagnostic`: at most 4096 bytes that help to see what went wrong, the block that could not be converted
+            /// for example. They reach the caller as they are.
+            #[derive(Clone, PartialEq)]
+            pub struct Failure {
+                pub error: Error,
+                pub diagnostic: _rt::Vec<u8>,
+            }
+            impl ::core::fmt::Debug for Failure {
+                fn fmt(
+                    &self,
+                    f: &mut ::core::fmt::Formatter<'_>,
+                ) -> ::core::fmt::Result {
+                    f.debug_struct("Failure")
+                        .field("error", &self.error)
+                        .field("diagnostic", &self.diagnostic)
+                        .finish()
+                }
+            }
         }
     }
 }
@@ -589,6 +788,7 @@ pub mod exports {
                 pub type Extent = super::super::super::super::strait::kernel::types::Extent;
                 pub type Note = super::super::super::super::strait::kernel::types::Note;
                 pub type Error = super::super::super::super::strait::kernel::types::Error;
+                pub type Failure = super::super::super::super::strait::kernel::types::Failure;
                 #[doc(hidden)]
                 #[allow(non_snake_case, unused_unsafe)]
                 pub unsafe fn _export_describe_cabi<T_: Guest>() -> *mut u8 {
@@ -601,6 +801,7 @@ pub mod exports {
                             name: name2,
                             version: version2,
                             kernels: kernels2,
+                            panic_record: panic_record2,
                         } = result0;
                         *ptr1.add(0).cast::<i32>() = _rt::as_i32(abi2);
                         let vec3 = (name2.into_bytes()).into_boxed_slice();
@@ -623,23 +824,23 @@ pub mod exports {
                         *ptr1
                             .add(3 * ::core::mem::size_of::<*const u8>())
                             .cast::<*mut u8>() = ptr4.cast_mut();
-                        let vec30 = kernels2;
-                        let len30 = vec30.len();
-                        let layout30 = _rt::alloc::Layout::from_size_align(
-                                vec30.len()
-                                    * (24 + 10 * ::core::mem::size_of::<*const u8>()),
+                        let vec36 = kernels2;
+                        let len36 = vec36.len();
+                        let layout36 = _rt::alloc::Layout::from_size_align(
+                                vec36.len()
+                                    * (40 + 16 * ::core::mem::size_of::<*const u8>()),
                                 8,
                             )
                             .unwrap();
-                        let (result30, _cleanup30) = wit_bindgen::rt::Cleanup::new(
-                            layout30,
+                        let (result36, _cleanup36) = wit_bindgen::rt::Cleanup::new(
+                            layout36,
                         );
-                        if let Some(cleanup) = _cleanup30 {
+                        if let Some(cleanup) = _cleanup36 {
                             cleanup.forget();
                         }
-                        for (i, e) in vec30.into_iter().enumerate() {
-                            let base = result30
-                                .add(i * (24 + 10 * ::core::mem::size_of::<*const u8>()));
+                        for (i, e) in vec36.into_iter().enumerate() {
+                            let base = result36
+                                .add(i * (40 + 16 * ::core::mem::size_of::<*const u8>()));
                             {
                                 let super::super::super::super::strait::kernel::types::Kernel {
                                     name: name5,
@@ -647,6 +848,7 @@ pub mod exports {
                                     inputs: inputs5,
                                     outputs: outputs5,
                                     parameters: parameters5,
+                                    signature: signature5,
                                     split_axis: split_axis5,
                                     combine: combine5,
                                     streaming: streaming5,
@@ -694,6 +896,7 @@ pub mod exports {
                                             rank_min: rank_min8,
                                             rank_max: rank_max8,
                                             role: role8,
+                                            whole: whole8,
                                             doc: doc8,
                                         } = e;
                                         let vec9 = (name8.into_bytes()).into_boxed_slice();
@@ -738,6 +941,12 @@ pub mod exports {
                                         *base
                                             .add(8 + 4 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (role8.clone() as i32) as u8;
+                                        *base
+                                            .add(9 + 4 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (match whole8 {
+                                            true => 1,
+                                            false => 0,
+                                        }) as u8;
                                         let vec11 = (doc8.into_bytes()).into_boxed_slice();
                                         let ptr11 = vec11.as_ptr().cast::<u8>();
                                         let len11 = vec11.len();
@@ -779,6 +988,7 @@ pub mod exports {
                                             rank_min: rank_min13,
                                             rank_max: rank_max13,
                                             role: role13,
+                                            whole: whole13,
                                             doc: doc13,
                                         } = e;
                                         let vec14 = (name13.into_bytes()).into_boxed_slice();
@@ -823,6 +1033,12 @@ pub mod exports {
                                         *base
                                             .add(8 + 4 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (role13.clone() as i32) as u8;
+                                        *base
+                                            .add(9 + 4 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (match whole13 {
+                                            true => 1,
+                                            false => 0,
+                                        }) as u8;
                                         let vec16 = (doc13.into_bytes()).into_boxed_slice();
                                         let ptr16 = vec16.as_ptr().cast::<u8>();
                                         let len16 = vec16.len();
@@ -841,22 +1057,22 @@ pub mod exports {
                                 *base
                                     .add(6 * ::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = result17;
-                                let vec29 = parameters5;
-                                let len29 = vec29.len();
-                                let layout29 = _rt::alloc::Layout::from_size_align(
-                                        vec29.len()
+                                let vec30 = parameters5;
+                                let len30 = vec30.len();
+                                let layout30 = _rt::alloc::Layout::from_size_align(
+                                        vec30.len()
                                             * (88 + 6 * ::core::mem::size_of::<*const u8>()),
                                         8,
                                     )
                                     .unwrap();
-                                let (result29, _cleanup29) = wit_bindgen::rt::Cleanup::new(
-                                    layout29,
+                                let (result30, _cleanup30) = wit_bindgen::rt::Cleanup::new(
+                                    layout30,
                                 );
-                                if let Some(cleanup) = _cleanup29 {
+                                if let Some(cleanup) = _cleanup30 {
                                     cleanup.forget();
                                 }
-                                for (i, e) in vec29.into_iter().enumerate() {
-                                    let base = result29
+                                for (i, e) in vec30.into_iter().enumerate() {
+                                    let base = result30
                                         .add(i * (88 + 6 * ::core::mem::size_of::<*const u8>()));
                                     {
                                         let super::super::super::super::strait::kernel::types::ParameterDeclaration {
@@ -884,9 +1100,9 @@ pub mod exports {
                                                 *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                use super::super::super::super::strait::kernel::types::Value as V23;
+                                                use super::super::super::super::strait::kernel::types::Value as V24;
                                                 match e {
-                                                    V23::Boolean(e) => {
+                                                    V24::Boolean(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (0i32) as u8;
@@ -897,7 +1113,7 @@ pub mod exports {
                                                             false => 0,
                                                         }) as u8;
                                                     }
-                                                    V23::Number(e) => {
+                                                    V24::Number(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (1i32) as u8;
@@ -929,7 +1145,7 @@ pub mod exports {
                                                             }
                                                         }
                                                     }
-                                                    V23::Axis(e) => {
+                                                    V24::Axis(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (2i32) as u8;
@@ -937,7 +1153,7 @@ pub mod exports {
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<i32>() = _rt::as_i32(e);
                                                     }
-                                                    V23::Text(e) => {
+                                                    V24::Text(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (3i32) as u8;
@@ -952,21 +1168,49 @@ pub mod exports {
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<*mut u8>() = ptr21.cast_mut();
                                                     }
-                                                    V23::Reals(e) => {
+                                                    V24::Numbers(e) => {
                                                         *base
                                                             .add(16 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (4i32) as u8;
-                                                        let vec22 = <_ as Into<_rt::Vec<_>>>::into(e)
-                                                            .into_boxed_slice();
-                                                        let ptr22 = vec22.as_ptr().cast::<u8>();
-                                                        let len22 = vec22.len();
-                                                        ::core::mem::forget(vec22);
+                                                        let vec23 = e;
+                                                        let len23 = vec23.len();
+                                                        let layout23 = _rt::alloc::Layout::from_size_align(
+                                                                vec23.len() * 16,
+                                                                8,
+                                                            )
+                                                            .unwrap();
+                                                        let (result23, _cleanup23) = wit_bindgen::rt::Cleanup::new(
+                                                            layout23,
+                                                        );
+                                                        if let Some(cleanup) = _cleanup23 {
+                                                            cleanup.forget();
+                                                        }
+                                                        for (i, e) in vec23.into_iter().enumerate() {
+                                                            let base = result23.add(i * 16);
+                                                            {
+                                                                use super::super::super::super::strait::kernel::types::Number as V22;
+                                                                match e {
+                                                                    V22::Integer(e) => {
+                                                                        *base.add(0).cast::<u8>() = (0i32) as u8;
+                                                                        *base.add(8).cast::<i64>() = _rt::as_i64(e);
+                                                                    }
+                                                                    V22::Unsigned(e) => {
+                                                                        *base.add(0).cast::<u8>() = (1i32) as u8;
+                                                                        *base.add(8).cast::<i64>() = _rt::as_i64(e);
+                                                                    }
+                                                                    V22::Real(e) => {
+                                                                        *base.add(0).cast::<u8>() = (2i32) as u8;
+                                                                        *base.add(8).cast::<f64>() = _rt::as_f64(e);
+                                                                    }
+                                                                }
+                                                            }
+                                                        }
                                                         *base
                                                             .add(24 + 3 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<usize>() = len22;
+                                                            .cast::<usize>() = len23;
                                                         *base
                                                             .add(24 + 2 * ::core::mem::size_of::<*const u8>())
-                                                            .cast::<*mut u8>() = ptr22.cast_mut();
+                                                            .cast::<*mut u8>() = result23;
                                                     }
                                                 }
                                             }
@@ -981,9 +1225,9 @@ pub mod exports {
                                                 *base
                                                     .add(40 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                use super::super::super::super::strait::kernel::types::Number as V24;
+                                                use super::super::super::super::strait::kernel::types::Number as V25;
                                                 match e {
-                                                    V24::Integer(e) => {
+                                                    V25::Integer(e) => {
                                                         *base
                                                             .add(48 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (0i32) as u8;
@@ -991,7 +1235,7 @@ pub mod exports {
                                                             .add(56 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<i64>() = _rt::as_i64(e);
                                                     }
-                                                    V24::Unsigned(e) => {
+                                                    V25::Unsigned(e) => {
                                                         *base
                                                             .add(48 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (1i32) as u8;
@@ -999,7 +1243,7 @@ pub mod exports {
                                                             .add(56 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<i64>() = _rt::as_i64(e);
                                                     }
-                                                    V24::Real(e) => {
+                                                    V25::Real(e) => {
                                                         *base
                                                             .add(48 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (2i32) as u8;
@@ -1020,9 +1264,9 @@ pub mod exports {
                                                 *base
                                                     .add(64 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<u8>() = (1i32) as u8;
-                                                use super::super::super::super::strait::kernel::types::Number as V25;
+                                                use super::super::super::super::strait::kernel::types::Number as V26;
                                                 match e {
-                                                    V25::Integer(e) => {
+                                                    V26::Integer(e) => {
                                                         *base
                                                             .add(72 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (0i32) as u8;
@@ -1030,7 +1274,7 @@ pub mod exports {
                                                             .add(80 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<i64>() = _rt::as_i64(e);
                                                     }
-                                                    V25::Unsigned(e) => {
+                                                    V26::Unsigned(e) => {
                                                         *base
                                                             .add(72 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (1i32) as u8;
@@ -1038,7 +1282,7 @@ pub mod exports {
                                                             .add(80 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<i64>() = _rt::as_i64(e);
                                                     }
-                                                    V25::Real(e) => {
+                                                    V26::Real(e) => {
                                                         *base
                                                             .add(72 + 2 * ::core::mem::size_of::<*const u8>())
                                                             .cast::<u8>() = (2i32) as u8;
@@ -1054,98 +1298,154 @@ pub mod exports {
                                                     .cast::<u8>() = (0i32) as u8;
                                             }
                                         };
-                                        let vec27 = choices18;
-                                        let len27 = vec27.len();
-                                        let layout27 = _rt::alloc::Layout::from_size_align(
-                                                vec27.len() * (2 * ::core::mem::size_of::<*const u8>()),
+                                        let vec28 = choices18;
+                                        let len28 = vec28.len();
+                                        let layout28 = _rt::alloc::Layout::from_size_align(
+                                                vec28.len() * (2 * ::core::mem::size_of::<*const u8>()),
                                                 ::core::mem::size_of::<*const u8>(),
                                             )
                                             .unwrap();
-                                        let (result27, _cleanup27) = wit_bindgen::rt::Cleanup::new(
-                                            layout27,
+                                        let (result28, _cleanup28) = wit_bindgen::rt::Cleanup::new(
+                                            layout28,
                                         );
-                                        if let Some(cleanup) = _cleanup27 {
+                                        if let Some(cleanup) = _cleanup28 {
                                             cleanup.forget();
                                         }
-                                        for (i, e) in vec27.into_iter().enumerate() {
-                                            let base = result27
+                                        for (i, e) in vec28.into_iter().enumerate() {
+                                            let base = result28
                                                 .add(i * (2 * ::core::mem::size_of::<*const u8>()));
                                             {
-                                                let vec26 = (e.into_bytes()).into_boxed_slice();
-                                                let ptr26 = vec26.as_ptr().cast::<u8>();
-                                                let len26 = vec26.len();
-                                                ::core::mem::forget(vec26);
+                                                let vec27 = (e.into_bytes()).into_boxed_slice();
+                                                let ptr27 = vec27.as_ptr().cast::<u8>();
+                                                let len27 = vec27.len();
+                                                ::core::mem::forget(vec27);
                                                 *base
                                                     .add(::core::mem::size_of::<*const u8>())
-                                                    .cast::<usize>() = len26;
-                                                *base.add(0).cast::<*mut u8>() = ptr26.cast_mut();
+                                                    .cast::<usize>() = len27;
+                                                *base.add(0).cast::<*mut u8>() = ptr27.cast_mut();
                                             }
                                         }
                                         *base
                                             .add(88 + 3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len27;
-                                        *base
-                                            .add(88 + 2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = result27;
-                                        let vec28 = (doc18.into_bytes()).into_boxed_slice();
-                                        let ptr28 = vec28.as_ptr().cast::<u8>();
-                                        let len28 = vec28.len();
-                                        ::core::mem::forget(vec28);
-                                        *base
-                                            .add(88 + 5 * ::core::mem::size_of::<*const u8>())
                                             .cast::<usize>() = len28;
                                         *base
+                                            .add(88 + 2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = result28;
+                                        let vec29 = (doc18.into_bytes()).into_boxed_slice();
+                                        let ptr29 = vec29.as_ptr().cast::<u8>();
+                                        let len29 = vec29.len();
+                                        ::core::mem::forget(vec29);
+                                        *base
+                                            .add(88 + 5 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len29;
+                                        *base
                                             .add(88 + 4 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr28.cast_mut();
+                                            .cast::<*mut u8>() = ptr29.cast_mut();
                                     }
                                 }
                                 *base
                                     .add(9 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<usize>() = len29;
+                                    .cast::<usize>() = len30;
                                 *base
                                     .add(8 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<*mut u8>() = result29;
+                                    .cast::<*mut u8>() = result30;
+                                let vec31 = (signature5.into_bytes()).into_boxed_slice();
+                                let ptr31 = vec31.as_ptr().cast::<u8>();
+                                let len31 = vec31.len();
+                                ::core::mem::forget(vec31);
+                                *base
+                                    .add(11 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len31;
+                                *base
+                                    .add(10 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = ptr31.cast_mut();
                                 match split_axis5 {
                                     Some(e) => {
                                         *base
-                                            .add(10 * ::core::mem::size_of::<*const u8>())
+                                            .add(12 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (1i32) as u8;
                                         *base
-                                            .add(4 + 10 * ::core::mem::size_of::<*const u8>())
+                                            .add(4 + 12 * ::core::mem::size_of::<*const u8>())
                                             .cast::<i32>() = _rt::as_i32(e);
                                     }
                                     None => {
                                         *base
-                                            .add(10 * ::core::mem::size_of::<*const u8>())
+                                            .add(12 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (0i32) as u8;
                                     }
                                 };
+                                use super::super::super::super::strait::kernel::types::Combine as V35;
+                                match combine5 {
+                                    V35::None => {
+                                        *base
+                                            .add(8 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (0i32) as u8;
+                                    }
+                                    V35::Concatenate => {
+                                        *base
+                                            .add(8 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (1i32) as u8;
+                                    }
+                                    V35::Tree(e) => {
+                                        *base
+                                            .add(8 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (2i32) as u8;
+                                        let super::super::super::super::strait::kernel::types::BlockTree {
+                                            block_rows: block_rows32,
+                                            partials: partials32,
+                                            merge: merge32,
+                                        } = e;
+                                        *base
+                                            .add(16 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<i64>() = _rt::as_i64(block_rows32);
+                                        let vec33 = (partials32.into_bytes()).into_boxed_slice();
+                                        let ptr33 = vec33.as_ptr().cast::<u8>();
+                                        let len33 = vec33.len();
+                                        ::core::mem::forget(vec33);
+                                        *base
+                                            .add(24 + 13 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len33;
+                                        *base
+                                            .add(24 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr33.cast_mut();
+                                        let vec34 = (merge32.into_bytes()).into_boxed_slice();
+                                        let ptr34 = vec34.as_ptr().cast::<u8>();
+                                        let len34 = vec34.len();
+                                        ::core::mem::forget(vec34);
+                                        *base
+                                            .add(24 + 15 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len34;
+                                        *base
+                                            .add(24 + 14 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr34.cast_mut();
+                                    }
+                                }
                                 *base
-                                    .add(8 + 10 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<u8>() = (combine5.clone() as i32) as u8;
-                                *base
-                                    .add(9 + 10 * ::core::mem::size_of::<*const u8>())
+                                    .add(24 + 16 * ::core::mem::size_of::<*const u8>())
                                     .cast::<u8>() = (match streaming5 {
                                     true => 1,
                                     false => 0,
                                 }) as u8;
                                 *base
-                                    .add(10 + 10 * ::core::mem::size_of::<*const u8>())
+                                    .add(25 + 16 * ::core::mem::size_of::<*const u8>())
                                     .cast::<u8>() = (match in_place5 {
                                     true => 1,
                                     false => 0,
                                 }) as u8;
                                 *base
-                                    .add(16 + 10 * ::core::mem::size_of::<*const u8>())
+                                    .add(32 + 16 * ::core::mem::size_of::<*const u8>())
                                     .cast::<f64>() = _rt::as_f64(cost_hint5);
                             }
                         }
                         *ptr1
                             .add(6 * ::core::mem::size_of::<*const u8>())
-                            .cast::<usize>() = len30;
+                            .cast::<usize>() = len36;
                         *ptr1
                             .add(5 * ::core::mem::size_of::<*const u8>())
-                            .cast::<*mut u8>() = result30;
+                            .cast::<*mut u8>() = result36;
+                        *ptr1
+                            .add(8 + 6 * ::core::mem::size_of::<*const u8>())
+                            .cast::<i64>() = _rt::as_i64(panic_record2);
                         ptr1
                     }
                 }
@@ -1173,11 +1473,11 @@ pub mod exports {
                         let l5 = *arg0
                             .add(6 * ::core::mem::size_of::<*const u8>())
                             .cast::<usize>();
-                        let base49 = l4;
-                        let len49 = l5;
-                        for i in 0..len49 {
-                            let base = base49
-                                .add(i * (24 + 10 * ::core::mem::size_of::<*const u8>()));
+                        let base56 = l4;
+                        let len56 = l5;
+                        for i in 0..len56 {
+                            let base = base56
+                                .add(i * (40 + 16 * ::core::mem::size_of::<*const u8>()));
                             {
                                 let l6 = *base.add(0).cast::<*mut u8>();
                                 let l7 = *base
@@ -1323,7 +1623,7 @@ pub mod exports {
                                                             .cast::<usize>();
                                                         let base40 = l38;
                                                         let len40 = l39;
-                                                        _rt::cabi_dealloc(base40, len40 * 8, 8);
+                                                        _rt::cabi_dealloc(base40, len40 * 16, 8);
                                                     }
                                                 }
                                             }
@@ -1366,11 +1666,43 @@ pub mod exports {
                                     len48 * (88 + 6 * ::core::mem::size_of::<*const u8>()),
                                     8,
                                 );
+                                let l49 = *base
+                                    .add(10 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>();
+                                let l50 = *base
+                                    .add(11 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>();
+                                _rt::cabi_dealloc(l49, l50, 1);
+                                let l51 = i32::from(
+                                    *base
+                                        .add(8 + 12 * ::core::mem::size_of::<*const u8>())
+                                        .cast::<u8>(),
+                                );
+                                match l51 {
+                                    0 => {}
+                                    1 => {}
+                                    _ => {
+                                        let l52 = *base
+                                            .add(24 + 12 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>();
+                                        let l53 = *base
+                                            .add(24 + 13 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>();
+                                        _rt::cabi_dealloc(l52, l53, 1);
+                                        let l54 = *base
+                                            .add(24 + 14 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>();
+                                        let l55 = *base
+                                            .add(24 + 15 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>();
+                                        _rt::cabi_dealloc(l54, l55, 1);
+                                    }
+                                }
                             }
                         }
                         _rt::cabi_dealloc(
-                            base49,
-                            len49 * (24 + 10 * ::core::mem::size_of::<*const u8>()),
+                            base56,
+                            len56 * (40 + 16 * ::core::mem::size_of::<*const u8>()),
                             8,
                         );
                     }
@@ -1387,20 +1719,20 @@ pub mod exports {
                 ) -> *mut u8 {
                     unsafe {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
-                        let result26 = {
+                        let result31 = {
                             let len0 = arg1;
                             let bytes0 = _rt::Vec::from_raw_parts(
                                 arg0.cast(),
                                 len0,
                                 len0,
                             );
-                            let base19 = arg2;
-                            let len19 = arg3;
-                            let mut result19 = _rt::Vec::with_capacity(len19);
-                            for i in 0..len19 {
-                                let base = base19
+                            let base24 = arg2;
+                            let len24 = arg3;
+                            let mut result24 = _rt::Vec::with_capacity(len24);
+                            for i in 0..len24 {
+                                let base = base24
                                     .add(i * (24 + 2 * ::core::mem::size_of::<*const u8>()));
-                                let e19 = {
+                                let e24 = {
                                     let l1 = *base.add(0).cast::<*mut u8>();
                                     let l2 = *base
                                         .add(::core::mem::size_of::<*const u8>())
@@ -1416,10 +1748,10 @@ pub mod exports {
                                             .add(2 * ::core::mem::size_of::<*const u8>())
                                             .cast::<u8>(),
                                     );
-                                    use super::super::super::super::strait::kernel::types::Value as V18;
-                                    let v18 = match l4 {
+                                    use super::super::super::super::strait::kernel::types::Value as V23;
+                                    let v23 = match l4 {
                                         0 => {
-                                            let e18 = {
+                                            let e23 = {
                                                 let l5 = i32::from(
                                                     *base
                                                         .add(8 + 2 * ::core::mem::size_of::<*const u8>())
@@ -1427,10 +1759,10 @@ pub mod exports {
                                                 );
                                                 _rt::bool_lift(l5 as u8)
                                             };
-                                            V18::Boolean(e18)
+                                            V23::Boolean(e23)
                                         }
                                         1 => {
-                                            let e18 = {
+                                            let e23 = {
                                                 let l6 = i32::from(
                                                     *base
                                                         .add(8 + 2 * ::core::mem::size_of::<*const u8>())
@@ -1469,19 +1801,19 @@ pub mod exports {
                                                 };
                                                 v10
                                             };
-                                            V18::Number(e18)
+                                            V23::Number(e23)
                                         }
                                         2 => {
-                                            let e18 = {
+                                            let e23 = {
                                                 let l11 = *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<i32>();
                                                 l11 as u32
                                             };
-                                            V18::Axis(e18)
+                                            V23::Axis(e23)
                                         }
                                         3 => {
-                                            let e18 = {
+                                            let e23 = {
                                                 let l12 = *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<*mut u8>();
@@ -1496,189 +1828,223 @@ pub mod exports {
                                                 );
                                                 _rt::string_lift(bytes14)
                                             };
-                                            V18::Text(e18)
+                                            V23::Text(e23)
                                         }
                                         n => {
                                             debug_assert_eq!(n, 4, "invalid enum discriminant");
-                                            let e18 = {
+                                            let e23 = {
                                                 let l15 = *base
                                                     .add(8 + 2 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<*mut u8>();
                                                 let l16 = *base
                                                     .add(8 + 3 * ::core::mem::size_of::<*const u8>())
                                                     .cast::<usize>();
-                                                let len17 = l16;
-                                                <_ as From<
-                                                    _rt::Vec<_>,
-                                                >>::from(_rt::Vec::from_raw_parts(l15.cast(), len17, len17))
+                                                let base22 = l15;
+                                                let len22 = l16;
+                                                let mut result22 = _rt::Vec::with_capacity(len22);
+                                                for i in 0..len22 {
+                                                    let base = base22.add(i * 16);
+                                                    let e22 = {
+                                                        let l17 = i32::from(*base.add(0).cast::<u8>());
+                                                        use super::super::super::super::strait::kernel::types::Number as V21;
+                                                        let v21 = match l17 {
+                                                            0 => {
+                                                                let e21 = {
+                                                                    let l18 = *base.add(8).cast::<i64>();
+                                                                    l18
+                                                                };
+                                                                V21::Integer(e21)
+                                                            }
+                                                            1 => {
+                                                                let e21 = {
+                                                                    let l19 = *base.add(8).cast::<i64>();
+                                                                    l19 as u64
+                                                                };
+                                                                V21::Unsigned(e21)
+                                                            }
+                                                            n => {
+                                                                debug_assert_eq!(n, 2, "invalid enum discriminant");
+                                                                let e21 = {
+                                                                    let l20 = *base.add(8).cast::<f64>();
+                                                                    l20
+                                                                };
+                                                                V21::Real(e21)
+                                                            }
+                                                        };
+                                                        v21
+                                                    };
+                                                    result22.push(e22);
+                                                }
+                                                _rt::cabi_dealloc(base22, len22 * 16, 8);
+                                                result22
                                             };
-                                            V18::Reals(e18)
+                                            V23::Numbers(e23)
                                         }
                                     };
                                     super::super::super::super::strait::kernel::types::Parameter {
                                         name: _rt::string_lift(bytes3),
-                                        value: v18,
+                                        value: v23,
                                     }
                                 };
-                                result19.push(e19);
+                                result24.push(e24);
                             }
                             _rt::cabi_dealloc(
-                                base19,
-                                len19 * (24 + 2 * ::core::mem::size_of::<*const u8>()),
+                                base24,
+                                len24 * (24 + 2 * ::core::mem::size_of::<*const u8>()),
                                 8,
                             );
-                            let base25 = arg4;
-                            let len25 = arg5;
-                            let mut result25 = _rt::Vec::with_capacity(len25);
-                            for i in 0..len25 {
-                                let base = base25
+                            let base30 = arg4;
+                            let len30 = arg5;
+                            let mut result30 = _rt::Vec::with_capacity(len30);
+                            for i in 0..len30 {
+                                let base = base30
                                     .add(i * (3 * ::core::mem::size_of::<*const u8>()));
-                                let e25 = {
-                                    let l20 = i32::from(*base.add(0).cast::<u8>());
-                                    let l21 = i32::from(*base.add(1).cast::<u8>());
-                                    let l22 = *base
+                                let e30 = {
+                                    let l25 = i32::from(*base.add(0).cast::<u8>());
+                                    let l26 = i32::from(*base.add(1).cast::<u8>());
+                                    let l27 = *base
                                         .add(::core::mem::size_of::<*const u8>())
                                         .cast::<*mut u8>();
-                                    let l23 = *base
+                                    let l28 = *base
                                         .add(2 * ::core::mem::size_of::<*const u8>())
                                         .cast::<usize>();
-                                    let len24 = l23;
+                                    let len29 = l28;
                                     super::super::super::super::strait::kernel::types::Spec {
                                         dtype: super::super::super::super::strait::kernel::types::Dtype::_lift(
-                                            l20 as u8,
+                                            l25 as u8,
                                         ),
                                         role: super::super::super::super::strait::kernel::types::Role::_lift(
-                                            l21 as u8,
+                                            l26 as u8,
                                         ),
                                         shape: <_ as From<
                                             _rt::Vec<_>,
-                                        >>::from(_rt::Vec::from_raw_parts(l22.cast(), len24, len24)),
+                                        >>::from(_rt::Vec::from_raw_parts(l27.cast(), len29, len29)),
                                     }
                                 };
-                                result25.push(e25);
+                                result30.push(e30);
                             }
                             _rt::cabi_dealloc(
-                                base25,
-                                len25 * (3 * ::core::mem::size_of::<*const u8>()),
+                                base30,
+                                len30 * (3 * ::core::mem::size_of::<*const u8>()),
                                 ::core::mem::size_of::<*const u8>(),
                             );
-                            T_::open(_rt::string_lift(bytes0), result19, result25)
+                            T_::open(_rt::string_lift(bytes0), result24, result30)
                         };
-                        let ptr27 = (&raw mut _RET_AREA.0).cast::<u8>();
-                        match result26 {
+                        let ptr32 = (&raw mut _RET_AREA.0).cast::<u8>();
+                        match result31 {
                             Ok(e) => {
-                                *ptr27.add(0).cast::<u8>() = (0i32) as u8;
-                                let vec30 = e;
-                                let len30 = vec30.len();
-                                let layout30 = _rt::alloc::Layout::from_size_align(
-                                        vec30.len() * (3 * ::core::mem::size_of::<*const u8>()),
+                                *ptr32.add(0).cast::<u8>() = (0i32) as u8;
+                                let vec35 = e;
+                                let len35 = vec35.len();
+                                let layout35 = _rt::alloc::Layout::from_size_align(
+                                        vec35.len() * (3 * ::core::mem::size_of::<*const u8>()),
                                         ::core::mem::size_of::<*const u8>(),
                                     )
                                     .unwrap();
-                                let (result30, _cleanup30) = wit_bindgen::rt::Cleanup::new(
-                                    layout30,
+                                let (result35, _cleanup35) = wit_bindgen::rt::Cleanup::new(
+                                    layout35,
                                 );
-                                if let Some(cleanup) = _cleanup30 {
+                                if let Some(cleanup) = _cleanup35 {
                                     cleanup.forget();
                                 }
-                                for (i, e) in vec30.into_iter().enumerate() {
-                                    let base = result30
+                                for (i, e) in vec35.into_iter().enumerate() {
+                                    let base = result35
                                         .add(i * (3 * ::core::mem::size_of::<*const u8>()));
                                     {
                                         let super::super::super::super::strait::kernel::types::Spec {
-                                            dtype: dtype28,
-                                            role: role28,
-                                            shape: shape28,
+                                            dtype: dtype33,
+                                            role: role33,
+                                            shape: shape33,
                                         } = e;
-                                        *base.add(0).cast::<u8>() = (dtype28.clone() as i32) as u8;
-                                        *base.add(1).cast::<u8>() = (role28.clone() as i32) as u8;
-                                        let vec29 = <_ as Into<_rt::Vec<_>>>::into(shape28)
+                                        *base.add(0).cast::<u8>() = (dtype33.clone() as i32) as u8;
+                                        *base.add(1).cast::<u8>() = (role33.clone() as i32) as u8;
+                                        let vec34 = <_ as Into<_rt::Vec<_>>>::into(shape33)
                                             .into_boxed_slice();
-                                        let ptr29 = vec29.as_ptr().cast::<u8>();
-                                        let len29 = vec29.len();
-                                        ::core::mem::forget(vec29);
-                                        *base
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len29;
-                                        *base
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr29.cast_mut();
-                                    }
-                                }
-                                *ptr27
-                                    .add(2 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<usize>() = len30;
-                                *ptr27
-                                    .add(::core::mem::size_of::<*const u8>())
-                                    .cast::<*mut u8>() = result30;
-                            }
-                            Err(e) => {
-                                *ptr27.add(0).cast::<u8>() = (1i32) as u8;
-                                use super::super::super::super::strait::kernel::types::Error as V36;
-                                match e {
-                                    V36::BadArgument(e) => {
-                                        *ptr27
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (0i32) as u8;
-                                        let super::super::super::super::strait::kernel::types::BadArgument {
-                                            name: name31,
-                                            reason: reason31,
-                                        } = e;
-                                        let vec32 = (name31.into_bytes()).into_boxed_slice();
-                                        let ptr32 = vec32.as_ptr().cast::<u8>();
-                                        let len32 = vec32.len();
-                                        ::core::mem::forget(vec32);
-                                        *ptr27
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len32;
-                                        *ptr27
-                                            .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr32.cast_mut();
-                                        let vec33 = (reason31.into_bytes()).into_boxed_slice();
-                                        let ptr33 = vec33.as_ptr().cast::<u8>();
-                                        let len33 = vec33.len();
-                                        ::core::mem::forget(vec33);
-                                        *ptr27
-                                            .add(5 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len33;
-                                        *ptr27
-                                            .add(4 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr33.cast_mut();
-                                    }
-                                    V36::Unsupported(e) => {
-                                        *ptr27
-                                            .add(::core::mem::size_of::<*const u8>())
-                                            .cast::<u8>() = (1i32) as u8;
-                                        let vec34 = (e.into_bytes()).into_boxed_slice();
                                         let ptr34 = vec34.as_ptr().cast::<u8>();
                                         let len34 = vec34.len();
                                         ::core::mem::forget(vec34);
-                                        *ptr27
-                                            .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len34;
-                                        *ptr27
+                                        *base
                                             .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len34;
+                                        *base
+                                            .add(::core::mem::size_of::<*const u8>())
                                             .cast::<*mut u8>() = ptr34.cast_mut();
                                     }
-                                    V36::Failed(e) => {
-                                        *ptr27
+                                }
+                                *ptr32
+                                    .add(2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len35;
+                                *ptr32
+                                    .add(::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = result35;
+                            }
+                            Err(e) => {
+                                *ptr32.add(0).cast::<u8>() = (1i32) as u8;
+                                use super::super::super::super::strait::kernel::types::Error as V41;
+                                match e {
+                                    V41::BadArgument(e) => {
+                                        *ptr32
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (0i32) as u8;
+                                        let super::super::super::super::strait::kernel::types::BadArgument {
+                                            name: name36,
+                                            reason: reason36,
+                                        } = e;
+                                        let vec37 = (name36.into_bytes()).into_boxed_slice();
+                                        let ptr37 = vec37.as_ptr().cast::<u8>();
+                                        let len37 = vec37.len();
+                                        ::core::mem::forget(vec37);
+                                        *ptr32
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len37;
+                                        *ptr32
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr37.cast_mut();
+                                        let vec38 = (reason36.into_bytes()).into_boxed_slice();
+                                        let ptr38 = vec38.as_ptr().cast::<u8>();
+                                        let len38 = vec38.len();
+                                        ::core::mem::forget(vec38);
+                                        *ptr32
+                                            .add(5 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len38;
+                                        *ptr32
+                                            .add(4 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr38.cast_mut();
+                                    }
+                                    V41::Unsupported(e) => {
+                                        *ptr32
+                                            .add(::core::mem::size_of::<*const u8>())
+                                            .cast::<u8>() = (1i32) as u8;
+                                        let vec39 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr39 = vec39.as_ptr().cast::<u8>();
+                                        let len39 = vec39.len();
+                                        ::core::mem::forget(vec39);
+                                        *ptr32
+                                            .add(3 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<usize>() = len39;
+                                        *ptr32
+                                            .add(2 * ::core::mem::size_of::<*const u8>())
+                                            .cast::<*mut u8>() = ptr39.cast_mut();
+                                    }
+                                    V41::Failed(e) => {
+                                        *ptr32
                                             .add(::core::mem::size_of::<*const u8>())
                                             .cast::<u8>() = (2i32) as u8;
-                                        let vec35 = (e.into_bytes()).into_boxed_slice();
-                                        let ptr35 = vec35.as_ptr().cast::<u8>();
-                                        let len35 = vec35.len();
-                                        ::core::mem::forget(vec35);
-                                        *ptr27
+                                        let vec40 = (e.into_bytes()).into_boxed_slice();
+                                        let ptr40 = vec40.as_ptr().cast::<u8>();
+                                        let len40 = vec40.len();
+                                        ::core::mem::forget(vec40);
+                                        *ptr32
                                             .add(3 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<usize>() = len35;
-                                        *ptr27
+                                            .cast::<usize>() = len40;
+                                        *ptr32
                                             .add(2 * ::core::mem::size_of::<*const u8>())
-                                            .cast::<*mut u8>() = ptr35.cast_mut();
+                                            .cast::<*mut u8>() = ptr40.cast_mut();
                                     }
                                 }
                             }
                         };
-                        ptr27
+                        ptr32
                     }
                 }
                 #[doc(hidden)]
@@ -2171,50 +2537,41 @@ pub mod exports {
                         #[cfg(target_arch = "wasm32")] _rt::run_ctors_once();
                         let result0 = { T_::last_error() };
                         let ptr1 = (&raw mut _RET_AREA.0).cast::<u8>();
-                        use super::super::super::super::strait::kernel::types::Error as V7;
-                        match result0 {
-                            V7::BadArgument(e) => {
+                        let super::super::super::super::strait::kernel::types::Failure {
+                            error: error2,
+                            diagnostic: diagnostic2,
+                        } = result0;
+                        use super::super::super::super::strait::kernel::types::Error as V8;
+                        match error2 {
+                            V8::BadArgument(e) => {
                                 *ptr1.add(0).cast::<u8>() = (0i32) as u8;
                                 let super::super::super::super::strait::kernel::types::BadArgument {
-                                    name: name2,
-                                    reason: reason2,
+                                    name: name3,
+                                    reason: reason3,
                                 } = e;
-                                let vec3 = (name2.into_bytes()).into_boxed_slice();
-                                let ptr3 = vec3.as_ptr().cast::<u8>();
-                                let len3 = vec3.len();
-                                ::core::mem::forget(vec3);
-                                *ptr1
-                                    .add(2 * ::core::mem::size_of::<*const u8>())
-                                    .cast::<usize>() = len3;
-                                *ptr1
-                                    .add(::core::mem::size_of::<*const u8>())
-                                    .cast::<*mut u8>() = ptr3.cast_mut();
-                                let vec4 = (reason2.into_bytes()).into_boxed_slice();
+                                let vec4 = (name3.into_bytes()).into_boxed_slice();
                                 let ptr4 = vec4.as_ptr().cast::<u8>();
                                 let len4 = vec4.len();
                                 ::core::mem::forget(vec4);
                                 *ptr1
-                                    .add(4 * ::core::mem::size_of::<*const u8>())
+                                    .add(2 * ::core::mem::size_of::<*const u8>())
                                     .cast::<usize>() = len4;
                                 *ptr1
-                                    .add(3 * ::core::mem::size_of::<*const u8>())
+                                    .add(::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = ptr4.cast_mut();
-                            }
-                            V7::Unsupported(e) => {
-                                *ptr1.add(0).cast::<u8>() = (1i32) as u8;
-                                let vec5 = (e.into_bytes()).into_boxed_slice();
+                                let vec5 = (reason3.into_bytes()).into_boxed_slice();
                                 let ptr5 = vec5.as_ptr().cast::<u8>();
                                 let len5 = vec5.len();
                                 ::core::mem::forget(vec5);
                                 *ptr1
-                                    .add(2 * ::core::mem::size_of::<*const u8>())
+                                    .add(4 * ::core::mem::size_of::<*const u8>())
                                     .cast::<usize>() = len5;
                                 *ptr1
-                                    .add(::core::mem::size_of::<*const u8>())
+                                    .add(3 * ::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = ptr5.cast_mut();
                             }
-                            V7::Failed(e) => {
-                                *ptr1.add(0).cast::<u8>() = (2i32) as u8;
+                            V8::Unsupported(e) => {
+                                *ptr1.add(0).cast::<u8>() = (1i32) as u8;
                                 let vec6 = (e.into_bytes()).into_boxed_slice();
                                 let ptr6 = vec6.as_ptr().cast::<u8>();
                                 let len6 = vec6.len();
@@ -2226,7 +2583,31 @@ pub mod exports {
                                     .add(::core::mem::size_of::<*const u8>())
                                     .cast::<*mut u8>() = ptr6.cast_mut();
                             }
+                            V8::Failed(e) => {
+                                *ptr1.add(0).cast::<u8>() = (2i32) as u8;
+                                let vec7 = (e.into_bytes()).into_boxed_slice();
+                                let ptr7 = vec7.as_ptr().cast::<u8>();
+                                let len7 = vec7.len();
+                                ::core::mem::forget(vec7);
+                                *ptr1
+                                    .add(2 * ::core::mem::size_of::<*const u8>())
+                                    .cast::<usize>() = len7;
+                                *ptr1
+                                    .add(::core::mem::size_of::<*const u8>())
+                                    .cast::<*mut u8>() = ptr7.cast_mut();
+                            }
                         }
+                        let vec9 = <_ as Into<_rt::Vec<_>>>::into(diagnostic2)
+                            .into_boxed_slice();
+                        let ptr9 = vec9.as_ptr().cast::<u8>();
+                        let len9 = vec9.len();
+                        ::core::mem::forget(vec9);
+                        *ptr1
+                            .add(6 * ::core::mem::size_of::<*const u8>())
+                            .cast::<usize>() = len9;
+                        *ptr1
+                            .add(5 * ::core::mem::size_of::<*const u8>())
+                            .cast::<*mut u8>() = ptr9.cast_mut();
                         ptr1
                     }
                 }
@@ -2271,6 +2652,15 @@ pub mod exports {
                                 _rt::cabi_dealloc(l7, l8, 1);
                             }
                         }
+                        let l9 = *arg0
+                            .add(5 * ::core::mem::size_of::<*const u8>())
+                            .cast::<*mut u8>();
+                        let l10 = *arg0
+                            .add(6 * ::core::mem::size_of::<*const u8>())
+                            .cast::<usize>();
+                        let base11 = l9;
+                        let len11 = l10;
+                        _rt::cabi_dealloc(base11, len11 * 1, 1);
                     }
                 }
                 pub trait Guest {
@@ -2295,11 +2685,16 @@ pub mod exports {
                         inputs: _rt::Vec<Tensor>,
                         outputs: _rt::Vec<Tensor>,
                     ) -> Result<(), Error>;
-                    /// The kernel. 0: done, 1: see `last-error`. Bit 0 of `mode`: this is the last chunk.
+                    /// The kernel, on one chunk. Bit 0 of `mode`: it is the last one.
+                    /// 0: done with it. Rows that were not consumed come again before those of the next chunk; those of the
+                    ///    last chunk are dropped, and the invocation is over.
+                    /// 1: see `last-error`.
+                    /// 2: there is more to do: call again with the rows that were not consumed, perhaps none, and the room
+                    ///    that is left. A step that consumed nothing and wrote nothing must not say so.
                     /// Inputs are read-only: a store to one ends the invocation.
                     #[allow(async_fn_in_trait)]
                     fn run(mode: u32) -> u32;
-                    /// The true shapes of the outputs, after `run`.
+                    /// The true shapes of the outputs, after the last `run`: as many rows as the chunk records said.
                     #[allow(async_fn_in_trait)]
                     fn extents() -> _rt::Vec<Extent>;
                     /// Warnings and figures for the result's metadata.
@@ -2307,7 +2702,7 @@ pub mod exports {
                     fn notes() -> _rt::Vec<Note>;
                     /// Why `run` answered 1.
                     #[allow(async_fn_in_trait)]
-                    fn last_error() -> Error;
+                    fn last_error() -> Failure;
                 }
                 #[doc(hidden)]
                 #[macro_export]
@@ -2367,16 +2762,15 @@ pub mod exports {
                 }
                 #[doc(hidden)]
                 pub use __export_strait_kernel_kernels_0_1_0_cabi;
-                #[cfg_attr(target_pointer_width = "64", repr(align(8)))]
-                #[cfg_attr(target_pointer_width = "32", repr(align(4)))]
+                #[repr(align(8))]
                 struct _RetArea(
                     [::core::mem::MaybeUninit<
                         u8,
-                    >; 7 * ::core::mem::size_of::<*const u8>()],
+                    >; 16 + 6 * ::core::mem::size_of::<*const u8>()],
                 );
                 static mut _RET_AREA: _RetArea = _RetArea(
-                    [::core::mem::MaybeUninit::uninit(); 7
-                        * ::core::mem::size_of::<*const u8>()],
+                    [::core::mem::MaybeUninit::uninit(); 16
+                        + 6 * ::core::mem::size_of::<*const u8>()],
                 );
             }
         }
@@ -2467,13 +2861,6 @@ mod _rt {
             self as i64
         }
     }
-    pub use alloc_crate::vec::Vec;
-    pub use alloc_crate::string::String;
-    #[cfg(target_arch = "wasm32")]
-    pub fn run_ctors_once() {
-        wit_bindgen::rt::run_ctors_once();
-    }
-    pub use alloc_crate::alloc;
     pub fn as_f64<T: AsF64>(t: T) -> f64 {
         t.as_f64()
     }
@@ -2491,6 +2878,13 @@ mod _rt {
             self as f64
         }
     }
+    pub use alloc_crate::vec::Vec;
+    pub use alloc_crate::string::String;
+    #[cfg(target_arch = "wasm32")]
+    pub fn run_ctors_once() {
+        wit_bindgen::rt::run_ctors_once();
+    }
+    pub use alloc_crate::alloc;
     pub unsafe fn cabi_dealloc(ptr: *mut u8, size: usize, align: usize) {
         if size == 0 {
             return;
@@ -2551,48 +2945,56 @@ macro_rules! __export_plugin_impl {
         =
         "component-type:wit-bindgen:0.60.0:strait:kernel@0.1.0:plugin:imports and exports")]
         #[doc(hidden)] #[allow(clippy::octal_escapes)] pub static
-        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 1700] = *
+        __WIT_BINDGEN_COMPONENT_TYPE : [u8; 2101] = *
         b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xa7\x0c\x01A\x02\x01\
-A\x0d\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xb8\x0f\x01A\x02\x01\
+A\x10\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
 \x01@\x02\x04donew\x05totalw\x01\0\x04\0\x08progress\x01\x01\x03\0\x1cstrait:ker\
-nel/log-sink@0.1.0\x05\0\x01B,\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
-t64\x05uint8\x06uint16\x06uint32\x06uint64\x07float16\x08bfloat16\x0dfloat8-e4m3\
-fn\x0bfloat8-e5m2\x07float32\x07float64\x09complex64\x0acomplex128\x04\0\x05dtyp\
-e\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04role\x03\0\x02\x01pw\x01r\x03\x05dty\
-pe\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\0\x05\x01r\x04\x07addressw\x05\
-bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01q\x03\x07integer\x01\
-x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06number\x03\0\x09\x01pu\x01q\x05\x07\
-boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\x01y\0\x04text\x01s\0\x05reals\x01\
-\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04names\x05value\x0d\x04\0\x09paramete\
-r\x03\0\x0e\x01m\x07\x07boolean\x07integer\x04real\x06number\x04axis\x04text\x05\
-reals\x04\0\x0eparameter-kind\x03\0\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04name\
-s\x04kind\x11\x07default\x12\x07minimum\x13\x07maximum\x13\x07choices\x14\x03doc\
-s\x04\0\x15parameter-declaration\x03\0\x15\x01p\x01\x01r\x06\x04names\x06dtypes\x17\
-\x08rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x18\x01m\x02\x04\
-none\x0bconcatenate\x04\0\x07combine\x03\0\x1a\x01p\x19\x01p\x16\x01ky\x01r\x0a\x04\
-names\x03docs\x06inputs\x1c\x07outputs\x1c\x0aparameters\x1d\x0asplit-axis\x1e\x07\
-combine\x1b\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
-\x1f\x01p\x20\x01r\x04\x03abiy\x04names\x07versions\x07kernels!\x04\0\x0bdescrip\
-tion\x03\0\"\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0$\x01r\x02\x03keys\x04te\
-xts\x04\0\x04note\x03\0&\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argument\x03\0\
-(\x01q\x03\x0cbad-argument\x01)\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\0\x05\
-error\x03\0*\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x02\x03\0\x01\x0bdescrip\
-tion\x02\x03\0\x01\x09parameter\x02\x03\0\x01\x04spec\x02\x03\0\x01\x06tensor\x02\
-\x03\0\x01\x06extent\x02\x03\0\x01\x04note\x02\x03\0\x01\x05error\x01B%\x02\x03\x02\
-\x01\x02\x04\0\x0bdescription\x03\0\0\x02\x03\x02\x01\x03\x04\0\x09parameter\x03\
-\0\x02\x02\x03\x02\x01\x04\x04\0\x04spec\x03\0\x04\x02\x03\x02\x01\x05\x04\0\x06\
-tensor\x03\0\x06\x02\x03\x02\x01\x06\x04\0\x06extent\x03\0\x08\x02\x03\x02\x01\x07\
-\x04\0\x04note\x03\0\x0a\x02\x03\x02\x01\x08\x04\0\x05error\x03\0\x0c\x01@\0\0\x01\
-\x04\0\x08describe\x01\x0e\x01p\x03\x01p\x05\x01j\x01\x10\x01\x0d\x01@\x03\x06ke\
-rnels\x0aparameters\x0f\x06inputs\x10\0\x11\x04\0\x04open\x01\x12\x01@\x01\x05by\
-tesw\0w\x04\0\x07reserve\x01\x13\x01p\x07\x01j\0\x01\x0d\x01@\x02\x06inputs\x14\x07\
-outputs\x14\0\x15\x04\0\x04bind\x01\x16\x01@\x01\x04modey\0y\x04\0\x03run\x01\x17\
-\x01p\x09\x01@\0\0\x18\x04\0\x07extents\x01\x19\x01p\x0b\x01@\0\0\x1a\x04\0\x05n\
-otes\x01\x1b\x01@\0\0\x0d\x04\0\x0alast-error\x01\x1c\x04\0\x1bstrait:kernel/ker\
-nels@0.1.0\x05\x09\x04\0\x1astrait:kernel/plugin@0.1.0\x04\0\x0b\x0c\x01\0\x06pl\
-ugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-component\x070.254.2\
-\x10wit-bindgen-rust\x060.60.0";
+nel/log-sink@0.1.0\x05\0\x01B\x04\x01@\x0f\x0atransposedy\x01mw\x01nw\x01kw\x05a\
+lphau\x06a-porty\x09a-elementw\x05a-roww\x06b-porty\x09b-elementw\x05b-roww\x04b\
+etau\x06c-porty\x09c-elementw\x05c-roww\x01\0\x04\0\x04gemm\x01\0\x01@\x07\x01nw\
+\x06x-porty\x09x-elementw\x06x-stepw\x06y-porty\x09y-elementw\x06y-stepw\0u\x04\0\
+\x03dot\x01\x01\x03\0\x1astrait:kernel/linalg@0.1.0\x05\x01\x01B1\x01m\x11\x05bo\
+ol8\x04int8\x05int16\x05int32\x05int64\x05uint8\x06uint16\x06uint32\x06uint64\x07\
+float16\x08bfloat16\x0dfloat8-e4m3fn\x0bfloat8-e5m2\x07float32\x07float64\x09com\
+plex64\x0acomplex128\x04\0\x05dtype\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04ro\
+le\x03\0\x02\x01pw\x01r\x03\x05dtype\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\
+\0\x05\x01r\x04\x07addressw\x05bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\
+\0\x07\x01q\x03\x07integer\x01x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06num\
+ber\x03\0\x09\x01p\x0a\x01q\x05\x07boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\
+\x01y\0\x04text\x01s\0\x07numbers\x01\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04\
+names\x05value\x0d\x04\0\x09parameter\x03\0\x0e\x01m\x08\x07boolean\x07integer\x04\
+real\x06number\x04axis\x04text\x08integers\x05reals\x04\0\x0eparameter-kind\x03\0\
+\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04names\x04kind\x11\x07default\x12\x07min\
+imum\x13\x07maximum\x13\x07choices\x14\x03docs\x04\0\x15parameter-declaration\x03\
+\0\x15\x01p\x01\x01r\x07\x04names\x06dtypes\x17\x08rank-miny\x08rank-maxy\x04rol\
+e\x03\x05whole\x7f\x03docs\x04\0\x04port\x03\0\x18\x01r\x03\x0ablock-rowsw\x08pa\
+rtialss\x05merges\x04\0\x0ablock-tree\x03\0\x1a\x01q\x03\x04none\0\0\x0bconcaten\
+ate\0\0\x04tree\x01\x1b\0\x04\0\x07combine\x03\0\x1c\x01p\x19\x01p\x16\x01ky\x01\
+r\x0b\x04names\x03docs\x06inputs\x1e\x07outputs\x1e\x0aparameters\x1f\x09signatu\
+res\x0asplit-axis\x20\x07combine\x1d\x09streaming\x7f\x08in-place\x7f\x09cost-hi\
+ntu\x04\0\x06kernel\x03\0!\x01p\"\x01r\x05\x03abiy\x04names\x07versions\x07kerne\
+ls#\x0cpanic-recordw\x04\0\x0bdescription\x03\0$\x01r\x01\x05shape\x04\x04\0\x06\
+extent\x03\0&\x01r\x02\x03keys\x04texts\x04\0\x04note\x03\0(\x01r\x02\x04names\x06\
+reasons\x04\0\x0cbad-argument\x03\0*\x01q\x03\x0cbad-argument\x01+\0\x0bunsuppor\
+ted\x01s\0\x06failed\x01s\0\x04\0\x05error\x03\0,\x01p}\x01r\x02\x05error-\x0adi\
+agnostic.\x04\0\x07failure\x03\0/\x03\0\x19strait:kernel/types@0.1.0\x05\x02\x02\
+\x03\0\x02\x0bdescription\x02\x03\0\x02\x09parameter\x02\x03\0\x02\x04spec\x02\x03\
+\0\x02\x06tensor\x02\x03\0\x02\x06extent\x02\x03\0\x02\x04note\x02\x03\0\x02\x05\
+error\x02\x03\0\x02\x07failure\x01B'\x02\x03\x02\x01\x03\x04\0\x0bdescription\x03\
+\0\0\x02\x03\x02\x01\x04\x04\0\x09parameter\x03\0\x02\x02\x03\x02\x01\x05\x04\0\x04\
+spec\x03\0\x04\x02\x03\x02\x01\x06\x04\0\x06tensor\x03\0\x06\x02\x03\x02\x01\x07\
+\x04\0\x06extent\x03\0\x08\x02\x03\x02\x01\x08\x04\0\x04note\x03\0\x0a\x02\x03\x02\
+\x01\x09\x04\0\x05error\x03\0\x0c\x02\x03\x02\x01\x0a\x04\0\x07failure\x03\0\x0e\
+\x01@\0\0\x01\x04\0\x08describe\x01\x10\x01p\x03\x01p\x05\x01j\x01\x12\x01\x0d\x01\
+@\x03\x06kernels\x0aparameters\x11\x06inputs\x12\0\x13\x04\0\x04open\x01\x14\x01\
+@\x01\x05bytesw\0w\x04\0\x07reserve\x01\x15\x01p\x07\x01j\0\x01\x0d\x01@\x02\x06\
+inputs\x16\x07outputs\x16\0\x17\x04\0\x04bind\x01\x18\x01@\x01\x04modey\0y\x04\0\
+\x03run\x01\x19\x01p\x09\x01@\0\0\x1a\x04\0\x07extents\x01\x1b\x01p\x0b\x01@\0\0\
+\x1c\x04\0\x05notes\x01\x1d\x01@\0\0\x0f\x04\0\x0alast-error\x01\x1e\x04\0\x1bst\
+rait:kernel/kernels@0.1.0\x05\x0b\x04\0\x1astrait:kernel/plugin@0.1.0\x04\0\x0b\x0c\
+\x01\0\x06plugin\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-componen\
+t\x070.254.2\x10wit-bindgen-rust\x060.60.0";
         };
     };
 }
@@ -2605,35 +3007,42 @@ pub use __export_plugin_impl as export;
 )]
 #[doc(hidden)]
 #[allow(clippy::octal_escapes)]
-pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 1315] = *b"\
-\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\x86\x09\x01A\x02\x01\
-A\x04\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
+pub static __WIT_BINDGEN_COMPONENT_TYPE: [u8; 1686] = *b"\
+\0asm\x0d\0\x01\0\0\x19\x16wit-component-encoding\x04\0\x07\xf9\x0b\x01A\x02\x01\
+A\x06\x01B\x04\x01@\x03\x05levely\x07addressw\x05bytesw\x01\0\x04\0\x03log\x01\0\
 \x01@\x02\x04donew\x05totalw\x01\0\x04\0\x08progress\x01\x01\x03\0\x1cstrait:ker\
-nel/log-sink@0.1.0\x05\0\x01B,\x01m\x11\x05bool8\x04int8\x05int16\x05int32\x05in\
-t64\x05uint8\x06uint16\x06uint32\x06uint64\x07float16\x08bfloat16\x0dfloat8-e4m3\
-fn\x0bfloat8-e5m2\x07float32\x07float64\x09complex64\x0acomplex128\x04\0\x05dtyp\
-e\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04role\x03\0\x02\x01pw\x01r\x03\x05dty\
-pe\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\0\x05\x01r\x04\x07addressw\x05\
-bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\0\x07\x01q\x03\x07integer\x01\
-x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06number\x03\0\x09\x01pu\x01q\x05\x07\
-boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\x01y\0\x04text\x01s\0\x05reals\x01\
-\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04names\x05value\x0d\x04\0\x09paramete\
-r\x03\0\x0e\x01m\x07\x07boolean\x07integer\x04real\x06number\x04axis\x04text\x05\
-reals\x04\0\x0eparameter-kind\x03\0\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04name\
-s\x04kind\x11\x07default\x12\x07minimum\x13\x07maximum\x13\x07choices\x14\x03doc\
-s\x04\0\x15parameter-declaration\x03\0\x15\x01p\x01\x01r\x06\x04names\x06dtypes\x17\
-\x08rank-miny\x08rank-maxy\x04role\x03\x03docs\x04\0\x04port\x03\0\x18\x01m\x02\x04\
-none\x0bconcatenate\x04\0\x07combine\x03\0\x1a\x01p\x19\x01p\x16\x01ky\x01r\x0a\x04\
-names\x03docs\x06inputs\x1c\x07outputs\x1c\x0aparameters\x1d\x0asplit-axis\x1e\x07\
-combine\x1b\x09streaming\x7f\x08in-place\x7f\x09cost-hintu\x04\0\x06kernel\x03\0\
-\x1f\x01p\x20\x01r\x04\x03abiy\x04names\x07versions\x07kernels!\x04\0\x0bdescrip\
-tion\x03\0\"\x01r\x01\x05shape\x04\x04\0\x06extent\x03\0$\x01r\x02\x03keys\x04te\
-xts\x04\0\x04note\x03\0&\x01r\x02\x04names\x06reasons\x04\0\x0cbad-argument\x03\0\
-(\x01q\x03\x0cbad-argument\x01)\0\x0bunsupported\x01s\0\x06failed\x01s\0\x04\0\x05\
-error\x03\0*\x03\0\x19strait:kernel/types@0.1.0\x05\x01\x04\0:strait:kernel/plug\
-in-with-all-of-its-exports-removed@0.1.0\x04\0\x0b,\x01\0&plugin-with-all-of-its\
--exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-by\x02\x0dwit-componen\
-t\x070.254.2\x10wit-bindgen-rust\x060.60.0";
+nel/log-sink@0.1.0\x05\0\x01B\x04\x01@\x0f\x0atransposedy\x01mw\x01nw\x01kw\x05a\
+lphau\x06a-porty\x09a-elementw\x05a-roww\x06b-porty\x09b-elementw\x05b-roww\x04b\
+etau\x06c-porty\x09c-elementw\x05c-roww\x01\0\x04\0\x04gemm\x01\0\x01@\x07\x01nw\
+\x06x-porty\x09x-elementw\x06x-stepw\x06y-porty\x09y-elementw\x06y-stepw\0u\x04\0\
+\x03dot\x01\x01\x03\0\x1astrait:kernel/linalg@0.1.0\x05\x01\x01B1\x01m\x11\x05bo\
+ol8\x04int8\x05int16\x05int32\x05int64\x05uint8\x06uint16\x06uint32\x06uint64\x07\
+float16\x08bfloat16\x0dfloat8-e4m3fn\x0bfloat8-e5m2\x07float32\x07float64\x09com\
+plex64\x0acomplex128\x04\0\x05dtype\x03\0\0\x01m\x02\x04data\x04mask\x04\0\x04ro\
+le\x03\0\x02\x01pw\x01r\x03\x05dtype\x01\x04role\x03\x05shape\x04\x04\0\x04spec\x03\
+\0\x05\x01r\x04\x07addressw\x05bytesw\x07controlw\x04spec\x06\x04\0\x06tensor\x03\
+\0\x07\x01q\x03\x07integer\x01x\0\x08unsigned\x01w\0\x04real\x01u\0\x04\0\x06num\
+ber\x03\0\x09\x01p\x0a\x01q\x05\x07boolean\x01\x7f\0\x06number\x01\x0a\0\x04axis\
+\x01y\0\x04text\x01s\0\x07numbers\x01\x0b\0\x04\0\x05value\x03\0\x0c\x01r\x02\x04\
+names\x05value\x0d\x04\0\x09parameter\x03\0\x0e\x01m\x08\x07boolean\x07integer\x04\
+real\x06number\x04axis\x04text\x08integers\x05reals\x04\0\x0eparameter-kind\x03\0\
+\x10\x01k\x0d\x01k\x0a\x01ps\x01r\x07\x04names\x04kind\x11\x07default\x12\x07min\
+imum\x13\x07maximum\x13\x07choices\x14\x03docs\x04\0\x15parameter-declaration\x03\
+\0\x15\x01p\x01\x01r\x07\x04names\x06dtypes\x17\x08rank-miny\x08rank-maxy\x04rol\
+e\x03\x05whole\x7f\x03docs\x04\0\x04port\x03\0\x18\x01r\x03\x0ablock-rowsw\x08pa\
+rtialss\x05merges\x04\0\x0ablock-tree\x03\0\x1a\x01q\x03\x04none\0\0\x0bconcaten\
+ate\0\0\x04tree\x01\x1b\0\x04\0\x07combine\x03\0\x1c\x01p\x19\x01p\x16\x01ky\x01\
+r\x0b\x04names\x03docs\x06inputs\x1e\x07outputs\x1e\x0aparameters\x1f\x09signatu\
+res\x0asplit-axis\x20\x07combine\x1d\x09streaming\x7f\x08in-place\x7f\x09cost-hi\
+ntu\x04\0\x06kernel\x03\0!\x01p\"\x01r\x05\x03abiy\x04names\x07versions\x07kerne\
+ls#\x0cpanic-recordw\x04\0\x0bdescription\x03\0$\x01r\x01\x05shape\x04\x04\0\x06\
+extent\x03\0&\x01r\x02\x03keys\x04texts\x04\0\x04note\x03\0(\x01r\x02\x04names\x06\
+reasons\x04\0\x0cbad-argument\x03\0*\x01q\x03\x0cbad-argument\x01+\0\x0bunsuppor\
+ted\x01s\0\x06failed\x01s\0\x04\0\x05error\x03\0,\x01p}\x01r\x02\x05error-\x0adi\
+agnostic.\x04\0\x07failure\x03\0/\x03\0\x19strait:kernel/types@0.1.0\x05\x02\x04\
+\0:strait:kernel/plugin-with-all-of-its-exports-removed@0.1.0\x04\0\x0b,\x01\0&p\
+lugin-with-all-of-its-exports-removed\x03\0\0\0G\x09producers\x01\x0cprocessed-b\
+y\x02\x0dwit-component\x070.254.2\x10wit-bindgen-rust\x060.60.0";
 #[inline(never)]
 #[doc(hidden)]
 pub fn __link_custom_section_describing_imports() {

@@ -16,6 +16,12 @@ pub(crate) struct Window {
 
 /// Size of a chunk record.
 pub(crate) const CONTROL_BYTES: usize = 64;
+/// Most bytes that a failing kernel hands to the host.
+const DIAGNOSTIC_BYTES_MAX: usize = 4096;
+
+/// What stands in a chunk record: index of the first row, rows, bytes from the tensor's address to the first row, and
+/// rows that the kernel consumed or wrote.
+type Record = [u64; 4];
 
 impl Window {
     /// # Panics
@@ -75,16 +81,32 @@ impl Window {
         self.control..self.control + CONTROL_BYTES
     }
 
-    /// Writes a chunk record's first two words.
+    fn rows(&self) -> u64 {
+        self.spec.shape.first().copied().unwrap_or(1)
+    }
+
+    /// Whether this chunk is the whole tensor.
     #[expect(
         unsafe_code,
-        reason = "the record lies in memory that only the host and this function use"
+        reason = "the record lies in memory that only the host and `Window` use"
     )]
-    fn record(&self, elements_in: u64, elements_out: u64) {
-        let record = core::ptr::with_exposed_provenance_mut::<[u64; 2]>(self.control);
+    pub(crate) fn is_whole(&self) -> bool {
+        let record = core::ptr::with_exposed_provenance::<Record>(self.control);
         // SAFETY: `new` checked alignment and that 64 bytes from `control` lie in the reserved range, which
         // is never given to the allocator; `Instance::bind` checked that no window meets it.
-        unsafe { record.write([elements_in, elements_out]) }
+        let [first, rows, offset, _] = unsafe { record.read() };
+        (first, rows, offset) == (0, self.rows(), 0)
+    }
+
+    /// Says that of a chunk which is the whole tensor so many rows were consumed or written.
+    #[expect(
+        unsafe_code,
+        reason = "the record lies in memory that only the host and `Window` use"
+    )]
+    fn moved(&self, rows: u64) {
+        let record = core::ptr::with_exposed_provenance_mut::<Record>(self.control);
+        // SAFETY: as in `is_whole`.
+        unsafe { record.write([0, self.rows(), 0, rows]) }
     }
 
     #[inline(never)]
@@ -106,6 +128,7 @@ pub struct Call<'w> {
     outputs: &'w [Window],
     extents: &'w mut [Vec<u64>],
     notes: &'w mut Vec<Note>,
+    diagnostic: &'w mut Vec<u8>,
     /// Bit i: output i was handed out.
     taken: u64,
 }
@@ -120,6 +143,7 @@ impl<'w> Call<'w> {
         outputs: &'w [Window],
         extents: &'w mut [Vec<u64>],
         notes: &'w mut Vec<Note>,
+        diagnostic: &'w mut Vec<u8>,
     ) -> Self {
         assert!(outputs.len() <= 64, "a kernel has at most 64 outputs");
         Self {
@@ -127,6 +151,7 @@ impl<'w> Call<'w> {
             outputs,
             extents,
             notes,
+            diagnostic,
             taken: 0,
         }
     }
@@ -245,13 +270,21 @@ impl<'w> Call<'w> {
         });
     }
 
-    /// Writes the chunk records: everything was read, and this many elements were written.
+    /// Bytes for whoever looks into the failure that `run` is about to answer: the block that could not be
+    /// converted, for example. The first 4096 are kept.
+    pub fn diagnose(&mut self, bytes: &[u8]) {
+        self.diagnostic.clear();
+        let kept = bytes.len().min(DIAGNOSTIC_BYTES_MAX);
+        self.diagnostic.extend_from_slice(&bytes[..kept]);
+    }
+
+    /// Writes the chunk records: everything was consumed, and this many rows were written.
     pub(crate) fn finish(&self) {
         for window in self.inputs {
-            window.record(window.elements as u64, 0);
+            window.moved(window.rows());
         }
         for (window, extent) in self.outputs.iter().zip(&*self.extents) {
-            window.record(0, extent.iter().product());
+            window.moved(extent.first().copied().unwrap_or(1));
         }
     }
 }

@@ -1,6 +1,6 @@
 //! One instance's states: opened, bound, run. Everything but the ABI itself, so that it is tested natively.
 
-use crate::bindings::strait::kernel::types::{Description, Extent, Parameter, Tensor};
+use crate::bindings::strait::kernel::types::{Description, Extent, Failure, Parameter, Tensor};
 use crate::call::{Call, Window};
 use crate::kernel::{Entry, Port, Run};
 use crate::{Error, Note, Plugin, Spec};
@@ -14,6 +14,8 @@ pub struct Instance {
     reserved: Range<usize>,
     opened: Option<Opened>,
     last_error: Option<Error>,
+    /// Bytes to go with `last_error`.
+    diagnostic: Vec<u8>,
 }
 
 struct Opened {
@@ -50,6 +52,7 @@ impl Instance {
             reserved: 0..0,
             opened: None,
             last_error: None,
+            diagnostic: Vec::new(),
         }
     }
 
@@ -66,6 +69,7 @@ impl Instance {
             name: P::NAME.into(),
             version: P::VERSION.into(),
             kernels: P::KERNELS.iter().map(|entry| (entry.describe)()).collect(),
+            panic_record: crate::panic::address(),
         }
     }
 
@@ -182,12 +186,14 @@ impl Instance {
             .bound
             .as_ref()
             .ok_or_else(|| Error::failed("run: nothing is bound"))?;
-        if mode & 1 == 0 {
+        let mut windows = bound.inputs.iter().chain(&bound.outputs);
+        if mode & 1 == 0 || !windows.all(Window::is_whole) {
             return Err(Error::unsupported(format!(
                 "{} takes its input in one piece",
                 opened.entry.name
             )));
         }
+        self.diagnostic.clear();
         opened.notes.clear();
         opened.extents.clear();
         opened
@@ -201,6 +207,7 @@ impl Instance {
                 &bound.outputs,
                 &mut opened.extents,
                 &mut opened.notes,
+                &mut self.diagnostic,
             )
         };
         opened.kernel.run(&mut call)?;
@@ -232,10 +239,12 @@ impl Instance {
 
     /// Why `run` answered 1.
     #[must_use]
-    pub fn last_error(&self) -> Error {
-        self.last_error
-            .clone()
-            .unwrap_or_else(|| Error::failed("no error has happened"))
+    pub fn last_error(&self) -> Failure {
+        let error = self.last_error.clone();
+        Failure {
+            error: error.unwrap_or_else(|| Error::failed("no error has happened")),
+            diagnostic: self.diagnostic.clone(),
+        }
     }
 }
 
@@ -339,6 +348,8 @@ mod tests {
             let x = call.input::<u8>(0)?;
             let mut y = call.output::<u8>(0)?;
             if x.first() == Some(&0) {
+                let block = [&x[..], &[8; 5000]].concat();
+                call.diagnose(&block);
                 return Err(Error::failed("it starts with 0"));
             }
             y.copy_from_slice(&x);
@@ -400,8 +411,21 @@ mod tests {
             self.instance.bind(vec![x], vec![y])
         }
 
-        #[expect(unsafe_code, reason = "this is the host's part")]
+        /// With all 100 rows in, and room for as many.
         fn run(&mut self, mode: u32) -> u32 {
+            for record in [0, 64] {
+                self.write(record, 100);
+            }
+            self.step(mode)
+        }
+
+        fn write(&mut self, record: usize, rows: u64) {
+            self.memory.0[record..record + 64].fill(0);
+            self.memory.0[record + 8..record + 16].copy_from_slice(&rows.to_le_bytes());
+        }
+
+        #[expect(unsafe_code, reason = "this is the host's part")]
+        fn step(&mut self, mode: u32) -> u32 {
             // SAFETY: all windows lie in `memory`, which nothing uses meanwhile.
             unsafe { self.instance.run(mode) }
         }
@@ -434,16 +458,8 @@ mod tests {
                 1,
                 "notes of earlier runs are gone"
             );
-            assert_eq!(
-                (bench.word(0), bench.word(8)),
-                (100, 0),
-                "the input's record"
-            );
-            assert_eq!(
-                (bench.word(64), bench.word(72)),
-                (0, 99),
-                "the output's record"
-            );
+            assert_eq!(bench.word(24), 100, "rows that were consumed");
+            assert_eq!(bench.word(64 + 24), 99, "rows that were written");
         }
     }
 
@@ -452,7 +468,7 @@ mod tests {
         let mut bench = Bench::new();
         assert_eq!(bench.run(1), 1);
         assert_eq!(
-            failure(&bench.instance.last_error()),
+            failure(&bench.instance.last_error().error),
             "run: nothing is bound"
         );
         bench
@@ -460,12 +476,29 @@ mod tests {
             .expect("all in place");
         assert_eq!(bench.run(0), 1);
         assert_eq!(
-            failure(&bench.instance.last_error()),
+            failure(&bench.instance.last_error().error),
             "copy takes its input in one piece"
         );
+        for (record, rows) in [(0, 99), (64, 50)] {
+            bench.write(64 - record, 100);
+            bench.write(record, rows);
+            assert_eq!(bench.step(1), 1);
+            assert_eq!(
+                failure(&bench.instance.last_error().error),
+                "copy takes its input in one piece"
+            );
+        }
         bench.memory.0[128] = 0;
         assert_eq!(bench.run(1), 1);
-        assert_eq!(failure(&bench.instance.last_error()), "it starts with 0");
+        let told = bench.instance.last_error();
+        assert_eq!(failure(&told.error), "it starts with 0");
+        assert_eq!(
+            told.diagnostic,
+            [bench.memory.0[128..228].to_vec(), vec![8; 3996]].concat()
+        );
+        bench.memory.0[128] = 1;
+        assert_eq!(bench.run(1), 0);
+        assert_eq!(bench.instance.last_error().diagnostic, []);
 
         let unknown = bench
             .instance

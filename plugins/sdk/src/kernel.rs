@@ -17,6 +17,10 @@ pub trait Kernel: Sized + 'static {
     const INPUTS: &'static [Port];
     /// Ports in the order in which [`Call::output`] counts them.
     const OUTPUTS: &'static [Port];
+    /// Which axes are equal, as a gufunc signature: `"(n),(k)->(m)"`, one pair of parentheses for each port. The names
+    /// stand for the last axes of a tensor, and one name is one size wherever it stands; axes before the named ones
+    /// are the same for all ports. The host checks it before [`open`](Self::open). Empty: no rule.
+    const SIGNATURE: &'static str = "";
     /// The axis along which the host may cut all inputs and outputs, with the same result bit for bit.
     const SPLIT_AXIS: Option<u32> = None;
     /// Rough nanoseconds for each input element; 0 says nothing.
@@ -47,6 +51,7 @@ pub struct Port {
     rank_min: u32,
     rank_max: u32,
     role: Role,
+    whole: bool,
     doc: &'static str,
 }
 
@@ -63,6 +68,7 @@ impl Port {
             rank_min: 0,
             rank_max: Self::RANK_MAX,
             role: Role::Data,
+            whole: false,
             doc,
         }
     }
@@ -82,6 +88,15 @@ impl Port {
     pub const fn mask(self) -> Self {
         Self {
             role: Role::Mask,
+            ..self
+        }
+    }
+
+    /// An input that is never cut: a table, a filter's taps.
+    #[must_use]
+    pub const fn whole(self) -> Self {
+        Self {
+            whole: true,
             ..self
         }
     }
@@ -127,6 +142,7 @@ impl Port {
             rank_min: self.rank_min,
             rank_max: self.rank_max,
             role: self.role,
+            whole: self.whole,
             doc: self.doc.into(),
         }
     }
@@ -190,6 +206,7 @@ fn describe<K: Kernel>() -> types::Kernel {
         inputs: K::INPUTS.iter().map(Port::describe).collect(),
         outputs: K::OUTPUTS.iter().map(Port::describe).collect(),
         parameters: K::Parameters::declare(),
+        signature: K::SIGNATURE.into(),
         split_axis: K::SPLIT_AXIS,
         combine: if K::SPLIT_AXIS.is_some() {
             Combine::Concatenate

@@ -90,6 +90,7 @@ mod kernel;
 pub mod log;
 mod map;
 mod number;
+mod panic;
 mod parameter;
 #[cfg(all(target_arch = "wasm32", feature = "runtime"))]
 mod runtime;
@@ -97,7 +98,7 @@ mod runtime;
 pub mod testing;
 
 pub use bindings::strait::kernel::types::{
-    BadArgument, Dtype, Error, Note, Number, ParameterKind, Role, Spec, Value,
+    BadArgument, Dtype, Error, Failure, Note, Number, ParameterKind, Role, Spec, Value,
 };
 pub use call::{Call, Input, Output};
 pub use element::{Bool8, Complex, Element, Real, dtypes};
@@ -105,6 +106,7 @@ pub use float::{Bf16, F8E4m3fn, F8E5m2, F16, sqrt};
 pub use instance::Instance;
 pub use kernel::{Entry, Kernel, Plugin, Port};
 pub use map::map;
+pub use panic::record_panic;
 pub use parameter::{Axis, AxisSplit, ParameterType, Parameters};
 
 #[doc(hidden)]
@@ -193,8 +195,8 @@ macro_rules! dispatch {
 /// Declares a kernel's parameters once: a struct whose fields are the parameters, by name.
 ///
 /// A field's doc comment is the parameter's doc, its type (`bool`, `i64`, `u64`, `f64`, [`Number`], [`Axis`],
-/// `String`, `Vec<f64>`) the kind, the value after `=` the default; without one the caller must give it. Before the
-/// field may stand `#[minimum(…)]`, `#[maximum(…)]` (for numbers) and `#[choices("…", …)]` (for text),
+/// `String`, `Vec<i64>`, `Vec<u64>`, `Vec<f64>`) the kind, the value after `=` the default; without one the caller must give it. Before the
+/// field may stand `#[minimum(…)]`, `#[maximum(…)]` (for numbers and lists of them) and `#[choices("…", …)]` (for text),
 /// in this order, after the doc comment.
 ///
 /// ```

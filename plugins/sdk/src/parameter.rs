@@ -122,7 +122,38 @@ parameter_types! {
     bool => Boolean, core::convert::identity, core::convert::identity;
     Axis => Axis, |axis: Axis| axis.0, Axis;
     String => Text, core::convert::identity, core::convert::identity;
-    Vec<f64> => Reals, core::convert::identity, core::convert::identity;
+}
+
+macro_rules! lists {
+    ($($type:ty => $kind:ident;)+) => {
+        $(
+            impl ParameterType for Vec<$type> {
+                const KIND: ParameterKind = ParameterKind::$kind;
+                const MINIMUM: Option<Number> = <$type as ParameterType>::MINIMUM;
+
+                fn into_value(self) -> Value {
+                    Value::Numbers(self.into_iter().map(Number::from).collect())
+                }
+
+                fn from_value(value: Option<Value>, name: &str) -> Result<Self, Error> {
+                    match value {
+                        Some(Value::Numbers(numbers)) => numbers
+                            .into_iter()
+                            .map(|number| <$type>::from_value(Some(Value::Number(number)), name))
+                            .collect(),
+                        Some(other) => Err(wrong_kind(name, Self::KIND, &other)),
+                        None => Err(missing(name, Self::KIND)),
+                    }
+                }
+            }
+        )+
+    };
+}
+
+lists! {
+    i64 => Integers;
+    u64 => Integers;
+    f64 => Reals;
 }
 
 impl ParameterType for Number {
@@ -206,6 +237,7 @@ fn kind_name(kind: ParameterKind) -> &'static str {
         ParameterKind::Number => "number",
         ParameterKind::Axis => "axis",
         ParameterKind::Text => "text",
+        ParameterKind::Integers => "list of integers",
         ParameterKind::Reals => "list of real numbers",
     }
 }
@@ -218,12 +250,25 @@ fn kind_of(value: &Value) -> ParameterKind {
         Value::Number(Number::Real(_)) => ParameterKind::Real,
         Value::Axis(_) => ParameterKind::Axis,
         Value::Text(_) => ParameterKind::Text,
-        Value::Reals(_) => ParameterKind::Reals,
+        Value::Numbers(numbers) if numbers.iter().any(is_real) => ParameterKind::Reals,
+        Value::Numbers(_) => ParameterKind::Integers,
     }
 }
 
+fn is_real(number: &Number) -> bool {
+    matches!(number, Number::Real(_))
+}
+
 fn takes(kind: ParameterKind, value: &Value) -> bool {
-    kind == kind_of(value) || (kind == ParameterKind::Number && matches!(value, Value::Number(_)))
+    match value {
+        Value::Numbers(numbers) => match kind {
+            ParameterKind::Integers => !numbers.iter().any(is_real),
+            ParameterKind::Reals => numbers.iter().all(is_real),
+            _ => false,
+        },
+        Value::Number(_) if kind == ParameterKind::Number => true,
+        _ => kind == kind_of(value),
+    }
 }
 
 fn wrong_kind(name: &str, kind: ParameterKind, value: &Value) -> Error {
@@ -339,9 +384,7 @@ fn check(declaration: &ParameterDeclaration, value: &Value) -> Result<(), Error>
         Value::Boolean(_) => Ok(()),
         Value::Number(number) => in_range(*number),
         Value::Axis(axis) => in_range(i64::from(*axis).into()),
-        Value::Reals(numbers) => numbers
-            .iter()
-            .try_for_each(|&number| in_range(number.into())),
+        Value::Numbers(numbers) => numbers.iter().try_for_each(|&number| in_range(number)),
         Value::Text(text)
             if declaration.choices.is_empty() || declaration.choices.contains(text) =>
         {
@@ -397,6 +440,9 @@ mod tests {
             /// An unsigned one.
             #[maximum(u64::MAX - 1)]
             unsigned: u64 = 1u64 << 63,
+            /// Several.
+            #[maximum(u64::MAX - 1)]
+            list: Vec<u64> = vec![1u64 << 63, 7],
         }
     }
 
@@ -410,6 +456,17 @@ mod tests {
         assert_eq!(declared[2].minimum, Some(Number::Integer(0)));
         assert_eq!(declared[2].maximum, Some(Number::Unsigned(u64::MAX - 1)));
         let read = |name: &str, value: Number| Wide::read(vec![given(name, Value::Number(value))]);
+        let list = |numbers: &[Number]| {
+            Wide::read(vec![given("list", Value::Numbers(numbers.to_vec()))]).map(|w| w.list)
+        };
+        assert_eq!(list(&[]), Ok(vec![]));
+        assert_eq!(
+            list(&[Number::Unsigned(u64::MAX - 1), Number::Integer(3)]),
+            Ok(vec![u64::MAX - 1, 3])
+        );
+        assert!(list(&[Number::Unsigned(u64::MAX)]).is_err());
+        assert!(list(&[Number::Integer(-1)]).is_err());
+        assert!(list(&[Number::Integer(1), Number::Real(2.0)]).is_err());
         let odd = (1i64 << 53) + 1;
         assert_eq!(read("limit", odd.into()).map(|w| w.limit), Ok(odd.into()));
         assert_eq!(read("limit", 0.5.into()).map(|w| w.limit), Ok(0.5.into()));

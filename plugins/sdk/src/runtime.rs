@@ -3,13 +3,9 @@
 #[global_allocator]
 static ALLOCATOR: dlmalloc::GlobalDlmalloc = dlmalloc::GlobalDlmalloc;
 
-/// Traps. With the feature `log` the message is in the host's log; without it only the trap's backtrace
-/// tells, since a plugin that does not log imports nothing.
+/// Traps, once the host can read where and why.
 #[panic_handler]
 fn panic(info: &core::panic::PanicInfo<'_>) -> ! {
-    #[cfg(feature = "log")]
-    crate::log::panicked(info);
-    #[cfg(not(feature = "log"))]
-    let _ = info;
+    crate::record_panic(info.location(), info.message());
     core::arch::wasm32::unreachable()
 }

@@ -119,6 +119,11 @@ fn invoke_entry(
         .collect();
     // 0xA5: outputs hold arbitrary values before a run.
     let mut memory = vec![Line([0xA5; 64]); lines];
+    for (record, spec) in memory.iter_mut().zip(&specs) {
+        let rows = spec.shape.first().copied().unwrap_or(1);
+        record.0.fill(0);
+        record.0[8..16].copy_from_slice(&rows.to_le_bytes());
+    }
     let base = memory.as_mut_ptr();
     let address = base.expose_provenance();
     for (tensor, &start) in inputs.iter().zip(&starts) {
@@ -142,7 +147,7 @@ fn invoke_entry(
     )?;
     // SAFETY: all windows lie in `memory`, which nothing else uses during the call.
     if unsafe { instance.run(1) } != 0 {
-        return Err(instance.last_error());
+        return Err(instance.last_error().error);
     }
     let outputs = outputs_bound
         .zip(instance.extents())

@@ -19,7 +19,7 @@ import sys
 if sys.platform != "linux":
     raise ImportError(f"strait hosts and clients need Linux; this is {sys.platform}")
 
-from ._array import Array, Columns
+from ._array import Array, Arrays
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -32,14 +32,15 @@ from ._errors import (
 )
 from ._session import VERSION as __version__
 from ._session import Call, ClientStats, Session, connect
-from ._wire import CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
+from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
 
 __all__ = [
     "Array",
+    "Arrays",
+    "BlockTree",
     "Call",
     "CallInfo",
     "ClientStats",
-    "Columns",
     "DisconnectedError",
     "Flight",
     "ForkedError",

@@ -1,4 +1,4 @@
-"""Tensors in mapped segments: what calls and `Session.get` answer."""
+"""Tensors in mapped segments: what calls and `Session.get` return."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Segment:
         self._placed.segments.pop(self.pages.address, None)
 
     def left(self) -> None:
-        if self.pages.inherited and self.mapping.seal == "host-write":
+        if self.pages.inherited and self.mapping.writers == "host":
             # What is released the host may write to again, and a forked child may still read it.
             self.connection.lapse(self.lease)
         else:
@@ -126,22 +126,22 @@ class Array(NDArrayOperatorsMixin):
 
     @property
     def name(self) -> str:
-        """Of the tensor in its segment: the output's port, or the column."""
+        """The tensor's name in its segment: the output's port, or the column it was put from."""
         return self._tensor.name
 
     @property
     def dtype(self) -> "np.dtype[Any]":
-        """Of the numpy array."""
+        """The numpy array's dtype."""
         return _dtypes.to_numpy(self._tensor.dtype)
 
     @property
     def dtype_name(self) -> str:
-        """The protocol's: `"bfloat16"` also where ml_dtypes is missing and numpy sees uint16."""
+        """The protocol's name of the dtype: `"bfloat16"` also where ml_dtypes is missing and numpy sees uint16."""
         return self._tensor.dtype
 
     @property
     def shape(self) -> Tuple[int, ...]:
-        """Sizes of the axes; the last one is the fastest."""
+        """Sizes of the axes; the last one varies fastest."""
         return self._tensor.shape
 
     @property
@@ -156,7 +156,7 @@ class Array(NDArrayOperatorsMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the elements."""
+        """Size of the elements in bytes."""
         return self._tensor.length
 
     @property
@@ -167,8 +167,8 @@ class Array(NDArrayOperatorsMixin):
     def numpy(self) -> "np.ndarray[Any, Any]":
         """The numpy array over the mapped pages; not writable, and no copy.
 
-        Only truth values that are stored as other bytes than 0 and 1 are copied, for numpy does not take all of those
-        for true everywhere; the copy is counted.
+        Only booleans that are stored as bytes other than 0 and 1 are copied, since numpy does not treat all of those
+        as true everywhere; the copy is counted.
         """
         memory = self._usable()
         if self._numpy is None:
@@ -198,7 +198,7 @@ class Array(NDArrayOperatorsMixin):
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(isinstance(out, Array) for out in kwargs.get("out", ())):
-            raise ValueError("a result is read-only; give another array as out")
+            raise ValueError("a result is read-only; pass another array as out")
         return getattr(ufunc, method)(*(_plain(value) for value in inputs), **kwargs)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
@@ -247,7 +247,7 @@ class Array(NDArrayOperatorsMixin):
         return pa.Tensor.from_numpy(self.numpy())
 
     def renew(self, lease: Optional[float] = None) -> float:
-        """Gives its lease a new life of that many seconds, or the host's default, and answers what was granted.
+        """Gives its lease a new life of that many seconds, or the host's default, and returns what was granted.
 
         Raises `LeaseExpiredError` if the lease is over. A session renews leases by itself unless it was made with
         `renew=False`.
@@ -314,8 +314,8 @@ def _plain(value: Any) -> Any:
     return value.numpy() if isinstance(value, Array) else value
 
 
-class Columns(Mapping):  # type: ignore[type-arg]
-    """Several tensors by name, in their order: a flight with columns, or the outputs of a call."""
+class Arrays(Mapping):  # type: ignore[type-arg]
+    """Several arrays by name, in their order: the tensors of a flight, or the outputs of a call."""
 
     def __init__(self, arrays: List[Tuple[str, Array]], info: Optional[LazyInfo] = None) -> None:
         self._arrays = dict(arrays)
@@ -336,14 +336,14 @@ class Columns(Mapping):  # type: ignore[type-arg]
         return len(self._arrays)
 
     def arrow(self) -> "pyarrow.RecordBatch":
-        """A pyarrow record batch over the same pages, without a copy; the columns must be equally long."""
+        """A pyarrow record batch over the same pages, without a copy; the arrays must be equally long."""
         import pyarrow as pa
 
         return pa.RecordBatch.from_arrays([array.arrow() for array in self.values()], names=list(self))
 
-    def __copy__(self) -> "Columns":
+    def __copy__(self) -> "Arrays":
         """Other arrays over the same pages."""
-        return Columns([(name, copy.copy(array)) for name, array in self.items()], self._info)
+        return Arrays([(name, copy.copy(array)) for name, array in self.items()], self._info)
 
     def __deepcopy__(self, memo: Any) -> "Dict[str, np.ndarray[Any, Any]]":
         """Numpy arrays of this process's own memory, by name."""
@@ -360,11 +360,11 @@ class Columns(Mapping):  # type: ignore[type-arg]
         for array in self.values():
             array.release()
 
-    def __enter__(self) -> "Columns":
+    def __enter__(self) -> "Arrays":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
     def __repr__(self) -> str:
-        return f"<strait.Columns {list(self.values())}>"
+        return f"<strait.Arrays {list(self.values())}>"

@@ -23,11 +23,11 @@ import socket
 import threading
 import time
 import weakref
-from collections import OrderedDict, deque
+from collections import deque
 from pathlib import Path
 from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
 
-from . import _pages, _wire
+from . import _leases, _pages, _wire
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -37,19 +37,14 @@ from ._errors import (
     StraitError,
     from_host,
 )
-from ._wire import Op
+from ._reply import Pending, Reply
+from ._wire import Op, milliseconds
 
-#: One RENEW or RELEASE with this many ids of 20 digits stays below the limit of a frame's body.
-_LEASES_IN_FRAME = 2000
-#: A host that grants very short leases is not asked more often than this.
-_RENEW_INTERVAL_MIN = 0.005
 #: After an array is dropped the next call, which takes its lease along, is probably near.
 _SERIES_SECONDS = 0.02
 #: For so long, and so often, the keeper looks for the answer to a call that was abandoned, whose results may be large.
 _STRAY_SECONDS = 5.0
 _STRAY_INTERVAL = 0.05
-#: GONE frames remembered for leases whose reply has not been looked at yet.
-_EARLY_GONE_MAX = 1024
 #: Leases of dropped arrays wait for each other, up to so many or to segments of so many bytes: a RELEASE for each
 #: would cost a small call half as much again. Larger segments go back before the next call, which may want their pages.
 _DROPPED_COUNT_MAX = 32
@@ -62,62 +57,12 @@ _SEND_FLAGS = int(socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
 _STOP = "stop"
 
 
-class Reply:
-    """An OK with its descriptors, which belong to whoever has the reply."""
-
-    def __init__(self, op: int, body: Dict[str, Any], fds: List[int]) -> None:
-        self.op = op
-        self.body = body
-        self.fds = fds
-
-    def __del__(self) -> None:
-        # An interrupt may have come before anybody took it.
-        self.close()
-
-    def close(self) -> None:
-        """Closes the descriptors that nobody took."""
-        while self.fds:
-            fd = self.fds.pop()
-            # -1: somebody took it.
-            if fd >= 0:
-                os.close(fd)
-
-
-class Pending:
-    """A request whose reply is to come."""
-
-    __slots__ = ("sequence", "op", "reply", "sleeper", "abandoned")
-
-    def __init__(self, sequence: int, op: Op, abandoned: bool) -> None:
-        self.sequence = sequence
-        self.op = op
-        self.reply: Optional[Reply] = None
-        # Held by the thread that sleeps until it is released; None while nobody sleeps.
-        self.sleeper: Optional[threading.Lock] = None
-        # Nobody wants the reply; leases that it grants are given back.
-        self.abandoned = abandoned
-
-
-class _Lease:
-    __slots__ = ("life", "due", "expires", "gone")
-
-    def __init__(self, life: float, now: float, renew: bool) -> None:
-        self.gone: Optional[str] = None
-        self.start(life, now, renew)
-
-    def start(self, life: float, now: float, renew: bool) -> None:
-        self.life = life
-        self.expires = now + life
-        self.due: Optional[float] = now + max(life / 2, _RENEW_INTERVAL_MIN) if renew else None
-
-
 class Connection:
     """A greeted connection to a host. It belongs to the process that made it."""
 
     def __init__(self, sock: socket.socket, name: str, renew: bool) -> None:
         self._pid = os.getpid()
         self._socket = sock
-        self._renew = renew
         self._sending = threading.Lock()
         # Held for short, never over a system call that waits. Guards all below.
         self._lock = threading.Lock()
@@ -127,8 +72,7 @@ class Connection:
         self._incoming: Deque[Tuple[int, List[Tuple[int, int, bytes]], int, Any]] = deque(maxlen=1)
         self._pending: Dict[int, Pending] = {}
         self._sequence = 0
-        self._leases: Dict[int, _Lease] = {}
-        self._early_gone: "OrderedDict[int, str]" = OrderedDict()
+        self._leases = _leases.Leases(renew)
         self._end: Optional[StraitError] = None
         self._shutdown: Optional[float] = None
         # Written by finalizers.
@@ -435,13 +379,7 @@ class Connection:
     def _pushed(self, op: int, body: Mapping[str, Any]) -> None:
         if op == Op.GONE:
             with self._lock:
-                lease, reason = body.get("lease", 0), str(body.get("reason", "gone"))
-                if lease in self._leases:
-                    self._leases[lease].gone = reason
-                else:
-                    self._early_gone[lease] = reason
-                    if len(self._early_gone) > _EARLY_GONE_MAX:
-                        self._early_gone.popitem(last=False)
+                self._leases.gone(body.get("lease", 0), str(body.get("reason", "gone")))
         elif op == Op.SHUTDOWN:
             self._shutdown = time.monotonic() + body.get("drain_ms", 0) / 1000
         elif op == Op.ERROR:
@@ -485,13 +423,11 @@ class Connection:
 
     def hold(self, lease: int, expires_ms: int) -> None:
         """Keeps a lease alive from now on, if that was asked for."""
-        held = _Lease(expires_ms / 1000, time.monotonic(), self._renew)
         with self._lock:
-            held.gone = self._early_gone.pop(lease, None)
-            self._leases[lease] = held
-            nearer = held.due is not None and (self._keeper_due is None or held.due < self._keeper_due)
+            due = self._leases.hold(lease, expires_ms / 1000, time.monotonic())
+            nearer = due is not None and (self._keeper_due is None or due < self._keeper_due)
             if nearer:
-                self._keeper_due = held.due
+                self._keeper_due = due
         if nearer:
             self._bell.put(None)
 
@@ -524,21 +460,20 @@ class Connection:
         while self._lapsed:
             lease = self._lapsed.popleft()
             with self._lock:
-                self._leases.pop(lease, None)
+                self._leases.end([lease])
             self.request(Op.RENEW, {"leases": [lease], "lease_ms": 1}, abandoned=True)
 
     def _release_dropped(self, wait: bool = False) -> None:
         self._dropped_bytes = 0
         while self._dropped:
             batch: List[int] = []
-            while self._dropped and len(batch) < _LEASES_IN_FRAME:
+            while self._dropped and len(batch) < _leases.IN_FRAME_MAX:
                 try:
                     batch.append(self._dropped.popleft())
                 except IndexError:
                     break
             with self._lock:
-                for lease in batch:
-                    self._leases.pop(lease, None)
+                self._leases.end(batch)
             pending = self.request(Op.RELEASE, {"leases": batch}, abandoned=not wait)
             if wait:
                 self.wait(pending).close()
@@ -547,36 +482,31 @@ class Connection:
         """Raises `LeaseExpiredError` if it is known that a lease is over."""
         self.look()
         self.check()
-        held = self._leases.get(lease)
-        gone = None if held is None else held.gone
+        gone = self._leases.why_gone(lease)
         if gone is not None:
             raise LeaseExpiredError(
                 {
                     "code": "FAILED_PRECONDITION",
                     "reason": "LEASE_EXPIRED",
                     "message": f"lease {lease} is over ({gone}); its pages stay readable, for anything else get "
-                    "the tensor again",
+                    "the flight again",
                 }
             )
 
     def expires_in(self, lease: int) -> float:
         """Seconds that a lease has left as far as is known; 0 if it is over."""
         with self._lock:
-            held = self._leases.get(lease)
-            return 0.0 if held is None or held.gone is not None else held.expires - time.monotonic()
+            return self._leases.left(lease, time.monotonic())
 
     def renew(self, leases: List[int], life: Optional[float]) -> float:
-        """Gives leases a new life and answers the seconds that the host granted."""
+        """Gives leases a new life and returns the seconds that the host granted."""
         body: Dict[str, Any] = {"leases": leases}
         if life is not None:
             body["lease_ms"] = milliseconds(life)
         now = time.monotonic()
         granted: float = self.call(Op.RENEW, body).body["expires_ms"] / 1000
         with self._lock:
-            for lease in leases:
-                held = self._leases.get(lease)
-                if held is not None:
-                    held.start(granted, now, self._renew)
+            self._leases.renewed(leases, granted, now)
         return granted
 
     def look(self) -> None:
@@ -591,7 +521,7 @@ class Connection:
                 self._stop_leading()
 
     def tend(self) -> Optional[float]:
-        """The keeper's work; answers when it is to come again, as `time.monotonic` counts."""
+        """The keeper's work; returns when it is to come again, as `time.monotonic` counts."""
         _pages.sweep()
         if self._rung:
             time.sleep(_SERIES_SECONDS)
@@ -602,21 +532,17 @@ class Connection:
             self._release_dropped(wait=True)
         self.look()
         now = time.monotonic()
-        by_life: Dict[float, List[int]] = {}
         with self._lock:
-            for lease, held in self._leases.items():
-                # Half of the waiting time early still saves a frame for each neighbour in time.
-                if held.due is not None and held.gone is None and held.due - held.life / 4 <= now:
-                    by_life.setdefault(held.life, []).append(lease)
-        for life, leases in by_life.items():
-            for start in range(0, len(leases), _LEASES_IN_FRAME):
-                self._renew_all(leases[start : start + _LEASES_IN_FRAME], life)
+            due = self._leases.due(now)
+        for life, leases in due:
+            self._renew_all(leases, life)
         with self._lock:
-            dues = [held.due for held in self._leases.values() if held.due is not None and held.gone is None]
+            next_due = self._leases.next_due()
             if now < self._stray_until:
-                dues.append(now + _STRAY_INTERVAL)
-            self._keeper_due = min(dues, default=None)
-            return self._keeper_due
+                stray = now + _STRAY_INTERVAL
+                next_due = stray if next_due is None else min(next_due, stray)
+            self._keeper_due = next_due
+            return next_due
 
     def _renew_all(self, leases: List[int], life: float) -> None:
         try:
@@ -629,9 +555,7 @@ class Connection:
                 self._renew_all(leases[half:], life)
                 return
             with self._lock:
-                held = self._leases.get(leases[0])
-                if held is not None:
-                    held.gone = error.message
+                self._leases.gone(leases[0], error.message)
 
 
 _GONE_TEXT = (
@@ -673,10 +597,3 @@ def _keep(reference: "weakref.ref[Connection]", bell: "queue.SimpleQueue[Optiona
                 return
             due = time.monotonic() + 1
         del connection
-
-
-def milliseconds(seconds: float) -> int:
-    """As the protocol counts time; a part of a millisecond counts as a whole one."""
-    if not seconds > 0:
-        raise ValueError(f"{seconds} s: a time must be positive")
-    return max(1, -int(-min(seconds * 1000, 2**53) // 1))

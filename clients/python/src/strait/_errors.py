@@ -2,7 +2,7 @@
 
 Three ends are distinct: there is no host (`NoHostError`), the connection is over
 (`DisconnectedError`), a lease is over while the connection is fine (`LeaseExpiredError`).
-An argument that this package refuses by itself is a plain `TypeError` or `ValueError`.
+An argument that this package itself refuses is a plain `TypeError` or `ValueError`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional
 
 
 class StraitError(Exception):
-    """Every error of this package that is not a mistaken argument."""
+    """Every error of this package except mistaken arguments."""
 
 
 class RemoteError(StraitError):
@@ -20,11 +20,11 @@ class RemoteError(StraitError):
     def __init__(self, failure: Mapping[str, Any]) -> None:
         #: A gRPC code's name: `"NOT_FOUND"`.
         self.code: str = str(failure.get("code", "INTERNAL"))
-        #: The protocol's stable word for the mistake: `"TENSOR_NOT_FOUND"`.
+        #: The protocol's stable word for the mistake: `"FLIGHT_NOT_FOUND"`.
         self.reason: str = str(failure.get("reason", "HOST"))
         #: For people: what, which, by how much, what to do.
         self.message: str = str(failure.get("message", ""))
-        #: Names the request in the host's log.
+        #: Id of the request in the host's log.
         self.request_id: str = str(failure.get("request_id", "-"))
         #: The guest's stack, for a trap.
         self.backtrace: Optional[str] = failure.get("backtrace")
@@ -40,7 +40,7 @@ class RemoteError(StraitError):
 class LeaseExpiredError(RemoteError):
     """A lease on a segment is over; the connection is fine.
 
-    Pages that are mapped already stay readable; for anything else get the tensor again.
+    Pages that are mapped already stay readable; for anything else get the flight again.
     """
 
 

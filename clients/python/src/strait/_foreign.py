@@ -26,7 +26,7 @@ _CPU_DEVICES = (1, 3, 11)
 def as_numpy(value: Any, what: str) -> "np.ndarray[Any, Any]":
     """`value` as a numpy array of a dtype that tensors have; `what` names it in errors. A table is rows × columns.
 
-    Raises `ValueError` for nulls and masked elements, `TypeError` for what is no array of numbers or truth values.
+    Raises `ValueError` for nulls and masked elements, `TypeError` for anything but arrays of numbers or booleans.
     """
     found = read(value, what)
     return found if isinstance(found, np.ndarray) else _stacked(found, what)
@@ -129,14 +129,14 @@ def _from_numpy_speaker(value: Any, what: str) -> "np.ndarray[Any, Any]":
     try:
         array = np.asanyarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what} is {_named(value)}, of which numpy makes no array: {error}") from None
+        raise TypeError(f"{what} is {_named(value)}, which numpy cannot make an array of: {error}") from None
     if isinstance(array, np.ma.MaskedArray):
         return _unmasked(array, what)
     if array.dtype.kind == "O" and isinstance(value, int):
         raise TypeError(f"{what} is {value}; an integer tensor reaches from -2^63 to 2^64-1")
     if array.dtype.kind == "O" and array.ndim == 0:
         raise TypeError(
-            f"{what} is {_named(value)}; an array, or numbers and truth values of Python or numpy and lists of them are needed"
+            f"{what} is {_named(value)}; give an array, or numbers and booleans of Python or numpy, or lists of them"
         )
     return np.asarray(array)
 
@@ -186,10 +186,10 @@ def _from_sequence(values: Sequence[Any], what: str) -> "np.ndarray[Any, Any]":
                 raise TypeError(f"{what} has negative integers and some beyond 2^63-1; no dtype holds both")
             array = np.asarray(values, np.uint64)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"{what} is a list that is no array: {error}") from None
+        raise ValueError(f"{what} is a list that does not make an array: {error}") from None
     lost = [number for number in leaves.large if int(float(number)) != number] if array.dtype.kind in "fc" else []
     if lost:
-        raise TypeError(f"{what} has the integer {lost[0]} among floats, which do not hold it; it would be changed")
+        raise TypeError(f"{what} has the integer {lost[0]} among floats, which cannot hold it exactly")
     return array
 
 
@@ -283,7 +283,7 @@ def _from_torch(tensor: Any, what: str) -> "np.ndarray[Any, Any]":
             return np.asarray(tensor.view(getattr(torch, bits)).numpy().view(_dtypes.to_numpy(name)))
         return np.asarray(tensor.numpy())
     except (TypeError, RuntimeError) as error:
-        raise TypeError(f"{what} is a torch tensor of {tensor.dtype} that is no plain array: {error}") from None
+        raise TypeError(f"{what} is a torch tensor of {tensor.dtype} that is not a plain array: {error}") from None
 
 
 # Arrow

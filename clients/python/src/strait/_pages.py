@@ -87,15 +87,15 @@ class Pages:
         self._process = os.getpid()
 
     @classmethod
-    def readonly(cls, fd: int, length: int, seal: str) -> "Pages":
+    def readonly(cls, fd: int, length: int, writers: str) -> "Pages":
         """Maps a sealed segment or a result, once Linux vouches for what the host said of it."""
-        needed = {"write": _F_SEAL_WRITE, "host-write": _F_SEAL_FUTURE_WRITE}.get(seal)
+        needed = {"none": _F_SEAL_WRITE, "host": _F_SEAL_FUTURE_WRITE}.get(writers)
         if needed is None:
-            raise ProtocolError(f"a segment to be read whose seal is {seal!r}: somebody else can still write to it")
+            raise ProtocolError(f"a segment to be read that can still be written to (writers: {writers!r}); it has to be published first")
         seals = fcntl.fcntl(fd, _F_GET_SEALS)
         # Without SHRINK a shorter file would turn reads into SIGBUS.
         if not seals & _F_SEAL_SHRINK or not seals & (needed | _F_SEAL_WRITE):
-            raise ProtocolError(f"a segment with seal {seal!r} whose descriptor has the seals {seals:#x}")
+            raise ProtocolError(f"a segment with the writers {writers!r} whose descriptor has the seals {seals:#x}")
         return cls(fd, length, False)
 
     def lend(self, owner: Owner) -> memoryview:
@@ -127,7 +127,7 @@ class Pages:
                     self._owner.left()
 
     def collapse(self, offset: int, length: int) -> int:
-        """Puts huge pages under a range that is still empty, as far as it has whole ones, and answers for how many bytes.
+        """Puts huge pages under a range that is still empty, as far as it has whole ones, and returns for how many bytes.
 
         Filling it then takes a fault for each 2 MiB instead of each 4 KiB, and so does everybody who maps it. Where
         Linux or the clock is against it, pages stay as they are.
@@ -209,7 +209,7 @@ def _map(at: Optional[int], length: int, writable: bool, fd: int) -> int:
 
 
 def _reserve(length: int) -> Optional[int]:
-    """An address range on a boundary of huge pages: file and memory must have one phase for them. None if there is none."""
+    """An address range aligned to huge pages: file and memory must have the same phase. None if there is none."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
     length = -(-length // mmap.PAGESIZE) * mmap.PAGESIZE
     found = _LIBC.mmap(None, length + _HUGE_BYTES, _PROT_NONE, flags, -1, 0)

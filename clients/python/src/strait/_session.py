@@ -11,11 +11,13 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 
 from . import _address, _dtypes, _foreign
-from ._array import Array, Columns, LazyInfo, Placed, Segment, view_of
-from ._connection import Connection, Pending, Reply, milliseconds
+from ._array import Array, Arrays, LazyInfo, Placed, Segment, view_of
+from ._connection import Connection
 from ._errors import ProtocolError, RemoteError
 from ._pages import HUGE_MIN_BYTES, Pages
-from ._wire import Flight, Kernel, Op, SegmentMapping, Tensor, leases_in
+from ._parameters import parameter
+from ._reply import Pending, Reply
+from ._wire import Flight, Kernel, Op, SegmentMapping, Tensor, leases_in, milliseconds
 
 VERSION = "0.1.0"
 #: Segments that are kept for the next array that has to be copied in: at most so many, of so many bytes in all.
@@ -56,8 +58,8 @@ def connect(
     """Connects to the host at `address` (`"unix:///DIRECTORY"`), or to the one that the environment leads to.
 
     `renew`: leases are renewed in the background, so that they end only by release or with the session; without it
-    they end when they expire. `lease`: their life in seconds; the host's default if None. `name`: by which the
-    host's log knows this client.
+    they end when they expire. `lease`: their life in seconds; the host's default if None. `name`: what the host's
+    log calls this client.
 
     Raises `NoHostError`, or `RemoteError` if the host speaks another version of the protocol.
     """
@@ -68,8 +70,8 @@ class Session:
     """A connection to a host, for any number of threads; made by `connect`.
 
     It belongs to the process that connected: in a forked child everything that needs the host raises `ForkedError`, so
-    connect there; results that are mapped show the same values, and arrays of `empty` are the child's own copies. It ends with `close`
-    or a `with` block; arrays that are mapped stay readable.
+    connect again there; results that are mapped show the same values, and arrays of `empty` are the child's own copies.
+    It ends with `close` or a `with` block; arrays that are mapped stay readable.
     """
 
     def __init__(self, connection: Connection, lease: Optional[float]) -> None:
@@ -87,17 +89,17 @@ class Session:
 
     @property
     def host_id(self) -> str:
-        """Names the host's process."""
+        """Id of the host's process."""
         return str(self._connection.welcome.get("host_id", ""))
 
     @property
     def move_min_bytes(self) -> int:
-        """From this size on a kernel works on a tensor's own pages; smaller ones the host copies, which is faster."""
+        """From this size on a kernel works on a tensor's own pages; smaller tensors are copied by the host, which is faster."""
         return int(self._connection.welcome.get("move_min_bytes", 0))
 
     @property
     def draining(self) -> Optional[float]:
-        """Seconds until the host ends, once it announced that; else None."""
+        """Seconds until the host ends, once it has announced that; else None."""
         return self._connection.draining
 
     def ping(self) -> None:
@@ -113,7 +115,7 @@ class Session:
         return ClientStats(self._copied_bytes + self._placed.copied_bytes, self._calls, len(self._placed.segments), self._huge_bytes)
 
     def kernels(self, name: Optional[str] = None) -> List[Kernel]:
-        """All kernels with their ports, parameters and docs, sorted by plugin and name; or those of one name."""
+        """All kernels with their ports, parameters and docs, sorted by plugin and name; with `name` those of that name."""
         body = {} if name is None else {"kernel": name}
         return [Kernel.read(entry) for entry in self._all(Op.KERNELS, "kernels", body, _kernel_key)]
 
@@ -135,9 +137,9 @@ class Session:
     # Arrays in segments
 
     def empty(self, shape: Union[int, Sequence[int]], dtype: Any = np.float64) -> "np.ndarray[Any, Any]":
-        """A numpy array in shared memory, to be filled and given to `call` or `publish` without a copy. It is zero.
+        """A numpy array of zeros in shared memory, to be filled and passed to `call` or `publish` without a copy.
 
-        It must be given whole: a slice or reshaped view of it is copied. While a call uses it, do not write to it.
+        It must be passed whole: a slice or reshaped view of it is copied. While a call uses it, do not write to it.
         `dtype`: numpy's, or one of the protocol's names (`"bfloat16"`).
         """
         return self._create([("x", _dtypes.to_name(dtype), _shape(shape))])[1][0]
@@ -167,7 +169,7 @@ class Session:
         if not isinstance(lease, int) or not isinstance(expires_ms, (int, float)):
             raise ProtocolError(f"a segment without a lease: {lease!r}, {expires_ms!r}")
         fd = grant.fd(index)
-        pages = Pages(fd, mapping.bytes, True) if writable else Pages.readonly(fd, mapping.bytes, mapping.seal)
+        pages = Pages(fd, mapping.bytes, True) if writable else Pages.readonly(fd, mapping.bytes, mapping.writers)
         segment = Segment(self._connection, self._placed, mapping, lease, pages)
         if writable:
             pages.fd = grant.keep(index)
@@ -185,13 +187,13 @@ class Session:
     # Flights
 
     def put(self, name: str, x: Any, *, replace: bool = False) -> None:
-        """Gives `x` a name under which other programs find it; it then lives on without this session.
+        """Makes `x` a flight: other programs find it by that name, and it lives on without this session.
 
         An array of `empty` or a call's result is published as it is (`publish`); any other array is copied once. A
-        table (pyarrow, pandas, polars) or a mapping from names to arrays becomes a flight with a column each;
-        `"name#column"` names one of them.
+        table (pyarrow, pandas, polars) or a mapping from names to arrays becomes a flight with a tensor for each column
+        or entry; `"name#tensor"` names one of them.
 
-        Raises `ValueError` for nulls and masked elements, `TypeError` for what is no array of numbers or truth values.
+        Raises `ValueError` for nulls and masked elements, `TypeError` for anything but arrays of numbers or booleans.
         Raises `RemoteError` with `NAME_TAKEN` if there is such a flight and `replace` is false.
         """
         if isinstance(x, Array):
@@ -214,10 +216,10 @@ class Session:
         self._publish(name, segment, replace)
 
     def publish(self, name: str, x: Union[Array, "np.ndarray[Any, Any]"], *, replace: bool = False) -> None:
-        """`put` that never copies: of an array of `empty`, or of a call's result.
+        """`put` without a copy, for an array of `empty` or a call's result.
 
-        From then on the array of `empty` is read-only. A writable view that was taken of it before does not write to
-        the flight any more.
+        From then on the array of `empty` is read-only. A writable view that was taken of it before no longer writes to
+        the flight.
         """
         if isinstance(x, Array):
             x._usable()
@@ -249,26 +251,26 @@ class Session:
                     raise
                 time.sleep(_STILL_WRITABLE_INTERVAL)
 
-    def get(self, name: str, *, lease: Optional[float] = None) -> Union[Array, Columns]:
-        """The flight of that name, mapped: an `Array`, or `Columns` if it has several; `"name#column"` gives one.
+    def get(self, name: str, *, lease: Optional[float] = None) -> Union[Array, Arrays]:
+        """The flight of that name, mapped: an `Array`, or `Arrays` if it has several tensors; `"name#tensor"` gives one.
 
-        `lease`: its life in seconds, renewed unless the session was made with `renew=False`.
+        `lease`: the lease's life in seconds, renewed unless the session was made with `renew=False`.
 
-        Raises `RemoteError` with `TENSOR_NOT_FOUND`.
+        Raises `RemoteError` with `FLIGHT_NOT_FOUND`.
         """
-        flight, _, column = name.partition("#")
+        flight, _, tensor = name.partition("#")
         reply = self._connection.call(Op.MAP, self._with_lease({"name": flight}, lease))
         with _Grant(self._connection, reply) as grant:
             segment, memory = self._place(grant, reply.body, 0, writable=False)
         tensors = segment.mapping.tensors
-        if column:
-            return Array(segment, segment.mapping.tensor(column), memory)
+        if tensor:
+            return Array(segment, segment.mapping.tensor(tensor), memory)
         if len(tensors) == 1:
             return Array(segment, tensors[0], memory)
-        return Columns([(tensor.name, Array(segment, tensor, memory)) for tensor in tensors])
+        return Arrays([(tensor.name, Array(segment, tensor, memory)) for tensor in tensors])
 
     def lookup(self, name: str) -> Flight:
-        """What a flight is, without mapping it; `RemoteError` with `TENSOR_NOT_FOUND` if there is none."""
+        """What a flight is, without mapping it; `RemoteError` with `FLIGHT_NOT_FOUND` if there is none."""
         body = self._connection.call(Op.LOOKUP, {"name": name}).body
         return Flight(name, SegmentMapping.read(body.get("mapping")).tensors)
 
@@ -278,7 +280,7 @@ class Session:
         return [Flight(entry["name"], SegmentMapping.read(entry["mapping"]).tensors) for entry in entries]
 
     def delete(self, name: str) -> None:
-        """Takes a flight's name away; its memory goes when the last lease ends."""
+        """Removes a flight's name; its memory is freed when the last lease ends."""
         self._connection.call(Op.DROP, {"name": name})
 
     def _all(self, op: Op, key: str, body: Dict[str, Any], after: Any) -> Iterable[Dict[str, Any]]:
@@ -291,12 +293,12 @@ class Session:
                     return found
                 body = {**body, "after": after(found[-1])}
             except (KeyError, TypeError) as error:
-                raise ProtocolError(f"an answer to {op.name} that is none: {error!r}") from None
+                raise ProtocolError(f"a malformed answer to {op.name}: {error!r}") from None
 
     # Calls
 
-    def call(self, kernel: str, *inputs: Any, **options: Any) -> Union[Array, Columns]:
-        """Runs a kernel and answers its output: an `Array`, or `Columns` by port if it has not just one.
+    def call(self, kernel: str, *inputs: Any, **options: Any) -> Union[Array, Arrays]:
+        """Runs a kernel and returns its output: an `Array`, or `Arrays` by port if it has more than one or none.
 
             y = s.call("zscore", x, axis=0)
 
@@ -322,18 +324,18 @@ class Session:
         idempotency_key: Optional[str] = None,
         **more_parameters: Any,
     ) -> "Call":
-        """Sends a call and answers at once; `Call.result` waits for it, `Call.cancel` ends it.
+        """Sends a call and returns at once; `Call.result` waits for it, `Call.cancel` ends it.
 
         Inputs, by position or by port in `inputs`: an array of `empty` or a result (no copy), a flight's name
-        (`"x"`, `"x#column"`), or any other array or list of numbers (one copy, counted in `client_stats`).
+        (`"x"`, `"x#tensor"`), or any other array or list of numbers (one copy, counted in `client_stats`).
 
         Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
-        are. `axis` is 0-based and row-major, as numpy's, and not negative.
+        are listed. `axis` is 0-based and row-major, as numpy's, and not negative.
 
-        `publish`: names for outputs, by port; `replace`: they may be taken. `seal`: outputs are sealed for good.
+        `publish`: names for outputs, by port; `replace`: even if other flights have them. `seal`: outputs are sealed for good.
         `map`: whether outputs are mapped here; if not, publish them all. `deadline`: seconds from the host's receipt.
         `lease`: life of the outputs' leases in seconds. `limits`: lower than the host's own. `verify`: fill
-        `CallInfo.pages`. `request_id`: names the call in the host's log. `idempotency_key`: a repeat within a minute
+        `CallInfo.pages`. `request_id`: id of the call in the host's log. `idempotency_key`: a repeat within a minute
         gets the same results without another run.
 
         Raises `TypeError` or `ValueError` for arguments that no kernel could take; `RemoteError`s come with the result.
@@ -347,7 +349,7 @@ class Session:
         body["inputs"] = {port: self._input(port, value, scratch) for port, value in given.items()}
         both = {**(parameters or {}), **more_parameters}
         if both:
-            body["parameters"] = {key: _parameter(key, value) for key, value in both.items()}
+            body["parameters"] = {key: parameter(key, value) for key, value in both.items()}
         if publish:
             body["publish"] = dict(publish)
         for option, wanted in (("replace", replace), ("seal", seal), ("verify", verify)):
@@ -408,10 +410,10 @@ class Session:
     def _by_segment(self, segment: Segment, tensor: Tensor) -> Dict[str, str]:
         if segment.connection is not self._connection:
             raise ValueError(
-                f"array {tensor.name!r} is in a segment of another session; publish it there and give its name, or give a copy"
+                f"array {tensor.name!r} is in a segment of another session; publish it there and pass its name, or pass a copy"
             )
         self._connection.check_lease(segment.lease)
-        return {"segment": segment.mapping.segment, "column": tensor.name}
+        return {"segment": segment.mapping.segment, "tensor": tensor.name}
 
     def _copy(self, into: "np.ndarray[Any, Any]", array: "np.ndarray[Any, Any]") -> None:
         np.copyto(into, array, casting="equiv")
@@ -441,7 +443,7 @@ class Session:
                 self._scratch.pop(0)
         scratch.clear()
 
-    def _results(self, reply: Reply) -> Union[Array, Columns]:
+    def _results(self, reply: Reply) -> Union[Array, Arrays]:
         info = LazyInfo(reply.body)
         arrays: List[Tuple[str, Array]] = []
         with _Grant(self._connection, reply) as grant:
@@ -451,7 +453,7 @@ class Session:
                 segment, memory = self._place(grant, result, result["fd"], writable=False)
                 tensor = segment.mapping.tensor(str(result["port"]))
                 arrays.append((tensor.name, Array(segment, tensor, memory, info)))
-        return arrays[0][1] if len(arrays) == 1 else Columns(arrays, info)
+        return arrays[0][1] if len(arrays) == 1 else Arrays(arrays, info)
 
 
 class Call:
@@ -467,11 +469,11 @@ class Call:
         # Arrays that go in are kept, so that their leases are not given back while the kernel runs.
         self._inputs: Optional[Mapping[str, Any]] = inputs
         self._scratch = scratch
-        self._result: Union[Array, Columns, None] = None
+        self._result: Union[Array, Arrays, None] = None
         self._error: Optional[BaseException] = None
 
-    def result(self, timeout: Optional[float] = None) -> Union[Array, Columns]:
-        """Waits for the output, as `Session.call` answers it.
+    def result(self, timeout: Optional[float] = None) -> Union[Array, Arrays]:
+        """Waits for the output and returns it as `Session.call` does.
 
         Raises what the call failed with: `RemoteError` (after `cancel` its code is `CANCELLED`), `LeaseExpiredError`
         or `DisconnectedError`; `TimeoutError` after that many seconds, and then the call still runs. An interrupt
@@ -530,7 +532,7 @@ class Call:
             self._session._connection.forget(self._pending)
 
     def done(self) -> bool:
-        """Whether `result` would answer at once."""
+        """Whether `result` would return at once."""
         if self._result is not None or self._error is not None:
             return True
         self._session._connection.look()
@@ -576,31 +578,3 @@ def _kernel_key(entry: Mapping[str, Any]) -> str:
 def _shape(shape: Union[int, Sequence[int]]) -> Tuple[int, ...]:
     sizes = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
     return tuple(int(size) for size in sizes)
-
-
-def _parameter(key: str, value: Any) -> Any:
-    """A parameter's value as JSON has it, exactly, with the protocol's words for the numbers that JSON lacks."""
-    if isinstance(value, (bool, str)):
-        return value
-    if isinstance(value, int):
-        if not -(2**63) <= value < 2**64:
-            raise ValueError(
-                f"parameter {key!r} is {value}; integers reach from -2^63 to 2^64-1: give a float if it is one"
-            )
-        return int(value)
-    if isinstance(value, float):
-        if value != value:
-            return "nan"
-        return float(value) if abs(value) != float("inf") else ("inf" if value > 0 else "-inf")
-    if isinstance(value, (list, tuple)):
-        return [_parameter(key, item) for item in value]
-    if isinstance(value, np.dtype) or (isinstance(value, type) and issubclass(value, np.generic)):
-        return _dtypes.to_name(value)
-    if _foreign.is_array(value):
-        array = _foreign.as_numpy(value, f"parameter {key!r}")
-        if array.dtype.kind != "c":
-            return _parameter(key, array.tolist())
-    raise TypeError(
-        f"parameter {key!r} is {type(value).__name__}; an int, float, truth value, text or list of numbers is needed: "
-        "convert it to what you mean, as by float(x)"
-    )

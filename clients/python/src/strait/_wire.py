@@ -7,13 +7,13 @@ import json
 import math
 import struct
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from . import _dtypes
 from ._errors import ProtocolError
 
-PROTOCOL = 1
-HEADER = struct.Struct("<2sBBIII")
+PROTOCOL = 2
+HEADER = struct.Struct("<2sBBIII16s8sB3sI")
 MAGIC = b"ST"
 BODY_BYTES_MAX = 61440
 FDS_MAX = 16
@@ -44,30 +44,53 @@ class Op(enum.IntEnum):
     INVOKE = 17
     CANCEL = 20
     PING = 22
+    LIMITS = 23
     GONE = 65
     SHUTDOWN = 66
 
 
-def encode(op: int, sequence: int, body: Mapping[str, Any]) -> bytes:
+class TraceContext(NamedTuple):
+    """W3C's: the trace that a request belongs to. All zero: none."""
+
+    trace_id: bytes = bytes(16)
+    parent_id: bytes = bytes(8)
+    flags: int = 0
+
+
+NO_TRACE = TraceContext()
+
+
+def encode(op: int, sequence: int, body: Mapping[str, Any], trace: TraceContext = NO_TRACE) -> bytes:
     """A whole frame; `ValueError` if the body does not fit into one."""
     text = _ENCODER.encode(body).encode() if body else b""
     if len(text) > BODY_BYTES_MAX:
         raise ValueError(
             f"a request of {len(text)} bytes; at most {BODY_BYTES_MAX} fit into a frame: shorten its lists or names"
         )
-    return HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), 0) + text
+    return HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), 0, *trace, b"", 0) + text
 
 
 def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tuple[int, int, Dict[str, Any]]:
-    """Op, sequence and body of a frame, which may be the first `length` bytes of more; `ProtocolError` if it is none."""
+    """Op, sequence and body of a frame, which may be the first `length` bytes of more; `ProtocolError` if it is malformed."""
     length = len(frame) if length is None else length
+    # What is of another version is told so, however long its header is.
+    if length > 2 and (frame[:2] != MAGIC or frame[2] != PROTOCOL):
+        raise ProtocolError(
+            f'a frame that starts with {bytes(frame[:2])!r} (this client knows "ST") and is of protocol version {frame[2]}; '
+            f"this client speaks version {PROTOCOL}: check that host and client have the same version"
+        )
     if length < HEADER.size:
         raise ProtocolError(f"a frame of {length} bytes; its header alone has {HEADER.size}")
-    magic, version, op, sequence, body_bytes, _flags = HEADER.unpack_from(frame)
-    if (magic, version) != (MAGIC, PROTOCOL) or body_bytes != length - HEADER.size:
+    _, _, op, sequence, body_bytes, payload_bytes, *_trace, reserved, flags = HEADER.unpack_from(frame)
+    if body_bytes + payload_bytes != length - HEADER.size:
         raise ProtocolError(
-            f"a frame of {length} bytes with magic {magic!r}, version {version} and {body_bytes} bytes of body; "
-            "check that host and client have the same version"
+            f"a frame whose header says {body_bytes} bytes of body and {payload_bytes} of payload, "
+            f"and that has {length - HEADER.size}"
+        )
+    if payload_bytes or flags or reserved != bytes(3):
+        raise ProtocolError(
+            f"a frame with {payload_bytes} bytes of payload, reserved bytes {reserved!r} and flags {flags:#x}; "
+            f"all of them are 0 in version {PROTOCOL}"
         )
     body: Any = {}
     if body_bytes:
@@ -110,8 +133,8 @@ class SegmentMapping:
 
     segment: str
     bytes: int
-    #: `"write"`, `"host-write"`, `"client-write"` or `"none"`: who can still write.
-    seal: str
+    #: Who can still write: `"none"`, `"host"`, `"creator"` or `"anyone"`.
+    writers: str
     tensors: Tuple[Tensor, ...]
 
     @classmethod
@@ -120,7 +143,7 @@ class SegmentMapping:
         try:
             version = body["strait-mmap"]
             mapping = cls(
-                str(body["segment"]), int(body["bytes"]), str(body["seal"]), tuple(map(Tensor.read, body["tensors"]))
+                str(body["segment"]), int(body["bytes"]), str(body["writers"]), tuple(map(Tensor.read, body["tensors"]))
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"malformed mapping: {error!r}") from None
@@ -154,7 +177,7 @@ class SegmentMapping:
 
 @dataclass(frozen=True)
 class Flight:
-    """A published segment."""
+    """A flight: a name, and the tensors that it stands for."""
 
     name: str
     tensors: Tuple[Tensor, ...]
@@ -172,6 +195,8 @@ class Port:
     #: `"data"` or `"mask"`.
     role: str
     doc: str
+    #: An input that comes whole with every chunk and slice.
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +205,7 @@ class Parameter:
 
     name: str
     #: `"boolean"`, `"integer"`, `"real"`, `"number"` (an integer stays exact), `"axis"` (0-based, row-major), `"text"`
-    #: or `"reals"`.
+    #: `"integers"` or `"reals"` (lists).
     kind: str
     #: None: it must be given.
     default: Any
@@ -190,6 +215,18 @@ class Parameter:
     #: For text: the allowed values; empty allows any.
     choices: Tuple[str, ...]
     doc: str
+
+
+@dataclass(frozen=True)
+class BlockTree:
+    """How a reduction gives the same bits on any slicing."""
+
+    #: Rows of one block, counted from row 0.
+    block_rows: int
+    #: The kernel that gives one row for each block.
+    partials: str
+    #: The kernel that makes the result of all those rows.
+    merge: str
 
 
 @dataclass(frozen=True)
@@ -203,12 +240,29 @@ class Kernel:
     inputs: Tuple[Port, ...]
     outputs: Tuple[Port, ...]
     parameters: Tuple[Parameter, ...]
+    #: Which axes are equal, such as `(n),(k)->(m)`. None: no rule.
+    signature: Union[str, None] = None
+    #: The axis (0-based, row-major) along which the host may cut an invocation. None: none.
+    split_axis: Union[int, None] = None
+    #: How the results of slices are put together: `"none"`, `"concatenate"` or `"tree"`.
+    combine: str = "none"
+    #: With `"tree"`.
+    block_tree: Union[BlockTree, None] = None
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Kernel":
         def ports(key: str) -> Tuple[Port, ...]:
             return tuple(
-                Port(p["name"], tuple(p["dtypes"]), p["rank_min"], p["rank_max"], p["role"], p["doc"]) for p in body[key]
+                Port(
+                    p["name"],
+                    tuple(p["dtypes"]),
+                    p["rank_min"],
+                    p["rank_max"],
+                    p["role"],
+                    p["doc"],
+                    p.get("whole", False),
+                )
+                for p in body[key]
             )
 
         try:
@@ -218,11 +272,22 @@ class Kernel:
                 )
                 for p in body["parameters"]
             )
+            tree = body.get("block_tree")
             return cls(
-                body["name"], body["plugin"], body["version"], body["doc"], ports("inputs"), ports("outputs"), parameters
+                body["name"],
+                body["plugin"],
+                body["version"],
+                body["doc"],
+                ports("inputs"),
+                ports("outputs"),
+                parameters,
+                body.get("signature"),
+                body.get("split_axis"),
+                body.get("combine", "none"),
+                BlockTree(tree["block_rows"], tree["partials"], tree["merge"]) if tree is not None else None,
             )
-        except (KeyError, TypeError) as error:
-            raise ProtocolError(f"a kernel that is none: {error!r}") from None
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ProtocolError(f"a malformed kernel: {error!r}") from None
 
 
 @dataclass(frozen=True)
@@ -266,7 +331,7 @@ class CallInfo:
                 published={str(r["port"]): str(r["name"]) for r in body["results"] if r.get("name") is not None},
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"an answer to INVOKE that is none: {error!r}") from None
+            raise ProtocolError(f"a malformed answer to INVOKE: {error!r}") from None
 
 
 def leases_in(body: Mapping[str, Any]) -> Sequence[int]:
@@ -276,3 +341,10 @@ def leases_in(body: Mapping[str, Any]) -> Sequence[int]:
     if isinstance(results, list):
         entries += results
     return [e["lease"] for e in entries if isinstance(e, dict) and isinstance(e.get("lease"), int)]
+
+
+def milliseconds(seconds: float) -> int:
+    """As the protocol counts time; a part of a millisecond counts as a whole one."""
+    if not seconds > 0:
+        raise ValueError(f"{seconds} s: a time must be positive")
+    return max(1, -int(-min(seconds * 1000, 2**53) // 1))

@@ -11,7 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{MemfdFlags, SealFlags};
 use serde_json::{Value, json};
-use strait_client::wire::{Header, Op};
+use strait_client::wire::{Header, Op, TraceContext, VERSION};
 use strait_client::{Client, Options};
 use strait_memory::FrameSocket;
 
@@ -77,6 +77,7 @@ impl Peer {
             op,
             sequence,
             body_bytes,
+            trace: TraceContext::NONE,
         }
         .encode();
         self.raw(&[&header[..], body.as_bytes()].concat(), fds);
@@ -124,7 +125,7 @@ pub fn connected(options: &Options) -> (Client, Peer) {
     let client = std::thread::scope(|scope| {
         let client = scope.spawn(|| Client::over(ours, options));
         let hello = peer.expect(Op::Hello);
-        assert_eq!(hello.body["protocol"], 1);
+        assert_eq!(hello.body["protocol"], VERSION);
         peer.send(Op::Welcome, hello.sequence, &welcome(), &[]);
         client.join().expect("no panic").expect("it was welcomed")
     });
@@ -133,7 +134,7 @@ pub fn connected(options: &Options) -> (Client, Peer) {
 
 pub fn welcome() -> Value {
     json!({
-        "protocol": 1, "host_id": "1a2b", "host_version": "0.1.0", "session": "s1",
+        "protocol": VERSION, "host_id": "1a2b", "host_version": "0.1.0", "session": "s1",
         "principal": "uid:1000", "directory": "/run/strait", "flight": "unix:/run/strait/flight.sock",
         "move_min_bytes": 524_288, "lease_ms_default": 600_000, "lease_ms_max": 86_400_000,
         "deadline_ms_default": 30_000, "deadline_ms_max": 600_000, "request_id": "hello",
@@ -147,7 +148,7 @@ pub struct Segment {
     pub mapping: Value,
 }
 
-pub fn segment(id: &str, name: &str, numbers: &[f64], seal: &str) -> Segment {
+pub fn segment(id: &str, name: &str, numbers: &[f64], writers: &str) -> Segment {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let fd = rustix::fs::memfd_create("test", flags).expect("a memfd");
     rustix::fs::ftruncate(&fd, 1 << 17).expect("space");
@@ -157,15 +158,15 @@ pub fn segment(id: &str, name: &str, numbers: &[f64], seal: &str) -> Segment {
         .collect();
     rustix::io::pwrite(&fd, &bytes, 1 << 16).expect("space");
     let fixed = SealFlags::SHRINK | SealFlags::GROW;
-    let seals = match seal {
-        "write" => fixed | SealFlags::WRITE,
-        "host-write" => fixed | SealFlags::FUTURE_WRITE,
+    let seals = match writers {
+        "none" => fixed | SealFlags::WRITE,
+        "host" => fixed | SealFlags::FUTURE_WRITE,
         _ => SealFlags::empty(),
     };
     rustix::fs::fcntl_add_seals(&fd, seals).expect("it may be sealed");
     let mapping = json!({
         "strait-mmap": 1, "host_id": "1a2b", "socket": "/run/strait/data.sock", "segment": id,
-        "generation": 1, "bytes": 1 << 17, "seal": seal,
+        "generation": 1, "bytes": 1 << 17, "writers": writers,
         "tensors": [{
             "name": name, "dtype": "float64", "shape": [numbers.len()], "offset": 1 << 16,
             "length": bytes.len(),

@@ -9,11 +9,25 @@ use std::sync::Arc;
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{MapFlags, ProtFlags};
-use strait_memory::Budget;
+use strait_memory::{
+    Budget, Copied, GuestSpace, GuestSpaces, Parked, RecyclingKey, Sealed, Segment, Window,
+};
+
+/// Bytes in a mebibyte.
+pub(crate) const MIB: u64 = 1 << 20;
+/// What a guest reserves.
+pub(crate) const GUEST_BYTES: usize = 4 << 30;
 
 /// Enough for every test.
 pub(crate) fn budget() -> Arc<Budget> {
     Budget::new("segment bytes", 1 << 40)
+}
+
+/// Results of equal `number` may be recycled for each other.
+pub(crate) fn key(number: u64) -> RecyclingKey {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&number.to_le_bytes());
+    RecyclingKey(key)
 }
 
 /// Bytes that differ in every place and for every seed.
@@ -145,4 +159,37 @@ pub(crate) fn thread_faults() -> i64 {
 /// Bytes of address space that are reserved without access.
 pub(crate) fn reserved_bytes() -> u64 {
     mapped_bytes(|line| line.contains(" ---p "))
+}
+
+pub(crate) fn to_usize(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("64 bits")
+}
+
+/// A sealed segment with `pattern(seed)` in it.
+pub(crate) fn sealed(budget: &Arc<Budget>, seed: u64, bytes: u64) -> Segment<Sealed> {
+    let segment = Segment::create(bytes, budget).expect("fits");
+    segment
+        .write_at(0, &pattern(seed, bytes), &Copied::new())
+        .expect("within");
+    segment.seal().expect("unmapped")
+}
+
+/// A guest with its first `bytes` accessible.
+pub(crate) fn guest(bytes: u64) -> Arc<GuestSpace> {
+    let space = GuestSpaces::new(0)
+        .take(GUEST_BYTES)
+        .expect("address space");
+    space.make_accessible(0, to_usize(bytes)).expect("within");
+    space
+}
+
+pub(crate) fn window(
+    parked: Parked,
+    part: std::ops::Range<u64>,
+    space: &Arc<GuestSpace>,
+    offset: u64,
+) -> Window {
+    parked
+        .move_into(part, space, space.base() + to_usize(offset))
+        .expect("there is room")
 }

@@ -29,7 +29,7 @@ pub enum FileError {
     },
     /// An extension that stands for no format.
     #[error(
-        "{}: the extension says the format; known are .npy, .arrow and .feather",
+        "{}: the extension must say the format: .npy, .arrow or .feather",
         path.display()
     )]
     Extension {
@@ -81,12 +81,12 @@ pub enum FileError {
         /// How many columns have it.
         count: usize,
     },
-    /// A column that is no tensor.
+    /// A column that cannot be a tensor.
     #[error("{}: {reason}", path.display())]
     NotATensor {
         /// The file.
         path: PathBuf,
-        /// The column, why it is none, and what to do.
+        /// The column, why it cannot be one, and what to do.
         reason: String,
     },
     /// An index beyond the tensors.
@@ -245,7 +245,7 @@ impl TensorFile {
         &self.tensors
     }
 
-    /// Columns that are no tensors, each with the reason and what to do about it.
+    /// Columns that cannot be tensors, each with the reason and what to do about it.
     pub fn unsupported(&self) -> &[(String, String)] {
         &self.unsupported
     }
@@ -254,7 +254,7 @@ impl TensorFile {
     ///
     /// # Errors
     /// [`FileError`] if there is none, with the names that there are; if several columns have that
-    /// name; or with the reason why the column is no tensor.
+    /// name; or with the reason why the column cannot be a tensor.
     pub fn find(&self, name: &str) -> Result<usize, FileError> {
         let path = self.path.clone();
         let tensors = self
@@ -352,7 +352,7 @@ fn io_error(path: &Path, doing: &'static str, error: io::Error) -> FileError {
         // Lengths were held against the file's when it was opened.
         io::ErrorKind::UnexpectedEof => io::Error::new(
             error.kind(),
-            "it was made shorter meanwhile; write it anew under another name, then rename that",
+            "it was truncated while it was read; write a new file under another name, then rename that",
         ),
         _ => error,
     };

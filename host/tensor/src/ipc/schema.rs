@@ -1,13 +1,15 @@
 //! Which columns a schema declares, and which of them are tensors.
 
-use arrow_ipc::{Field, MetadataVersion, Precision, Schema, Type, UnionMode, root_as_message};
+use arrow_ipc::{Field, MetadataVersion, Schema, Type, UnionMode, root_as_message};
+use arrow_schema::FieldRef;
 
-use super::{
-    BOOL8, CONTINUATION, DTYPE_KEY, EXTENSION_METADATA, EXTENSION_NAME, FIXED_SHAPE_TENSOR,
-    IpcError, MAGIC, METADATA_BYTES_MAX, SHAPE_0D, SHAPE_KEY,
-};
-use crate::{Dtype, RANK_MAX, TensorPlace};
+use super::write::encapsulated;
+use super::{CONTINUATION, IpcError, MAGIC};
+use crate::arrow::{self, Row};
+use crate::{LayoutError, METADATA_BYTES_MAX, TensorPlace, TensorSpec};
 
+/// No schema of a segment that the host laid out comes near this.
+const SCHEMA_BYTES_MAX: u64 = 2 << 20;
 /// Lists within lists deeper than this are not followed.
 const DEPTH_MAX: usize = 32;
 
@@ -28,17 +30,6 @@ pub(super) struct Node {
     pub(super) is_view: bool,
     /// Values of this node in one row of the column, for the nodes of a tensor.
     pub(super) values: u64,
-}
-
-/// A tensor without its leading axis, the rows.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
-    /// The type of the elements.
-    pub dtype: Dtype,
-    /// The axes after the first.
-    pub shape: Vec<u64>,
-    /// One row that is the only element.
-    pub is_0d: bool,
 }
 
 /// A column that a schema declares.
@@ -67,30 +58,86 @@ pub fn read_schema(schema: Schema<'_>) -> Result<Vec<SchemaColumn>, IpcError> {
     Ok(columns.into_iter().map(column).collect())
 }
 
-/// The schema of the file that begins with `header`, as an encapsulated message, if that file has
-/// just `tensors`. For bytes that nobody can still write.
-pub fn schema_message<'a>(header: &'a [u8], tensors: &[TensorPlace]) -> Option<&'a [u8]> {
-    let file = header.strip_prefix(&MAGIC)?;
-    let (start, rest) = file.split_first_chunk::<8>()?;
-    let bytes = usize::try_from(message_bytes(start)?).ok()?;
-    let schema = root_as_message(rest.get(..bytes)?)
-        .ok()?
-        .header_as_schema()?;
-    let columns = read_schema(schema).ok()?;
-    let fits = columns.len() == tensors.len()
-        && columns.iter().zip(tensors).all(|(column, tensor)| {
-            column.name == tensor.name
-                && column.row.as_ref().is_ok_and(|row| {
-                    row.dtype == tensor.spec.dtype
-                        && row.is_0d == tensor.spec.shape.is_empty()
-                        && row.shape == tensor.spec.shape.get(1..).unwrap_or_default()
-                })
-        });
-    fits.then_some(&file[..start.len() + bytes])
+/// A schema as an encapsulated message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchemaMessage {
+    /// The message: [`Self::PREFIX_BYTES`] bytes, then its flatbuffer and padding.
+    pub bytes: Vec<u8>,
+    /// For each column as [`SchemaColumn::levels`].
+    pub levels: Vec<Vec<u64>>,
 }
 
-/// The length of the first message of a file of ours, of which these are bytes 8 to 15.
-pub fn message_bytes(start: &[u8; 8]) -> Option<u32> {
+impl SchemaMessage {
+    /// Bytes before the flatbuffer.
+    pub const PREFIX_BYTES: usize = 8;
+
+    /// One that declares `tensors` (name and spec), whose lengths may differ.
+    ///
+    /// # Errors
+    /// [`LayoutError::RowTooLong`] for what Arrow has no type for.
+    pub fn of<'a>(
+        tensors: impl IntoIterator<Item = (&'a str, &'a TensorSpec)>,
+    ) -> Result<Self, LayoutError> {
+        let schema = arrow::schema(tensors)?;
+        let level =
+            |field: &FieldRef| arrow::values(field, 1).expect("such rows are counted in i32");
+        Ok(Self {
+            bytes: encapsulated(&schema),
+            levels: schema.fields().iter().map(level).collect(),
+        })
+    }
+
+    /// The one in the file that begins with `header`, if that file has just `tensors`. For bytes that nobody can
+    /// still write.
+    pub fn in_header(header: &[u8], tensors: &[TensorPlace]) -> Option<Self> {
+        let file = header.strip_prefix(&MAGIC)?;
+        let (start, rest) = file.split_first_chunk::<{ Self::PREFIX_BYTES }>()?;
+        let bytes = usize::try_from(message_bytes(start)?).ok()?;
+        let schema = root_as_message(rest.get(..bytes)?)
+            .ok()?
+            .header_as_schema()?;
+        let columns = read_schema(schema).ok()?;
+        let fits = columns.len() == tensors.len()
+            && columns.iter().zip(tensors).all(|(column, tensor)| {
+                column.name == tensor.name && column.row == Ok(Row::of(&tensor.spec))
+            });
+        fits.then(|| Self {
+            bytes: file[..start.len() + bytes].to_vec(),
+            levels: columns.into_iter().map(|column| column.levels).collect(),
+        })
+    }
+
+    /// As [`Self::in_header`], of the file that `read` copies bytes out of, from an offset on. None, too, if what
+    /// comes before the first tensor is no file of ours.
+    ///
+    /// # Errors
+    /// Those of `read`.
+    pub fn in_file<E>(
+        tensors: &[TensorPlace],
+        mut read: impl FnMut(u64, &mut [u8]) -> Result<(), E>,
+    ) -> Result<Option<Self>, E> {
+        let first_tensor = tensors.iter().map(|tensor| tensor.offset).min();
+        let room = first_tensor.unwrap_or(0).min(SCHEMA_BYTES_MAX);
+        let mut start = [0; MAGIC.len() + Self::PREFIX_BYTES];
+        if room < start.len() as u64 {
+            return Ok(None);
+        }
+        read(0, &mut start)?;
+        let length = start
+            .last_chunk()
+            .and_then(message_bytes)
+            .map(|length| start.len() as u64 + u64::from(length));
+        let Some(length) = length.filter(|length| *length <= room) else {
+            return Ok(None);
+        };
+        let mut header = vec![0; usize::try_from(length).unwrap_or(0)];
+        read(0, &mut header)?;
+        Ok(Self::in_header(&header, tensors))
+    }
+}
+
+/// The length of a file's first message, of which `start` are the first bytes.
+fn message_bytes(start: &[u8; SchemaMessage::PREFIX_BYTES]) -> Option<u32> {
     let length = start.strip_prefix(&CONTINUATION)?;
     let length = i32::from_le_bytes(length.try_into().ok()?);
     u32::try_from(length)
@@ -114,7 +161,10 @@ pub(super) fn declared(
             let mut nodes = Vec::new();
             push_nodes(&mut nodes, field, version, 0)
                 .map_err(|reason| format!("column {name:?}: {reason}"))?;
-            let tensor = row(field, &mut nodes);
+            let (tensor, levels) = arrow::read(field);
+            for (node, values) in nodes.iter_mut().zip(levels) {
+                node.values = values;
+            }
             Ok(Declared {
                 name,
                 nodes,
@@ -177,193 +227,4 @@ fn push_nodes(
         push_nodes(nodes, child, version, depth + 1)?;
     }
     Ok(())
-}
-
-/// Reads a field as a tensor and notes on its nodes how many values they have in a row.
-fn row(field: Field<'_>, nodes: &mut [Node]) -> Result<Row, String> {
-    if field.dictionary().is_some() {
-        return Err("it is dictionary-encoded; decode it first".to_owned());
-    }
-    let mut shape = Vec::new();
-    let mut values = 1_u64;
-    let mut leaf = field;
-    let mut depth = 0;
-    while let Some(list) = leaf.type_as_fixed_size_list() {
-        let size = u64::try_from(list.listSize())
-            .map_err(|_| format!("a list of {} values", list.listSize()))?;
-        set_values(nodes, depth, values);
-        depth += 1;
-        shape.push(size);
-        values = values
-            .checked_mul(size)
-            .filter(|&values| values <= i64::MAX.cast_unsigned())
-            .ok_or_else(|| format!("rows of {shape:?} values are too many to count"))?;
-        let mut children = leaf.children().into_iter().flatten();
-        leaf = match (children.next(), children.next()) {
-            (Some(child), None) => child,
-            _ => return Err("a fixed-size list without exactly one child".to_owned()),
-        };
-        if leaf.dictionary().is_some() {
-            return Err("its values are dictionary-encoded".to_owned());
-        }
-    }
-    set_values(nodes, depth, values);
-
-    let primitive = primitive(leaf)?;
-    match metadata(field, EXTENSION_NAME) {
-        Some(FIXED_SHAPE_TENSOR) => shape = tensor_shape(field, &shape)?,
-        Some(BOOL8) if !shape.is_empty() => return Err("arrow.bool8 over a list".to_owned()),
-        _ => {}
-    }
-    let dtype = logical(field, primitive, &mut shape)?;
-    let is_0d = match metadata(field, SHAPE_KEY) {
-        None => false,
-        Some(SHAPE_0D) if shape.is_empty() => true,
-        Some(other) => {
-            return Err(format!(
-                "{SHAPE_KEY} {other:?} does not fit rows of shape {shape:?}"
-            ));
-        }
-    };
-    if shape.len() >= RANK_MAX {
-        return Err(format!(
-            "it has {} axes; at most {RANK_MAX} are possible",
-            shape.len() + 1
-        ));
-    }
-    Ok(Row {
-        dtype,
-        shape,
-        is_0d,
-    })
-}
-
-fn set_values(nodes: &mut [Node], index: usize, values: u64) {
-    if let Some(node) = nodes.get_mut(index) {
-        node.values = values;
-    }
-}
-
-fn metadata<'a>(field: Field<'a>, key: &str) -> Option<&'a str> {
-    let pairs = field.custom_metadata()?;
-    pairs
-        .iter()
-        .find(|pair| pair.key() == Some(key))
-        .map(|pair| pair.value().unwrap_or_default())
-}
-
-/// The type of the bits, or why there are none that a kernel can take.
-fn primitive(field: Field<'_>) -> Result<Dtype, String> {
-    if let Some(int) = field.type_as_int() {
-        return match (int.bitWidth(), int.is_signed()) {
-            (8, true) => Ok(Dtype::Int8),
-            (16, true) => Ok(Dtype::Int16),
-            (32, true) => Ok(Dtype::Int32),
-            (64, true) => Ok(Dtype::Int64),
-            (8, false) => Ok(Dtype::Uint8),
-            (16, false) => Ok(Dtype::Uint16),
-            (32, false) => Ok(Dtype::Uint32),
-            (64, false) => Ok(Dtype::Uint64),
-            (bits, _) => Err(format!("integers of {bits} bits")),
-        };
-    }
-    if let Some(float) = field.type_as_floating_point() {
-        return match float.precision() {
-            Precision::HALF => Ok(Dtype::Float16),
-            Precision::SINGLE => Ok(Dtype::Float32),
-            Precision::DOUBLE => Ok(Dtype::Float64),
-            other => Err(format!("floats of precision {}", other.0)),
-        };
-    }
-    let name = field.type_type().variant_name().unwrap_or("unknown");
-    Err(match field.type_type() {
-        Type::Bool => {
-            "its booleans are packed into bits; cast them to int8 (arrow.bool8), one byte each"
-                .to_owned()
-        }
-        Type::Utf8 | Type::LargeUtf8 | Type::Utf8View => format!(
-            "it is text ({name}); a tensor has numbers of a fixed width, so leave it out or encode it"
-        ),
-        Type::Date | Type::Time | Type::Timestamp | Type::Duration => {
-            format!("it is a time ({name}); cast it to the integers that it stores")
-        }
-        _ => format!("its type, {name}, has no fixed-width numbers"),
-    })
-}
-
-/// The shape of a row that `arrow.fixed_shape_tensor` declares over a list of that many values.
-fn tensor_shape(field: Field<'_>, lists: &[u64]) -> Result<Vec<u64>, String> {
-    #[derive(serde::Deserialize)]
-    struct Parameters {
-        shape: Vec<u64>,
-        /// arrow-rs writes `permutations`, against the specification.
-        #[serde(alias = "permutations")]
-        permutation: Option<Vec<u64>>,
-        dim_names: Option<Vec<String>>,
-    }
-    let json = metadata(field, EXTENSION_METADATA).unwrap_or_default();
-    let Parameters {
-        shape,
-        permutation,
-        dim_names,
-    } = serde_json::from_str(json)
-        .map_err(|error| format!("{FIXED_SHAPE_TENSOR} metadata {json:.100?}: {error}"))?;
-    // Kept as it is, and pyarrow could not read it back.
-    if let Some(names) = dim_names.filter(|names| names.len() != shape.len()) {
-        return Err(format!(
-            "{FIXED_SHAPE_TENSOR} has {} dim_names for a shape of {} axes; name each or none",
-            names.len(),
-            shape.len()
-        ));
-    }
-    if let Some(permutation) = permutation
-        && !permutation.iter().copied().eq(0..shape.len() as u64)
-    {
-        return Err(format!(
-            "its axes are permuted ({permutation:?}); write it in row-major order"
-        ));
-    }
-    let values = if shape.contains(&0) {
-        Some(0)
-    } else {
-        shape
-            .iter()
-            .try_fold(1_u64, |values, &n| values.checked_mul(n))
-    };
-    match lists {
-        &[size] if values == Some(size) => Ok(shape),
-        _ => Err(format!(
-            "{FIXED_SHAPE_TENSOR} of shape {shape:?} over lists of {lists:?}"
-        )),
-    }
-}
-
-/// The dtype that a column means by its primitive values; removes the last axis of complex ones.
-fn logical(field: Field<'_>, stored: Dtype, shape: &mut Vec<u64>) -> Result<Dtype, String> {
-    let Some(name) = metadata(field, DTYPE_KEY) else {
-        let is_bool8 = metadata(field, EXTENSION_NAME) == Some(BOOL8);
-        return match stored {
-            Dtype::Int8 if is_bool8 => Ok(Dtype::Bool8),
-            _ if is_bool8 => Err(format!("arrow.bool8 over {stored}")),
-            _ => Ok(stored),
-        };
-    };
-    let dtype: Dtype = name
-        .parse()
-        .map_err(|error| format!("{DTYPE_KEY}: {error}"))?;
-    let fits = match dtype {
-        Dtype::Bool8 => stored == Dtype::Int8,
-        Dtype::Bfloat16 => stored == Dtype::Uint16,
-        Dtype::Float8E4m3fn | Dtype::Float8E5m2 => stored == Dtype::Uint8,
-        Dtype::Complex64 => stored == Dtype::Float32 && shape.pop() == Some(2),
-        Dtype::Complex128 => stored == Dtype::Float64 && shape.pop() == Some(2),
-        _ => stored == dtype,
-    };
-    if fits {
-        Ok(dtype)
-    } else {
-        Err(format!(
-            "{DTYPE_KEY} is {dtype} over {stored} values in rows of {shape:?}"
-        ))
-    }
 }

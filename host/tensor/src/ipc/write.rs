@@ -1,20 +1,16 @@
 //! Header and footer around tensors that lie where [`crate::FileLayout`] put them.
 
-use std::collections::HashMap;
-
 use arrow_ipc::convert::IpcSchemaEncoder;
 use arrow_ipc::{
     Block, Buffer, FieldNode, FooterBuilder, MessageBuilder, MessageHeader, MetadataVersion,
     RecordBatchBuilder,
 };
-use arrow_schema::{DataType, Field, Schema};
+use arrow_schema::Schema;
 use flatbuffers::{FlatBufferBuilder, UnionWIPOffset, WIPOffset};
 
-use super::{
-    BOOL8, CONTINUATION, DTYPE_KEY, EXTENSION_METADATA, EXTENSION_NAME, FIXED_SHAPE_TENSOR, MAGIC,
-    MAGIC_END, SHAPE_0D, SHAPE_KEY,
-};
-use crate::{Dtype, TensorPlace, TensorSpec};
+use super::{CONTINUATION, MAGIC, MAGIC_END};
+use crate::TensorPlace;
+use crate::arrow::values;
 
 /// What stands before and behind the body of a file.
 pub(crate) struct Framing {
@@ -25,7 +21,7 @@ pub(crate) struct Framing {
 /// Writes header and footer of a file whose body spans `body_offset..body_end`.
 ///
 /// The caller has checked the tensors: all of `rows` rows, rows of at most `i32::MAX` values,
-/// offsets and sizes within `i64`, metadata within [`super::METADATA_BYTES_MAX`]; and `schema`
+/// offsets and sizes within `i64`, metadata within [`crate::METADATA_BYTES_MAX`]; and `schema`
 /// declares them.
 pub(crate) fn frame(
     schema: &Schema,
@@ -39,7 +35,17 @@ pub(crate) fn frame(
     let mut header = MAGIC.to_vec();
     push_message(&mut header, &schema_message(schema), None);
     let batch_offset = header.len();
-    let batch = batch_message(schema, tensors, rows, body_offset, body_bytes);
+    let columns = schema
+        .fields()
+        .iter()
+        .zip(tensors)
+        .map(|(field, tensor)| BatchColumn {
+            counts: values(field, rows).expect("the layout keeps counts within i64"),
+            start: tensor.offset - body_offset,
+            bytes: tensor.length,
+        });
+    let batch = batch_message(columns, rows, body_end - body_offset)
+        .expect("the layout keeps sizes within i64");
     push_message(&mut header, &batch, Some(body_offset));
 
     let metadata_bytes = i32::try_from(header.len() - batch_offset)
@@ -51,17 +57,11 @@ pub(crate) fn frame(
     }
 }
 
-/// Values of a column of `rows` rows, and of each list below it, if they can be counted in `i64`.
-pub(crate) fn values(field: &Field, rows: u64) -> Option<Vec<u64>> {
-    let countable = |count: u64| i64::try_from(count).is_ok().then_some(count);
-    let mut counts = vec![countable(rows)?];
-    let (mut count, mut level) = (rows, field.data_type());
-    while let DataType::FixedSizeList(item, size) = level {
-        count = count.checked_mul(u64::try_from(*size).ok()?)?;
-        counts.push(countable(count)?);
-        level = item.data_type();
-    }
-    Some(counts)
+/// `schema` as an encapsulated message.
+pub(super) fn encapsulated(schema: &Schema) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    push_message(&mut bytes, &schema_message(schema), None);
+    bytes
 }
 
 /// Bytes that `schema` takes in a header, or in a footer.
@@ -100,33 +100,51 @@ fn schema_message(schema: &Schema) -> Vec<u8> {
     finish_message(builder, MessageHeader::Schema, header, 0)
 }
 
-fn batch_message(
-    schema: &Schema,
-    tensors: &[TensorPlace],
+/// A column's part of a record batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BatchColumn {
+    /// Its values: those of the column, then those of each list below.
+    pub counts: Vec<u64>,
+    /// Where its bytes start in the body.
+    pub start: u64,
+    /// How many they are.
+    pub bytes: u64,
+}
+
+/// The metadata of a record batch of `rows` rows, none of them null, with a body of `body_bytes`. None if
+/// something is more than `i64` counts.
+pub fn batch_message(
+    columns: impl IntoIterator<Item = BatchColumn>,
     rows: u64,
-    body_offset: u64,
-    body_bytes: i64,
-) -> Vec<u8> {
+    body_bytes: u64,
+) -> Option<Vec<u8>> {
+    let signed = |value: u64| i64::try_from(value).ok();
     let mut nodes = Vec::new();
     let mut buffers = Vec::new();
-    for (field, tensor) in schema.fields().iter().zip(tensors) {
-        let start = signed(tensor.offset - body_offset);
-        for count in values(field, rows).expect("the layout keeps counts within i64") {
+    for column in columns {
+        let start = signed(column.start)?;
+        for count in column.counts {
             // Each level has a validity buffer of no bytes: nothing is null.
-            nodes.push(FieldNode::new(signed(count), 0));
+            nodes.push(FieldNode::new(signed(count)?, 0));
             buffers.push(Buffer::new(start, 0));
         }
-        buffers.push(Buffer::new(start, signed(tensor.length)));
+        buffers.push(Buffer::new(start, signed(column.bytes)?));
     }
     let mut builder = FlatBufferBuilder::new();
     let nodes = builder.create_vector(&nodes);
     let buffers = builder.create_vector(&buffers);
     let mut batch = RecordBatchBuilder::new(&mut builder);
-    batch.add_length(signed(rows));
+    batch.add_length(signed(rows)?);
     batch.add_nodes(nodes);
     batch.add_buffers(buffers);
     let header = batch.finish().as_union_value();
-    finish_message(builder, MessageHeader::RecordBatch, header, body_bytes)
+    let body_bytes = signed(body_bytes)?;
+    Some(finish_message(
+        builder,
+        MessageHeader::RecordBatch,
+        header,
+        body_bytes,
+    ))
 }
 
 fn finish_message(
@@ -164,85 +182,4 @@ fn footer(schema: &Schema, batch: Block) -> Vec<u8> {
     bytes.extend_from_slice(&length.to_le_bytes());
     bytes.extend_from_slice(MAGIC_END);
     bytes
-}
-
-/// The shape of one row in storage, if a row is more than one primitive value: the axes after the
-/// first, and for complex numbers a last one of 2.
-fn row_shape(spec: &TensorSpec) -> Option<Vec<u64>> {
-    let mut shape = spec.shape.get(1..).unwrap_or_default().to_vec();
-    if spec.dtype.is_complex() {
-        shape.push(2);
-    }
-    (!shape.is_empty()).then_some(shape)
-}
-
-/// Primitive values in a row of that shape. A zero axis makes it 0 however large the others are.
-fn row_values(shape: &[u64]) -> u64 {
-    if shape.contains(&0) {
-        0
-    } else {
-        shape.iter().product()
-    }
-}
-
-/// How a tensor is written in Arrow. Its rows have at most `i32::MAX` values.
-pub(crate) fn field(name: &str, spec: &TensorSpec) -> Field {
-    let (primitive, dtype_is_storage) = storage(spec.dtype);
-    let mut metadata = HashMap::new();
-    let mut note = |key: &str, value: String| metadata.insert(key.to_owned(), value);
-    if spec.shape.is_empty() {
-        note(SHAPE_KEY, SHAPE_0D.to_owned());
-    }
-    let data_type = match row_shape(spec) {
-        None => {
-            if spec.dtype == Dtype::Bool8 {
-                note(EXTENSION_NAME, BOOL8.to_owned());
-                note(EXTENSION_METADATA, String::new());
-            } else if !dtype_is_storage {
-                note(DTYPE_KEY, spec.dtype.name().to_owned());
-            }
-            primitive
-        }
-        Some(shape) => {
-            // A field has one extension type; the tensor takes it, and the dtype goes beside it.
-            note(EXTENSION_NAME, FIXED_SHAPE_TENSOR.to_owned());
-            note(EXTENSION_METADATA, shape_json(&shape));
-            if !dtype_is_storage {
-                note(DTYPE_KEY, spec.dtype.name().to_owned());
-            }
-            let values = i32::try_from(row_values(&shape)).expect("the layout checked the row");
-            // The item's name and nullability are those that pyarrow's own tensor type has.
-            DataType::new_fixed_size_list(primitive, values, true)
-        }
-    };
-    Field::new(name, data_type, false).with_metadata(metadata)
-}
-
-/// Parameters of `arrow.fixed_shape_tensor`, by hand: pyarrow refuses the nulls that
-/// arrow-schema's own type writes.
-fn shape_json(shape: &[u64]) -> String {
-    let sizes: Vec<String> = shape.iter().map(u64::to_string).collect();
-    format!("{{\"shape\":[{}]}}", sizes.join(","))
-}
-
-/// The primitive type that holds `dtype`'s values, and whether it tells the dtype already.
-fn storage(dtype: Dtype) -> (DataType, bool) {
-    match dtype {
-        Dtype::Bool8 => (DataType::Int8, false),
-        Dtype::Int8 => (DataType::Int8, true),
-        Dtype::Int16 => (DataType::Int16, true),
-        Dtype::Int32 => (DataType::Int32, true),
-        Dtype::Int64 => (DataType::Int64, true),
-        Dtype::Uint8 => (DataType::UInt8, true),
-        Dtype::Uint16 => (DataType::UInt16, true),
-        Dtype::Uint32 => (DataType::UInt32, true),
-        Dtype::Uint64 => (DataType::UInt64, true),
-        Dtype::Float16 => (DataType::Float16, true),
-        Dtype::Bfloat16 => (DataType::UInt16, false),
-        Dtype::Float8E4m3fn | Dtype::Float8E5m2 => (DataType::UInt8, false),
-        Dtype::Float32 => (DataType::Float32, true),
-        Dtype::Float64 => (DataType::Float64, true),
-        Dtype::Complex64 => (DataType::Float32, false),
-        Dtype::Complex128 => (DataType::Float64, false),
-    }
 }

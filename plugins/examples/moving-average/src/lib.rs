@@ -32,6 +32,7 @@ impl Kernel for MovingAverage {
     const INPUTS: &[Port] = &[Port::new("x", FLOATS, "At least `window` elements.").rank(1, 1)];
     const OUTPUTS: &[Port] =
         &[Port::new("y", FLOATS, "n - window + 1 means, in x's dtype.").rank(1, 1)];
+    const SIGNATURE: &str = "(n)->(m)";
     const COST_HINT: f64 = 2.0;
     type Parameters = Parameters;
 

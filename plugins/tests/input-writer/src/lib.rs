@@ -68,6 +68,7 @@ impl Kernel for WriteInput {
     const DOC: &str = "Writes to its input, which no kernel may.";
     const INPUTS: &[Port] = &[Port::new("x", &[Dtype::Float64], "Any shape.")];
     const OUTPUTS: &[Port] = &[Port::new("y", &[Dtype::Float64], "Not written.")];
+    const SIGNATURE: &str = "()->()";
     type Parameters = Parameters;
 
     fn open(parameters: Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
@@ -91,4 +92,37 @@ impl Kernel for WriteInput {
     }
 }
 
-strait_plugin::export!("input-writer", [WriteInput]);
+/// Gives up, by a panic of more than one line or by an error with a diagnostic.
+#[derive(Debug)]
+pub struct GiveUp(bool);
+
+parameters! {
+    /// Parameters of `give-up`.
+    pub struct How {
+        /// By a panic.
+        pub panic: bool,
+    }
+}
+
+impl Kernel for GiveUp {
+    const NAME: &str = "give-up";
+    const DOC: &str = "Gives no result, as a kernel with a bug does.";
+    const INPUTS: &[Port] = &[Port::new("x", &[Dtype::Float64], "One axis.").rank(1, 1)];
+    const OUTPUTS: &[Port] = &[Port::new("y", &[Dtype::Float64], "Not written.").rank(1, 1)];
+    const SIGNATURE: &str = "(n)->(n)";
+    type Parameters = How;
+
+    fn open(how: How, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
+        Ok((Self(how.panic), inputs.to_vec()))
+    }
+
+    fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        let x = call.input::<f64>(0)?;
+        assert!(!self.0, "{} elements\nare too many", x.len());
+        let block: Vec<u8> = x.iter().take(2).flat_map(|x| x.to_le_bytes()).collect();
+        call.diagnose(&block);
+        Err(Error::failed("the first block is not what it should be"))
+    }
+}
+
+strait_plugin::export!("input-writer", [WriteInput, GiveUp]);

@@ -108,9 +108,9 @@ function parameters(d::Driver, request, inputs)
 end
 rank(::Driver, array::Array) = ndims(array)
 function rank(d::Driver, name::String)
-    flight, column = occursin('#', name) ? split(name, '#') : (name, nothing)
+    flight, tensor = occursin('#', name) ? split(name, '#') : (name, nothing)
     tensors = Dict(flights(session(d)))[flight]
-    return ndims(column === nothing ? tensors[1] : tensors[findfirst(t -> t.name == column, tensors)])
+    return ndims(tensor === nothing ? tensors[1] : tensors[findfirst(t -> t.name == tensor, tensors)])
 end
 # An integer stays an integer; the words for what JSON lacks are the wire's, and in Julia numbers.
 const WORDS = Dict("nan" => NaN, "inf" => Inf, "-inf" => -Inf)

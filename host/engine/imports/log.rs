@@ -1,0 +1,87 @@
+//! `log-sink`: a guest's lines in the host's log, told with request and plugin, bounded in bytes.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::super::abi::log_sink;
+use super::super::limits::{State, Stop};
+use super::super::regions::Regions;
+
+/// What a log line costs beside its text, in bytes: time, level, request and plugin. Without it
+/// empty lines would be free.
+const LINE_BYTES: u64 = 64;
+/// Between two lines about progress; what comes in between is not told.
+const PROGRESS_EVERY: Duration = Duration::from_millis(100);
+
+/// Whose lines they are, and how much there was.
+#[derive(Debug)]
+pub(in super::super) struct Log {
+    request_id: Arc<str>,
+    plugin: Arc<str>,
+    bytes: u64,
+    bytes_max: u64,
+    progress_told: Option<Instant>,
+}
+
+impl Log {
+    /// Lines of `plugin` for a request, of together at most `bytes_max` bytes, each with 64 for what stands
+    /// before its text.
+    pub(in super::super) fn new(request_id: Arc<str>, plugin: Arc<str>, bytes_max: u64) -> Self {
+        Self {
+            request_id,
+            plugin,
+            bytes: 0,
+            bytes_max,
+            progress_told: None,
+        }
+    }
+
+    fn line(
+        &mut self,
+        regions: Option<&Regions>,
+        address: u64,
+        bytes: u64,
+    ) -> Result<String, Stop> {
+        let asked = self.bytes.saturating_add(bytes).saturating_add(LINE_BYTES);
+        if asked > self.bytes_max {
+            return Err(Stop::LogBytes {
+                asked,
+                limit: self.bytes_max,
+            });
+        }
+        let text = regions
+            .ok_or_else(|| Stop::LogRange("the plugin has no linear memory".to_owned()))?
+            .read(address, bytes)
+            .map_err(|e| Stop::LogRange(e.to_string()))?;
+        self.bytes = asked;
+        Ok(String::from_utf8_lossy(&text).into_owned())
+    }
+}
+
+impl log_sink::Host for State {
+    fn log(&mut self, level: u32, address: u64, bytes: u64) -> wasmtime::Result<()> {
+        let text = self.log.line(self.regions.as_ref(), address, bytes)?;
+        let (request_id, plugin) = (&*self.log.request_id, &*self.log.plugin);
+        match level {
+            0 => tracing::error!(target: "strait::guest", request_id, plugin, "{text}"),
+            1 => tracing::warn!(target: "strait::guest", request_id, plugin, "{text}"),
+            2 => tracing::info!(target: "strait::guest", request_id, plugin, "{text}"),
+            _ => tracing::debug!(target: "strait::guest", request_id, plugin, "{text}"),
+        }
+        Ok(())
+    }
+
+    fn progress(&mut self, done: u64, total: u64) -> wasmtime::Result<()> {
+        let log = &mut self.log;
+        if log
+            .progress_told
+            .is_some_and(|told| told.elapsed() < PROGRESS_EVERY)
+        {
+            return Ok(());
+        }
+        log.progress_told = Some(Instant::now());
+        let (request_id, plugin) = (&*log.request_id, &*log.plugin);
+        tracing::debug!(target: "strait::guest", request_id, plugin, done, total, "progress");
+        Ok(())
+    }
+}

@@ -1,0 +1,241 @@
+//! A guest that can be called: store, instance, and what it means when a call does not come back.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strait_memory::FaultRange;
+use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
+
+use super::abi::{self, Guest, types};
+use super::error::{Broken, Cause, Limit, Refusal, Stage};
+use super::fault::{self, Faults};
+use super::guest_memory::collect;
+use super::job::CancelToken;
+use super::limits::{Limits, State, Stop};
+use super::panicked::Panic;
+use super::regions::Regions;
+use super::ticker::Ticking;
+use super::{Compiled, Engine, Failed};
+use crate::plugin::Description;
+use crate::text::{self, BACKTRACE_BYTES_MAX};
+
+/// Most bytes that a failing kernel hands over.
+const DIAGNOSTIC_BYTES_MAX: usize = 4096;
+/// Longest name or reason of a guest, in bytes.
+const WORDS_BYTES_MAX: usize = 1024;
+const INSTANTIATED: &str = "there is no instance without its regions";
+
+/// Until when a guest runs.
+#[derive(Debug)]
+pub(super) struct Until {
+    pub(super) deadline: Instant,
+    /// Milliseconds from the request to it, for the message.
+    pub(super) deadline_ms: u64,
+    pub(super) cancel: CancelToken,
+}
+
+impl Until {
+    /// Why a guest that runs now must end, if it must.
+    fn due(&self) -> Option<Stop> {
+        if self.cancel.is_cancelled() {
+            return Some(Stop::Cancelled);
+        }
+        (Instant::now() >= self.deadline).then_some(Stop::Deadline(self.deadline_ms))
+    }
+}
+
+/// A guest ready for calls. Fields drop in order: the instance's store last of all that it needs.
+pub(super) struct Instance {
+    guest: Guest,
+    store: Store<State>,
+    /// Guest address of the panic record; 0: none.
+    panic_record: u64,
+    _ticking: Ticking,
+}
+
+impl Instance {
+    /// A fresh one, in its first state.
+    ///
+    /// # Errors
+    /// Its start function failed, or it is of another contract.
+    pub(super) fn new(
+        engine: &Engine,
+        compiled: &Compiled,
+        state: State,
+        until: Until,
+        panic_record: u64,
+    ) -> Result<Self, Broken> {
+        const STAGE: Stage = Stage::Instantiate;
+        let ticking = engine.ticker.start().map_err(|e| STAGE.host(e))?;
+        let mut store = Store::new(&engine.wasmtime, state);
+        store.limiter(|state| state);
+        if engine.config.epoch_interruption {
+            store.epoch_deadline_callback(move |store| {
+                if store.data().faults.any_written() {
+                    return Err(Stop::InputWritten.into());
+                }
+                match until.due() {
+                    Some(stop) => Err(stop.into()),
+                    None => Ok(UpdateDeadline::Continue(1)),
+                }
+            });
+            store.set_epoch_deadline(1);
+        }
+        let (plugin, mut made) = collect(|| compiled.pre.instantiate(&mut store));
+        let plugin = plugin.map_err(|error| match error.is::<wasmtime::Trap>() || error.is::<Stop>() {
+            true => STAGE.broke(stopped(&error)),
+            false => STAGE.broken_contract(format!(
+                "it does not fit this host's strait:kernel: {}; build the plugin again with this version's SDK",
+                error.root_cause()
+            )),
+        })?;
+        let memory = made
+            .pop()
+            .ok_or_else(|| STAGE.broken_contract("the plugin has no linear memory of its own"))?;
+        store.data_mut().regions = Some(Regions::new(memory));
+        Ok(Self {
+            guest: plugin.strait_kernel_kernels().clone(),
+            store,
+            panic_record,
+            _ticking: ticking,
+        })
+    }
+
+    /// Calls one of the guest's functions.
+    ///
+    /// # Errors
+    /// The guest trapped or was ended.
+    pub(super) fn call<R>(
+        &mut self,
+        stage: Stage,
+        function: impl FnOnce(&Guest, &mut Store<State>) -> wasmtime::Result<R>,
+    ) -> Result<R, Broken> {
+        function(&self.guest, &mut self.store).map_err(|error| {
+            let mut cause = stopped(&error);
+            if let Cause::Trap { panic, .. } = &mut cause {
+                *panic = Panic::read(self.regions(), self.panic_record).map(Box::new);
+            }
+            stage.broke(cause)
+        })
+    }
+
+    /// Why `run` failed, in the kernel's words.
+    ///
+    /// # Errors
+    /// `last-error` itself failed.
+    pub(super) fn last_error(&mut self) -> Result<Cause, Broken> {
+        const STAGE: Stage = Stage::LastError;
+        let failure = self.call(STAGE, |guest, store| guest.call_last_error(store))?;
+        let bytes = failure.diagnostic.len();
+        if bytes > DIAGNOSTIC_BYTES_MAX {
+            return Err(STAGE.broken_contract(format!(
+                "a diagnostic of {bytes} bytes, at most {DIAGNOSTIC_BYTES_MAX} are allowed"
+            )));
+        }
+        Ok(refused(failure.error, failure.diagnostic))
+    }
+
+    pub(super) fn regions(&self) -> &Regions {
+        self.store.data().regions.as_ref().expect(INSTANTIATED)
+    }
+
+    pub(super) fn regions_mut(&mut self) -> &mut Regions {
+        self.store.data_mut().regions.as_mut().expect(INSTANTIATED)
+    }
+
+    pub(super) fn faults(&self) -> &Arc<Faults> {
+        &self.store.data().faults
+    }
+
+    /// Lets the memory grow by `bytes` beyond what the guest may have for itself.
+    pub(super) fn allow(&mut self, bytes: u64) {
+        self.store.data_mut().allowance = bytes;
+    }
+
+    /// Runs `steps` with an eye on the read-only windows `ranges`.
+    pub(super) fn watched<R>(
+        &mut self,
+        compiled: &Compiled,
+        ranges: Vec<FaultRange>,
+        steps: impl FnOnce(&mut Self) -> R,
+    ) -> R {
+        let (engine, seen) = (self.store.engine().clone(), Arc::clone(self.faults()));
+        fault::watch(
+            &mut self.store,
+            engine,
+            Arc::clone(&compiled.traps),
+            ranges,
+            seen,
+        );
+        let result = steps(self);
+        fault::unwatch(&mut self.store);
+        result
+    }
+}
+
+/// What a failed call of a guest means. A trap's panic is not known here.
+fn stopped(error: &wasmtime::Error) -> Cause {
+    let limited = |limit, asked: &u64, most: &u64| Cause::Limit {
+        limit,
+        asked: *asked,
+        most: *most,
+    };
+    match error.downcast_ref::<Stop>() {
+        Some(Stop::Cancelled) => return Cause::Cancelled,
+        Some(Stop::Deadline(ms)) => return Cause::Deadline(*ms),
+        Some(Stop::GuestBytes { asked, limit }) => return limited(Limit::Guest, asked, limit),
+        Some(Stop::LogBytes { asked, limit }) => return limited(Limit::Log, asked, limit),
+        Some(stop @ (Stop::LogRange(_) | Stop::Table { .. })) => {
+            return Cause::Contract(stop.to_string());
+        }
+        // `run` says which one; no other call has inputs to write to.
+        Some(Stop::InputWritten) => {}
+        None => {}
+    }
+    let backtrace = error
+        .downcast_ref::<WasmBacktrace>()
+        .map(|backtrace| text::lines(backtrace.to_string(), BACKTRACE_BYTES_MAX));
+    Cause::Trap {
+        trap: error.root_cause().to_string(),
+        panic: None,
+        backtrace,
+    }
+}
+
+/// A kernel's own error.
+pub(super) fn refused(error: types::Error, diagnostic: Vec<u8>) -> Cause {
+    let words = |text| text::one_line(text, WORDS_BYTES_MAX);
+    let (refusal, reason) = match error {
+        types::Error::BadArgument(bad) => (Refusal::Argument(words(bad.name)), bad.reason),
+        types::Error::Unsupported(reason) => (Refusal::Unsupported, reason),
+        types::Error::Failed(reason) => (Refusal::Failed, reason),
+    };
+    Cause::Refused {
+        refusal,
+        reason: words(reason),
+        diagnostic,
+    }
+}
+
+/// Asks a plugin what it offers.
+pub(super) fn describe(engine: &Engine, compiled: &Compiled) -> Result<Description, Failed> {
+    const STAGE: Stage = Stage::Describe;
+    const DEADLINE_MS: u64 = 5000;
+    let limits = Limits {
+        guest_bytes: 64 << 20,
+        window_bytes: 0,
+        result_bytes: 0,
+        log_bytes: 16 << 10,
+    };
+    let until = Until {
+        deadline: Instant::now() + Duration::from_millis(DEADLINE_MS),
+        deadline_ms: DEADLINE_MS,
+        cancel: CancelToken::default(),
+    };
+    let state = State::new(limits, Arc::from("load"), Arc::from("(loading)"));
+    // Where it leaves its panics is not known yet.
+    Instance::new(engine, compiled, state, until, 0)
+        .and_then(|mut instance| instance.call(STAGE, |guest, store| guest.call_describe(store)))
+        .and_then(|answer| abi::description(answer).map_err(|e| STAGE.broken_contract(e)))
+        .map_err(|broken| broken.of("(describe)"))
+}

@@ -1,0 +1,265 @@
+//! What goes into an invocation and what comes out.
+//!
+//! ```text
+//! Job (plain data) + Supplies (pages, clock) ──▶ Engine::invoke ──▶ Filled { outputs, report: plain data } | Failed
+//! Job              + Means (segments, clock) ──▶ Runner::invoke ──▶ Done { outputs with their segments, report } | Failed
+//! ```
+//! A [`Job`] and what comes of it are values: nothing in them lives in this process alone (a [`KernelRef`] stands for a
+//! plugin's hash and a kernel's place in it). What does is set apart: [`Supplies`] where the kernel runs, [`Means`] in the
+//! host.
+
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use parking_lot::Mutex;
+use strait_memory::{Inode, InputSource, PoolSegment, ResultPages, ResultSource, SharedSource};
+use strait_tensor::{FileLayout, TensorPlace};
+
+use super::{Cause, Limits};
+use crate::plugin::{KernelRef, Role, Value};
+use crate::text;
+
+/// Most notes of one invocation, and longest key or text in bytes.
+const NOTES_MAX: usize = 64;
+const NOTE_BYTES_MAX: usize = 1024;
+
+/// What to run on what. Inputs and parameters have been checked against the kernel's declaration.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// What to run: a loaded plugin and one of its kernels.
+    pub kernel: KernelRef,
+    /// In the kernel's order.
+    pub inputs: Vec<Input>,
+    /// All declared ones.
+    pub parameters: Vec<(String, Value)>,
+    /// Look at the host's own maps during `run`.
+    pub verify: bool,
+    /// What it may use.
+    pub limits: Limits,
+    /// Milliseconds from the request to the deadline, for the message.
+    pub deadline_ms: u64,
+    /// For log lines.
+    pub request_id: Arc<str>,
+}
+
+/// An input: a tensor in a segment.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// The port that it goes to.
+    pub port: String,
+    /// Numbers or a mask.
+    pub role: Role,
+    /// Where it lies.
+    pub place: TensorPlace,
+}
+
+/// What a job works with in the host.
+#[derive(Debug)]
+pub struct Means {
+    /// What holds the inputs, one for each of [`Job::inputs`].
+    pub inputs: Vec<Arc<dyn SharedSource>>,
+    /// Where the memory of its results comes from.
+    pub results: ResultSource,
+    /// When it must be done.
+    pub deadline: Instant,
+    /// Ends it.
+    pub cancel: CancelToken,
+}
+
+/// What a job works with in the process that it runs in.
+#[derive(Debug)]
+pub struct Supplies {
+    /// What holds the inputs, one for each of [`Job::inputs`].
+    pub inputs: Vec<Arc<dyn InputSource>>,
+    /// Where the memory of its results comes from.
+    pub results: Arc<dyn Results>,
+    /// When it must be done.
+    pub deadline: Instant,
+    /// Ends it.
+    pub cancel: CancelToken,
+}
+
+/// Gives memory for the results of one invocation.
+pub trait Results: std::fmt::Debug + Send + Sync {
+    /// Pages of at least so many `bytes` each.
+    ///
+    /// # Errors
+    /// There is no memory for them.
+    fn take(&self, bytes: &[u64]) -> Result<Vec<ResultPages>, Cause>;
+}
+
+/// Ends an invocation from outside.
+#[derive(Clone, Default)]
+pub struct CancelToken(Arc<Cancelling>);
+
+#[derive(Default)]
+struct Cancelling {
+    asked: AtomicBool,
+    /// Tells whoever runs the invocation elsewhere.
+    told: Mutex<Option<Box<dyn Fn() + Send>>>,
+}
+
+impl std::fmt::Debug for CancelToken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("CancelToken")
+            .field(&self.is_cancelled())
+            .finish()
+    }
+}
+
+impl CancelToken {
+    /// Asks the invocation to end; it does at its next check.
+    pub fn cancel(&self) {
+        self.0.asked.store(true, Ordering::Release);
+        if let Some(tell) = &*self.0.told.lock() {
+            tell();
+        }
+    }
+
+    /// Whether [`CancelToken::cancel`] was called.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.asked.load(Ordering::Acquire)
+    }
+
+    /// `tell` is called when this is cancelled, or now if it is already; until the answer is dropped.
+    #[must_use]
+    pub fn telling(&self, tell: impl Fn() + Send + 'static) -> Telling<'_> {
+        let mut told = self.0.told.lock();
+        if self.is_cancelled() {
+            tell();
+        }
+        *told = Some(Box::new(tell));
+        Telling(self)
+    }
+}
+
+/// See [`CancelToken::telling`].
+#[derive(Debug)]
+pub struct Telling<'a>(&'a CancelToken);
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        *self.0.0.told.lock() = None;
+    }
+}
+
+/// What an invocation leaves in the pages that it was given: all of its outputs.
+#[derive(Debug)]
+pub struct Filled {
+    /// In the kernel's order, which is that of the pages.
+    pub outputs: Vec<FilledOutput>,
+    /// What is told of it.
+    pub report: Report,
+}
+
+/// A finished result, wherever its pages are.
+#[derive(Debug)]
+pub struct FilledOutput {
+    /// The output port.
+    pub port: String,
+    /// The file in the segment; one tensor, named as the port.
+    pub layout: FileLayout,
+    /// Bytes that the tensor could have had: with them the layout can be planned anew.
+    pub reserve_bytes: u64,
+}
+
+/// What an invocation leaves: all of its outputs.
+#[derive(Debug)]
+pub struct Done {
+    /// In the kernel's order.
+    pub outputs: Vec<Output>,
+    /// What is told of it.
+    pub report: Report,
+}
+
+/// A finished result.
+#[derive(Debug)]
+pub struct Output {
+    /// The output port.
+    pub port: String,
+    /// The file in the segment; one tensor, named as the port.
+    pub layout: FileLayout,
+    /// What holds it.
+    pub segment: PoolSegment,
+}
+
+/// What is told of an invocation.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    /// (key, text), at most 64.
+    pub notes: Vec<(String, String)>,
+    /// Bytes of its tensors that the host copied.
+    pub copied_bytes: u64,
+    /// With [`Job::verify`]: inputs, then outputs.
+    pub pages: Vec<WindowPages>,
+    /// Page faults of the process meanwhile that needed no I/O.
+    pub minor_faults: u64,
+    /// Where the time went.
+    pub seconds: Seconds,
+}
+
+impl Report {
+    /// What another process reports of `job`, if that could be: within the bounds that notes have, and their text as
+    /// this process would pass it on.
+    ///
+    /// # Errors
+    /// How it could not.
+    pub(crate) fn checked(self, job: &Job) -> Result<Self, String> {
+        let tensors = job.inputs.len() + job.kernel.kernel().outputs.len();
+        if self.pages.len() > tensors {
+            return Err(format!("{} pages of {tensors} tensors", self.pages.len()));
+        }
+        Ok(Self {
+            notes: bounded_notes(self.notes)?,
+            ..self
+        })
+    }
+}
+
+/// Notes, if they are not too many, as they are passed on.
+pub(super) fn bounded_notes(notes: Vec<(String, String)>) -> Result<Vec<(String, String)>, String> {
+    if notes.len() > NOTES_MAX {
+        return Err(format!(
+            "{} notes, at most {NOTES_MAX} are allowed",
+            notes.len()
+        ));
+    }
+    let bounded = |(key, text): (String, String)| {
+        (
+            text::one_line(key, NOTE_BYTES_MAX),
+            text::lines(text, NOTE_BYTES_MAX),
+        )
+    };
+    Ok(notes.into_iter().map(bounded).collect())
+}
+
+/// What the host's own maps said at a window's address during `run`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WindowPages {
+    /// The port.
+    pub port: String,
+    /// The file mapped there; none for a tensor that was copied.
+    pub inode: Option<Inode>,
+}
+
+/// Where an invocation's time went, in seconds.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct Seconds {
+    /// Store and instance.
+    pub instantiate: f64,
+    /// `open`, and taking the results from the pool.
+    pub open: f64,
+    /// `reserve` and `bind`.
+    pub reserve: f64,
+    /// Windows in, small inputs copied in.
+    pub move_in: f64,
+    /// `run`.
+    pub run: f64,
+    /// Windows home.
+    pub move_out: f64,
+    /// All of it, without waiting for a worker.
+    pub total: f64,
+}

@@ -1,0 +1,136 @@
+//! Where kernels run: in this process, or in another.
+
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use strait_memory::{InputSource, LotStats, PoolSegment, ResultPages, ResultSource};
+use strait_tensor::TensorSpec;
+
+use super::job::{Done, Job, Means, Output, Results, Supplies};
+use super::{Cause, Engine, Failed, LoadError};
+use crate::plugin::Plugin;
+
+/// Runs kernels for the host. Whether that is in its own process is the runner's affair: what goes in is plain data and
+/// segments, and what comes out.
+pub trait Runner: std::fmt::Debug + Send + Sync {
+    /// Compiles a plugin, asks what it offers and checks that. A core module, as cargo makes it, is made
+    /// a component first.
+    ///
+    /// # Errors
+    /// [`LoadError`], naming what is wrong with the plugin.
+    fn load(&self, bytes: Arc<[u8]>) -> Result<Plugin, LoadError>;
+
+    /// Runs one kernel, while the calling thread waits.
+    ///
+    /// # Errors
+    /// [`Failed`]; nothing of the invocation is left then.
+    fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed>;
+
+    /// The outputs that an invocation would have, by `open` alone.
+    ///
+    /// # Errors
+    /// [`Failed`].
+    fn open_only(&self, job: &Job, means: Means) -> Result<Vec<(String, TensorSpec)>, Failed>;
+
+    /// Counts as of now.
+    fn counts(&self) -> RunnerCounts;
+}
+
+/// Counts of a [`Runner`]. Bytes since the start.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct RunnerCounts {
+    /// Invocations since the start.
+    pub invocations: u64,
+    /// Invocations that run now.
+    pub running: u64,
+    /// Bytes of inputs that were copied into guests.
+    pub copied_in: u64,
+    /// Bytes of outputs that were copied out of guests.
+    pub copied_out: u64,
+    /// The warm mappings of inputs, wherever kernels run.
+    pub parked: LotStats,
+    /// Bytes of results that were to be born in huge pages, and were, in other processes.
+    pub births: (u64, u64),
+    /// Other processes that live, were started, and were lost.
+    pub processes: (u64, u64, u64),
+}
+
+/// The results of one invocation, from a pool of this process.
+#[derive(Debug)]
+struct Pooled {
+    source: ResultSource,
+    taken: Mutex<Vec<PoolSegment>>,
+}
+
+impl Results for Pooled {
+    fn take(&self, bytes: &[u64]) -> Result<Vec<ResultPages>, Cause> {
+        let mut taken = self.taken.lock();
+        for bytes in bytes {
+            taken.push(self.source.take(*bytes)?);
+        }
+        Ok(taken
+            .iter()
+            .map(|segment| segment.pages().clone())
+            .collect())
+    }
+}
+
+impl Means {
+    /// For a job that runs in this process, and what will have its results.
+    fn here(self) -> (Supplies, Arc<Pooled>) {
+        let pooled = Arc::new(Pooled {
+            source: self.results,
+            taken: Mutex::default(),
+        });
+        let inputs = self.inputs.into_iter();
+        let supplies = Supplies {
+            inputs: inputs
+                .map(|source| source as Arc<dyn InputSource>)
+                .collect(),
+            results: Arc::clone(&pooled) as Arc<dyn Results>,
+            deadline: self.deadline,
+            cancel: self.cancel,
+        };
+        (supplies, pooled)
+    }
+}
+
+impl Runner for Engine {
+    fn load(&self, bytes: Arc<[u8]>) -> Result<Plugin, LoadError> {
+        Engine::load(self, bytes)
+    }
+
+    fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed> {
+        let (supplies, pooled) = means.here();
+        let filled = self.fill(job, &supplies)?;
+        let segments = std::mem::take(&mut *pooled.taken.lock());
+        let outputs = filled.outputs.into_iter().zip(segments);
+        Ok(Done {
+            outputs: outputs
+                .map(|(output, segment)| Output {
+                    port: output.port,
+                    layout: output.layout,
+                    segment,
+                })
+                .collect(),
+            report: filled.report,
+        })
+    }
+
+    fn open_only(&self, job: &Job, means: Means) -> Result<Vec<(String, TensorSpec)>, Failed> {
+        self.specs(job, &means.here().0)
+    }
+
+    fn counts(&self) -> RunnerCounts {
+        let (invocations, running) = self.invocations();
+        RunnerCounts {
+            invocations,
+            running,
+            copied_in: self.copies().guest_in.get(),
+            copied_out: self.copies().guest_out.get(),
+            parked: self.lot.stats(),
+            births: (0, 0),
+            processes: (0, 0, 0),
+        }
+    }
+}

@@ -1,0 +1,47 @@
+//! Memfds and the file descriptions that are open of them.
+
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{MemfdFlags, Mode, OFlags};
+
+use crate::Inode;
+
+pub(crate) fn inode_of(fd: BorrowedFd<'_>) -> rustix::io::Result<Inode> {
+    let stat = rustix::fs::fstat(fd)?;
+    Ok(Inode {
+        device: stat.st_dev,
+        inode: stat.st_ino,
+    })
+}
+
+/// A file description of our own that only reads. `/proc/self/fd` stays open to a process
+/// itself when it is not dumpable.
+///
+/// # Errors
+/// `WOULDBLOCK` if somebody holds a write lease on the file (`F_SETLEASE`): without `O_NONBLOCK`
+/// this would wait for that process, up to `fs.lease-break-time`.
+pub(crate) fn reopen_readonly(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    reopen(fd, OFlags::RDONLY)
+}
+
+/// A file description of our own with that `access`.
+pub(crate) fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> rustix::io::Result<OwnedFd> {
+    let fd = rustix::fs::open(
+        format!("/proc/self/fd/{}", fd.as_raw_fd()),
+        access | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        Mode::empty(),
+    )?;
+    // Whoever gets it may take the flag for that of a socket.
+    rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
+    Ok(fd)
+}
+
+/// A memfd of no bytes that takes seals.
+pub(crate) fn create_memfd() -> rustix::io::Result<OwnedFd> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    match rustix::fs::memfd_create("strait", flags | MemfdFlags::NOEXEC_SEAL) {
+        // Linux before 6.3 does not know NOEXEC_SEAL.
+        Err(rustix::io::Errno::INVAL) => rustix::fs::memfd_create("strait", flags),
+        result => result,
+    }
+}

@@ -1,0 +1,325 @@
+//! One result's segment, from the pool and back to it.
+
+use std::fmt;
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::backing::Backing;
+use crate::result_pages::ResultPages;
+use crate::{
+    Budget, Charge, Copied, Host, Inode, KeepsMappings, Lent, Lot, MemoryError, Open, Parked,
+    RecyclingKey, Refused, ResultPool, Sealed, Seals, Segment, Shared,
+};
+
+/// Another process, which fills a result's segment through a writable mapping of its own. Dropping this has it let
+/// go: when that returns, it has, or is gone.
+pub trait Filler: fmt::Debug + Send + Sync {
+    /// Which process it is: its number among those of this one's life.
+    fn process(&self) -> u64;
+
+    /// Whether it can fill the segment again.
+    fn is_there(&self) -> bool;
+}
+
+/// Where the one writable mapping of a segment is.
+#[derive(Debug)]
+pub(super) enum Writer {
+    Here(Parked),
+    There(Box<dyn Filler>),
+}
+
+// In this order: the segment's memory is free when nobody has it mapped.
+#[derive(Debug)]
+pub(super) struct Warm {
+    pub(super) writer: Writer,
+    pub(super) segment: Segment<Lent<Host>>,
+    pub(super) counted: Counted,
+}
+
+impl Warm {
+    pub(super) fn charged_to(&self, budget: &Arc<Budget>) -> bool {
+        Arc::ptr_eq(self.segment.backing().budget(), budget)
+    }
+
+    /// Drops it, not here if that takes long.
+    pub(super) fn free(self, budget: &Budget) {
+        match self.writer {
+            Writer::There(_) => budget.free_slowly(self),
+            Writer::Here(_) => budget.free(self.segment.bytes(), self),
+        }
+    }
+
+    /// Whether `process` can fill it; none: this one.
+    pub(super) fn is_for(&self, process: Option<u64>) -> bool {
+        match &self.writer {
+            Writer::Here(_) => process.is_none(),
+            Writer::There(filler) => process == Some(filler.process()) && filler.is_there(),
+        }
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Counted {
+    pub(super) _bytes: Charge,
+    /// Of a segment that this process does not map itself.
+    pub(super) _segment: Option<Charge>,
+}
+
+/// A result's segment, writable by the host (or [a process](Filler) of it) alone, or [sealable](ResultPool::take_sealable).
+///
+/// Dropping it gives it back to the pool, or frees it if it must not be recycled.
+#[derive(Debug)]
+pub struct PoolSegment {
+    // These taken by `drop` and `seal` only.
+    held: Option<Held>,
+    counted: Option<Counted>,
+    filler: Option<Box<dyn Filler>>,
+    pages: ResultPages,
+    recyclable: AtomicBool,
+    pool: Arc<ResultPool>,
+}
+
+#[derive(Debug)]
+pub(super) enum Held {
+    Lent(Segment<Lent<Host>>, RecyclingKey),
+    /// Another process is going to map it, and then it is lent.
+    Unlent(Segment<Open>, RecyclingKey),
+    Sealable(Segment<Open>),
+}
+
+impl Held {
+    fn backing(&self) -> &Arc<Backing> {
+        match self {
+            Self::Lent(segment, _) => segment.backing(),
+            Self::Unlent(segment, _) | Self::Sealable(segment) => segment.backing(),
+        }
+    }
+}
+
+impl PoolSegment {
+    pub(super) fn new(
+        pool: &Arc<ResultPool>,
+        held: Held,
+        parked: Option<Parked>,
+        counted: Counted,
+    ) -> Self {
+        Self {
+            pages: ResultPages::new(held.backing(), parked),
+            recyclable: AtomicBool::new(!matches!(held, Held::Sealable(_))),
+            filler: None,
+            held: Some(held),
+            counted: Some(counted),
+            pool: Arc::clone(pool),
+        }
+    }
+
+    /// One that waited.
+    pub(super) fn warm(pool: &Arc<ResultPool>, warm: Warm, key: RecyclingKey) -> Self {
+        let held = Held::Lent(warm.segment, key);
+        match warm.writer {
+            Writer::Here(parked) => Self::new(pool, held, Some(parked), warm.counted),
+            Writer::There(filler) => {
+                let mut segment = Self::new(pool, held, None, warm.counted);
+                segment.filler = Some(filler);
+                segment
+            }
+        }
+    }
+
+    /// Its capacity: at least what was asked for, and a multiple of [a guest's page](crate::GUEST_PAGE).
+    pub fn bytes(&self) -> u64 {
+        self.backing().bytes()
+    }
+
+    /// Which shared-memory object it is.
+    pub fn inode(&self) -> Inode {
+        self.backing().inode
+    }
+
+    /// A descriptor for a consumer. It can neither write nor be made to.
+    ///
+    /// # Errors
+    /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first.
+    pub fn readonly_fd(&self) -> Result<Arc<OwnedFd>, MemoryError> {
+        self.lent("sending a descriptor")?.readonly_fd()
+    }
+
+    /// What writes it, in this process.
+    pub fn pages(&self) -> &ResultPages {
+        &self.pages
+    }
+
+    /// Copies out of `offset`.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
+    pub fn read_at(
+        &self,
+        offset: u64,
+        into: &mut [u8],
+        copied: &Copied,
+    ) -> Result<(), MemoryError> {
+        match &self.held {
+            // Where another process may write, bytes are copied by Linux and never borrowed.
+            Some(Held::Lent(segment, _)) if self.filler.is_some() => {
+                segment.read_at(offset, into, copied)
+            }
+            _ => self.pages.read_at(offset, into, copied),
+        }
+    }
+
+    /// Which segment it is, by a number that is not used twice in this process.
+    pub fn number(&self) -> u64 {
+        self.backing().id
+    }
+
+    /// A descriptor that can write, for the process that is to fill this segment. None if it has it mapped already.
+    pub fn new_fd(&self) -> Option<Arc<OwnedFd>> {
+        match &self.held {
+            Some(Held::Unlent(segment, _) | Held::Sealable(segment)) => Some(segment.writer()),
+            Some(Held::Lent(..)) | None => None,
+        }
+    }
+
+    /// Whether it is still to be [lent](Self::lend_to) to the process that fills it.
+    pub fn is_unlent(&self) -> bool {
+        matches!(self.held, Some(Held::Unlent(..)))
+    }
+
+    /// Whether it is going to be [sealed](Self::seal).
+    pub fn is_sealable(&self) -> bool {
+        matches!(self.held, Some(Held::Sealable(_)))
+    }
+
+    /// From now on nobody can write it but `filler`, which has it mapped and has filled it. Only for one that
+    /// [is unlent](Self::is_unlent).
+    ///
+    /// # Errors
+    /// [`MemoryError::SealsLocked`], [`MemoryError::System`]: it cannot be given to anybody.
+    pub fn lend_to(&mut self, filler: Box<dyn Filler>) -> Result<(), MemoryError> {
+        match self.held.take() {
+            Some(Held::Unlent(segment, key)) => match segment.lend_to_host() {
+                Ok(segment) => {
+                    self.held = Some(Held::Lent(segment, key));
+                    self.filler = Some(filler);
+                    Ok(())
+                }
+                Err(refused) => {
+                    self.held = Some(Held::Unlent(refused.segment, key));
+                    Err(refused.error)
+                }
+            },
+            held => {
+                self.held = held;
+                let (inode, seals) = (self.inode(), Seals::LENT_FOR_GOOD);
+                Err(MemoryError::SealsLocked { inode, seals })
+            }
+        }
+    }
+
+    /// A read-only mapping of `range` (bytes, whole guest pages), to use this result as a
+    /// kernel's input.
+    ///
+    /// # Errors
+    /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first. [`MemoryError::Park`].
+    pub fn park_as_input(&self, lot: &Arc<Lot>, range: Range<u64>) -> Result<Parked, MemoryError> {
+        Ok(lot.take_input(self.lent("use as an input")?, range)?)
+    }
+
+    /// What another process of the host needs in order to read it; `keeper` is told when the segment goes.
+    ///
+    /// # Errors
+    /// [`MemoryError::MissingSeals`] for a sealable segment: seal it first.
+    pub fn share(&self, keeper: &Arc<dyn KeepsMappings>) -> Result<Shared, MemoryError> {
+        self.lent("use as an input")?.share(keeper)
+    }
+
+    /// Forbids recycling: somebody may go on reading it (a lease expired without a release,
+    /// or another principal mapped it).
+    pub fn never_recycle(&self) {
+        self.recyclable.store(false, Ordering::Relaxed);
+    }
+
+    /// Ends all writing, for everybody. Only for a [sealable](ResultPool::take_sealable) segment.
+    ///
+    /// # Errors
+    /// [`MemoryError::SealsLocked`] for a segment that is lent for good,
+    /// [`MemoryError::StillWritable`] if its pages are in a guest; the segment comes back.
+    pub fn seal(mut self) -> Result<Segment<Sealed>, Box<Refused<Self>>> {
+        let segment = match self.held.take() {
+            Some(Held::Sealable(segment)) => segment,
+            held => {
+                self.held = held;
+                let inode = self.inode();
+                let seals = Seals::LENT_FOR_GOOD;
+                return Err(Box::new(Refused {
+                    segment: self,
+                    error: MemoryError::SealsLocked { inode, seals },
+                }));
+            }
+        };
+        drop(self.pages.take_parked());
+        segment.seal().map_err(|refused| {
+            self.held = Some(Held::Sealable(refused.segment));
+            Box::new(Refused {
+                segment: self,
+                error: refused.error,
+            })
+        })
+    }
+
+    fn backing(&self) -> &Arc<Backing> {
+        let held = self.held.as_ref().expect("only drop and seal take it");
+        held.backing()
+    }
+
+    fn lent(&self, operation: &'static str) -> Result<&Segment<Lent<Host>>, MemoryError> {
+        match self.held.as_ref().expect("only drop and seal take it") {
+            Held::Lent(segment, _) => Ok(segment),
+            Held::Unlent(segment, _) | Held::Sealable(segment) => Err(MemoryError::MissingSeals {
+                operation,
+                inode: segment.inode(),
+                seals: segment.seals()?,
+                needed: Seals::SEALED,
+            }),
+        }
+    }
+}
+
+impl Drop for PoolSegment {
+    fn drop(&mut self) {
+        let (held, counted) = (self.held.take(), self.counted.take());
+        let writer = match self.filler.take() {
+            Some(filler) if filler.is_there() => Some(Writer::There(filler)),
+            Some(_gone) => None,
+            None => self.pages.take_parked().map(Writer::Here),
+        };
+        let Some(held) = held else {
+            return;
+        };
+        let recyclable = self.recyclable.load(Ordering::Relaxed);
+        match (held, counted, writer) {
+            (Held::Lent(segment, key), Some(counted), Some(writer))
+                if recyclable && !segment.backing().has_readers() =>
+            {
+                self.pool.keep(
+                    Warm {
+                        writer,
+                        segment,
+                        counted,
+                    },
+                    key,
+                );
+            }
+            (held, counted, writer) => match writer {
+                Some(Writer::There(_)) => self.pool.budget.free_slowly((writer, held, counted)),
+                _ => {
+                    let bytes = held.backing().bytes();
+                    self.pool.budget.free(bytes, (writer, held, counted));
+                }
+            },
+        }
+    }
+}

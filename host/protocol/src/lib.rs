@@ -1,0 +1,42 @@
+//! What crosses a strait socket, as `docs/protocol.md` states it: one definition for the host and the
+//! Rust client. No I/O.
+//!
+//! ```text
+//! frame ── header: op, sequence, lengths, trace      request, reply ── JSON bodies, by the op
+//! real ── floats that JSON has no number for
+//! reason ── the code and the reason of an ERROR, and of a Flight status
+//! stats ── what a host counts              quota ── what each principal may have of it
+//! ```
+
+mod frame;
+mod quota;
+mod real;
+mod reason;
+mod reply;
+mod request;
+mod stats;
+
+pub use frame::{
+    BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, TraceContext, VERSION,
+};
+pub use quota::{AccountQuotas, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting, SettingWord};
+pub use real::{real_from_word, real_to_json};
+pub use reason::{Code, Reason};
+pub use reply::{
+    BlockTree, Cancelled, Done, Failure, Flight, Flights, Gone, Invoked, Kernel, KernelList,
+    Mapped, Mapping, Note, Pages, Parameter, Port, Released, Renewed, ResultEntry, Seconds,
+    Shutdown, Welcome, Writers,
+};
+pub use request::{
+    Adopt, AskLimits, Cancel, Create, Empty, Hello, Input, Invoke, Kernels, Leases, Limits, List,
+    Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
+};
+pub use stats::{
+    AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,
+    WorkerStats,
+};
+
+/// The data socket's name in a host's runtime directory.
+pub const DATA_SOCKET: &str = "data.sock";
+/// Flight's socket there.
+pub const FLIGHT_SOCKET: &str = "flight.sock";

@@ -1,0 +1,435 @@
+//! Authority as a value: an edge authenticates once and gets a [`Caller`]; every verb is a method on it.
+//!
+//! ```text
+//! edge ── credentials ──▶ Host::caller ──▶ Caller { account (principal, quotas), rights }
+//!                                            ├── names     list, lookup, publish, drop, read, upload
+//!                                            ├── segments  create, adopt
+//!                                            ├── kernels   invoke, open_only
+//!                                            └── quotas    see, change: for operators
+//! ```
+//! What is another's looks as if it were not there.
+
+use std::sync::Arc;
+
+use wildmatch::WildMatch;
+
+use super::Host;
+use super::account::Account;
+use crate::error::{Code, Reason, Status};
+use crate::lease::Principal;
+use crate::plugin::Plugin;
+
+/// Where Linux says which uid stands for every user outside of a user namespace.
+const OVERFLOW_UID: &str = "/proc/sys/kernel/overflowuid";
+
+/// Which kernels somebody may run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kernels {
+    /// Each one.
+    All,
+    /// Those whose `name` or `plugin/name` one of these patterns matches; `*` stands for any characters.
+    Matching(Vec<String>),
+}
+
+/// What somebody may do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rights {
+    /// Make and adopt segments; name, replace and drop flights.
+    pub put: bool,
+    /// List, look up, map and read its flights.
+    pub get: bool,
+    /// Run kernels.
+    pub call: Kernels,
+    /// Add plugins.
+    pub load: bool,
+    /// See and change what belongs to everybody: it is an operator of the host.
+    pub admin: bool,
+}
+
+impl Rights {
+    /// Everything that concerns one's own flights.
+    #[must_use]
+    pub fn of_a_user() -> Self {
+        Self {
+            put: true,
+            get: true,
+            call: Kernels::All,
+            load: false,
+            admin: false,
+        }
+    }
+
+    /// Everything.
+    #[must_use]
+    pub fn of_an_operator() -> Self {
+        Self {
+            load: true,
+            admin: true,
+            ..Self::of_a_user()
+        }
+    }
+
+    fn may_call(&self, plugin: &str, kernel: &str) -> bool {
+        match &self.call {
+            Kernels::All => true,
+            Kernels::Matching(patterns) => patterns.iter().any(|pattern| {
+                let pattern = WildMatch::new(pattern);
+                pattern.matches(kernel) || pattern.matches(&format!("{plugin}/{kernel}"))
+            }),
+        }
+    }
+}
+
+/// Somebody who was let in. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub(super) host: Arc<Host>,
+    pub(super) account: Arc<Account>,
+    rights: Arc<Rights>,
+}
+
+impl Host {
+    /// Lets in the process at the other end of a unix socket, which runs as `uid`. The host's own user and root
+    /// are its operators.
+    ///
+    /// # Errors
+    /// `PRINCIPAL` if Linux does not say who that is, or says only that the host's user namespace does not know it.
+    pub fn caller(self: &Arc<Self>, uid: Option<u32>) -> Result<Caller, Status> {
+        match uid {
+            Some(uid) if uid != self.overflow_uid => {
+                let own = rustix::process::geteuid().as_raw();
+                let rights = match uid == 0 || uid == own {
+                    true => Rights::of_an_operator(),
+                    false => Rights::of_a_user(),
+                };
+                Ok(self.caller_with(Principal::of_uid(uid), rights))
+            }
+            _ => Err(Status::new(
+                Code::PermissionDenied,
+                Reason::Principal,
+                format!(
+                    "this connection's process has no user that the host can name (uid {}); \
+                     connect from within the host's user namespace",
+                    uid.map_or_else(|| "unknown".to_owned(), |uid| uid.to_string())
+                ),
+            )),
+        }
+    }
+
+    /// The user that this process runs as, as an operator.
+    pub fn own_caller(self: &Arc<Self>) -> Caller {
+        let uid = rustix::process::geteuid().as_raw();
+        self.caller_with(Principal::of_uid(uid), Rights::of_an_operator())
+    }
+
+    /// Somebody whom the embedding program has authenticated.
+    pub fn caller_with(self: &Arc<Self>, principal: Principal, rights: Rights) -> Caller {
+        Caller {
+            account: self.accounts.of(&principal),
+            host: Arc::clone(self),
+            rights: Arc::new(rights),
+        }
+    }
+}
+
+impl Caller {
+    /// The host.
+    pub fn host(&self) -> &Arc<Host> {
+        &self.host
+    }
+
+    /// Who it is.
+    pub fn principal(&self) -> &Principal {
+        self.account.principal()
+    }
+
+    /// What it has of the host, and may have.
+    pub fn account(&self) -> &Arc<Account> {
+        &self.account
+    }
+
+    /// Whether it may see and change what belongs to everybody.
+    pub fn is_operator(&self) -> bool {
+        self.rights.admin
+    }
+
+    /// Loads a plugin from its bytes.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`, `BAD_PLUGIN`, `NAME_TAKEN`.
+    pub fn load_plugin(&self, bytes: &[u8]) -> Result<Arc<Plugin>, Status> {
+        if !self.rights.load {
+            return Err(self.may_not("add plugins", "load"));
+        }
+        self.host.load_plugin(bytes)
+    }
+
+    pub(super) fn check_admin(&self, what: &str) -> Result<(), Status> {
+        match self.rights.admin {
+            true => Ok(()),
+            false => Err(self.may_not(what, "admin")),
+        }
+    }
+
+    pub(super) fn check_get(&self) -> Result<(), Status> {
+        match self.rights.get {
+            true => Ok(()),
+            false => Err(self.may_not("list, read or map flights", "get")),
+        }
+    }
+
+    pub(super) fn check_put(&self) -> Result<(), Status> {
+        match self.rights.put {
+            true => Ok(()),
+            false => Err(self.may_not("make, name or drop flights", "put")),
+        }
+    }
+
+    pub(super) fn check_call(&self, plugin: &str, kernel: &str) -> Result<(), Status> {
+        if self.rights.may_call(plugin, kernel) {
+            return Ok(());
+        }
+        let what = format!("run the kernel `{plugin}/{kernel}`");
+        Err(self.may_not(&what, &format!("call:{kernel}")))
+    }
+
+    fn may_not(&self, what: &str, right: &str) -> Status {
+        let principal = self.principal();
+        Status::new(
+            Code::PermissionDenied,
+            Reason::NoRight,
+            format!("{principal} may not {what}; have the operator of this host grant it the right `{right}`"),
+        )
+        .with("right", right)
+    }
+}
+
+/// The uid that Linux shows for users whom the host's user namespace does not map.
+///
+/// # Errors
+/// If `/proc` does not say.
+pub(super) fn overflow_uid() -> std::io::Result<u32> {
+    let read = || -> std::io::Result<u32> {
+        let text = std::fs::read_to_string(OVERFLOW_UID)?;
+        text.trim().parse().map_err(std::io::Error::other)
+    };
+    read().map_err(|error| {
+        let message = format!("cannot read {OVERFLOW_UID}: {error}; is /proc mounted?");
+        std::io::Error::new(error.kind(), message)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::session::Session;
+    use crate::session::account::NAMES_MAX;
+
+    fn host() -> (tempfile::TempDir, Arc<Host>) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut config = crate::config::Config::default();
+        config.engine.cache = Some(std::path::PathBuf::new());
+        let host = Host::start(config, directory.path()).expect("a host");
+        (directory, host)
+    }
+
+    fn nothing() -> Rights {
+        Rights {
+            put: false,
+            get: false,
+            call: Kernels::Matching(Vec::new()),
+            load: false,
+            admin: false,
+        }
+    }
+
+    #[test]
+    fn patterns_name_kernels_with_or_without_their_plugin() {
+        let may = |pattern: &str, kernel: &str| {
+            let rights = Rights {
+                call: Kernels::Matching(vec!["none".to_owned(), pattern.to_owned()]),
+                ..nothing()
+            };
+            rights.may_call("std", kernel)
+        };
+        for (pattern, allowed) in [
+            ("scale-*", true),
+            ("scale-shift", true),
+            ("std/scale-shift", true),
+            ("std/*", true),
+            ("*", true),
+            ("scale", false),
+            ("other/*", false),
+            ("", false),
+        ] {
+            assert_eq!(may(pattern, "scale-shift"), allowed, "{pattern}");
+        }
+        assert!(!nothing().may_call("std", ""));
+        assert!(Rights::of_a_user().may_call("std", "any"));
+    }
+
+    #[test]
+    fn the_hosts_own_user_and_root_are_operators() {
+        let (_directory, host) = host();
+        let own = rustix::process::geteuid().as_raw();
+        for (uid, operator) in [(own, true), (0, true), (own + 4242, false)] {
+            let caller = host.caller(Some(uid)).expect("a user");
+            assert_eq!(caller.is_operator(), operator, "{uid}");
+            assert_eq!(caller.principal().to_string(), format!("uid:{uid}"));
+        }
+        for nobody in [None, Some(host.overflow_uid)] {
+            let refused = host.caller(nobody).expect_err("nobody");
+            assert_eq!(refused.reason, Reason::Principal);
+        }
+    }
+
+    #[test]
+    fn whoever_has_no_right_is_told_which_and_leaves_nothing() {
+        let (_directory, host) = host();
+        let principal = Principal::of_uid(4242);
+        let full = host.caller_with(principal.clone(), Rights::of_a_user());
+        let tensor = || {
+            serde_json::from_value(json!([{"name": "x", "dtype": "float64", "shape": [2]}]))
+                .expect("tensors")
+        };
+        let (segment, fd) = full.create(tensor()).expect("made");
+        drop(fd);
+        full.publish(&segment, "x", false).expect("published");
+        let bare = host.caller_with(principal, nothing());
+        let used = full.account().segments().used();
+
+        let mut refused = Vec::new();
+        let mut told = |right: &str, result: Result<(), Status>| {
+            let status = result.expect_err(right);
+            assert_eq!(
+                (status.code, status.reason),
+                (Code::PermissionDenied, Reason::NoRight),
+                "{status}"
+            );
+            assert!(
+                status.message.contains("uid:4242")
+                    && status.message.contains(&format!("`{right}`")),
+                "{status}"
+            );
+            refused.push(right.to_owned());
+        };
+        told("get", bare.list(None, 10).map(drop));
+        told("get", bare.lookup("x").map(drop));
+        told("get", bare.begin_read("x").map(drop));
+        told("get", bare.undelivered(segment.id()).map(drop));
+        told("put", bare.create(tensor()).map(drop));
+        told("put", bare.publish(&segment, "y", false));
+        told("put", bare.begin_upload("y", false).map(drop));
+        told("put", bare.drop_flight("x"));
+        told("load", bare.load_plugin(b"").map(drop));
+        let scale = |inputs: &str, publish: BTreeMap<&str, &str>| {
+            serde_json::from_value(json!({
+                "kernel": "scale-shift", "inputs": {"x": inputs}, "parameters": {"a": 1.0, "b": 0.0},
+                "publish": publish,
+            }))
+            .expect("an INVOKE")
+        };
+        let id = || host.request_id(None).expect("an id");
+        let calls = |rights: Rights| host.caller_with(Principal::of_uid(4242), rights);
+        let get = Rights {
+            get: true,
+            ..nothing()
+        };
+        told(
+            "call:scale-shift",
+            calls(get.clone())
+                .invoke_and_wait(scale("x", BTreeMap::new()), id())
+                .map(drop),
+        );
+        let call = Rights {
+            call: Kernels::Matching(vec!["scale-*".to_owned()]),
+            ..get
+        };
+        told(
+            "put",
+            calls(call.clone())
+                .invoke_and_wait(scale("x", BTreeMap::from([("y", "y")])), id())
+                .map(drop),
+        );
+        assert_eq!(refused.len(), 11);
+        // What it may do, it can.
+        let done = calls(call).invoke_and_wait(scale("x", BTreeMap::new()), id());
+        assert_eq!(done.expect("it may").results.len(), 1);
+        assert!(full.lookup("y").is_err() && full.lookup("x").is_ok());
+        drop(segment);
+        // An idle result is kept for the next call.
+        let idle = host.pool().stats().idle_bytes;
+        assert_eq!(
+            full.account().segments().used(),
+            used + idle,
+            "x, as before"
+        );
+    }
+
+    #[test]
+    fn names_are_as_many_as_one_may_have_also_of_one_segment() {
+        let (_directory, host) = host();
+        let [one, other] = [4242, 4243].map(|uid| host.caller(Some(uid)).expect("a user"));
+        let result = |caller: &Caller| {
+            let tensors = json!([{"name": "x", "dtype": "float64", "shape": [1]}]);
+            let tensors = serde_json::from_value(tensors).expect("tensors");
+            let (segment, fd) = caller.create(tensors).expect("made");
+            drop(fd);
+            caller.publish(&segment, "x", false).expect("published");
+            let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 1.0, "b": 0.0}});
+            let call = serde_json::from_value(call).expect("an INVOKE");
+            let id = host.request_id(None).expect("an id");
+            let done = caller.invoke_and_wait(call, id).expect("it runs");
+            Arc::clone(&done.results[0].segment)
+        };
+        let segment = result(&one);
+        for n in 1..NAMES_MAX {
+            one.publish(&segment, &n.to_string(), false)
+                .expect("a name");
+        }
+        let told = |refused: Status| {
+            assert_eq!(refused.reason, Reason::QuotaExceeded);
+            assert!(
+                refused.message.contains("uid:4242 has 65536 names"),
+                "{refused}"
+            );
+        };
+        told(one.publish(&segment, "more", false).expect_err("too many"));
+        told(one.begin_upload("more", false).expect_err("too many"));
+        let two = [(&segment, "7"), (&segment, "more")];
+        told(one.publish_all(&two, true).expect_err("one too many"));
+        assert_eq!(host.count_flights(Some(one.principal())), 65_536);
+        one.publish(&segment, "7", true).expect("no more than were");
+        other
+            .publish(&result(&other), "y", false)
+            .expect("another's names");
+        assert_eq!(host.count_flights(Some(other.principal())), 2);
+        assert_eq!(host.count_flights(None), 65_538);
+        one.drop_flight("7").expect("it is there");
+        one.publish_all(&two[1..], false).expect("there is room");
+    }
+
+    #[test]
+    fn what_is_anothers_looks_as_if_it_were_not_there() {
+        let (_directory, host) = host();
+        let [one, other] = [4242, 4243].map(|uid| host.caller(Some(uid)).expect("a user"));
+        let tensors = serde_json::from_value(json!([{"name": "x", "dtype": "int8", "shape": [1]}]));
+        let (segment, fd) = one.create(tensors.expect("tensors")).expect("made");
+        drop(fd);
+        one.publish(&segment, "x", false).expect("published");
+        let own = Session::open(one);
+        own.grant(&segment, None).expect("a lease");
+        let theirs = Session::open(other);
+        let id = segment.id().to_string();
+        assert_eq!(own.segment(&id).expect("its own").id(), segment.id());
+        let refused = theirs.segment(&id).expect_err("not theirs");
+        assert_eq!(refused.reason, Reason::SegmentNotFound);
+        let refused = theirs.caller().lookup("x").expect_err("not theirs");
+        assert_eq!(refused.reason, Reason::FlightNotFound);
+        assert!(theirs.caller().list(None, 10).expect("may").is_empty());
+    }
+}

@@ -1,0 +1,272 @@
+//! A request before it is queued: its inputs found, its arguments, names and limits checked.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use strait_memory::{RecyclingKey, ResultSource, SharedSource};
+use strait_protocol as wire;
+use strait_tensor::TensorPlace;
+
+use super::Host;
+use super::caller::Caller;
+use super::flights::{check_name, name_taken};
+use crate::engine::{CancelToken, Input, Job, Limits, Means};
+use crate::error::{Code, Reason, Status};
+use crate::lease::{LiveSegment, SessionId};
+use crate::plugin::{ITEMS_MAX, Plugin};
+
+/// What the inputs of a request stand for, by port.
+pub(super) type Resolved = BTreeMap<String, Result<(Arc<LiveSegment>, TensorPlace), Status>>;
+
+/// When a request must be done, counted from its receipt.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Deadline {
+    pub(super) at: Instant,
+    pub(super) ms: u64,
+}
+
+/// A request whose arguments have been checked.
+#[derive(Debug)]
+pub(super) struct Checked {
+    pub(super) job: Job,
+    pub(super) means: Means,
+    pub(super) seal: bool,
+    /// Output port to the name that it gets.
+    pub(super) publish: BTreeMap<String, String>,
+    pub(super) replace: bool,
+}
+
+impl Host {
+    /// When `invoke`, just received, must be done.
+    pub(super) fn deadline(&self, invoke: &wire::Invoke) -> Result<Deadline, Status> {
+        let settings = &self.config.limits;
+        let ms = invoke.deadline_ms.unwrap_or(settings.deadline_ms_default);
+        if ms == 0 {
+            let message = "deadline_ms of 0: nothing is done by then; ask for at least 1, or leave it out for the host's default";
+            return Err(
+                Status::new(Code::InvalidArgument, Reason::BadLimit, message).with("asked", 0),
+            );
+        }
+        if ms > settings.deadline_ms_max {
+            return Err(bad_limit("deadline_ms", ms, settings.deadline_ms_max));
+        }
+        Ok(Deadline::after(ms))
+    }
+}
+
+impl Caller {
+    pub(super) fn resolve_all(
+        &self,
+        session: Option<SessionId>,
+        invoke: &wire::Invoke,
+    ) -> Resolved {
+        // One more than a kernel can have is enough for it to be refused, and why an input is refused may be a long text.
+        let inputs = invoke.inputs.iter().take(ITEMS_MAX + 1);
+        inputs
+            .map(|(port, input)| (port.clone(), self.resolve(session, input)))
+            .collect()
+    }
+
+    pub(super) fn check(
+        &self,
+        invoke: wire::Invoke,
+        resolved: Resolved,
+        deadline: Deadline,
+        request_id: Arc<str>,
+        cancel: CancelToken,
+    ) -> Result<Checked, Status> {
+        self.host.admit()?;
+        let kernel = self.host.plugins.find(&invoke.kernel)?;
+        let declared = kernel.kernel();
+        let (plugin, name) = kernel.names();
+        self.check_call(plugin, name)?;
+        if !invoke.publish.is_empty() {
+            self.check_put()?;
+        }
+        let mut inputs = BTreeMap::new();
+        for (port, input) in resolved {
+            inputs.insert(port, input?);
+        }
+        let checked =
+            declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
+        declared.check_outputs(invoke.publish.keys().map(String::as_str))?;
+        for (port, name) in &invoke.publish {
+            check_name(name)?;
+            if invoke
+                .publish
+                .iter()
+                .any(|(other, n)| other != port && n == name)
+            {
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::BadName,
+                    format!("two outputs would be published as `{name}`"),
+                ));
+            }
+            // Told before the run, not after it; `publish` itself decides in the end.
+            if !invoke.replace && self.has_flight(name) {
+                return Err(name_taken(name));
+            }
+        }
+        let limits = tightened(
+            self.host.config.limits.limits(),
+            invoke.limits.unwrap_or_default(),
+        )?;
+        let (inputs, sources) = declared
+            .inputs
+            .iter()
+            .zip(checked.inputs)
+            .map(|(port, (segment, place))| {
+                let input = Input {
+                    port: port.name.clone(),
+                    role: port.role,
+                    place,
+                };
+                (input, segment as Arc<dyn SharedSource>)
+            })
+            .unzip();
+        let means = Means {
+            inputs: sources,
+            results: self.result_source(&kernel.plugin, invoke.seal),
+            deadline: deadline.at,
+            cancel,
+        };
+        let job = Job {
+            inputs,
+            parameters: checked.parameters,
+            verify: invoke.verify,
+            limits,
+            deadline_ms: deadline.ms,
+            request_id,
+            kernel,
+        };
+        Ok(Checked {
+            job,
+            means,
+            seal: invoke.seal,
+            publish: invoke.publish,
+            replace: invoke.replace,
+        })
+    }
+
+    /// Where the results of `plugin` for this principal come from. What an earlier one left in their pages is for
+    /// the same two only.
+    fn result_source(&self, plugin: &Plugin, seal: bool) -> ResultSource {
+        let (pool, budget) = (&self.host.pool, Arc::clone(self.account.segments()));
+        if seal {
+            return ResultSource::sealable(pool, budget);
+        }
+        let owner = self.account.number().to_le_bytes();
+        let key = RecyclingKey(Plugin::hash(&[&owner[..], &plugin.hash].concat()));
+        ResultSource::recycled(pool, key, budget)
+    }
+
+    fn resolve(
+        &self,
+        session: Option<SessionId>,
+        input: &wire::Input,
+    ) -> Result<(Arc<LiveSegment>, TensorPlace), Status> {
+        let (segment, tensor, kind, name) = match input {
+            wire::Input::Text(text) => {
+                let (name, tensor) = match text.split_once('#') {
+                    Some((name, tensor)) => (name, Some(tensor)),
+                    None => (text.as_str(), None),
+                };
+                (self.lookup(name)?, tensor, "flight", name)
+            }
+            wire::Input::Flight { name, tensor } => (
+                self.lookup(name)?,
+                tensor.as_deref(),
+                "flight",
+                name.as_str(),
+            ),
+            wire::Input::Segment { segment, tensor } => {
+                let session = session.ok_or_else(|| {
+                    Status::new(
+                        Code::InvalidArgument,
+                        Reason::BadRequest,
+                        "an input by segment id needs a data-socket session; name a flight",
+                    )
+                })?;
+                (
+                    self.host.leased(session, segment)?,
+                    tensor.as_deref(),
+                    "segment",
+                    segment.as_str(),
+                )
+            }
+        };
+        let name = super::shown(name);
+        let tensors = segment.tensors();
+        let names = || {
+            tensors
+                .iter()
+                .map(|t| format!("`{}`", t.name))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
+        let place = match tensor {
+            Some(tensor) => tensors.iter().find(|t| t.name == *tensor).ok_or_else(|| {
+                let tensor = super::shown(tensor);
+                Status::new(
+                    Code::NotFound,
+                    Reason::TensorNotFound,
+                    format!(
+                        "{kind} `{name}` has no tensor `{tensor}`; it has {}",
+                        names()
+                    ),
+                )
+            })?,
+            None if tensors.len() == 1 => &tensors[0],
+            None => {
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::BadInput,
+                    format!(
+                        "{kind} `{name}` has {} tensors; say which, {}: {}",
+                        tensors.len(),
+                        match kind {
+                            "flight" => format!("as `{name}#TENSOR`"),
+                            _ => "by `tensor` beside `segment`".to_owned(),
+                        },
+                        names()
+                    ),
+                ));
+            }
+        };
+        let place = place.clone();
+        Ok((segment, place))
+    }
+}
+
+impl Deadline {
+    pub(super) fn after(ms: u64) -> Self {
+        let at = Instant::now() + Duration::from_millis(ms);
+        Self { at, ms }
+    }
+}
+
+fn bad_limit(name: &str, asked: u64, limit: u64) -> Status {
+    Status::new(
+        Code::InvalidArgument,
+        Reason::BadLimit,
+        format!("{name} of {asked} is over the host's own {limit}; ask for less, or have the operator raise it"),
+    )
+    .with("asked", asked)
+    .with("limit", limit)
+}
+
+fn tightened(host: Limits, asked: wire::Limits) -> Result<Limits, Status> {
+    let one = |name, host: u64, asked: Option<u64>| match asked {
+        Some(asked) if asked > host => Err(bad_limit(name, asked, host)),
+        Some(asked) => Ok(asked),
+        None => Ok(host),
+    };
+    Ok(Limits {
+        guest_bytes: one("guest_bytes", host.guest_bytes, asked.guest_bytes)?,
+        window_bytes: one("window_bytes", host.window_bytes, asked.window_bytes)?,
+        result_bytes: one("result_bytes", host.result_bytes, asked.result_bytes)?,
+        log_bytes: one("log_bytes", host.log_bytes, asked.log_bytes)?,
+    })
+}

@@ -1,0 +1,103 @@
+//! The counts of STATS.
+
+use std::sync::atomic::Ordering;
+
+use strait_protocol as wire;
+
+use super::{Caller, Host};
+use crate::engine::RunnerCounts;
+use crate::lease::SessionId;
+
+impl Host {
+    /// For a caller on that session; without one for this process itself, which sees everything.
+    pub fn stats(&self, asking: Option<(SessionId, &Caller)>) -> wire::Stats {
+        let (session, caller) = asking.map_or((0, None), |(id, caller)| (id, Some(caller)));
+        let principal = caller.map(Caller::principal);
+        let account = caller.map(|caller| caller.account().stats());
+        let ran = self.runner.counts();
+        let host = caller
+            .is_none_or(Caller::is_operator)
+            .then(|| self.host_stats(&ran));
+        let (leases, own_leases) = self.leases.count(session);
+        let (segments, segment_bytes) = self
+            .leases
+            .count_segments(principal.filter(|_| host.is_none()));
+        let flights = self.count_flights(principal);
+        let everybody = wire::Stats {
+            host,
+            segments: segments as u64,
+            segment_bytes,
+            flights: flights as u64,
+            leases: leases as u64,
+            sessions: self.sessions.load(Ordering::Relaxed),
+            invocations: ran.invocations,
+            running: ran.running,
+            account,
+            own: wire::OwnStats {
+                leases: own_leases as u64,
+                segments: self.leases.count_own_segments(session) as u64,
+            },
+            request_id: String::new(),
+        };
+        match account.filter(|_| everybody.host.is_none()) {
+            None => everybody,
+            Some(account) => wire::Stats {
+                leases: account.leases,
+                sessions: account.sessions,
+                invocations: account.invocations,
+                running: account.running,
+                ..everybody
+            },
+        }
+    }
+
+    fn host_stats(&self, ran: &RunnerCounts) -> wire::HostStats {
+        // Without /proc there are no figures; the rest still counts.
+        let process = strait_memory::process::counts().unwrap_or_default();
+        let copied = [
+            ("guest_in", ran.copied_in),
+            ("guest_out", ran.copied_out),
+            ("flight_in", self.uploads_copied.get()),
+            ("flight_out", self.inline_copied.get()),
+        ];
+        let pool = self.pool.stats();
+        let (lot, births) = (ran.parked, ran.births);
+        wire::HostStats {
+            process: wire::ProcessStats {
+                fds: process.fds,
+                mappings: process.mappings,
+                threads: process.threads,
+                minor_faults: process.minor_faults,
+                resident_bytes: process.resident_bytes,
+            },
+            budget_bytes: self.budget.limit(),
+            budget_used_bytes: self.budget.used(),
+            copied_bytes: copied.iter().map(|(_, bytes)| bytes).sum(),
+            copied: copied
+                .into_iter()
+                .map(|(place, bytes)| (place.to_owned(), bytes))
+                .collect(),
+            huge: wire::HugeStats {
+                asked_bytes: pool.huge_asked_bytes + births.0 + self.births.asked_bytes(),
+                huge_bytes: pool.huge_bytes + births.1 + self.births.huge_bytes(),
+            },
+            pool: wire::PoolStats {
+                segments: pool.segments,
+                bytes: pool.bytes,
+                idle_segments: pool.idle_segments,
+                idle_bytes: pool.idle_bytes,
+            },
+            parked: wire::ParkedStats {
+                mappings: lot.mappings,
+                idle_mappings: lot.idle_mappings,
+                idle_bytes: lot.idle_bytes,
+            },
+            workers: wire::WorkerStats {
+                processes: ran.processes.0,
+                started: ran.processes.1,
+                lost: ran.processes.2,
+            },
+            accounts: self.accounts.count(),
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! One run as it is told to a worker, and what is believed of the answers.
+
+use std::collections::HashMap;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use strait_memory::{MemoryError, PoolSegment};
+use strait_tensor::{Column, FileLayout, TensorSpec};
+
+use super::channel::ReceiveError;
+use super::messages::{Answer, Ask, Ended, Filled, Grant, Outcome, Run, RunInput};
+use super::process::{LOOK, Lane, Mapped};
+use crate::engine::{Cause, Done, Failed, Job, LoadError, Means, Output};
+use crate::plugin::{Description, PluginHash, Port};
+
+/// What a worker gets to say the rest of what it has begun to say.
+const REST_MAX: Duration = Duration::from_secs(2);
+/// What a plugin gets to be compiled and describe itself.
+const LOAD_MAX: Duration = Duration::from_secs(120);
+
+/// How large each kernel's results were the last time, in bytes.
+pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
+
+/// What a run gives.
+pub(super) enum Given {
+    Done(Done),
+    Specs(Vec<(String, TensorSpec)>),
+}
+
+/// Why a run gives nothing.
+pub(super) enum Trouble {
+    /// As the worker tells it.
+    Failed(Failed),
+    /// On this side.
+    Own(Cause),
+    /// The worker is gone, or is to be.
+    Lost(ReceiveError),
+}
+
+impl From<ReceiveError> for Trouble {
+    fn from(error: ReceiveError) -> Self {
+        Self::Lost(error)
+    }
+}
+
+impl From<MemoryError> for Trouble {
+    fn from(error: MemoryError) -> Self {
+        Self::Own(error.into())
+    }
+}
+
+/// What a worker says makes no sense: then neither does what else it has done.
+fn senseless(what: impl Into<String>) -> Trouble {
+    Trouble::Lost(ReceiveError::Bad(what.into()))
+}
+
+/// One run: all that is said on its lane.
+pub(super) struct Exchange<'a> {
+    lane: Lane,
+    job: &'a Job,
+    means: &'a Means,
+    grace: Duration,
+    needs: &'a Needs,
+    /// For its results: those that are granted ahead, until it asks for others.
+    segments: Vec<PoolSegment>,
+    granted: bool,
+    /// Why none could be.
+    refused: Option<MemoryError>,
+}
+
+impl<'a> Exchange<'a> {
+    pub(super) fn new(
+        lane: Lane,
+        job: &'a Job,
+        means: &'a Means,
+        grace: Duration,
+        needs: &'a Needs,
+    ) -> Self {
+        Self {
+            lane,
+            job,
+            means,
+            grace,
+            needs,
+            segments: Vec::new(),
+            granted: false,
+            refused: None,
+        }
+    }
+
+    /// From the first word to the last.
+    ///
+    /// # Errors
+    /// [`Trouble`].
+    pub(super) fn whole(&mut self, run: u64, open_only: bool) -> Result<Given, Trouble> {
+        let plugin = &self.job.kernel.plugin;
+        if !self.lane.process().has_plugin(&plugin.hash) {
+            // It was loaded once, into a worker that is gone.
+            load(&mut self.lane, &plugin.bytes, plugin.hash)?
+                .map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
+        }
+        let process = Arc::clone(self.lane.process());
+        let telling = self.means.cancel.telling(move || process.cancel(run));
+        self.begin(run, open_only)?;
+        let ended = loop {
+            match self.answer()? {
+                Answer::Need(bytes) if !open_only && !self.granted => self.grant(&bytes)?,
+                Answer::Ended(ended) => break ended,
+                answer => return Err(senseless(format!("{answer:?} during a run"))),
+            }
+        };
+        drop(telling);
+        self.given(*ended, open_only)
+    }
+
+    /// Tells what to do.
+    fn begin(&mut self, run: u64, open_only: bool) -> Result<(), Trouble> {
+        let job = self.job;
+        let keeper = self.lane.process().keeper();
+        let (mut inputs, mut fds) = (Vec::new(), Vec::new());
+        for (input, source) in job.inputs.iter().zip(&self.means.inputs) {
+            let segment = source.number();
+            let known = self.lane.process().has_input(segment);
+            let bytes = match known {
+                true => None,
+                false => {
+                    let shared = source.share(&keeper)?;
+                    fds.push(shared.fd);
+                    Some(shared.bytes)
+                }
+            };
+            inputs.push(RunInput::new(input, segment, bytes));
+        }
+        if !open_only {
+            self.segments = self.ahead();
+        }
+        let left = self
+            .means
+            .deadline
+            .saturating_duration_since(Instant::now());
+        let ask = Ask::Run(Box::new(Run {
+            run,
+            plugin: job.kernel.plugin.hash,
+            kernel: job.kernel.index(),
+            inputs,
+            parameters: job.parameters.clone(),
+            verify: job.verify,
+            limits: job.limits,
+            deadline_ms: job.deadline_ms,
+            left_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX),
+            request_id: job.request_id.to_string(),
+            ahead: self.segments.iter().map(PoolSegment::number).collect(),
+            open_only,
+        }));
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        Ok(self.lane.ask(&ask, &fds)?)
+    }
+
+    /// The worker's next word, or that it has no more time for one.
+    fn answer(&mut self) -> Result<Answer, Trouble> {
+        let mut end = self.means.deadline + self.grace;
+        let mut cancelled = false;
+        loop {
+            let now = Instant::now();
+            if !cancelled && self.means.cancel.is_cancelled() {
+                cancelled = true;
+                end = end.min(now + self.grace);
+            }
+            match self.lane.wait(end.min(now + LOOK)) {
+                Err(ReceiveError::Late) if Instant::now() < end => {}
+                Err(error) => return Err(error.into()),
+                Ok(()) => return Ok(self.lane.answer(Instant::now() + REST_MAX)?),
+            }
+        }
+    }
+
+    /// Results as large as the kernel's last ones were, if they are at hand.
+    fn ahead(&self) -> Vec<PoolSegment> {
+        let needs = self.needs.lock();
+        let Some(bytes) = needs.get(&self.kernel()) else {
+            return Vec::new();
+        };
+        let process = self.lane.process().number();
+        let warm = bytes
+            .iter()
+            .map(|bytes| self.means.results.warm_for(process, *bytes));
+        // All or none: the rest goes back to the pool.
+        warm.collect::<Option<_>>().unwrap_or_default()
+    }
+
+    fn kernel(&self) -> (PluginHash, usize) {
+        let kernel = &self.job.kernel;
+        (kernel.plugin.hash, kernel.index())
+    }
+
+    fn grant(&mut self, bytes: &[u64]) -> Result<(), Trouble> {
+        self.granted = true;
+        self.segments.clear();
+        if bytes.len() != self.job.kernel.kernel().outputs.len() {
+            return Err(senseless(format!("it needs {} results", bytes.len())));
+        }
+        self.needs.lock().insert(self.kernel(), bytes.to_vec());
+        let process = self.lane.process().number();
+        for bytes in bytes {
+            match self.means.results.take_for(process, *bytes) {
+                Ok(segment) => self.segments.push(segment),
+                Err(error) => {
+                    self.refused = Some(error);
+                    self.segments.clear();
+                    return Ok(self.lane.ask(&Ask::Denied, &[])?);
+                }
+            }
+        }
+        let fds: Vec<_> = self.segments.iter().map(PoolSegment::new_fd).collect();
+        let grants = self.segments.iter().zip(&fds).map(|(segment, fd)| Grant {
+            segment: segment.number(),
+            bytes: fd.as_ref().map(|_| segment.bytes()),
+            once: segment.is_sealable(),
+        });
+        let granted = Ask::Granted(grants.collect());
+        let fds: Vec<_> = fds.iter().flatten().map(AsFd::as_fd).collect();
+        Ok(self.lane.ask(&granted, &fds)?)
+    }
+
+    /// Believes what the worker says as far as it fits what it was asked.
+    fn given(&mut self, ended: Ended, open_only: bool) -> Result<Given, Trouble> {
+        let process = Arc::clone(self.lane.process());
+        process.set_totals(ended.totals);
+        process.set_counts(ended.counts);
+        // Now it has them for certain, whichever lane is asked next.
+        process.add_inputs(self.means.inputs.iter().map(|source| source.number()));
+        for index in ended.gone {
+            if let Some(segment) = self.segments.get(index) {
+                segment.never_recycle();
+            }
+        }
+        match ended.outcome {
+            Err(failed) => Err(match self.refused.take() {
+                Some(refused) => refused.into(),
+                None => Trouble::Failed(Failed {
+                    // Which one it was, it need not say.
+                    kernel: self.job.kernel.kernel().name.clone(),
+                    ..failed
+                }),
+            }),
+            Ok(Outcome::Specs(specs)) if open_only => {
+                let named = specs.iter().map(|(port, spec)| (port.as_str(), spec));
+                self.declared(named).map_err(senseless)?;
+                Ok(Given::Specs(specs))
+            }
+            Ok(Outcome::Filled(filled, report)) if !open_only => {
+                let named = filled.iter().map(|one| (one.port.as_str(), &one.spec));
+                self.declared(named).map_err(senseless)?;
+                let report = report.checked(self.job).map_err(senseless)?;
+                let outputs = self.outputs(filled)?;
+                Ok(Given::Done(Done { outputs, report }))
+            }
+            Ok(_) => Err(senseless("it has not done what it was asked")),
+        }
+    }
+
+    /// Whether outputs are those that the kernel declares.
+    fn declared<'b>(
+        &self,
+        outputs: impl ExactSizeIterator<Item = (&'b str, &'b TensorSpec)> + Clone,
+    ) -> Result<(), String> {
+        let kernel = self.job.kernel.kernel();
+        if outputs.len() != kernel.outputs.len() {
+            return Err(format!("it has {} results", outputs.len()));
+        }
+        let misfit = |port: &Port, how: &str| format!("output `{}`: {how}", port.name);
+        for (port, (name, spec)) in kernel.outputs.iter().zip(outputs.clone()) {
+            if name != port.name {
+                return Err(misfit(port, "it has another name"));
+            }
+            spec.bytes().map_err(|e| misfit(port, &e.to_string()))?;
+            port.fits(spec).map_err(|e| misfit(port, &e))?;
+        }
+        let inputs = self.job.inputs.iter().map(|input| &input.place.spec);
+        kernel
+            .axes_fit(inputs, outputs.map(|(_, spec)| spec))
+            .map_err(|(port, e)| misfit(port, &e))
+    }
+
+    fn outputs(&mut self, filled: Vec<Filled>) -> Result<Vec<Output>, Trouble> {
+        if filled.len() != self.segments.len() {
+            return Err(senseless("it has results that it has no memory for"));
+        }
+        let segments = std::mem::take(&mut self.segments);
+        // For each that it has mapped anew, lest it keep one that nobody will have.
+        let process = self.lane.process();
+        let fillers: Vec<_> = segments
+            .iter()
+            .map(|segment| {
+                segment.is_unlent().then(|| Mapped {
+                    process: Arc::clone(process),
+                    segment: segment.number(),
+                })
+            })
+            .collect();
+        filled
+            .into_iter()
+            .zip(segments.into_iter().zip(fillers))
+            .map(|(filled, (mut segment, filler))| {
+                let column = Column {
+                    name: filled.port,
+                    spec: filled.spec,
+                    reserve_bytes: filled.reserve_bytes,
+                };
+                let layout = FileLayout::plan(std::slice::from_ref(&column))
+                    .map_err(|e| senseless(e.to_string()))?;
+                if layout.capacity > segment.bytes() {
+                    return Err(senseless(format!("result `{}` does not fit", column.name)));
+                }
+                if let Some(filler) = filler {
+                    segment.lend_to(Box::new(filler))?;
+                }
+                Ok(Output {
+                    port: column.name,
+                    layout,
+                    segment,
+                })
+            })
+            .collect()
+    }
+}
+
+/// Has a worker load a plugin.
+///
+/// # Errors
+/// The plugin's fault within, the worker's without.
+pub(super) fn load(
+    lane: &mut Lane,
+    bytes: &[u8],
+    hash: PluginHash,
+) -> Result<Result<Description, LoadError>, ReceiveError> {
+    lane.ask(&Ask::Load(bytes.to_vec()), &[])?;
+    match lane.answer(Instant::now() + LOAD_MAX)? {
+        Answer::Loaded(loaded) => {
+            if loaded.is_ok() {
+                lane.process().add_plugin(hash);
+            }
+            Ok(*loaded)
+        }
+        answer => Err(ReceiveError::Bad(format!("{answer:?} for a plugin"))),
+    }
+}

@@ -1,0 +1,215 @@
+//! What a host and its workers say to each other.
+
+use serde::{Deserialize, Serialize};
+use strait_memory::LotStats;
+use strait_tensor::{Dtype, TensorPlace, TensorSpec};
+
+use crate::engine::{EngineConfig, Failed, Input, Limits, LoadError, Report};
+use crate::plugin::{Description, PluginHash, Role, Value};
+
+/// How a worker is set up.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Start {
+    pub(super) engine: EngineConfig,
+    pub(super) parked_mappings_max: u64,
+    pub(super) parked_bytes_max: u64,
+}
+
+/// To the worker, on its control channel. The lanes' sockets are beside `Start`.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Control {
+    /// Answered by `Controlled::Started`.
+    Start(Start),
+    /// The segment is gone: nothing of it is to be kept. Answered by `Controlled::Forgotten`.
+    ForgetInput(u64),
+    /// The same for a result.
+    ForgetResult(u64),
+    /// Ends a run.
+    Cancel(u64),
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Controlled {
+    /// With the walls that this Linux lacks.
+    Started(Result<Vec<String>, String>),
+    Forgotten(Counts),
+}
+
+/// A worker's warm mappings.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Counts {
+    /// The later of two has the greater one: they may overtake each other on their ways.
+    pub(super) taken: u64,
+    pub(super) lot: LotStats,
+}
+
+/// To the worker, on a lane.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Ask {
+    /// Compile a plugin and ask what it offers; answered by `Answer::Loaded`.
+    Load(Vec<u8>),
+    /// Run a kernel; answered by `Answer::Need`, if it has results, and `Answer::Ended`. Descriptors of those inputs that
+    /// come with their bytes are beside it, in order.
+    Run(Box<Run>),
+    /// Memory for the results; descriptors of those that are new are beside it, in order.
+    Granted(Vec<Grant>),
+    /// There is none.
+    Denied,
+}
+
+/// One invocation. See [`crate::engine::Job`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Run {
+    /// Its number in the life of the host.
+    pub(super) run: u64,
+    pub(super) plugin: PluginHash,
+    /// Which of its kernels.
+    pub(super) kernel: usize,
+    pub(super) inputs: Vec<RunInput>,
+    pub(super) parameters: Vec<(String, Value)>,
+    pub(super) verify: bool,
+    pub(super) limits: Limits,
+    pub(super) deadline_ms: u64,
+    /// What is left of it.
+    pub(super) left_us: u64,
+    pub(super) request_id: String,
+    /// Numbers of segments that the worker has mapped, if the results are as large as those of the last run: they save a question.
+    pub(super) ahead: Vec<u64>,
+    /// Find out the outputs by `open` alone.
+    pub(super) open_only: bool,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct RunInput {
+    pub(super) port: String,
+    pub(super) role: Role,
+    pub(super) place: Place,
+    /// The number of its segment.
+    pub(super) segment: u64,
+    /// Bytes of the segment, if its descriptor is beside.
+    pub(super) bytes: Option<u64>,
+}
+
+impl RunInput {
+    pub(super) fn new(input: &Input, segment: u64, bytes: Option<u64>) -> Self {
+        Self {
+            port: input.port.clone(),
+            role: input.role,
+            place: Place::from(&input.place),
+            segment,
+            bytes,
+        }
+    }
+
+    pub(super) fn into_input(self) -> Input {
+        Input {
+            port: self.port,
+            role: self.role,
+            place: self.place.into(),
+        }
+    }
+}
+
+/// A [`TensorPlace`]: its JSON is flat, which no binary form can read back.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Place {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<u64>,
+    offset: u64,
+    length: u64,
+}
+
+impl From<&TensorPlace> for Place {
+    fn from(place: &TensorPlace) -> Self {
+        Self {
+            name: place.name.clone(),
+            dtype: place.spec.dtype,
+            shape: place.spec.shape.clone(),
+            offset: place.offset,
+            length: place.length,
+        }
+    }
+}
+
+impl From<Place> for TensorPlace {
+    fn from(place: Place) -> Self {
+        Self {
+            name: place.name,
+            spec: TensorSpec {
+                dtype: place.dtype,
+                shape: place.shape,
+            },
+            offset: place.offset,
+            length: place.length,
+        }
+    }
+}
+
+/// A segment for a result.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Grant {
+    /// The segment's number.
+    pub(super) segment: u64,
+    /// Its bytes, if its descriptor is beside: it is new. Otherwise the worker has it mapped.
+    pub(super) bytes: Option<u64>,
+    /// Whether it is mapped for this run only.
+    pub(super) once: bool,
+}
+
+/// From the worker, on a lane.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Answer {
+    Loaded(Box<Result<Description, LoadError>>),
+    /// Answered by `Ask::Granted` or `Ask::Denied`: results of so many bytes.
+    Need(Vec<u64>),
+    Ended(Box<Ended>),
+}
+
+/// The end of a run.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Ended {
+    pub(super) outcome: Result<Outcome, Failed>,
+    /// By index, those granted segments that the worker has no more mapped.
+    pub(super) gone: Vec<usize>,
+    pub(super) totals: Totals,
+    pub(super) counts: Counts,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Outcome {
+    /// In the order of the granted segments.
+    Filled(Vec<Filled>, Report),
+    /// Of `open_only`.
+    Specs(Vec<(String, TensorSpec)>),
+}
+
+/// A result, from which the file around it follows.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Filled {
+    pub(super) port: String,
+    pub(super) spec: TensorSpec,
+    /// What it could have become.
+    pub(super) reserve_bytes: u64,
+}
+
+/// Bytes since the worker's start.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(super) struct Totals {
+    pub(super) copied_in: u64,
+    pub(super) copied_out: u64,
+    pub(super) huge_asked: u64,
+    pub(super) huge: u64,
+}
+
+impl Totals {
+    /// Figure by figure, what `combine` makes of the two.
+    pub(super) fn with(self, other: Self, combine: fn(u64, u64) -> u64) -> Self {
+        Self {
+            copied_in: combine(self.copied_in, other.copied_in),
+            copied_out: combine(self.copied_out, other.copied_out),
+            huge_asked: combine(self.huge_asked, other.huge_asked),
+            huge: combine(self.huge, other.huge),
+        }
+    }
+}

@@ -1,0 +1,421 @@
+//! One worker process, as the host sees it: started, talked to, ended.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use parking_lot::{Condvar, Mutex};
+use strait_memory::{Filler, FrameSocket, KeepsMappings};
+
+use super::channel::{Channel, ReceiveError};
+use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
+use crate::plugin::PluginHash;
+
+/// What a worker may send in one message: a description, at most.
+const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// What a worker gets to start, and to answer what it needs no kernel for.
+const START_MAX: Duration = Duration::from_secs(30);
+const CONTROL_MAX: Duration = Duration::from_secs(2);
+
+/// How often a run that is waited for is asked whether it was cancelled.
+pub(super) const LOOK: Duration = Duration::from_millis(250);
+
+/// How workers are started.
+#[derive(Debug)]
+pub(super) struct Recipe {
+    /// The program, opened once: an upgrade in its place changes nothing for this host.
+    pub(super) program: File,
+    pub(super) arguments: Vec<String>,
+    pub(super) lanes: usize,
+    pub(super) start: Start,
+    /// Of all that were started.
+    pub(super) census: Arc<Census>,
+}
+
+/// Counts of workers.
+#[derive(Debug, Default)]
+pub(super) struct Census {
+    pub(super) started: AtomicU64,
+    pub(super) living: AtomicU64,
+    pub(super) lost: AtomicU64,
+}
+
+/// A worker. It ends when this is dropped.
+#[derive(Debug)]
+pub(super) struct Process {
+    number: u64,
+    child: Mutex<Option<Child>>,
+    /// For what is answered: held until it is.
+    control: Mutex<Channel>,
+    /// The same socket, for what is not: nobody who cancels waits for an answer to something else. What is sent after
+    /// the start is one packet each, so the two cannot get mixed.
+    cancels: Mutex<Channel>,
+    lanes: Mutex<Vec<Channel>>,
+    lane_free: Condvar,
+    keeper: Arc<Keeper>,
+    gone: AtomicBool,
+    burial: Arc<Burial>,
+    census: Arc<Census>,
+    /// Segments that it has open for reading.
+    inputs: Mutex<HashSet<u64>>,
+    /// Plugins that it has compiled.
+    plugins: Mutex<HashSet<PluginHash>>,
+    totals: Mutex<Totals>,
+    counts: Mutex<Counts>,
+}
+
+/// Whether Linux has taken all of a process apart.
+#[derive(Debug, Default)]
+struct Burial {
+    is_over: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Burial {
+    fn end(&self) {
+        *self.is_over.lock() = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Process {
+    /// # Errors
+    /// Linux gives no process, or it does not come up in [`START_MAX`] or before it `is_over`.
+    pub(super) fn start(recipe: &Recipe, is_over: impl Fn() -> bool) -> io::Result<Arc<Self>> {
+        let number = recipe.census.started.fetch_add(1, Ordering::Relaxed) + 1;
+        let process = Self::begin(recipe, number, is_over).map_err(|error| {
+            let text = format!(
+                "no worker process could be started: {error}; what it said itself is in the log, its program is the setting workers.program"
+            );
+            io::Error::new(error.kind(), text)
+        })?;
+        tracing::info!(worker = number, "a worker process has started");
+        Ok(process)
+    }
+
+    fn begin(recipe: &Recipe, number: u64, is_over: impl Fn() -> bool) -> io::Result<Arc<Self>> {
+        let (own, its) = FrameSocket::pair()?;
+        let mut pairs = Vec::new();
+        for _ in 0..recipe.lanes {
+            pairs.push(FrameSocket::pair()?);
+        }
+        let (lanes, theirs): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+        let cancels = FrameSocket::from(own.as_fd().try_clone_to_owned()?);
+        let (control, cancels) = (Channel::new(own)?, Channel::new(cancels)?);
+        let lanes = lanes.into_iter().map(Channel::new);
+        let lanes = lanes.collect::<io::Result<_>>()?;
+        let child = Command::new(format!("/proc/self/fd/{}", recipe.program.as_raw_fd()))
+            .arg0("strait-worker")
+            .args(&recipe.arguments)
+            .env_clear()
+            // What the terminal sends to the host is the host's to tell.
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(its)))
+            .stdout(Stdio::null())
+            .spawn()?;
+        recipe.census.living.fetch_add(1, Ordering::Relaxed);
+        let process = Arc::new_cyclic(|process| Self {
+            number,
+            child: Mutex::new(Some(child)),
+            control: Mutex::new(control),
+            cancels: Mutex::new(cancels),
+            lanes: Mutex::new(lanes),
+            keeper: Arc::new(Keeper(Weak::clone(process))),
+            lane_free: Condvar::new(),
+            gone: AtomicBool::new(false),
+            burial: Arc::default(),
+            census: Arc::clone(&recipe.census),
+            inputs: Mutex::default(),
+            plugins: Mutex::default(),
+            totals: Mutex::default(),
+            counts: Mutex::default(),
+        });
+        let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
+        let mut control = process.control.lock();
+        control.send(&Control::Start(recipe.start.clone()), &fds)?;
+        let until = Instant::now() + START_MAX;
+        let came = loop {
+            match control.wait(until.min(Instant::now() + LOOK)) {
+                Err(ReceiveError::Late) if !is_over() && Instant::now() < until => {}
+                came => break came,
+            }
+        };
+        let rest = Instant::now() + CONTROL_MAX;
+        let started = came.and_then(|()| control.receive(ANSWER_BYTES_MAX, 0, Some(rest)));
+        drop(control);
+        match started {
+            Ok((Controlled::Started(started), _)) => {
+                for wall in started.map_err(io::Error::other)? {
+                    tracing::warn!(worker = number, wall, "a worker process lacks a wall");
+                }
+            }
+            Ok((other, _)) => return Err(io::Error::other(format!("it answered {other:?}"))),
+            Err(error) => return Err(io::Error::other(error)),
+        }
+        Ok(process)
+    }
+
+    /// Who is to be told when a segment goes that it has open.
+    pub(super) fn keeper(&self) -> Arc<dyn KeepsMappings> {
+        Arc::clone(&self.keeper) as _
+    }
+
+    pub(super) fn number(&self) -> u64 {
+        self.number
+    }
+
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Acquire)
+    }
+
+    /// Looks whether it has ended by itself, or by somebody's hand.
+    pub(super) fn has_ended(&self) -> bool {
+        let ended = match &mut *self.child.lock() {
+            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            None => true,
+        };
+        if ended {
+            self.kill("it has ended");
+        }
+        ended
+    }
+
+    /// Ends it when it is not needed any more.
+    pub(super) fn end(&self) {
+        if !self.gone.swap(true, Ordering::AcqRel) {
+            tracing::debug!(
+                worker = self.number,
+                "a worker process is not needed any more"
+            );
+            self.put_down();
+        }
+    }
+
+    /// Ends it at once, whatever it does. `why` is told the first time.
+    pub(super) fn kill(&self, why: &str) {
+        if self.gone.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.census.lost.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(worker = self.number, why, "a worker process ends");
+        self.put_down();
+    }
+
+    fn put_down(&self) {
+        let Some(mut child) = self.child.lock().take() else {
+            return;
+        };
+        self.census.living.fetch_sub(1, Ordering::Relaxed);
+        // It may have ended by itself.
+        let _ = child.kill();
+        // Linux takes gigabytes apart before it lets go of it. Without a thread it is reaped when the host ends.
+        let burial = Arc::clone(&self.burial);
+        let _ = std::thread::Builder::new()
+            .name("strait-reaper".to_owned())
+            .spawn(move || {
+                if let Ok(status) = child.wait() {
+                    tracing::debug!(pid = child.id(), %status, "a worker process has ended");
+                }
+                burial.end();
+            });
+    }
+
+    /// [Kills](Self::kill) it and waits until it has nothing mapped any more: what it was given is free then.
+    pub(super) fn bury(&self, why: &str) {
+        self.kill(why);
+        let until = Instant::now() + CONTROL_MAX;
+        let mut is_over = self.burial.is_over.lock();
+        while !*is_over
+            && !self
+                .burial
+                .changed
+                .wait_until(&mut is_over, until)
+                .timed_out()
+        {}
+    }
+
+    /// A lane that nobody else uses.
+    pub(super) fn lane(self: &Arc<Self>) -> Lane {
+        let mut lanes = self.lanes.lock();
+        loop {
+            if let Some(channel) = lanes.pop() {
+                return Lane {
+                    channel: Some(channel),
+                    process: Arc::clone(self),
+                };
+            }
+            self.lane_free.wait(&mut lanes);
+        }
+    }
+
+    fn controlled(&self, message: &Control) -> Result<Controlled, ReceiveError> {
+        let mut control = self.control.lock();
+        control.send(message, &[])?;
+        let until = Instant::now() + CONTROL_MAX;
+        Ok(control.receive(ANSWER_BYTES_MAX, 0, Some(until))?.0)
+    }
+
+    /// Returns when it has let go of a segment, or is gone.
+    fn forget(&self, forget: &Control) {
+        if self.is_gone() {
+            return;
+        }
+        match self.controlled(forget) {
+            Ok(Controlled::Forgotten(counts)) => self.set_counts(counts),
+            // Killed, it has nothing mapped either.
+            Ok(_) | Err(_) => self.bury("it does not let go of a segment"),
+        }
+    }
+
+    /// Asks it to end a run.
+    pub(super) fn cancel(&self, run: u64) {
+        let cancel = || self.cancels.lock().send(&Control::Cancel(run), &[]);
+        if !self.is_gone() && cancel().is_err() {
+            self.kill("it takes no message");
+        }
+    }
+
+    /// As it last told.
+    pub(super) fn counts(&self) -> Counts {
+        match self.is_gone() {
+            true => Counts::default(),
+            false => *self.counts.lock(),
+        }
+    }
+
+    pub(super) fn set_counts(&self, told: Counts) {
+        let mut counts = self.counts.lock();
+        if told.taken > counts.taken {
+            *counts = told;
+        }
+    }
+
+    pub(super) fn set_totals(&self, told: Totals) {
+        let mut totals = self.totals.lock();
+        // Answers may overtake each other on the lanes.
+        *totals = totals.with(told, u64::max);
+    }
+
+    pub(super) fn totals(&self) -> Totals {
+        *self.totals.lock()
+    }
+
+    pub(super) fn has_plugin(&self, hash: &PluginHash) -> bool {
+        self.plugins.lock().contains(hash)
+    }
+
+    pub(super) fn add_plugin(&self, hash: PluginHash) {
+        self.plugins.lock().insert(hash);
+    }
+
+    pub(super) fn has_input(&self, segment: u64) -> bool {
+        self.inputs.lock().contains(&segment)
+    }
+
+    pub(super) fn add_inputs(&self, segments: impl Iterator<Item = u64>) {
+        self.inputs.lock().extend(segments);
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// What segments tell that they are gone.
+#[derive(Debug)]
+struct Keeper(Weak<Process>);
+
+impl KeepsMappings for Keeper {
+    fn let_go(&self, segment: u64) -> Box<dyn Send> {
+        let process = self.0.upgrade();
+        let kept = process.filter(|process| process.inputs.lock().remove(&segment));
+        // When it drops: memory is freed where that is nobody's time.
+        Box::new(kept.map(|process| Kept { process, segment }))
+    }
+
+    fn is_slow(&self) -> bool {
+        self.0.upgrade().is_some_and(|process| !process.is_gone())
+    }
+}
+
+/// A segment that the worker has open for reading, and is to let go of.
+struct Kept {
+    process: Arc<Process>,
+    segment: u64,
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        self.process.forget(&Control::ForgetInput(self.segment));
+    }
+}
+
+/// A segment that the worker has mapped writable.
+#[derive(Debug)]
+pub(super) struct Mapped {
+    pub(super) process: Arc<Process>,
+    pub(super) segment: u64,
+}
+
+impl Filler for Mapped {
+    fn process(&self) -> u64 {
+        self.process.number
+    }
+
+    fn is_there(&self) -> bool {
+        !self.process.is_gone()
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        self.process.forget(&Control::ForgetResult(self.segment));
+    }
+}
+
+/// One run's way to the worker and back. Given back when it is dropped.
+#[derive(Debug)]
+pub(super) struct Lane {
+    // Taken by `drop` only.
+    channel: Option<Channel>,
+    process: Arc<Process>,
+}
+
+impl Lane {
+    pub(super) fn process(&self) -> &Arc<Process> {
+        &self.process
+    }
+
+    fn channel(&mut self) -> &mut Channel {
+        self.channel.as_mut().expect("only drop takes it")
+    }
+
+    pub(super) fn ask(&mut self, ask: &Ask, fds: &[BorrowedFd<'_>]) -> Result<(), ReceiveError> {
+        Ok(self.channel().send(ask, fds)?)
+    }
+
+    /// Until something comes.
+    pub(super) fn wait(&mut self, until: Instant) -> Result<(), ReceiveError> {
+        self.channel().wait(until)
+    }
+
+    pub(super) fn answer(&mut self, until: Instant) -> Result<Answer, ReceiveError> {
+        // A worker sends no descriptors.
+        Ok(self.channel().receive(ANSWER_BYTES_MAX, 0, Some(until))?.0)
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.process.lanes.lock().extend(self.channel.take());
+        self.process.lane_free.notify_one();
+    }
+}

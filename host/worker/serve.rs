@@ -1,0 +1,434 @@
+//! Inside a worker process: lanes on which kernels run, and the host's control of them.
+//!
+//! ```text
+//! control (the main thread) ── forget, cancel              the host is gone: so is this process
+//! lane (a thread each) ──── load ──▶ Engine ──▶ plugins
+//!                      └─── run ───▶ Engine::fill ──▶ results: need ──▶ host ──▶ granted
+//! ```
+
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use strait_memory::{
+    Budget, Copied, FrameSocket, GUEST_PAGE, Host, HugeBirths, InputSource, Lent, Lot, MemoryError,
+    Parked, ResultPages, Segment, process,
+};
+
+use super::channel::{Channel, ReceiveError};
+use super::confine;
+use super::messages::{
+    Answer, Ask, Control, Controlled, Counts, Ended, Filled, Grant, Outcome, Run, Start, Totals,
+};
+use crate::engine::{
+    CancelToken, Cause, Engine, Failed, Input, Job, LoadError, Results, Stage, Supplies,
+};
+use crate::plugin::{KernelRef, Plugin, PluginHash};
+
+/// What the host may send in one message: a plugin, at most.
+const ASK_BYTES_MAX: usize = 300 << 20;
+/// Descriptors beside one message: a kernel has at most so many inputs.
+const FDS_MAX: usize = 256;
+/// Cancels that came before their run, or after it.
+const EARLY_MAX: usize = 1024;
+
+/// Serves the host at the other end of `control` until that closes it: then this process ends.
+///
+/// # Errors
+/// Why it cannot begin.
+pub fn serve(control: OwnedFd) -> Result<(), String> {
+    let goes_first = confine::go_first();
+    process::set_not_dumpable().map_err(|e| e.to_string())?;
+    let socket = FrameSocket::from(control);
+    let mut control = Channel::new(socket).map_err(|e| e.to_string())?;
+    // As many lanes as the host has threads.
+    let (first, lanes) = control
+        .receive(ASK_BYTES_MAX, usize::MAX, None)
+        .map_err(|e| e.to_string())?;
+    let Control::Start(start) = first else {
+        return Err(format!("a worker begins with its settings, not {first:?}"));
+    };
+    let begun = Worker::begin(start, lanes);
+    // All lanes are there. What a plugin brings along comes later.
+    let told = begun
+        .as_ref()
+        .map(|_| confine::confine(goes_first))
+        .map_err(Clone::clone);
+    let told = control.send(&Controlled::Started(told), &[]);
+    let worker = begun?;
+    told.map_err(|e| e.to_string())?;
+    while let Ok((message, _)) = control.receive(ASK_BYTES_MAX, 0, None) {
+        let Some(answer) = worker.obey(message) else {
+            continue;
+        };
+        if control.send(&answer, &[]).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What all lanes share.
+struct Worker {
+    engine: Engine,
+    lot: Arc<Lot>,
+    plugins: Mutex<HashMap<PluginHash, Arc<Plugin>>>,
+    inputs: Mutex<HashMap<u64, Arc<Source>>>,
+    results: Mutex<HashMap<u64, ResultPages>>,
+    births: HugeBirths,
+    counts_taken: Mutex<u64>,
+    cancels: Mutex<Cancels>,
+    /// The host decides how much there may be; here it is only counted.
+    open: Arc<Budget>,
+    mappings: Arc<Budget>,
+}
+
+#[derive(Default)]
+struct Cancels {
+    running: HashMap<u64, CancelToken>,
+    /// Cancelled before they came.
+    early: HashSet<u64>,
+}
+
+/// An input's segment.
+#[derive(Debug)]
+struct Source {
+    segment: Segment<Lent<Host>>,
+    lot: Arc<Lot>,
+}
+
+impl InputSource for Source {
+    fn park(&self, range: Range<u64>) -> Result<Parked, MemoryError> {
+        Ok(self.lot.take_input(&self.segment, range)?)
+    }
+
+    fn read_at(&self, offset: u64, into: &mut [u8], copied: &Copied) -> Result<(), MemoryError> {
+        self.segment.read_at(offset, into, copied)
+    }
+}
+
+impl Worker {
+    fn begin(start: Start, lanes: Vec<OwnedFd>) -> Result<Arc<Self>, String> {
+        let lot = Lot::new(start.parked_mappings_max, start.parked_bytes_max);
+        let worker = Arc::new(Self {
+            engine: Engine::new(start.engine, Arc::clone(&lot))?,
+            lot,
+            plugins: Mutex::default(),
+            inputs: Mutex::default(),
+            results: Mutex::default(),
+            births: HugeBirths::new(),
+            counts_taken: Mutex::default(),
+            cancels: Mutex::default(),
+            open: Budget::new("bytes open in a worker", u64::MAX),
+            mappings: Budget::new("results in a worker", u64::MAX),
+        });
+        for (index, lane) in lanes.into_iter().enumerate() {
+            let channel = Channel::new(FrameSocket::from(lane)).map_err(|e| e.to_string())?;
+            let worker = Arc::clone(&worker);
+            std::thread::Builder::new()
+                .name(format!("strait-lane-{index}"))
+                .spawn(move || worker.serve_lane(channel))
+                .map_err(|e| e.to_string())?;
+        }
+        Ok(worker)
+    }
+
+    fn obey(&self, message: Control) -> Option<Controlled> {
+        match message {
+            Control::Start(_) => Some(Controlled::Started(Err("it has begun".to_owned()))),
+            Control::ForgetInput(segment) => {
+                let forgotten = self.inputs.lock().remove(&segment);
+                drop(forgotten);
+                Some(Controlled::Forgotten(self.counts()))
+            }
+            Control::ForgetResult(segment) => {
+                let forgotten = self.results.lock().remove(&segment);
+                drop(forgotten);
+                Some(Controlled::Forgotten(self.counts()))
+            }
+            Control::Cancel(run) => {
+                self.cancels.lock().cancel(run);
+                None
+            }
+        }
+    }
+
+    fn counts(&self) -> Counts {
+        let mut taken = self.counts_taken.lock();
+        *taken += 1;
+        Counts {
+            taken: *taken,
+            lot: self.lot.stats(),
+        }
+    }
+
+    fn serve_lane(self: &Arc<Self>, channel: Channel) {
+        let lane = Arc::new(Mutex::new(channel));
+        loop {
+            let asked = lane.lock().receive(ASK_BYTES_MAX, FDS_MAX, None);
+            let answer = match asked {
+                Ok((Ask::Load(bytes), _)) => Answer::Loaded(Box::new(self.load(bytes))),
+                Ok((Ask::Run(run), fds)) => Answer::Ended(Box::new(self.run(&lane, *run, fds))),
+                Ok((Ask::Granted(_) | Ask::Denied, _)) => continue,
+                Err(ReceiveError::Gone) => return,
+                Err(error) => {
+                    tracing::error!(%error, "the host cannot be understood");
+                    return;
+                }
+            };
+            if lane.lock().send(&answer, &[]).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn load(&self, bytes: Vec<u8>) -> Result<crate::plugin::Description, LoadError> {
+        let hash = Plugin::hash(&bytes);
+        let plugin = self.engine.load(Arc::from(bytes))?;
+        let description = plugin.description.clone();
+        self.plugins.lock().insert(hash, Arc::new(plugin));
+        Ok(description)
+    }
+
+    fn run(self: &Arc<Self>, lane: &Arc<Mutex<Channel>>, run: Run, fds: Vec<OwnedFd>) -> Ended {
+        let number = run.run;
+        let cancel = self.cancels.lock().begin(number);
+        let granted = Arc::new(Granted {
+            worker: Arc::clone(self),
+            lane: Arc::clone(lane),
+            ahead: run.ahead.clone(),
+            grants: Mutex::default(),
+        });
+        // A bug of ours must not end the lane for the others.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            self.outcome(run, fds, cancel, &granted)
+        }))
+        .unwrap_or_else(|_| Err(host_failed("it panicked; this is a bug of strait")));
+        self.cancels.lock().running.remove(&number);
+        let gone = self.keep(&granted, outcome.is_ok());
+        Ended {
+            outcome,
+            gone,
+            totals: Totals {
+                copied_in: self.engine.copies().guest_in.get(),
+                copied_out: self.engine.copies().guest_out.get(),
+                huge_asked: self.births.asked_bytes(),
+                huge: self.births.huge_bytes(),
+            },
+            counts: self.counts(),
+        }
+    }
+
+    fn outcome(
+        &self,
+        run: Run,
+        fds: Vec<OwnedFd>,
+        cancel: CancelToken,
+        granted: &Arc<Granted>,
+    ) -> Result<Outcome, Failed> {
+        let kernel = self
+            .plugins
+            .lock()
+            .get(&run.plugin)
+            .and_then(|plugin| KernelRef::new(plugin, run.kernel))
+            .ok_or_else(|| host_failed("the worker does not have the plugin"))?;
+        let failed = |cause: Cause| Failed::new(&kernel.kernel().name, Stage::Place, cause);
+        let deadline = Instant::now() + Duration::from_micros(run.left_us);
+        let mut fds = fds.into_iter();
+        let (mut inputs, mut sources) = (Vec::<Input>::new(), Vec::new());
+        for input in run.inputs {
+            let source = self
+                .source(input.segment, input.bytes, &mut fds)
+                .map_err(|error| failed(error.into()))?
+                .ok_or_else(|| {
+                    failed(Cause::Host("the worker does not have an input".to_owned()))
+                })?;
+            sources.push(source as Arc<dyn InputSource>);
+            inputs.push(input.into_input());
+        }
+        let supplies = Supplies {
+            inputs: sources,
+            results: Arc::clone(granted) as Arc<dyn Results>,
+            deadline,
+            cancel,
+        };
+        let job = Job {
+            kernel,
+            inputs,
+            parameters: run.parameters,
+            verify: run.verify,
+            limits: run.limits,
+            deadline_ms: run.deadline_ms,
+            request_id: Arc::from(run.request_id),
+        };
+        if run.open_only {
+            return self.engine.specs(&job, &supplies).map(Outcome::Specs);
+        }
+        let filled = self.engine.fill(&job, &supplies)?;
+        let outputs = filled.outputs.into_iter().map(|output| Filled {
+            spec: output.layout.tensors[0].spec.clone(),
+            port: output.port,
+            reserve_bytes: output.reserve_bytes,
+        });
+        Ok(Outcome::Filled(outputs.collect(), filled.report))
+    }
+
+    /// The segment of that number, with the next of `fds` if it comes with its `bytes`.
+    fn source(
+        &self,
+        number: u64,
+        bytes: Option<u64>,
+        fds: &mut impl Iterator<Item = OwnedFd>,
+    ) -> Result<Option<Arc<Source>>, MemoryError> {
+        let fd = bytes.and_then(|bytes| Some((bytes, fds.next()?)));
+        let mut inputs = self.inputs.lock();
+        if let Some(source) = inputs.get(&number) {
+            return Ok(Some(Arc::clone(source)));
+        }
+        let Some((bytes, fd)) = fd else {
+            return Ok(None);
+        };
+        let source = Arc::new(Source {
+            segment: Segment::<Lent<Host>>::received(fd, bytes, &self.open)?,
+            lot: Arc::clone(&self.lot),
+        });
+        inputs.insert(number, Arc::clone(&source));
+        Ok(Some(source))
+    }
+
+    /// Keeps the mappings of results for the next ones, after a run that gave them. Which are gone, by index.
+    fn keep(&self, granted: &Granted, given: bool) -> Vec<usize> {
+        let mut gone = Vec::new();
+        for (index, (grant, pages)) in granted.grants.lock().drain(..).enumerate() {
+            // New ones that give nothing are the host's to free.
+            let kept = !grant.once && (given || grant.bytes.is_none());
+            if kept && pages.is_home() {
+                self.results.lock().insert(grant.segment, pages);
+            } else {
+                self.results.lock().remove(&grant.segment);
+                drop(pages);
+                gone.push(index);
+            }
+        }
+        gone
+    }
+}
+
+impl Cancels {
+    fn begin(&mut self, run: u64) -> CancelToken {
+        let token = CancelToken::default();
+        if self.early.remove(&run) {
+            token.cancel();
+        }
+        self.running.insert(run, token.clone());
+        token
+    }
+
+    fn cancel(&mut self, run: u64) {
+        match self.running.get(&run) {
+            Some(token) => token.cancel(),
+            None => {
+                // Most are late ones, of which nobody asks any more.
+                if self.early.len() >= EARLY_MAX {
+                    self.early.clear();
+                }
+                self.early.insert(run);
+            }
+        }
+    }
+}
+
+/// The memory of one run's results, as the host grants it.
+struct Granted {
+    worker: Arc<Worker>,
+    lane: Arc<Mutex<Channel>>,
+    ahead: Vec<u64>,
+    grants: Mutex<Vec<(Grant, ResultPages)>>,
+}
+
+impl std::fmt::Debug for Granted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Granted").finish_non_exhaustive()
+    }
+}
+
+impl Granted {
+    /// Uses what was granted ahead, if all of it fits.
+    fn take_ahead(&self, bytes: &[u64]) -> Option<Vec<ResultPages>> {
+        if self.ahead.len() != bytes.len() {
+            return None;
+        }
+        let mut results = self.worker.results.lock();
+        let fits = |(segment, bytes): (&u64, &u64)| {
+            let capacity = results.get(segment).map(ResultPages::bytes);
+            // What the pool would give for it, and no more.
+            let spare = capacity.and_then(|capacity| capacity.checked_sub(*bytes));
+            spare.is_some_and(|spare| spare <= (bytes / 8).max(GUEST_PAGE))
+        };
+        if !self.ahead.iter().zip(bytes).all(fits) {
+            return None;
+        }
+        let grant = |segment: &u64| {
+            let grant = Grant {
+                segment: *segment,
+                bytes: None,
+                once: false,
+            };
+            Some((grant, results.remove(segment)?))
+        };
+        let granted = self.ahead.iter().map(grant).collect::<Option<Vec<_>>>()?;
+        let pages = granted.iter().map(|(_, pages)| pages.clone()).collect();
+        *self.grants.lock() = granted;
+        Some(pages)
+    }
+}
+
+impl Results for Granted {
+    fn take(&self, bytes: &[u64]) -> Result<Vec<ResultPages>, Cause> {
+        if let Some(pages) = self.take_ahead(bytes) {
+            return Ok(pages);
+        }
+        let mut lane = self.lane.lock();
+        let host = |error: &dyn std::fmt::Display| Cause::Host(error.to_string());
+        lane.send(&Answer::Need(bytes.to_vec()), &[])
+            .map_err(|e| host(&e))?;
+        let (answer, fds) = lane
+            .receive(ASK_BYTES_MAX, FDS_MAX, None)
+            .map_err(|e| host(&e))?;
+        drop(lane);
+        let grants = match answer {
+            Ask::Granted(grants) if grants.len() == bytes.len() => grants,
+            // The host knows why.
+            Ask::Denied => return Err(Cause::Host("there is no memory for it".to_owned())),
+            _ => return Err(Cause::Host("the host granted something else".to_owned())),
+        };
+        let mut fds = fds.into_iter();
+        let mut granted = self.grants.lock();
+        for (grant, asked) in grants.into_iter().zip(bytes) {
+            let pages = match grant.bytes.and_then(|bytes| Some((bytes, fds.next()?))) {
+                Some((bytes, fd)) => ResultPages::received(
+                    fd,
+                    (bytes, *asked),
+                    self.worker.mappings.try_reserve(1).map_err(|e| host(&e))?,
+                    &self.worker.open,
+                    &self.worker.births,
+                )?,
+                None => {
+                    let known = self.worker.results.lock().remove(&grant.segment);
+                    known.ok_or_else(|| host(&"the worker does not have a result's memory"))?
+                }
+            };
+            granted.push((grant, pages));
+        }
+        Ok(granted.iter().map(|(_, pages)| pages.clone()).collect())
+    }
+}
+
+/// The host knows of which kernel.
+fn host_failed(how: &str) -> Failed {
+    Failed::new("", Stage::Instantiate, Cause::Host(how.to_owned()))
+}
