@@ -7,6 +7,9 @@
     reason = "a bench that cannot go on ends"
 )]
 
+#[path = "../tests/support/guest.rs"]
+mod guest;
+
 use std::hint::black_box;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -66,6 +69,16 @@ impl Rig {
         let id = self.0.host().request_id(None).unwrap();
         let invoke = serde_json::from_value(call).unwrap();
         self.0.invoke_and_wait(invoke, id).unwrap()
+    }
+
+    /// How long `spins/k` goes on after its deadline.
+    fn runaway(&self, deadline_ms: u64) -> Duration {
+        let call = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": deadline_ms});
+        let id = self.0.host().request_id(None).unwrap();
+        let invoke = serde_json::from_value(call).unwrap();
+        let begin = Instant::now();
+        self.0.invoke_and_wait(invoke, id).unwrap_err();
+        begin.elapsed() - Duration::from_millis(deadline_ms)
     }
 }
 
@@ -130,8 +143,8 @@ fn sizes(c: &mut Criterion) {
     group.finish();
 }
 
-/// A call through a worker process beside one in this process, and native on warm pages. A worker checks no epochs: a
-/// runaway in it is killed.
+/// A call through a worker process beside one in this process, and native on warm pages; kernels in a worker have no checks
+/// in their loops. Then how long after its deadline a runaway ends.
 fn worker(c: &mut Criterion) {
     let mut group = c.benchmark_group("worker");
     group
@@ -139,7 +152,6 @@ fn worker(c: &mut Criterion) {
         .measurement_time(Duration::from_secs(4));
     let here = Rig::new(|_| {});
     let there = Rig::new(|config| {
-        config.engine.epoch_interruption = false;
         config.workers.enabled = true;
         config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
     });
@@ -158,6 +170,16 @@ fn worker(c: &mut Criterion) {
             rig.put("x", bytes);
             group.bench_function(BenchmarkId::new(name, label), |b| b.iter(|| rig.call()));
         }
+    }
+    const SPINS: &str =
+        "(func $run (param i32) (result i32) (loop $again (br $again)) i32.const 0)";
+    const DEADLINE_MS: u64 = 20;
+    for (name, rig) in [("in process", &here), ("through a worker", &there)] {
+        let spins = guest::component("spins", SPINS);
+        rig.0.host().load_plugin(&spins).unwrap();
+        group.bench_function(BenchmarkId::new(name, "after its deadline"), |b| {
+            b.iter_custom(|calls| (0..calls).map(|_| rig.runaway(DEADLINE_MS)).sum());
+        });
     }
     group.finish();
 }

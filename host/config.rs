@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use strait_memory::{Budget, Lot, ResultPool};
 use strait_protocol::{QuotaSettings, Quotas};
 
-use crate::engine::{EngineConfig, Limits};
+use crate::engine::{EngineConfig, Interruption, Limits};
 
 /// All settings of a host. Sizes in bytes, times in milliseconds.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -211,7 +211,7 @@ impl Quota {
 pub struct EngineSettings {
     /// Tensors from this size on are moved into the guest, smaller ones copied.
     pub move_min_bytes: u64,
-    /// Check for deadlines and cancels inside kernels.
+    /// Check for deadlines and cancels inside kernels that run in the host's own process.
     pub epoch_interruption: bool,
     /// Where compiled plugins are kept; empty: nowhere; none: `strait` in `$XDG_CACHE_HOME` or `~/.cache`.
     pub cache: Option<PathBuf>,
@@ -331,7 +331,10 @@ impl Config {
     pub fn engine(&self) -> EngineConfig {
         EngineConfig {
             move_min_bytes: self.engine.move_min_bytes,
-            epoch_interruption: self.engine.epoch_interruption,
+            interruption: match self.engine.epoch_interruption {
+                true => Interruption::Checks,
+                false => Interruption::None,
+            },
             cache: self.cache(),
             idle_guests_max: 16,
         }

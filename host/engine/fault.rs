@@ -5,8 +5,7 @@
 //! and long `memory.copy` are host code, and a short `memory.copy` or `memory.init` of constant length
 //! is stores that Cranelift writes down nowhere. There the handler lays scrap memory over the window, so that
 //! however much the guest stores, no more than [`strait_memory::SCRAP_BYTES`] are dirtied (for each window, where
-//! Linux has no descriptor left for it), and ends the
-//! guest at its next epoch check; the invocation fails. The segment itself never changes either way.
+//! Linux has no descriptor left for it), and the clock ends the guest as soon as it can; the invocation fails. The segment itself never changes either way.
 //!
 //! The handler is set on the store, so nothing process-wide changes.
 
@@ -20,7 +19,7 @@ use wasmtime::{Engine, Store};
 use super::traps::TrapSites;
 
 /// The places of the program counter and of the fault's kind among the registers.
-const REG_RIP: usize = 16;
+pub(super) const REG_RIP: usize = 16;
 const REG_ERR: usize = 19;
 const _: () = assert!(REG_RIP == libc::REG_RIP as usize, "libc's own number");
 const _: () = assert!(REG_ERR == libc::REG_ERR as usize, "libc's own number");
@@ -118,7 +117,7 @@ pub(super) fn watch<T: 'static>(
         // SAFETY: the range is a window of this store, which is moved home only after the store's
         // handler has been taken away, and this thread runs its guest; the call is async-signal-safe.
         if unsafe { ranges[index].divert_in_signal(&seen.scrap) } {
-            // So that the guest's next epoch check looks at `any_written`. One atomic addition.
+            // So that the next check of a guest that checks looks at `any_written`. One atomic addition.
             engine.increment_epoch();
             return true;
         }

@@ -11,11 +11,12 @@ use super::error::{Broken, Cause, Limit, Refusal, Stage};
 use super::fault::{self, Faults};
 use super::guest_memory::collect;
 use super::job::CancelToken;
+use super::leash::{Leash, Until};
 use super::limits::{Limits, State, Stop};
 use super::panicked::Panic;
 use super::regions::Regions;
 use super::ticker::Ticking;
-use super::{Compiled, Engine, Failed};
+use super::{Compiled, Engine, Failed, Interruption};
 use crate::plugin::Description;
 use crate::text::{self, BACKTRACE_BYTES_MAX};
 
@@ -25,32 +26,13 @@ const DIAGNOSTIC_BYTES_MAX: usize = 4096;
 const WORDS_BYTES_MAX: usize = 1024;
 const INSTANTIATED: &str = "there is no instance without its regions";
 
-/// Until when a guest runs.
-#[derive(Debug)]
-pub(super) struct Until {
-    pub(super) deadline: Instant,
-    /// Milliseconds from the request to it, for the message.
-    pub(super) deadline_ms: u64,
-    pub(super) cancel: CancelToken,
-}
-
-impl Until {
-    /// Why a guest that runs now must end, if it must.
-    fn due(&self) -> Option<Stop> {
-        if self.cancel.is_cancelled() {
-            return Some(Stop::Cancelled);
-        }
-        (Instant::now() >= self.deadline).then_some(Stop::Deadline(self.deadline_ms))
-    }
-}
-
 /// A guest ready for calls. Fields drop in order: the instance's store last of all that it needs.
 pub(super) struct Instance {
     guest: Guest,
     store: Store<State>,
     /// Guest address of the panic record; 0: none.
     panic_record: u64,
-    _ticking: Ticking,
+    ticking: Ticking,
 }
 
 impl Instance {
@@ -66,24 +48,28 @@ impl Instance {
         panic_record: u64,
     ) -> Result<Self, Broken> {
         const STAGE: Stage = Stage::Instantiate;
-        let ticking = engine.ticker.start().map_err(|e| STAGE.host(e))?;
+        let leash = Leash::new(
+            until,
+            Arc::clone(&state.faults),
+            Arc::clone(&compiled.traps),
+        );
+        let ticking = engine
+            .ticker
+            .start(Arc::clone(&leash))
+            .map_err(|e| STAGE.host(e))?;
         let mut store = Store::new(&engine.wasmtime, state);
         store.limiter(|state| state);
-        if engine.config.epoch_interruption {
-            store.epoch_deadline_callback(move |store| {
-                if store.data().faults.any_written() {
-                    return Err(Stop::InputWritten.into());
-                }
-                match until.due() {
-                    Some(stop) => Err(stop.into()),
-                    None => Ok(UpdateDeadline::Continue(1)),
-                }
+        if engine.config.interruption == Interruption::Checks {
+            let checking = Arc::clone(&leash);
+            store.epoch_deadline_callback(move |_| match checking.due() {
+                Some(stop) => Err(stop.into()),
+                None => Ok(UpdateDeadline::Continue(1)),
             });
             store.set_epoch_deadline(1);
         }
-        let (plugin, mut made) = collect(|| compiled.pre.instantiate(&mut store));
+        let (plugin, mut made) = collect(|| leash.around(|| compiled.pre.instantiate(&mut store)));
         let plugin = plugin.map_err(|error| match error.is::<wasmtime::Trap>() || error.is::<Stop>() {
-            true => STAGE.broke(stopped(&error)),
+            true => STAGE.broke(stopped(&error, leash.stopped())),
             false => STAGE.broken_contract(format!(
                 "it does not fit this host's strait:kernel: {}; build the plugin again with this version's SDK",
                 error.root_cause()
@@ -97,7 +83,7 @@ impl Instance {
             guest: plugin.strait_kernel_kernels().clone(),
             store,
             panic_record,
-            _ticking: ticking,
+            ticking,
         })
     }
 
@@ -110,8 +96,10 @@ impl Instance {
         stage: Stage,
         function: impl FnOnce(&Guest, &mut Store<State>) -> wasmtime::Result<R>,
     ) -> Result<R, Broken> {
-        function(&self.guest, &mut self.store).map_err(|error| {
-            let mut cause = stopped(&error);
+        let leash = self.ticking.leash();
+        let called = leash.around(|| function(&self.guest, &mut self.store));
+        called.map_err(|error| {
+            let mut cause = stopped(&error, leash.stopped());
             if let Cause::Trap { panic, .. } = &mut cause {
                 *panic = Panic::read(self.regions(), self.panic_record).map(Box::new);
             }
@@ -173,14 +161,14 @@ impl Instance {
     }
 }
 
-/// What a failed call of a guest means. A trap's panic is not known here.
-fn stopped(error: &wasmtime::Error) -> Cause {
+/// What a failed call of a guest means, which was perhaps sent to a trap for a reason. A trap's panic is not known here.
+fn stopped(error: &wasmtime::Error, pulled: Option<&Stop>) -> Cause {
     let limited = |limit, asked: &u64, most: &u64| Cause::Limit {
         limit,
         asked: *asked,
         most: *most,
     };
-    match error.downcast_ref::<Stop>() {
+    match pulled.or_else(|| error.downcast_ref::<Stop>()) {
         Some(Stop::Cancelled) => return Cause::Cancelled,
         Some(Stop::Deadline(ms)) => return Cause::Deadline(*ms),
         Some(Stop::GuestBytes { asked, limit }) => return limited(Limit::Guest, asked, limit),

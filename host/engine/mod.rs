@@ -6,7 +6,7 @@
 //!
 //!  invocation   Opened → Bound → Running → Finished ──▶ Filled
 //!   │    └ contract    the guest's functions, each answer checked ── abi, chunk
-//!   ├ instance         a guest that can be called ── limits, imports, ticker, fault
+//!   ├ instance         a guest that can be called ── limits, imports, ticker, leash, fault
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -33,6 +33,8 @@ mod imports;
 mod instance;
 mod invocation;
 mod job;
+#[expect(unsafe_code, reason = "signals that end a guest")]
+mod leash;
 mod limits;
 mod panicked;
 mod placement;
@@ -70,13 +72,24 @@ use abi::PluginPre;
 use guest_memory::{Creator, RESERVATION_BYTES};
 use limits::State;
 
+/// How a kernel is ended that has run out of time, was cancelled or wrote to an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Interruption {
+    /// At checks in its loops, which cost a few percent.
+    Checks,
+    /// By signals to its thread, in a process that may be lost over it: whoever runs that kills it when a kernel goes on.
+    Signals,
+    /// Not at all.
+    None,
+}
+
 /// How the engine is set up. Sizes in bytes.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EngineConfig {
     /// Tensors from this size on are moved into the guest, smaller ones copied.
     pub move_min_bytes: u64,
-    /// Check for deadlines and cancels inside kernels. Without it a runaway kernel cannot be stopped.
-    pub epoch_interruption: bool,
+    /// How kernels are ended that do not end by themselves.
+    pub interruption: Interruption,
     /// Where compiled plugins are kept; none: nowhere.
     pub cache: Option<PathBuf>,
     /// Idle reservations of guest memories (address space only).
@@ -163,7 +176,7 @@ impl Engine {
             .memory_reservation(RESERVATION_BYTES as u64)
             // Halves the cost of a component call; plugins have no async exports.
             .concurrency_support(false)
-            .epoch_interruption(config.epoch_interruption)
+            .epoch_interruption(config.interruption == Interruption::Checks)
             .wasm_memory64(false)
             .wasm_multi_memory(false)
             // Not the same bit for bit on every CPU.
@@ -171,7 +184,7 @@ impl Engine {
         let wasmtime = wasmtime::Engine::new(&settings).map_err(|e| e.to_string())?;
         let linker = imports::linker(&wasmtime).map_err(|e| e.to_string())?;
         Ok(Self {
-            ticker: ticker::Ticker::new(wasmtime.clone()),
+            ticker: ticker::Ticker::new(wasmtime.clone(), config.interruption)?,
             wasmtime,
             linker,
             cache: cache::Cache::open(config.cache.as_deref()),

@@ -1,4 +1,5 @@
-//! The clock behind deadlines and cancels: advances wasmtime's epoch while anything runs.
+//! The clock behind deadlines and cancels: while anything runs it advances wasmtime's epoch, at which guests check, or looks
+//! after those that do not.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -6,7 +7,10 @@ use std::time::Duration;
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
-/// Time between two checks inside a running kernel.
+use super::Interruption;
+use super::leash::{self, Leash};
+
+/// Time between two checks of a running kernel.
 const TICK: Duration = Duration::from_millis(2);
 /// Ticks after the last invocation before the clock sleeps: waking it for every call of a series
 /// would cost each one a switch of threads.
@@ -15,7 +19,7 @@ const LINGER_TICKS: u32 = 25;
 #[derive(Debug, Default)]
 struct State {
     /// Invocations that run.
-    running: usize,
+    running: Vec<Arc<Leash>>,
     /// The clock waits to be woken.
     asleep: bool,
     /// The engine is ending.
@@ -41,15 +45,25 @@ pub(super) struct Ticker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Keeps the clock going while it lives.
+/// Keeps the clock going for an invocation while it lives.
 #[derive(Debug)]
-pub(super) struct Ticking(Arc<Shared>);
+pub(super) struct Ticking {
+    shared: Arc<Shared>,
+    leash: Arc<Leash>,
+}
 
-fn tick(shared: &Shared, engine: &wasmtime::Engine) {
+impl Ticking {
+    pub(super) fn leash(&self) -> &Arc<Leash> {
+        &self.leash
+    }
+}
+
+fn tick(shared: &Shared, engine: &wasmtime::Engine, interruption: Interruption) {
     let mut idle_ticks = 0;
     let mut state = shared.lock();
     while !state.ending {
-        idle_ticks = if state.running > 0 { 0 } else { idle_ticks + 1 };
+        let idle = state.running.is_empty();
+        idle_ticks = if idle { idle_ticks + 1 } else { 0 };
         state.asleep = idle_ticks > LINGER_TICKS;
         if state.asleep {
             shared.changed.wait(&mut state);
@@ -57,44 +71,63 @@ fn tick(shared: &Shared, engine: &wasmtime::Engine) {
         } else {
             // Only an end or a first invocation after a sleep is told, so this is one tick.
             shared.changed.wait_for(&mut state, TICK);
-            engine.increment_epoch();
+            match interruption {
+                Interruption::Checks => engine.increment_epoch(),
+                // With the lock: none of their threads goes on to something else meanwhile.
+                Interruption::Signals => state.running.iter().for_each(|leash| leash.pull_if_due()),
+                Interruption::None => {}
+            }
         }
     }
 }
 
 impl Ticker {
-    pub(super) fn new(engine: wasmtime::Engine) -> Self {
+    /// # Errors
+    /// Linux takes no handler for the signals.
+    pub(super) fn new(
+        engine: wasmtime::Engine,
+        interruption: Interruption,
+    ) -> Result<Self, String> {
+        if interruption == Interruption::Signals {
+            leash::handle_signals()?;
+        }
         let shared = Arc::new(Shared::default());
         let watched = Arc::clone(&shared);
         let thread = std::thread::Builder::new()
             .name("strait-epoch".to_owned())
-            .spawn(move || tick(&watched, &engine))
+            .spawn(move || tick(&watched, &engine, interruption))
             .ok();
-        Self { shared, thread }
+        Ok(Self { shared, thread })
     }
 
     /// # Errors
     /// If Linux gave no thread for the clock: without it nothing could be stopped.
-    pub(super) fn start(&self) -> Result<Ticking, String> {
+    pub(super) fn start(&self, leash: Arc<Leash>) -> Result<Ticking, String> {
         if self.thread.is_none() {
             return Err(
                 "no thread for the deadline clock; raise the limit of processes".to_owned(),
             );
         }
         let mut state = self.shared.lock();
-        state.running += 1;
+        state.running.push(Arc::clone(&leash));
         let asleep = std::mem::take(&mut state.asleep);
         drop(state);
         if asleep {
             self.shared.changed.notify_one();
         }
-        Ok(Ticking(Arc::clone(&self.shared)))
+        Ok(Ticking {
+            shared: Arc::clone(&self.shared),
+            leash,
+        })
     }
 }
 
 impl Drop for Ticking {
     fn drop(&mut self) {
-        self.0.lock().running -= 1;
+        let mut state = self.shared.lock();
+        state
+            .running
+            .retain(|leash| !Arc::ptr_eq(leash, &self.leash));
     }
 }
 

@@ -39,7 +39,7 @@ use parking_lot::Mutex;
 use strait_memory::{Budget, Copied, HugeBirths, Lot, ResultPool};
 
 use crate::config::Config;
-use crate::engine::{Engine, Runner};
+use crate::engine::{Engine, EngineConfig, Interruption, Runner};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Ended, Leases, LiveSegment, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
@@ -408,7 +408,10 @@ fn runner(
         // One for each thread that waits, and one for a plugin that is loaded meanwhile.
         lanes: config.workers() + 2,
         grace: config.workers.grace(),
-        engine: config.engine(),
+        engine: EngineConfig {
+            interruption: Interruption::Signals,
+            ..config.engine()
+        },
         parked_mappings_max: config.parked_mappings_max(),
         parked_bytes_max: config.budget_bytes(),
     };

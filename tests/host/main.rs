@@ -25,5 +25,6 @@ mod http2;
 mod logs;
 mod protocol;
 mod quotas;
+mod runaways;
 mod second_uid;
 mod workers;

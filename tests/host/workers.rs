@@ -17,8 +17,8 @@ use crate::served::{
 };
 
 /// Above `move_min_bytes`: such a tensor becomes a window.
-const MOVED: u64 = 100_000;
-const ON: (&str, &str) = ("STRAIT__WORKERS__ENABLED", "true");
+pub(super) const MOVED: u64 = 100_000;
+pub(super) const ON: (&str, &str) = ("STRAIT__WORKERS__ENABLED", "true");
 const LOST: (&str, &str) = ("UNAVAILABLE", "WORKER_LOST");
 
 fn spin(deadline_ms: u64) -> Value {
@@ -61,7 +61,7 @@ fn processes_of(parent: i32, is_one: impl Fn(&str) -> bool) -> Vec<Pid> {
 }
 
 /// The one worker of `host`.
-fn worker(host: &Served) -> Pid {
+pub(super) fn worker(host: &Served) -> Pid {
     let begin = Instant::now();
     loop {
         // Until it has become the worker, a new process looks like its host.
@@ -196,9 +196,14 @@ fn what_could_find_other_bytes_is_not_run_again() {
 }
 
 #[test]
-fn a_runaway_that_checks_nothing_is_killed_at_its_deadline_or_when_cancelled() {
-    let unchecked = ("STRAIT__ENGINE__EPOCH_INTERRUPTION", "false");
-    let (host, mut client) = host(&[ON, unchecked]);
+fn a_runaway_in_host_code_is_killed_at_its_deadline_or_when_cancelled() {
+    // Fills its memory again and again.
+    let text = "(func $run (param i32) (result i32)
+        (drop (memory.grow (i32.const 2000)))
+        (loop $l (memory.fill (i32.const 65536) (i32.const 1) (i32.const 130000000)) (br $l)) i32.const 0)";
+    let host = Served::with_plugin(&guest::component("spins", text), &[ON]);
+    let mut client = host.greeted();
+    put(&mut client, "x", MOVED);
     let runaway = worker(&host);
     client
         .ask(Op::Invoke, spin(100))

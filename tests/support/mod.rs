@@ -26,7 +26,31 @@ static TURN: Mutex<()> = Mutex::new(());
 /// A host without sockets.
 pub struct Rig {
     pub host: Arc<Host>,
-    _turn: MutexGuard<'static, ()>,
+    // Dropped after the host.
+    _turn: Turn,
+}
+
+struct Turn {
+    _guard: MutexGuard<'static, ()>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        // A host's threads end with it, those that free memory or reap a worker process a moment later. The next rig counts.
+        let begin = std::time::Instant::now();
+        while host_threads() > 0 {
+            let is_patient = begin.elapsed() < std::time::Duration::from_secs(20);
+            assert!(
+                is_patient || std::thread::panicking(),
+                "a host that has ended left {:?}",
+                host_thread_names()
+            );
+            if !is_patient {
+                return;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+    }
 }
 
 impl Drop for Rig {
@@ -72,7 +96,10 @@ impl Rig {
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        Self { host, _turn: turn }
+        Self {
+            host,
+            _turn: Turn { _guard: turn },
+        }
     }
 
     /// Whose everything is that a test makes.
@@ -164,15 +191,19 @@ pub struct Holdings {
 }
 
 /// Threads of the host, by their names: the test harness starts and ends threads of its own.
-fn host_threads() -> u64 {
+fn host_thread_names() -> Vec<String> {
     let named = |task: std::io::Result<std::fs::DirEntry>| {
         let name = std::fs::read_to_string(task.ok()?.path().join("comm")).ok()?;
-        name.starts_with("strait-").then_some(())
+        name.starts_with("strait-").then_some(name)
     };
     std::fs::read_dir("/proc/self/task")
         .unwrap()
         .filter_map(named)
-        .count() as u64
+        .collect()
+}
+
+fn host_threads() -> u64 {
+    host_thread_names().len() as u64
 }
 
 impl Rig {

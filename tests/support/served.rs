@@ -140,10 +140,20 @@ impl Served {
 
     /// Ready, with a plugin that is not in a file yet.
     pub fn with_plugin(component: &[u8], settings: &[(&str, &str)]) -> Self {
+        Self::with_plugins(&[component], settings)
+    }
+
+    /// The same with several.
+    pub fn with_plugins<C: AsRef<[u8]>>(components: &[C], settings: &[(&str, &str)]) -> Self {
         let directory = TempDir::new().unwrap();
-        let path = directory.path().join("plugin.wasm");
-        fs::write(&path, component).unwrap();
-        Self::with(&["--plugin", path.to_str().unwrap()], settings)
+        let mut arguments = Vec::new();
+        for (index, component) in components.iter().enumerate() {
+            let path = directory.path().join(format!("plugin-{index}.wasm"));
+            fs::write(&path, component).unwrap();
+            arguments.extend(["--plugin".to_owned(), path.to_str().unwrap().to_owned()]);
+        }
+        let arguments: Vec<_> = arguments.iter().map(String::as_str).collect();
+        Self::with(&arguments, settings)
     }
 
     /// Where it runs: its log and its runtime directory are in there.
