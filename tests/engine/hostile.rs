@@ -67,11 +67,7 @@ fn check(name: &str, moved: Option<(Code, &str)>, copied: Option<(Code, &str)>) 
                 "{name} on {n} changed its input"
             );
         }
-        assert_eq!(
-            rig.holdings(),
-            before,
-            "{name} on {n} left something behind"
-        );
+        rig.check_holdings(&before, &format!("{name} on {n}"));
         let next = rig
             .invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}}))
             .unwrap();

@@ -91,7 +91,7 @@ impl Rig {
         // A thread has its name, by which holdings count, once it runs: the workers, the clocks of epochs
         // and of deadlines, and the one that frees.
         for _ in 0..5000 {
-            if host_threads() >= workers + 3 {
+            if host_threads() == workers + 3 {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -210,6 +210,26 @@ impl Rig {
     /// What STATS shows of the whole host.
     pub fn stats(&self) -> Value {
         serde_json::to_value(self.host.stats(None)).unwrap()
+    }
+
+    /// Waits until as much is held as `before`: what ends with a worker process, or is freed on another thread, is gone a moment
+    /// later.
+    #[track_caller]
+    pub fn check_holdings(&self, before: &Holdings, what: &str) {
+        let begin = std::time::Instant::now();
+        loop {
+            let now = self.holdings();
+            if now == *before {
+                return;
+            }
+            let is_patient = begin.elapsed() < std::time::Duration::from_secs(20);
+            assert!(
+                is_patient,
+                "{what} left something behind: {now:?}, before {before:?}; {:?}",
+                host_thread_names()
+            );
+            std::thread::sleep(std::time::Duration::from_millis(2));
+        }
     }
 
     pub fn holdings(&self) -> Holdings {

@@ -83,8 +83,7 @@ impl Trial {
             let took = start.elapsed();
             assert!(took < Duration::from_secs(10), "{name} took {took:?}");
         }
-        let left = self.rig.holdings();
-        assert_eq!(left, self.before, "{name} left something behind");
+        self.rig.check_holdings(&self.before, name);
         self.next_is_right(name);
     }
 
@@ -120,8 +119,7 @@ impl Trial {
     }
 
     pub fn ended(&self) {
-        let left = self.rig.holdings();
-        assert_eq!(left, self.before, "something was left behind");
+        self.rig.check_holdings(&self.before, "what was refused");
         self.next_is_right("all that was refused");
     }
 }
