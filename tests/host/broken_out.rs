@@ -3,7 +3,6 @@
 //! functions of the guest become a system call, a load and a store anywhere, and the stack pointer.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::path::Path;
 
 use serde_json::json;
@@ -12,7 +11,7 @@ use tempfile::TempDir;
 use wasmtime_environ::object::{Object, ObjectSection, ObjectSymbol};
 
 use crate::guest;
-use crate::served::{PATIENCE, Raw, Served, check_call, number, put, ramp, write};
+use crate::served::{Holdings, Raw, Served, check_call, numbers, put, ramp};
 use crate::workers::{MOVED, ON, all_children, worker};
 
 /// The guest's functions and what they become: System V, with two registers more in front, as wasmtime calls within a module.
@@ -24,7 +23,7 @@ const PRIMITIVES: [(&str, &[u8]); 4] = [
             0x48, 0x89, 0xcf, // mov rdi, rcx
             0x4c, 0x89, 0xc6, // mov rsi, r8
             0x4c, 0x89, 0xca, // mov rdx, r9
-            0x4d, 0x31, 0xd2, // xor r10, r10
+            0x41, 0xba, 8, 0, 0, 0, // mov r10d, 8
             0x4d, 0x31, 0xc0, // xor r8, r8
             0x4d, 0x31, 0xc9, // xor r9, r9
             0x0f, 0x05, // syscall
@@ -37,20 +36,21 @@ const PRIMITIVES: [(&str, &[u8]); 4] = [
 ];
 
 /// Words of the input: up to `CALLS` calls of eight words each (number, three arguments, mask of those arguments and of those
-/// data words that are offsets into the scratch), then the data that are put there. Number -1 is a load from the first argument.
+/// data words that are offsets into the scratch), then the data that are put there. The fourth argument of a call is always 8. Number -1 is a load from the first argument.
 const CALLS: usize = 4;
 const DATA: usize = 20;
 const WORDS: usize = 8 * CALLS + DATA;
 
 /// Enough machine code to be replaced.
 fn placeholder(name: &str, parameters: &str, result: &str) -> String {
-    let work = "(i64.const 0x1234567812345678) (i64.xor) (i64.const 0x77) (i64.rotl)".repeat(6);
+    let work = "(i64.const 0x1234567812345679) (i64.mul) (i64.const 0x7654321076543210) (i64.xor)"
+        .repeat(4);
     let result = match result {
         "" => ("", "(drop)"),
         _ => ("(result i64)", ""),
     };
     format!(
-        "(func ${name} (param {parameters}) {} (i64.const 1) {work} {})",
+        "(func ${name} (param {parameters}) {} (global.get $bytes) {work} {})",
         result.0, result.1
     )
 }
@@ -168,8 +168,9 @@ impl Attempt {
         }
     }
 
-    fn words(&self) -> Vec<u8> {
-        let mut words = vec![-2_i64; WORDS];
+    /// As the input has them.
+    fn words(&self) -> Vec<f64> {
+        let mut words = [-2_i64; WORDS];
         for (at, call) in self.calls.iter().enumerate() {
             let at = at * 8;
             words[at] = call.0;
@@ -177,11 +178,14 @@ impl Attempt {
             words[at + 4] = call.2;
         }
         words[5] = self.pointers;
-        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        let data = &mut bytes[8 * 8 * CALLS..];
-        data.fill(0);
+        let mut data = [0; 8 * DATA];
         data[..self.data.len()].copy_from_slice(&self.data);
-        bytes
+        for (word, bytes) in words[8 * CALLS..].iter_mut().zip(data.as_chunks().0) {
+            *word = i64::from_le_bytes(*bytes);
+        }
+        words
+            .map(|word| f64::from_bits(word.cast_unsigned()))
+            .to_vec()
     }
 }
 
@@ -217,22 +221,19 @@ impl Broken {
     /// What each call answered, or the code and reason that the invocation ended with.
     fn attempt(&mut self, attempt: &Attempt) -> Result<Vec<i64>, String> {
         let created = self.client.create(WORDS as u64);
-        write(
-            created.fd.as_fd(),
-            created.tensor_offset(),
-            &attempt.words(),
-        );
+        created.fill(&attempt.words());
         let publish = json!({"segment": created.segment, "name": "attempt", "replace": true});
         self.client.ok(Op::Publish, publish);
         self.client
             .ok(Op::Release, json!({"leases": [created.lease]}));
-        let call =
-            json!({"kernel": "escapes/k", "inputs": {"x": "attempt"}, "deadline_ms": 300});
+        let call = json!({"kernel": "escapes/k", "inputs": {"x": "attempt"}, "deadline_ms": 300});
         let reply = self.client.ask(Op::Invoke, call);
-        if !reply.is_ok() {
-            return Err(reply.body()["reason"].as_str().unwrap().to_owned());
+        if let Some(reason) = reply.body()["reason"].as_str() {
+            return Err(reason.to_owned());
         }
-        let answers = crate::served::numbers(&reply);
+        let answers = numbers(&reply);
+        let lease = reply.body()["results"][0]["lease"].clone();
+        self.client.ok(Op::Release, json!({"leases": [lease]}));
         Ok(answers[..attempt.calls.len()]
             .iter()
             .map(|answer| answer.to_bits().cast_signed())
@@ -245,4 +246,295 @@ impl Broken {
         let pid = self.host.pid();
         assert!(fs::exists(format!("/proc/{pid}")).unwrap(), "{what}");
     }
+}
+
+/// What the filter over a worker's calls answers.
+const REFUSED: [i64; 3] = [
+    -(libc::EPERM as i64),
+    -(libc::EACCES as i64),
+    -(libc::ENOSYS as i64),
+];
+
+#[test]
+fn what_reaches_beyond_the_worker_is_refused() {
+    let mut broken = Broken::new();
+    let host = i64::from(broken.host.pid());
+    let own = i64::from(worker(&broken.host).as_raw_nonzero().get());
+    // That the machine code runs at all.
+    let answers = broken.attempt(&Attempt::new([
+        call(libc::SYS_getpid, [0; 3]),
+        call(libc::SYS_getppid, [0; 3]),
+    ]));
+    assert_eq!(answers, Ok(vec![own, host]));
+    let zeros = [0; 64];
+    let kill = i64::from(libc::SIGKILL);
+    let with =
+        |number, arguments, mask, data: &[u8]| Attempt::with([Call(number, arguments, mask)], data);
+    let path = |number, arguments, mask| with(number, arguments, mask, b"/proc/self/status\0");
+    let attempts = [
+        (
+            "kill of the host",
+            with(libc::SYS_kill, [host, kill, 0], 0, &zeros),
+        ),
+        ("kill of all", with(libc::SYS_kill, [-1, 0, 0], 0, &zeros)),
+        (
+            "signal to the host's thread",
+            with(libc::SYS_tkill, [host, kill, 0], 0, &zeros),
+        ),
+        (
+            "signal to a thread of the host",
+            with(libc::SYS_tgkill, [host, host, kill], 0, &zeros),
+        ),
+        (
+            "queued signal",
+            with(libc::SYS_rt_sigqueueinfo, [host, kill, 0], THIRD, &zeros),
+        ),
+        (
+            "pidfd of the host",
+            with(libc::SYS_pidfd_open, [host, 0, 0], 0, &zeros),
+        ),
+        (
+            "ptrace",
+            with(
+                libc::SYS_ptrace,
+                [i64::from(libc::PTRACE_ATTACH), host, 0],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "the host's memory",
+            with(libc::SYS_process_vm_readv, [host, 0, 0], SECOND, &zeros),
+        ),
+        ("fork", with(libc::SYS_fork, [0; 3], 0, &zeros)),
+        (
+            "clone",
+            with(libc::SYS_clone, [i64::from(libc::SIGCHLD), 0, 0], 0, &zeros),
+        ),
+        ("clone3", with(libc::SYS_clone3, [0, 64, 0], FIRST, &zeros)),
+        ("exec", path(libc::SYS_execve, [0; 3], FIRST)),
+        (
+            "socket",
+            with(
+                libc::SYS_socket,
+                [i64::from(libc::AF_INET), i64::from(libc::SOCK_STREAM), 0],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "connect",
+            with(libc::SYS_connect, [0, 0, 64], SECOND, &zeros),
+        ),
+        (
+            "who is sent a signal",
+            with(
+                libc::SYS_fcntl,
+                [0, i64::from(libc::F_SETOWN), host],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "which signal",
+            with(libc::SYS_fcntl, [0, 10, kill], 0, &zeros),
+        ),
+        (
+            "signals of a socket",
+            with(
+                libc::SYS_fcntl,
+                [0, i64::from(libc::F_SETFL), i64::from(libc::O_ASYNC)],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "signals by ioctl",
+            with(libc::SYS_ioctl, [0, 0x5452, 0], THIRD, &1_u32.to_le_bytes()),
+        ),
+        (
+            "owner by ioctl",
+            with(libc::SYS_ioctl, [0, 0x8901, 0], THIRD, &1_u32.to_le_bytes()),
+        ),
+        (
+            "limits of the host",
+            with(
+                libc::SYS_prlimit64,
+                [host, i64::from(libc::RLIMIT_NOFILE), 0],
+                THIRD,
+                &zeros,
+            ),
+        ),
+        (
+            "own limits",
+            with(
+                libc::SYS_prlimit64,
+                [0, i64::from(libc::RLIMIT_NOFILE), 0],
+                THIRD,
+                &zeros,
+            ),
+        ),
+        (
+            "CPUs of the host",
+            with(
+                libc::SYS_sched_setaffinity,
+                [host, 8, 0],
+                THIRD,
+                &1_u64.to_le_bytes(),
+            ),
+        ),
+        (
+            "priority of the host",
+            with(libc::SYS_setpriority, [0, host, 19], 0, &zeros),
+        ),
+        (
+            "a write lease",
+            with(
+                libc::SYS_fcntl,
+                [0, 1024, i64::from(libc::F_WRLCK)],
+                0,
+                &zeros,
+            ),
+        ),
+        ("seals", with(libc::SYS_fcntl, [0, 1033, 1], 0, &zeros)),
+        (
+            "io_uring",
+            with(libc::SYS_io_uring_setup, [8, 0, 0], SECOND, &zeros),
+        ),
+        ("bpf", with(libc::SYS_bpf, [0, 0, 64], SECOND, &zeros)),
+        (
+            "userfaultfd",
+            with(libc::SYS_userfaultfd, [0; 3], 0, &zeros),
+        ),
+        (
+            "perf events",
+            with(libc::SYS_perf_event_open, [0, 0, -1], FIRST, &zeros),
+        ),
+        (
+            "namespaces",
+            with(
+                libc::SYS_unshare,
+                [i64::from(libc::CLONE_NEWUSER), 0, 0],
+                0,
+                &zeros,
+            ),
+        ),
+        ("another user", with(libc::SYS_setuid, [1, 0, 0], 0, &zeros)),
+        ("keys", with(libc::SYS_keyctl, [0; 3], 0, &zeros)),
+        ("reboot", with(libc::SYS_reboot, [0; 3], 0, &zeros)),
+    ];
+    for (what, attempt) in attempts {
+        match broken.attempt(&attempt) {
+            Ok(answers) => assert!(
+                REFUSED.contains(&answers[0]),
+                "{what} answered {answers:?}: no wall of the worker's calls (seccomp) stopped it"
+            ),
+            // A filter that kills.
+            Err(reason) => assert_eq!(reason, "WORKER_LOST", "{what}"),
+        }
+        broken.check(what);
+    }
+}
+
+#[test]
+fn what_ends_the_worker_ends_nothing_else() {
+    let mut broken = Broken::new();
+    let all_signals = [0xff; 8];
+    let blocked = Call(libc::SYS_rt_sigprocmask, [0, 0, 0], SECOND);
+    let attempts = [
+        (
+            "exit",
+            Attempt::new([call(libc::SYS_exit_group, [0; 3])]),
+            "WORKER_LOST",
+        ),
+        (
+            "the end of a lane's thread",
+            Attempt::new([call(libc::SYS_exit, [0; 3])]),
+            "DEADLINE",
+        ),
+        (
+            "a load from nowhere",
+            Attempt::new([call(-1, [8, 0, 0])]),
+            "WORKER_LOST",
+        ),
+        (
+            "sleep",
+            Attempt::new([call(libc::SYS_pause, [0; 3])]),
+            "DEADLINE",
+        ),
+        (
+            "sleep with all signals blocked",
+            Attempt::with([blocked, call(libc::SYS_pause, [0; 3])], &all_signals),
+            "DEADLINE",
+        ),
+    ];
+    for (what, attempt, reason) in attempts {
+        assert_eq!(broken.attempt(&attempt), Err(reason.to_owned()), "{what}");
+        broken.check(what);
+    }
+    assert_eq!(all_children(broken.host.pid()), 1);
+}
+
+#[test]
+fn no_descriptor_of_a_worker_makes_a_file_shorter() {
+    let mut broken = Broken::new();
+    let answers = |calls: Vec<Call>| broken.attempt(&Attempt::new(calls));
+    let shorter = |fd: i64| call(libc::SYS_ftruncate, [fd, 0, 0]);
+    // 2 is the log that it shares with its host.
+    let fds: Vec<i64> = (3..35).collect();
+    let answered: Vec<_> = fds
+        .chunks(CALLS)
+        .map(|fds| fds.iter().map(|fd| shorter(*fd)).collect())
+        .map(answers)
+        .collect();
+    for answers in answered {
+        let answers = answers.unwrap();
+        assert!(answers.iter().all(|answer| *answer < 0), "{answers:?}");
+    }
+    broken.check("it is as long as it was");
+}
+
+/// On any of its sockets: a message that makes no sense, alone and with a descriptor.
+#[test]
+fn what_a_worker_sends_uninvited_is_not_believed() {
+    let mut broken = Broken::new();
+    let at_rest = |broken: &mut Broken| {
+        let nothing = broken.attempt(&Attempt::new([call(libc::SYS_getpid, [0; 3])]));
+        nothing.unwrap();
+        broken.check("the next call");
+        Holdings::of(&broken.host.settled(&mut broken.client))
+    };
+    let before = at_rest(&mut broken);
+    for fd in 0..12 {
+        for with_descriptor in [false, true] {
+            let words: [u64; 13] = [
+                0, // msghdr: no name
+                0,
+                7 * 8, // iov
+                1,
+                9 * 8, // control
+                if with_descriptor { 20 } else { 0 },
+                0,
+                12 * 8, // iov: the byte below
+                2,
+                20, // cmsghdr: its length, SOL_SOCKET and SCM_RIGHTS
+                1 | 1 << 32,
+                0, // descriptor 0
+                0x0501,
+            ];
+            let data: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let send = Call(libc::SYS_sendmsg, [fd, 0, 0], SECOND);
+            let attempt = Attempt {
+                pointers: 1 << 2 | 1 << 4 | 1 << 7,
+                ..Attempt::with([send], &data)
+            };
+            let what = format!("a message on descriptor {fd}, with one: {with_descriptor}");
+            // It comes back, or the host has ended the worker over it.
+            if let Err(reason) = broken.attempt(&attempt) {
+                assert_eq!(reason, "WORKER_LOST", "{what}");
+            }
+            broken.check(&what);
+        }
+    }
+    assert_eq!(at_rest(&mut broken), before);
 }

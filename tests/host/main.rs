@@ -14,6 +14,7 @@ mod guest;
 #[path = "../support/served.rs"]
 mod served;
 
+mod broken_out;
 mod cli;
 mod clients;
 mod doctor;
