@@ -294,10 +294,9 @@ impl<'a> Exchange<'a> {
         let fillers: Vec<_> = segments
             .iter()
             .map(|segment| {
-                segment.is_unlent().then(|| Mapped {
-                    process: Arc::clone(process),
-                    segment: segment.number(),
-                })
+                segment
+                    .is_unlent()
+                    .then(|| Mapped::new(process, segment.number()))
             })
             .collect();
         filled

@@ -361,23 +361,39 @@ impl Drop for Kept {
 /// A segment that the worker has mapped writable.
 #[derive(Debug)]
 pub(super) struct Mapped {
-    pub(super) process: Arc<Process>,
-    pub(super) segment: u64,
+    number: u64,
+    // Results outlive workers, whose sockets need not.
+    process: Weak<Process>,
+    segment: u64,
+}
+
+impl Mapped {
+    pub(super) fn new(process: &Arc<Process>, segment: u64) -> Self {
+        Self {
+            number: process.number,
+            process: Arc::downgrade(process),
+            segment,
+        }
+    }
 }
 
 impl Filler for Mapped {
     fn process(&self) -> u64 {
-        self.process.number
+        self.number
     }
 
     fn is_there(&self) -> bool {
-        !self.process.is_gone()
+        self.process
+            .upgrade()
+            .is_some_and(|process| !process.is_gone())
     }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        self.process.forget(&Control::ForgetResult(self.segment));
+        if let Some(process) = self.process.upgrade() {
+            process.forget(&Control::ForgetResult(self.segment));
+        }
     }
 }
 

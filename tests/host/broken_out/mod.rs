@@ -1,0 +1,345 @@
+//! A plugin that has broken out of wasmtime: it runs machine code of its own in its worker process, and the walls around that
+//! process are all that is left. Nothing here is pretended: the compiled plugin is changed where the host keeps it, so that four
+//! functions of the guest become a system call, a load and a store anywhere, and the stack pointer.
+
+mod machine;
+
+use serde_json::json;
+use strait_client::wire::Op;
+
+use crate::served::{Holdings, check_call, numbers, put, ramp};
+use crate::workers::{all_children, worker};
+use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending};
+
+/// What the filter over a worker's calls answers.
+const REFUSED: [i64; 3] = [
+    -(libc::EPERM as i64),
+    -(libc::EACCES as i64),
+    -(libc::ENOSYS as i64),
+];
+
+#[test]
+fn what_reaches_beyond_the_worker_is_refused() {
+    let mut broken = Broken::new();
+    let host = i64::from(broken.host.pid());
+    let own = i64::from(worker(&broken.host).as_raw_nonzero().get());
+    // That the machine code runs at all.
+    let answers = broken.attempt(&Attempt::new([
+        call(libc::SYS_getpid, [0; 3]),
+        call(libc::SYS_getppid, [0; 3]),
+    ]));
+    assert_eq!(answers, Ok(vec![own, host]));
+    let zeros = [0; 64];
+    let kill = i64::from(libc::SIGKILL);
+    let with =
+        |number, arguments, mask, data: &[u8]| Attempt::with([Call(number, arguments, mask)], data);
+    let path = |number, arguments, mask| with(number, arguments, mask, b"/proc/self/status\0");
+    let attempts = [
+        (
+            "kill of the host",
+            with(libc::SYS_kill, [host, kill, 0], 0, &zeros),
+        ),
+        ("kill of all", with(libc::SYS_kill, [-1, 0, 0], 0, &zeros)),
+        (
+            "signal to the host's thread",
+            with(libc::SYS_tkill, [host, kill, 0], 0, &zeros),
+        ),
+        (
+            "signal to a thread of the host",
+            with(libc::SYS_tgkill, [host, host, kill], 0, &zeros),
+        ),
+        (
+            "queued signal",
+            with(libc::SYS_rt_sigqueueinfo, [host, kill, 0], THIRD, &zeros),
+        ),
+        (
+            "pidfd of the host",
+            with(libc::SYS_pidfd_open, [host, 0, 0], 0, &zeros),
+        ),
+        (
+            "ptrace",
+            with(
+                libc::SYS_ptrace,
+                [i64::from(libc::PTRACE_ATTACH), host, 0],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "the host's memory",
+            with(libc::SYS_process_vm_readv, [host, 0, 0], SECOND, &zeros),
+        ),
+        ("fork", with(libc::SYS_fork, [0; 3], 0, &zeros)),
+        (
+            "clone",
+            with(libc::SYS_clone, [i64::from(libc::SIGCHLD), 0, 0], 0, &zeros),
+        ),
+        ("clone3", with(libc::SYS_clone3, [0, 64, 0], FIRST, &zeros)),
+        ("exec", path(libc::SYS_execve, [0; 3], FIRST)),
+        (
+            "socket",
+            with(
+                libc::SYS_socket,
+                [i64::from(libc::AF_INET), i64::from(libc::SOCK_STREAM), 0],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "connect",
+            with(libc::SYS_connect, [0, 0, 64], SECOND, &zeros),
+        ),
+        (
+            "who is sent a signal",
+            with(
+                libc::SYS_fcntl,
+                [0, i64::from(libc::F_SETOWN), host],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "which signal",
+            with(libc::SYS_fcntl, [0, 10, kill], 0, &zeros),
+        ),
+        (
+            "signals of a socket",
+            with(
+                libc::SYS_fcntl,
+                [0, i64::from(libc::F_SETFL), i64::from(libc::O_ASYNC)],
+                0,
+                &zeros,
+            ),
+        ),
+        (
+            "signals by ioctl",
+            with(libc::SYS_ioctl, [0, 0x5452, 0], THIRD, &1_u32.to_le_bytes()),
+        ),
+        (
+            "owner by ioctl",
+            with(libc::SYS_ioctl, [0, 0x8901, 0], THIRD, &1_u32.to_le_bytes()),
+        ),
+        (
+            "limits of the host",
+            with(
+                libc::SYS_prlimit64,
+                [host, i64::from(libc::RLIMIT_NOFILE), 0],
+                THIRD,
+                &zeros,
+            ),
+        ),
+        (
+            "own limits",
+            with(
+                libc::SYS_prlimit64,
+                [0, i64::from(libc::RLIMIT_NOFILE), 0],
+                THIRD,
+                &zeros,
+            ),
+        ),
+        (
+            "CPUs of the host",
+            with(
+                libc::SYS_sched_setaffinity,
+                [host, 8, 0],
+                THIRD,
+                &1_u64.to_le_bytes(),
+            ),
+        ),
+        (
+            "priority of the host",
+            with(libc::SYS_setpriority, [0, host, 19], 0, &zeros),
+        ),
+        (
+            "a write lease",
+            with(
+                libc::SYS_fcntl,
+                [0, 1024, i64::from(libc::F_WRLCK)],
+                0,
+                &zeros,
+            ),
+        ),
+        ("seals", with(libc::SYS_fcntl, [0, 1033, 1], 0, &zeros)),
+        (
+            "io_uring",
+            with(libc::SYS_io_uring_setup, [8, 0, 0], SECOND, &zeros),
+        ),
+        ("bpf", with(libc::SYS_bpf, [0, 0, 64], SECOND, &zeros)),
+        (
+            "userfaultfd",
+            with(libc::SYS_userfaultfd, [0; 3], 0, &zeros),
+        ),
+        (
+            "perf events",
+            with(libc::SYS_perf_event_open, [0, 0, -1], FIRST, &zeros),
+        ),
+        (
+            "namespaces",
+            with(
+                libc::SYS_unshare,
+                [i64::from(libc::CLONE_NEWUSER), 0, 0],
+                0,
+                &zeros,
+            ),
+        ),
+        ("another user", with(libc::SYS_setuid, [1, 0, 0], 0, &zeros)),
+        ("keys", with(libc::SYS_keyctl, [0; 3], 0, &zeros)),
+        ("reboot", with(libc::SYS_reboot, [0; 3], 0, &zeros)),
+    ];
+    for (what, attempt) in attempts {
+        match broken.attempt(&attempt) {
+            Ok(answers) => assert!(
+                REFUSED.contains(&answers[0]),
+                "{what} answered {answers:?}: no wall of the worker's calls (seccomp) stopped it"
+            ),
+            // A filter that kills.
+            Err(reason) => assert_eq!(reason, "WORKER_LOST", "{what}"),
+        }
+        broken.check(what);
+    }
+}
+
+#[test]
+fn what_ends_the_worker_ends_nothing_else() {
+    let mut broken = Broken::new();
+    let all_signals = [0xff; 8];
+    let blocked = Call(libc::SYS_rt_sigprocmask, [0, 0, 0], SECOND);
+    let attempts = [
+        (
+            "exit",
+            Attempt::new([call(libc::SYS_exit_group, [0; 3])]),
+            "WORKER_LOST",
+        ),
+        (
+            "the end of a lane's thread",
+            Attempt::new([call(libc::SYS_exit, [0; 3])]),
+            "DEADLINE",
+        ),
+        (
+            "a load from nowhere",
+            Attempt::new([call(-1, [8, 0, 0])]),
+            "WORKER_LOST",
+        ),
+        (
+            "sleep",
+            Attempt::new([call(libc::SYS_pause, [0; 3])]),
+            "DEADLINE",
+        ),
+        (
+            "sleep with all signals blocked",
+            Attempt::with([blocked, call(libc::SYS_pause, [0; 3])], &all_signals),
+            "DEADLINE",
+        ),
+    ];
+    for (what, attempt, reason) in attempts {
+        assert_eq!(broken.attempt(&attempt), Err(reason.to_owned()), "{what}");
+        broken.check(what);
+    }
+    assert_eq!(all_children(broken.host.pid()), 1);
+}
+
+#[test]
+fn no_descriptor_of_a_worker_makes_a_file_shorter() {
+    let mut broken = Broken::new();
+    let answers = |calls: Vec<Call>| broken.attempt(&Attempt::new(calls));
+    let shorter = |fd: i64| call(libc::SYS_ftruncate, [fd, 0, 0]);
+    // 2 is the log that it shares with its host.
+    let fds: Vec<i64> = (3..35).collect();
+    let answered: Vec<_> = fds
+        .chunks(CALLS)
+        .map(|fds| fds.iter().map(|fd| shorter(*fd)).collect())
+        .map(answers)
+        .collect();
+    for answers in answered {
+        let answers = answers.unwrap();
+        assert!(answers.iter().all(|answer| *answer < 0), "{answers:?}");
+    }
+    broken.check("it is as long as it was");
+}
+
+/// On any of its sockets: a message that makes no sense, alone and with a descriptor.
+#[test]
+fn what_a_worker_sends_uninvited_is_not_believed() {
+    let mut broken = Broken::new();
+    let at_rest = |broken: &mut Broken| {
+        let nothing = broken.attempt(&Attempt::new([call(libc::SYS_getpid, [0; 3])]));
+        nothing.unwrap();
+        broken.check("the next call");
+        Holdings::of(&broken.host.settled(&mut broken.client))
+    };
+    let before = at_rest(&mut broken);
+    for fd in 0..12 {
+        for with_descriptor in [false, true] {
+            let words: [u64; 13] = [
+                0, // msghdr: no name
+                0,
+                7 * 8, // iov
+                1,
+                9 * 8, // control
+                if with_descriptor { 20 } else { 0 },
+                0,
+                12 * 8, // iov: the byte below
+                2,
+                20, // cmsghdr: its length, SOL_SOCKET and SCM_RIGHTS
+                1 | 1 << 32,
+                0, // descriptor 0
+                0x0501,
+            ];
+            let data: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+            let send = Call(libc::SYS_sendmsg, [fd, 0, 0], SECOND);
+            let attempt = Attempt {
+                pointers: 1 << 2 | 1 << 4 | 1 << 7,
+                ..Attempt::with([send], &data)
+            };
+            let what = format!("a message on descriptor {fd}, with one: {with_descriptor}");
+            // It comes back, or the host has ended the worker over it.
+            if let Err(reason) = broken.attempt(&attempt) {
+                assert_eq!(reason, "WORKER_LOST", "{what}");
+            }
+            broken.check(&what);
+        }
+    }
+    assert_eq!(at_rest(&mut broken), before);
+}
+
+/// Its end in each of the functions that the host calls, with inputs and results as windows and as copies.
+#[test]
+fn wherever_a_worker_ends_nothing_is_lost_but_the_call() {
+    let functions = [
+        ("open", "i32 i32 i32 i32 i32 i32", "i32"),
+        ("reserve", "i64", "i64"),
+        ("bind", "i32 i32 i32 i32", "i32"),
+        ("run", "i32", "i32"),
+        ("extents", "", "i32"),
+        ("notes", "", "i32"),
+        ("realloc", "i32 i32 i32 i32", "i32"),
+    ];
+    let plugins =
+        functions.map(|(function, parameters, result)| ending(function, parameters, result));
+    let mut broken = Broken::with(&plugins);
+    put(&mut broken.client, "small", 10);
+    let kept = broken.client.ask(
+        Op::Invoke,
+        json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}}),
+    );
+    let delivered = numbers(&kept);
+    let before = Holdings::of(&broken.host.settled(&mut broken.client));
+    for (function, ..) in functions {
+        for input in ["x", "small"] {
+            let call = json!({"kernel": format!("ends-in-{function}/k"), "inputs": {"x": input}});
+            let message = broken
+                .client
+                .ask(Op::Invoke, call)
+                .refused("UNAVAILABLE", "WORKER_LOST");
+            assert!(message.contains("ask again"), "{function}: {message}");
+            // Its input, too, is as it was.
+            broken.check(function);
+            check_call(&mut broken.client, json!("small"), &ramp(10));
+            assert_eq!(numbers(&kept), delivered, "{function}");
+        }
+    }
+    assert_eq!(
+        Holdings::of(&broken.host.settled(&mut broken.client)),
+        before
+    );
+}
