@@ -4,6 +4,7 @@ use std::borrow::Cow;
 use std::io::{self, IsTerminal, Write};
 
 use clap::ValueEnum;
+use tracing::Level;
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::layer::SubscriberExt;
@@ -20,28 +21,13 @@ pub(super) enum LogFormat {
     Json,
 }
 
-/// The options that have another process of ours log in the same way.
-pub(super) fn options(format: LogFormat, filter: &str) -> Vec<String> {
-    let format = match format {
-        LogFormat::Human => "human",
-        LogFormat::Json => "json",
-    };
-    let options = [
-        format!("--log-format={format}"),
-        format!("--log-level={filter}"),
-    ];
-    options.into()
+/// The options of a worker process that has its lines told by this one.
+pub(super) fn options(filter: &str) -> Vec<String> {
+    vec![format!("--log-level={filter}")]
 }
 
 /// Log lines go to stderr from now on.
 pub(super) fn start(format: LogFormat, filter: &str) -> Result<(), Failure> {
-    let wrong = |error: &dyn std::fmt::Display| {
-        Failure::input(
-            "BAD_SETTING",
-            format!("log level {filter:?}: {error}; use error, warn, info, debug or trace"),
-        )
-    };
-    let filter: Targets = filter.parse().map_err(|error| wrong(&error))?;
     let colour = io::stderr().is_terminal();
     let lines = tracing_subscriber::fmt::layer();
     let lines = match format {
@@ -56,8 +42,35 @@ pub(super) fn start(format: LogFormat, filter: &str) -> Result<(), Failure> {
             .flatten_event(true)
             .boxed(),
     };
+    init(lines, filter)
+}
+
+/// Each event goes to stderr as `worker::log` reads it.
+pub(super) fn start_for_a_host(filter: &str) -> Result<(), Failure> {
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(io::stderr)
+        .json()
+        .without_time();
+    init(lines, filter)
+}
+
+fn init<L>(lines: L, filter: &str) -> Result<(), Failure>
+where
+    L: Layer<tracing_subscriber::Registry> + Send + Sync,
+{
+    let wrong = |error: &dyn std::fmt::Display| {
+        Failure::input(
+            "BAD_SETTING",
+            format!("log level {filter:?}: {error}; use error, warn, info, debug or trace"),
+        )
+    };
+    let parsed: Targets = filter.parse().map_err(|error| wrong(&error))?;
+    // What they say at `debug` is for those who build compilers.
+    let parsed = parsed
+        .with_target("cranelift", Level::INFO)
+        .with_target("wasmtime", Level::INFO);
     tracing_subscriber::registry()
-        .with(lines.with_filter(filter))
+        .with(lines.with_filter(parsed))
         .try_init()
         .map_err(|error| wrong(&error))
 }

@@ -57,7 +57,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     let mut config = hosting::settings(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
     config.server.tcp = args.tcp.or(config.server.tcp);
-    config.workers.options = log::options(args.log_format, &args.log_level);
+    config.workers.options = log::options(&args.log_level);
     let directory = match args
         .directory
         .clone()

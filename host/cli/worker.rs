@@ -7,18 +7,16 @@ use clap::Args;
 use strait_memory::process;
 
 use super::failure::Failure;
-use super::log::{self, LogFormat};
+use super::log;
 
 #[derive(Debug, Args)]
 pub(super) struct WorkerArgs {
-    #[arg(long, value_enum, default_value = "human")]
-    log_format: LogFormat,
     #[arg(long, default_value = "info")]
     log_level: String,
 }
 
 pub(super) fn worker(args: &WorkerArgs) -> Result<(), Failure> {
-    log::start(args.log_format, &args.log_level)?;
+    log::start_for_a_host(&args.log_level)?;
     let failed = |error: io::Error| Failure::other("LINUX", format!("cannot begin: {error}"));
     process::raise_nofile().map_err(failed)?;
     let control = io::stdin().as_fd().try_clone_to_owned().map_err(failed)?;

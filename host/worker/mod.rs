@@ -15,6 +15,7 @@
 mod channel;
 mod confine;
 mod exchange;
+mod log;
 mod messages;
 mod process;
 mod runner;

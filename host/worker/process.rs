@@ -14,6 +14,7 @@ use parking_lot::{Condvar, Mutex};
 use strait_memory::{Filler, FrameSocket, KeepsMappings};
 
 use super::channel::{Channel, ReceiveError};
+use super::log;
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
 use crate::plugin::PluginHash;
 
@@ -110,7 +111,7 @@ impl Process {
         let (control, cancels) = (Channel::new(own)?, Channel::new(cancels)?);
         let lanes = lanes.into_iter().map(Channel::new);
         let lanes = lanes.collect::<io::Result<_>>()?;
-        let child = Command::new(format!("/proc/self/fd/{}", recipe.program.as_raw_fd()))
+        let mut child = Command::new(format!("/proc/self/fd/{}", recipe.program.as_raw_fd()))
             .arg0("strait-worker")
             .args(&recipe.arguments)
             .env_clear()
@@ -118,7 +119,9 @@ impl Process {
             .process_group(0)
             .stdin(Stdio::from(OwnedFd::from(its)))
             .stdout(Stdio::null())
+            .stderr(Stdio::piped())
             .spawn()?;
+        let stderr = child.stderr.take();
         recipe.census.living.fetch_add(1, Ordering::Relaxed);
         let process = Arc::new_cyclic(|process| Self {
             number,
@@ -136,6 +139,9 @@ impl Process {
             totals: Mutex::default(),
             counts: Mutex::default(),
         });
+        if let Some(stderr) = stderr {
+            log::relay(number, stderr)?;
+        }
         let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
         let mut control = process.control.lock();
         control.send(&Control::Start(recipe.start.clone()), &fds)?;

@@ -384,3 +384,32 @@ fn a_worker_of_another_user_than_root_has_all_walls() {
     let host = Served::as_user(4242, &[ON]);
     assert!(!host.log().contains("lacks a wall"), "{}", host.log());
 }
+
+#[test]
+fn what_a_guest_logs_is_told_by_the_host_as_one_line() {
+    let text = fs::read_to_string("tests/guests/forges.wat").unwrap();
+    let host = Served::with_plugin(&guest::component("forges", &text), &[ON]);
+    let mut client = host.greeted();
+    put(&mut client, "x", MOVED);
+    let call = json!({"kernel": "forges/k", "inputs": {"x": "x"}});
+    client
+        .ask(Op::Invoke, call)
+        .refused("INTERNAL", "KERNEL_FAILED");
+    host.eventually(&mut client, "the line is told", |_| {
+        host.log().contains("strait::guest: a")
+    });
+    let log = host.log();
+    let line = log
+        .lines()
+        .find(|line| line.contains("strait::guest"))
+        .unwrap();
+    for part in [
+        "ERROR",
+        r"a\n2030-01-01T00:00:00Z ERROR strait: forged\r\x1b[2K\u{0}b",
+        "worker=1",
+        "request_id=",
+        r#"plugin="forges""#,
+    ] {
+        assert!(line.contains(part), "{part} in {line}");
+    }
+}

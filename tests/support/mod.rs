@@ -91,7 +91,7 @@ impl Rig {
         // A thread has its name, by which holdings count, once it runs: the workers, the clocks of epochs
         // and of deadlines, and the one that frees.
         for _ in 0..5000 {
-            if host_threads() == workers + 3 {
+            if host_threads() >= workers + 3 {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));

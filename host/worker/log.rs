@@ -1,0 +1,159 @@
+//! What a worker writes on stderr, as the host tells it in its own log: who has broken out there could else write over that
+//! log, or into it in the host's name.
+
+use std::io::{self, BufRead, BufReader, Read};
+use std::process::ChildStderr;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+/// Longest line; what is behind it is skipped.
+const LINE_BYTES_MAX: u64 = 1 << 20;
+/// Most of one worker in a second; what is more is counted.
+const SECOND_BYTES_MAX: usize = 1 << 20;
+const SECOND: Duration = Duration::from_secs(1);
+
+/// An event of the worker's, as `strait worker` writes it.
+#[derive(Debug, Deserialize)]
+struct Event {
+    level: String,
+    target: String,
+    fields: Fields,
+}
+
+#[derive(Debug, Deserialize)]
+struct Fields {
+    #[serde(default)]
+    message: String,
+    request_id: Option<String>,
+    plugin: Option<String>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
+}
+
+/// Tells the lines of worker `number` until it has ended, on a thread of its own.
+///
+/// # Errors
+/// Linux gives no thread.
+pub(super) fn relay(number: u64, stderr: ChildStderr) -> io::Result<()> {
+    std::thread::Builder::new()
+        .name("strait-relay".to_owned())
+        .spawn(move || relay_all(number, &mut BufReader::new(stderr), tell))
+        .map(drop)
+}
+
+fn relay_all(number: u64, lines: &mut impl BufRead, mut tell: impl FnMut(u64, &str)) {
+    let (mut since, mut bytes, mut lost) = (Instant::now(), 0_usize, 0_u64);
+    while let Ok(Some(line)) = next(lines) {
+        if since.elapsed() >= SECOND {
+            since = Instant::now();
+            bytes = 0;
+            if lost > 0 {
+                tracing::warn!(
+                    worker = number,
+                    lost,
+                    "log lines of a worker are lost: it writes too many"
+                );
+                lost = 0;
+            }
+        }
+        bytes = bytes.saturating_add(line.len());
+        match bytes <= SECOND_BYTES_MAX {
+            true => tell(number, &line),
+            false => lost += 1,
+        }
+    }
+}
+
+/// The next line without its end; none at the end of all.
+fn next(lines: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut line = Vec::new();
+    let read = lines.take(LINE_BYTES_MAX).read_until(b'\n', &mut line)?;
+    if read == 0 {
+        return Ok(None);
+    }
+    if line.pop_if(|last| *last == b'\n').is_none() {
+        lines.skip_until(b'\n')?;
+    }
+    Ok(Some(String::from_utf8_lossy(&line).into_owned()))
+}
+
+/// One line of worker `number`.
+fn tell(number: u64, line: &str) {
+    let Ok(event) = serde_json::from_str::<Event>(line) else {
+        if !line.is_empty() {
+            tracing::warn!(worker = number, "{line}");
+        }
+        return;
+    };
+    let Fields {
+        message,
+        request_id,
+        plugin,
+        others,
+    } = &event.fields;
+    let mut text = message.clone();
+    // Where it comes from in a library that does not use `tracing` itself.
+    let others = others.iter().filter(|(name, _)| !name.starts_with("log."));
+    for (name, value) in others {
+        text.push_str(&format!(" {name}={value}"));
+    }
+    let (request_id, plugin) = (request_id.as_deref(), plugin.as_deref());
+    macro_rules! told {
+        ($level:ident) => {
+            match event.target.as_str() {
+                "strait::guest" => {
+                    tracing::$level!(target: "strait::guest", worker = number, request_id, plugin, "{text}");
+                }
+                from => tracing::$level!(worker = number, from, request_id, plugin, "{text}"),
+            }
+        };
+    }
+    match event.level.as_str() {
+        "ERROR" => told!(error),
+        "WARN" => told!(warn),
+        "INFO" => told!(info),
+        "DEBUG" => told!(debug),
+        _ => told!(trace),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_have_a_length_and_a_rate() {
+        let long = vec![b'x'; SECOND_BYTES_MAX + 10];
+        let text = [&b"one\n\n\xff\n"[..], &long, b"\nlast"].concat();
+        let mut told = Vec::new();
+        relay_all(1, &mut &text[..], |_, line| told.push(line.to_owned()));
+        let lengths: Vec<_> = told.iter().map(String::len).collect();
+        // The long one is cut, and over the rate.
+        assert_eq!(
+            (&told[..3], &lengths[..]),
+            (
+                &["one".to_owned(), String::new(), "\u{fffd}".to_owned()][..],
+                &[3, 0, 3][..]
+            )
+        );
+    }
+
+    #[test]
+    fn what_a_worker_writes_is_an_event_or_a_line() {
+        let written = r#"{"level":"ERROR","fields":{"message":"a\nb","request_id":"r-1","plugin":"p","done":3},"target":"strait::guest"}"#;
+        let event: Event = serde_json::from_str(written).expect("an event");
+        assert_eq!(
+            (event.level.as_str(), event.target.as_str()),
+            ("ERROR", "strait::guest")
+        );
+        assert_eq!(event.fields.message, "a\nb");
+        assert_eq!(event.fields.request_id.as_deref(), Some("r-1"));
+        assert_eq!(event.fields.others["done"], 3);
+        for line in ["", "{", "{}", "thread panicked", "[1]", r#"{"level":1}"#] {
+            assert!(serde_json::from_str::<Event>(line).is_err(), "{line}");
+            tell(1, line);
+        }
+    }
+}
