@@ -108,6 +108,12 @@ pub struct WorkerSettings {
     pub enabled: bool,
     /// Milliseconds that a run gets beyond its deadline, or after it was cancelled, before its worker is killed.
     pub grace_ms: u64,
+    /// Processes at most: one of each principal that runs kernels, and the spare.
+    pub max: usize,
+    /// Milliseconds without a run after which a worker ends.
+    pub idle_ms: u64,
+    /// Keep one that is ready for the next principal, or to succeed one that is lost.
+    pub spare: bool,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -120,6 +126,9 @@ impl Default for WorkerSettings {
         Self {
             enabled: false,
             grace_ms: 500,
+            max: 16,
+            idle_ms: 600_000,
+            spare: true,
             program: None,
             options: Vec::new(),
         }

@@ -4,7 +4,7 @@
 //! main ─▶ serve                     a host in the foreground
 //!      ├▶ tensors: put ls get rm    ┐ over the data socket, by strait-client
 //!      ├▶ kernels: kernels call     │
-//!      ├▶ limits                    ┘
+//!      ├▶ limits, workers           ┘
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      ├▶ doctor                    what this machine lacks for a host, and what to change
 //!      ├▶ demo                      a host, a producer and a consumer, each a process
@@ -34,6 +34,7 @@ mod serve;
 mod staging;
 mod tensors;
 mod worker;
+mod workers;
 
 use std::process::ExitCode;
 
@@ -90,6 +91,8 @@ enum Command {
     Rm(tensors::RmArgs),
     /// Show and change each user's quotas, and show what is used of them; for the host's operators.
     Limits(limits::LimitsArgs),
+    /// Show the processes that run the host's kernels: everybody's to its operators, your own otherwise.
+    Workers(workers::WorkersArgs),
     #[command(hide = true)]
     Worker(worker::WorkerArgs),
     #[command(hide = true)]
@@ -114,6 +117,7 @@ pub fn main() -> ExitCode {
         Command::Ls(args) => (args.connection.json, tensors::ls(args)),
         Command::Rm(args) => (args.connection.json, tensors::rm(args)),
         Command::Limits(args) => (args.connection.json, limits::limits(args)),
+        Command::Workers(args) => (args.connection.json, workers::workers(args)),
         Command::Worker(args) => (false, worker::worker(args)),
         Command::DemoProducer(args) => (false, demo::producer(args)),
         Command::DemoConsumer(args) => (false, demo::consumer(args)),

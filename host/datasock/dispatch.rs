@@ -7,7 +7,7 @@ use strait_protocol::{self as wire, Op};
 
 use super::answer::{Answer, parse};
 use super::frames::{Outgoing, failure};
-use super::handlers::{calls, greeting, kernels, leases, names, quotas, segments};
+use super::handlers::{calls, greeting, kernels, leases, names, quotas, segments, workers};
 use crate::error::{Code, Reason, Status};
 use crate::session::Session;
 
@@ -110,6 +110,7 @@ pub(super) fn respond(
         Op::Ping => asked.answer(greeting::ping),
         Op::Stats => asked.answer_slowly(greeting::stats),
         Op::Limits => asked.answer(quotas::limits),
+        Op::Workers => asked.answer(workers::workers),
         Op::Kernels => asked.answer(kernels::kernels),
         Op::Lookup => asked.answer(names::lookup),
         Op::List => asked.answer(names::list),

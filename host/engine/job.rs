@@ -55,9 +55,15 @@ pub struct Input {
     pub place: TensorPlace,
 }
 
+/// Whose a run is: what two owners run shares no process. A plain number, of one owner in the host's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Owner(pub u64);
+
 /// What a job works with in the host.
 #[derive(Debug)]
 pub struct Means {
+    /// Who runs it.
+    pub owner: Owner,
     /// What holds the inputs, one for each of [`Job::inputs`].
     pub inputs: Vec<Arc<dyn SharedSource>>,
     /// Where the memory of its results comes from.

@@ -61,12 +61,12 @@ use crate::plugin::{Plugin, PluginError, PluginHash};
 
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
-    CancelToken, Done, Filled, FilledOutput, Input, Job, Means, Output, Report, Results, Seconds,
-    Supplies, Telling, WindowPages,
+    CancelToken, Done, Filled, FilledOutput, Input, Job, Means, Output, Owner, Report, Results,
+    Seconds, Supplies, Telling, WindowPages,
 };
 pub use limits::Limits;
 pub use panicked::Panic;
-pub use runner::{Runner, RunnerCounts};
+pub use runner::{Runner, RunnerCounts, RunnerProcess};
 
 use abi::PluginPre;
 use guest_memory::{Creator, RESERVATION_BYTES};

@@ -1,12 +1,13 @@
 //! Where kernels run: in this process, or in another.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use strait_memory::{InputSource, LotStats, PoolSegment, ResultPages, ResultSource};
 use strait_tensor::TensorSpec;
 
-use super::job::{Done, Job, Means, Output, Results, Supplies};
+use super::job::{Done, Job, Means, Output, Owner, Results, Supplies};
 use super::{Cause, Engine, Failed, LoadError};
 use crate::plugin::Plugin;
 
@@ -34,6 +35,33 @@ pub trait Runner: std::fmt::Debug + Send + Sync {
 
     /// Counts as of now.
     fn counts(&self) -> RunnerCounts;
+
+    /// The other processes that it has, those that were started first coming first.
+    fn processes(&self) -> Vec<RunnerProcess> {
+        Vec::new()
+    }
+
+    /// Ends what nobody has used for long. To be called from time to time; it does not wait.
+    fn end_idle(&self, _now: Instant) {}
+}
+
+/// A process that a [`Runner`] has beside this one.
+#[derive(Clone, Debug, Default)]
+pub struct RunnerProcess {
+    /// Its number among those that were started.
+    pub number: u64,
+    /// Linux's number of it.
+    pub pid: u32,
+    /// Whose runs it has; none: it is there for the next owner.
+    pub owner: Option<Owner>,
+    /// Runs that it has now.
+    pub running: u64,
+    /// Runs that it has or had.
+    pub runs: u64,
+    /// How long ago it was started.
+    pub age: Duration,
+    /// What should stand between it and everything else and does not on this Linux, in words.
+    pub lacks: Vec<String>,
 }
 
 /// Counts of a [`Runner`]. Bytes since the start.
@@ -53,6 +81,8 @@ pub struct RunnerCounts {
     pub births: (u64, u64),
     /// Other processes that live, were started, and were lost.
     pub processes: (u64, u64, u64),
+    /// Descriptors that this process has open for those.
+    pub process_fds: u64,
 }
 
 /// The results of one invocation, from a pool of this process.
@@ -131,6 +161,7 @@ impl Runner for Engine {
             parked: self.lot.stats(),
             births: (0, 0),
             processes: (0, 0, 0),
+            process_fds: 0,
         }
     }
 }

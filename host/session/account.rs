@@ -155,6 +155,14 @@ impl Accounts {
         }
     }
 
+    /// Whose account has that number.
+    pub(super) fn principal(&self, number: u64) -> Option<String> {
+        let inner = self.inner.lock();
+        let mut accounts = inner.of.values();
+        let account = accounts.find(|account| account.number == number)?;
+        Some(account.principal.to_string())
+    }
+
     /// Principals that ever came.
     pub(super) fn count(&self) -> u64 {
         self.inner.lock().of.len() as u64
@@ -215,7 +223,7 @@ impl Account {
         &self.principal
     }
 
-    /// The account's number, unique in the host's life: whose results the pool keeps apart.
+    /// The account's number, unique in the host's life: whose results and whose workers are kept apart.
     pub fn number(&self) -> u64 {
         self.number
     }

@@ -43,7 +43,7 @@ use crate::engine::{Engine, EngineConfig, Interruption, Runner};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Ended, Leases, LiveSegment, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
-use crate::worker::{WorkerRunner, WorkerSettings};
+use crate::worker::{CrewSettings, WorkerRunner, WorkerSettings};
 
 pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
@@ -264,11 +264,12 @@ impl Host {
         &self.births
     }
 
-    /// Ends leases whose time is over; their sessions are to be told.
+    /// Ends leases whose time is over, and workers that were idle for too long; the leases' sessions are to be told.
     pub fn expire(&self, now: Instant) -> Vec<Gone> {
         let (gone, ended) = self.leases.expire(now);
         self.budget.free(ended.bytes(), ended);
         self.accounts.settle();
+        self.runner.end_idle(now);
         let kept = self.undelivered.expire(now);
         self.budget.free(bytes_of(kept.iter()), kept);
         let answers = self.idempotency.expire(now);
@@ -408,6 +409,11 @@ fn runner(
         // One for each thread that waits, and one for a plugin that is loaded meanwhile.
         lanes: config.workers() + 2,
         grace: config.workers.grace(),
+        crew: CrewSettings {
+            max: config.workers.max,
+            idle: Duration::from_millis(config.workers.idle_ms),
+            spare: config.workers.spare,
+        },
         engine: EngineConfig {
             interruption: Interruption::Signals,
             ..config.engine()

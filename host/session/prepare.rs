@@ -11,7 +11,7 @@ use strait_tensor::TensorPlace;
 use super::Host;
 use super::caller::Caller;
 use super::flights::{check_name, name_taken};
-use crate::engine::{CancelToken, Input, Job, Limits, Means};
+use crate::engine::{CancelToken, Input, Job, Limits, Means, Owner};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SessionId};
 use crate::plugin::{ITEMS_MAX, Plugin};
@@ -127,6 +127,7 @@ impl Caller {
             })
             .unzip();
         let means = Means {
+            owner: Owner(self.account.number()),
             inputs: sources,
             results: self.result_source(&kernel.plugin, invoke.seal),
             deadline: deadline.at,

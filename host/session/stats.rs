@@ -1,12 +1,35 @@
-//! The counts of STATS.
+//! The counts of STATS, and WORKERS.
 
 use std::sync::atomic::Ordering;
 
 use strait_protocol as wire;
 
 use super::{Caller, Host};
-use crate::engine::RunnerCounts;
+use crate::engine::{Owner, RunnerCounts};
 use crate::lease::SessionId;
+
+impl Caller {
+    /// The processes that run kernels, those after the number `after`: everybody's for an operator, the principal's own
+    /// for anybody else.
+    pub fn worker_processes(&self, after: Option<u64>) -> Vec<wire::Worker> {
+        let own = Owner(self.account.number());
+        let processes = self.host.runner.processes().into_iter();
+        let seen = processes.filter(|process| {
+            (self.is_operator() || process.owner == Some(own)) && Some(process.number) > after
+        });
+        let name = |owner: Owner| self.host.accounts.principal(owner.0);
+        seen.map(|process| wire::Worker {
+            number: process.number,
+            pid: process.pid,
+            principal: process.owner.and_then(name),
+            running: process.running,
+            runs: process.runs,
+            age_ms: u64::try_from(process.age.as_millis()).unwrap_or(u64::MAX),
+            lacks: process.lacks,
+        })
+        .collect()
+    }
+}
 
 impl Host {
     /// For a caller on that session; without one for this process itself, which sees everything.
@@ -96,6 +119,7 @@ impl Host {
                 processes: ran.processes.0,
                 started: ran.processes.1,
                 lost: ran.processes.2,
+                fds: ran.process_fds,
             },
             accounts: self.accounts.count(),
         }

@@ -2,9 +2,9 @@
 //! the host.
 //!
 //! ```text
-//! host                                          worker (`strait worker`, one of a host at a time)
-//! WorkerRunner ── Process ── control ─────────▶ serve: forget, cancel
-//!      │             └────── lanes, one a run ▶   └─ Engine: load, fill
+//! host                                          worker (`strait worker`, one of each principal)
+//! WorkerRunner ─ Crew ─ Process ─ control ────▶ serve: forget, cancel
+//!      │                   └── lanes, one a run ▶ └─ Engine: load, fill
 //!      └ policy: who gets which segment,
 //!        when it is sealed, what is believed       mappings of inputs and results, warm
 //! ```
@@ -14,6 +14,7 @@
 
 mod channel;
 mod confine;
+mod crew;
 mod exchange;
 mod log;
 mod messages;
@@ -21,5 +22,6 @@ mod process;
 mod runner;
 mod serve;
 
+pub use crew::CrewSettings;
 pub use runner::{WorkerRunner, WorkerSettings};
 pub use serve::serve;

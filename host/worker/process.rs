@@ -7,7 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
@@ -16,13 +16,18 @@ use strait_memory::{Filler, FrameSocket, KeepsMappings};
 use super::channel::{Channel, ReceiveError};
 use super::log;
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
+use crate::engine::RunnerProcess;
 use crate::plugin::PluginHash;
+use crate::text;
 
 /// What a worker may send in one message: a description, at most.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 /// What a worker gets to start, and to answer what it needs no kernel for.
 const START_MAX: Duration = Duration::from_secs(30);
 const CONTROL_MAX: Duration = Duration::from_secs(2);
+/// Walls that one may lack, and the bytes that are kept of each.
+const WALLS_MAX: usize = 16;
+const WALL_BYTES_MAX: usize = 200;
 
 /// How often a run that is waited for is asked whether it was cancelled.
 pub(super) const LOOK: Duration = Duration::from_millis(250);
@@ -39,18 +44,32 @@ pub(super) struct Recipe {
     pub(super) census: Arc<Census>,
 }
 
+impl Recipe {
+    /// What this process has open for each: the lanes, and control twice.
+    fn fds(&self) -> u64 {
+        self.lanes as u64 + 2
+    }
+}
+
 /// Counts of workers.
 #[derive(Debug, Default)]
 pub(super) struct Census {
     pub(super) started: AtomicU64,
     pub(super) living: AtomicU64,
     pub(super) lost: AtomicU64,
+    /// Descriptors that this process has open for them.
+    pub(super) fds: AtomicU64,
 }
 
 /// A worker. It ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Process {
     number: u64,
+    pid: u32,
+    started: Instant,
+    /// Walls that this Linux lacks, as it told when it started.
+    lacks: OnceLock<Vec<String>>,
+    fds: u64,
     child: Mutex<Option<Child>>,
     /// For what is answered: held until it is.
     control: Mutex<Channel>,
@@ -123,8 +142,13 @@ impl Process {
             .spawn()?;
         let stderr = child.stderr.take();
         recipe.census.living.fetch_add(1, Ordering::Relaxed);
+        recipe.census.fds.fetch_add(recipe.fds(), Ordering::Relaxed);
         let process = Arc::new_cyclic(|process| Self {
             number,
+            pid: child.id(),
+            started: Instant::now(),
+            lacks: OnceLock::new(),
+            fds: recipe.fds(),
             child: Mutex::new(Some(child)),
             control: Mutex::new(control),
             cancels: Mutex::new(cancels),
@@ -145,6 +169,8 @@ impl Process {
         let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
         let mut control = process.control.lock();
         control.send(&Control::Start(recipe.start.clone()), &fds)?;
+        drop(fds);
+        drop(theirs);
         let until = Instant::now() + START_MAX;
         let came = loop {
             match control.wait(until.min(Instant::now() + LOOK)) {
@@ -157,7 +183,12 @@ impl Process {
         drop(control);
         match started {
             Ok((Controlled::Started(started), _)) => {
-                for wall in started.map_err(io::Error::other)? {
+                let lacks = started.map_err(io::Error::other)?.into_iter();
+                let lacks = lacks.map(|wall| text::one_line(wall, WALL_BYTES_MAX));
+                let lacks = process
+                    .lacks
+                    .get_or_init(|| lacks.take(WALLS_MAX).collect());
+                for wall in lacks {
                     tracing::warn!(worker = number, wall, "a worker process lacks a wall");
                 }
             }
@@ -174,6 +205,17 @@ impl Process {
 
     pub(super) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Itself, whoever uses it.
+    pub(super) fn about(&self) -> RunnerProcess {
+        RunnerProcess {
+            number: self.number,
+            pid: self.pid,
+            age: self.started.elapsed(),
+            lacks: self.lacks.get().cloned().unwrap_or_default(),
+            ..RunnerProcess::default()
+        }
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -332,6 +374,7 @@ impl Process {
 impl Drop for Process {
     fn drop(&mut self) {
         self.end();
+        self.census.fds.fetch_sub(self.fds, Ordering::Relaxed);
     }
 }
 

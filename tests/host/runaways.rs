@@ -6,7 +6,7 @@ use strait_client::wire::Op;
 
 use crate::guest;
 use crate::served::{Raw, Served, check_call, number, put, ramp};
-use crate::workers::{MOVED, ON, worker};
+use crate::workers::{MOVED, NO_SPARE, ON, worker};
 
 /// In the guest's own code, whatever it does there.
 const IN_THE_GUEST: [(&str, &str); 14] = [
@@ -94,7 +94,8 @@ fn host(bodies: &[(&str, &str)], grace_ms: &str) -> (Served, Raw) {
         guest::component(&format!("spins-{index}"), &text)
     };
     let plugins: Vec<_> = bodies.iter().enumerate().map(plugin).collect();
-    let host = Served::with_plugins(&plugins, &[ON, ("STRAIT__WORKERS__GRACE_MS", grace_ms)]);
+    let grace = ("STRAIT__WORKERS__GRACE_MS", grace_ms);
+    let host = Served::with_plugins(&plugins, &[ON, NO_SPARE, grace]);
     let mut client = host.greeted();
     put(&mut client, "x", MOVED);
     (host, client)

@@ -357,8 +357,8 @@ impl Holdings {
     pub fn of(stats: &Value) -> Self {
         let n = |path: &str| number(stats, path);
         Self {
-            // An idle result of the pool is a descriptor.
-            fds: n("/process/fds") - n("/pool/idle_segments"),
+            // An idle result of the pool is a descriptor, and workers come and go as they are needed.
+            fds: n("/process/fds") - n("/pool/idle_segments") - n("/workers/fds"),
             segments: n("/segments"),
             segment_bytes: n("/segment_bytes"),
             flights: n("/flights"),

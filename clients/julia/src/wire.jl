@@ -21,6 +21,7 @@
     CANCEL = 20
     PING = 22
     LIMITS = 23
+    WORKERS = 24
     GONE = 65
     SHUTDOWN = 66
 end

@@ -16,7 +16,7 @@ use crate::lease::Lease;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
-use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome};
+use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome, Worker};
 
 /// A connection to a host whose operations are futures. Clones share the connection.
 ///
@@ -256,6 +256,15 @@ impl AsyncClient {
         changes: QuotaSettings,
     ) -> Result<QuotaList, Error> {
         self.0.limits(principal, Some(changes)).await
+    }
+
+    /// The processes that run the host's kernels: all of them for its operators, one's own for others; none if the host
+    /// itself runs them.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub async fn workers(&self) -> Result<Vec<Worker>, Error> {
+        self.0.workers().await
     }
 
     /// Asks whether the host is there.

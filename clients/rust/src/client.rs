@@ -20,7 +20,7 @@ use crate::listing::FlightPages;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
-use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome};
+use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome, Worker};
 
 /// A connection to a host. Any number of threads may use it at once; clones share it.
 ///
@@ -251,6 +251,15 @@ impl Client {
         changes: QuotaSettings,
     ) -> Result<QuotaList, Error> {
         self.0.wait(self.0.limits(principal, Some(changes)))
+    }
+
+    /// The processes that run the host's kernels: all of them for its operators, one's own for others; none if the host
+    /// itself runs them.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub fn workers(&self) -> Result<Vec<Worker>, Error> {
+        self.0.wait(self.0.workers())
     }
 
     /// Asks whether the host is there.

@@ -1,4 +1,4 @@
-//! What the host has: flights by name, kernels, quotas. Lists come page by page.
+//! What the host has: flights by name, kernels, workers, quotas. Lists come page by page.
 
 use crate::error::Error;
 use crate::session::Session;
@@ -48,6 +48,22 @@ impl Session {
             kernels.extend(page.kernels);
             if !page.more {
                 return Ok(kernels);
+            }
+        }
+    }
+
+    pub(crate) async fn workers(&self) -> Result<Vec<wire::Worker>, Error> {
+        let mut workers: Vec<wire::Worker> = Vec::new();
+        loop {
+            let body = wire::AskWorkers {
+                after: workers.last().map(|last| last.number),
+                request_id: self.request_id(),
+            };
+            let page: wire::WorkerList = self.ask(Op::Workers, &body).await?;
+            check_page(page.more, page.workers.is_empty())?;
+            workers.extend(page.workers);
+            if !page.more {
+                return Ok(workers);
             }
         }
     }

@@ -7,6 +7,7 @@ pub(super) mod leases;
 pub(super) mod names;
 pub(super) mod quotas;
 pub(super) mod segments;
+pub(super) mod workers;
 
 use std::sync::Arc;
 

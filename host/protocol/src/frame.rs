@@ -74,6 +74,8 @@ ops! {
     Ping = 22,
     /// What each principal may have; for operators of the host.
     Limits = 23,
+    /// The processes that run kernels.
+    Workers = 24,
     /// Reserved.
     Chunk = 64,
     /// Pushed: a lease is over.

@@ -6,6 +6,7 @@
 //! real ── floats that JSON has no number for
 //! reason ── the code and the reason of an ERROR, and of a Flight status
 //! stats ── what a host counts              quota ── what each principal may have of it
+//! worker ── the processes that run its kernels
 //! ```
 
 mod frame;
@@ -15,6 +16,7 @@ mod reason;
 mod reply;
 mod request;
 mod stats;
+mod worker;
 
 pub use frame::{
     BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, TraceContext, VERSION,
@@ -28,13 +30,14 @@ pub use reply::{
     Shutdown, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, Cancel, Create, Empty, Hello, Input, Invoke, Kernels, Leases, Limits, List,
-    Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
+    Adopt, AskLimits, AskWorkers, Cancel, Create, Empty, Hello, Input, Invoke, Kernels, Leases,
+    Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
 };
 pub use stats::{
     AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,
     WorkerStats,
 };
+pub use worker::{Worker, WorkerList};
 
 /// The data socket's name in a host's runtime directory.
 pub const DATA_SOCKET: &str = "data.sock";

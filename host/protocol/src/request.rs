@@ -73,6 +73,14 @@ request! {
     }
 }
 request! {
+    /// WORKERS.
+    AskWorkers {
+        /// Last number of the previous page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<u64>,
+    }
+}
+request! {
     /// LOOKUP and DROP.
     Name {
         /// The flight's name.

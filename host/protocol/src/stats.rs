@@ -123,6 +123,8 @@ pub struct WorkerStats {
     pub started: u64,
     /// Those of them that ended before the host had done with them, or that it had to kill.
     pub lost: u64,
+    /// Descriptors that the host has open for those that live.
+    pub fds: u64,
 }
 
 /// What a principal has of a host, and had.

@@ -10,7 +10,7 @@ use wasmtime_environ::object::{Object, ObjectSection, ObjectSymbol};
 
 use crate::guest;
 use crate::served::{Raw, Served, check_call, numbers, put, ramp};
-use crate::workers::{MOVED, ON};
+use crate::workers::{MOVED, NO_SPARE, ON};
 
 /// The guest's functions and what they become: System V, with two registers more in front, as wasmtime calls within a module.
 const PRIMITIVES: [(&str, &[u8]); 4] = [
@@ -221,6 +221,7 @@ impl Broken {
         let compiled = cache.path().join("compiled");
         let settings = [
             ON,
+            NO_SPARE,
             ("STRAIT__ENGINE__CACHE", compiled.to_str().unwrap()),
             ("STRAIT__WORKERS__GRACE_MS", "200"),
         ];

@@ -43,6 +43,8 @@ impl Lied {
         let program = [
             ("STRAIT__WORKERS__ENABLED", "true"),
             ("STRAIT__WORKERS__PROGRAM", "/bin/sh"),
+            // Which would start with one lie and serve when there is another.
+            ("STRAIT__WORKERS__SPARE", "false"),
         ];
         let host = Served::start_in_with(directory, &[], &program);
         let mut client = host.greeted();
@@ -250,6 +252,11 @@ fn a_worker_that_does_not_start_holds_up_nobody() {
         lied.check(lie, 60_000, false, HOST);
     }
     lied.kill_worker();
+    // A run that finds it dying would wait for one of its own.
+    lied.host
+        .eventually(&mut lied.client, "it is gone", |stats| {
+            number(stats, "/workers/processes") == 0
+        });
     lied.lie("start: silence");
     let mut others: Vec<_> = (0..2).map(|_| lied.host.greeted()).collect();
     let mut waiting = scale_shift(json!("x"), 2.0, 1.0);

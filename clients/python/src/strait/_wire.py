@@ -45,6 +45,7 @@ class Op(enum.IntEnum):
     CANCEL = 20
     PING = 22
     LIMITS = 23
+    WORKERS = 24
     GONE = 65
     SHUTDOWN = 66
 
