@@ -14,10 +14,15 @@ use std::hint::black_box;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::measurement::WallTime;
+use criterion::{
+    BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
+};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use std::sync::Arc;
 use strait::config::Config;
+use strait::engine::{Owner, RunnerProcess};
 use strait::session::{Caller, Host, Invoked};
 use strait_client::{Client, NewTensor};
 use strait_memory::{Budget, Copied, Segment, WriteMapping};
@@ -45,6 +50,28 @@ impl Rig {
                 .unwrap()
                 .own_caller(),
         )
+    }
+
+    /// For another user of the same host.
+    fn of(&self, uid: u32) -> Self {
+        Self(self.0.host().caller(Some(uid)).unwrap())
+    }
+
+    fn wait_for_spare(&self, spare: bool) {
+        let is_spare = |process: &RunnerProcess| process.owner.is_none();
+        while spare && !self.0.host().runner().processes().iter().any(is_spare) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn kill_worker(&self) {
+        let own = Some(Owner(self.0.account().number()));
+        for process in self.0.host().runner().processes() {
+            if process.owner == own {
+                let pid = i32::try_from(process.pid).unwrap();
+                kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+            }
+        }
     }
 
     fn put(&self, name: &str, bytes: usize) {
@@ -181,7 +208,48 @@ fn worker(c: &mut Criterion) {
             b.iter_custom(|calls| (0..calls).map(|_| rig.runaway(DEADLINE_MS)).sum());
         });
     }
+    first_calls(&mut group);
     group.finish();
+}
+
+/// The first call of a principal, and the next one when its worker was killed: with a process that has to be started, and
+/// with one to spare.
+fn first_calls(group: &mut BenchmarkGroup<'_, WallTime>) {
+    for (label, spare) in [("without a spare", false), ("with a spare", true)] {
+        let rig = Rig::new(|config| {
+            config.workers.enabled = true;
+            config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
+            config.workers.spare = spare;
+        });
+        // Somebody is served already.
+        rig.put("x", 1 << 10);
+        rig.call();
+        let mut uid = 100_000;
+        for (name, is_first) in [("first call", true), ("call after a kill", false)] {
+            group.bench_function(BenchmarkId::new(name, label), |b| {
+                b.iter_custom(|calls| {
+                    (0..calls)
+                        .map(|_| {
+                            uid += 1;
+                            let other = rig.of(uid);
+                            other.put("x", 1 << 10);
+                            if !is_first {
+                                other.call();
+                                other.wait_for_spare(spare);
+                                other.kill_worker();
+                            }
+                            other.wait_for_spare(spare);
+                            let begun = Instant::now();
+                            black_box(other.call());
+                            let took = begun.elapsed();
+                            other.kill_worker();
+                            took
+                        })
+                        .sum()
+                });
+            });
+        }
+    }
 }
 
 /// From nothing to a sandbox that can be called: store and instance, by the engine's own clock.

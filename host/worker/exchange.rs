@@ -1,11 +1,9 @@
 //! One run as it is told to a worker, and what is believed of the answers.
 
-use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use strait_memory::{MemoryError, PoolSegment};
 use strait_tensor::{Column, FileLayout, TensorSpec};
 
@@ -19,9 +17,6 @@ use crate::plugin::{Description, PluginHash, Port};
 const REST_MAX: Duration = Duration::from_secs(2);
 /// What a plugin gets to be compiled and describe itself.
 const LOAD_MAX: Duration = Duration::from_secs(120);
-
-/// How large each kernel's results were the last time, in bytes.
-pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
 
 /// What a run gives.
 pub(super) enum Given {
@@ -62,7 +57,6 @@ pub(super) struct Exchange<'a> {
     job: &'a Job,
     means: &'a Means,
     grace: Duration,
-    needs: &'a Needs,
     /// For its results: those that are granted ahead, until it asks for others.
     segments: Vec<PoolSegment>,
     granted: bool,
@@ -71,19 +65,12 @@ pub(super) struct Exchange<'a> {
 }
 
 impl<'a> Exchange<'a> {
-    pub(super) fn new(
-        lane: Lane,
-        job: &'a Job,
-        means: &'a Means,
-        grace: Duration,
-        needs: &'a Needs,
-    ) -> Self {
+    pub(super) fn new(lane: Lane, job: &'a Job, means: &'a Means, grace: Duration) -> Self {
         Self {
             lane,
             job,
             means,
             grace,
-            needs,
             segments: Vec::new(),
             granted: false,
             refused: None,
@@ -178,11 +165,12 @@ impl<'a> Exchange<'a> {
 
     /// Results as large as the kernel's last ones were, if they are at hand.
     fn ahead(&self) -> Vec<PoolSegment> {
-        let needs = self.needs.lock();
+        let process = self.lane.process();
+        let needs = process.needs().lock();
         let Some(bytes) = needs.get(&self.kernel()) else {
             return Vec::new();
         };
-        let process = self.lane.process().number();
+        let process = process.number();
         let warm = bytes
             .iter()
             .map(|bytes| self.means.results.warm_for(process, *bytes));
@@ -201,8 +189,11 @@ impl<'a> Exchange<'a> {
         if bytes.len() != self.job.kernel.kernel().outputs.len() {
             return Err(senseless(format!("it needs {} results", bytes.len())));
         }
-        self.needs.lock().insert(self.kernel(), bytes.to_vec());
-        let process = self.lane.process().number();
+        let process = self.lane.process();
+        let mut needs = process.needs().lock();
+        needs.insert(self.kernel(), bytes.to_vec());
+        drop(needs);
+        let process = process.number();
         for bytes in bytes {
             match self.means.results.take_for(process, *bytes) {
                 Ok(segment) => self.segments.push(segment),

@@ -1,6 +1,6 @@
 //! One worker process, as the host sees it: started, talked to, ended.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -31,6 +31,9 @@ const WALL_BYTES_MAX: usize = 200;
 
 /// How often a run that is waited for is asked whether it was cancelled.
 pub(super) const LOOK: Duration = Duration::from_millis(250);
+
+/// How large each kernel's results were the last time, in bytes.
+pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
 
 /// How workers are started.
 #[derive(Debug)]
@@ -88,6 +91,7 @@ pub(super) struct Process {
     plugins: Mutex<HashSet<PluginHash>>,
     totals: Mutex<Totals>,
     counts: Mutex<Counts>,
+    needs: Needs,
 }
 
 /// Whether Linux has taken all of a process apart.
@@ -162,6 +166,7 @@ impl Process {
             plugins: Mutex::default(),
             totals: Mutex::default(),
             counts: Mutex::default(),
+            needs: Needs::default(),
         });
         if let Some(stderr) = stderr {
             log::relay(number, stderr)?;
@@ -352,6 +357,11 @@ impl Process {
 
     pub(super) fn totals(&self) -> Totals {
         *self.totals.lock()
+    }
+
+    /// What may go along with its next runs. Of this process alone: it has mapped nothing that another filled.
+    pub(super) fn needs(&self) -> &Needs {
+        &self.needs
     }
 
     pub(super) fn has_plugin(&self, hash: &PluginHash) -> bool {

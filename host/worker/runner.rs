@@ -7,13 +7,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
 use strait_memory::ResultPool;
 use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
 use super::crew::{Crew, CrewSettings, is_over};
-use super::exchange::{Exchange, Given, Needs, Trouble, load};
+use super::exchange::{Exchange, Given, Trouble, load};
 use super::messages::Start;
 use super::process::{Process, Recipe};
 use crate::engine::{
@@ -52,7 +51,6 @@ pub struct WorkerRunner {
     last_run: AtomicU64,
     invocations: AtomicU64,
     running: AtomicU64,
-    needs: Needs,
 }
 
 impl WorkerRunner {
@@ -87,7 +85,6 @@ impl WorkerRunner {
             last_run: AtomicU64::new(0),
             invocations: AtomicU64::new(0),
             running: AtomicU64::new(0),
-            needs: Mutex::default(),
         })
     }
 
@@ -124,7 +121,7 @@ impl WorkerRunner {
     ) -> Result<Given, Trouble> {
         let seated = self.crew.take(means, alone)?;
         let lane = seated.process().lane();
-        let mut exchange = Exchange::new(lane, job, means, self.grace, &self.needs);
+        let mut exchange = Exchange::new(lane, job, means, self.grace);
         let run = self.last_run.fetch_add(1, Ordering::Relaxed) + 1;
         let given = exchange.whole(run, open_only);
         if let Err(Trouble::Lost(lost)) = &given {
