@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -281,34 +280,69 @@ fn at_the_most_an_idle_worker_makes_room_and_if_all_are_busy_a_run_waits() {
 
 #[test]
 fn whoever_is_never_idle_makes_room_as_well() {
-    let Some((host, _client)) = shared_host(&[("STRAIT__WORKERS__MAX", "1")]) else {
+    let Some((host, mut operator)) = shared_host(&[("STRAIT__WORKERS__MAX", "1")]) else {
         return;
     };
     let mut other = user(&host, OTHER);
-    let mut busy: Vec<_> = (0..2).map(|_| user(&host, 7)).collect();
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for client in &mut busy {
-            // Two runs of this principal at any moment: one is there before the other ends.
-            scope.spawn(|| {
-                let mut call = scale_shift(json!("x"), 2.0, 1.0);
-                call["map"] = json!(false);
-                client.begin(Op::Invoke, &call, &[]);
-                while !done.load(Ordering::Relaxed) {
-                    client.begin(Op::Invoke, &call, &[]);
-                    client.receive().unwrap().accepted();
-                }
-            });
+    let mut busy = [user(&host, 7), user(&host, 7)];
+    let runs = |operator: &mut Raw| {
+        let runs = |worker: &Value| worker["principal"] == "uid:7" && worker["running"] == 1;
+        let seen = eventually(operator, "it runs", |seen| seen.iter().any(runs));
+        pid(of(&seen, "uid:7"))
+    };
+    let spin = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000});
+    let begin = Instant::now();
+    loop {
+        let first = busy[0].begin(Op::Invoke, &spin, &[]);
+        let worker = runs(&mut operator);
+        let call = scale_shift(json!("x"), 2.0, 1.0);
+        let waiting = other.begin(Op::Invoke, &call, &[]);
+        while number(&other.ok(Op::Stats, json!({})), "/account/running") == 0 {}
+        // Comes later, and before the first one is over.
+        let second = busy[1].begin(Op::Invoke, &spin, &[]);
+        while number(&busy[1].ok(Op::Stats, json!({})), "/account/running") < 2 {}
+        end_spin(&mut busy[0], first);
+        let made_room = runs(&mut operator) != worker;
+        if made_room {
+            // Who came later has the only place now, and keeps it.
+            assert!(other.readable(PATIENCE), "it was not its turn");
         }
-        let served: Vec<_> = (0..5)
-            .map(|_| other.ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0)))
-            .collect();
-        // Whatever they are, or the others would never end.
-        done.store(true, Ordering::Relaxed);
-        for reply in served {
-            assert_eq!(numbers(&reply).len(), 100_000);
+        end_spin(&mut busy[1], second);
+        assert_eq!(other.receive().unwrap().sequence(), waiting);
+        if made_room {
+            return;
         }
-    });
+        // The later one may have been in line first.
+        assert!(begin.elapsed() < PATIENCE, "nobody makes room");
+    }
+}
+
+#[test]
+fn a_run_that_is_alone_gets_the_place_of_its_own_principals_worker() {
+    let Some((host, mut operator)) = shared_host(&[("STRAIT__WORKERS__MAX", "1")]) else {
+        return;
+    };
+    let mut other = user(&host, OTHER);
+    let mut own = [user(&host, 7), user(&host, 7)];
+    let call = scale_shift(json!("x"), 2.0, 1.0);
+    for _ in 0..3 {
+        let first = spin(&mut own[0]);
+        let killed = pid(of(&workers(&mut operator), "uid:7"));
+        // In line behind another, the worker that is to be killed being asked to leave.
+        other.begin(Op::Invoke, &call, &[]);
+        while number(&other.ok(Op::Stats, json!({})), "/account/running") == 0 {}
+        own[1].begin(Op::Invoke, &call, &[]);
+        while number(&own[1].ok(Op::Stats, json!({})), "/account/running") < 2 {}
+        kill(killed);
+        other.receive().unwrap().accepted();
+        own[1].receive().unwrap().accepted();
+        eventually(&mut operator, "it runs again, alone", |seen| {
+            seen.iter().any(|worker| {
+                worker["principal"] == "uid:7" && worker["running"] == 1 && pid(worker) != killed
+            })
+        });
+        end_spin(&mut own[0], first);
+    }
 }
 
 #[test]
