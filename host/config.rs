@@ -114,6 +114,10 @@ pub struct WorkerSettings {
     pub idle_ms: u64,
     /// Keep one that is ready for the next principal, or to succeed one that is lost.
     pub spare: bool,
+    /// A plugin whose kernels cost a principal so many workers within [`Self::strikes_ms`] is out of service for it; 0: never.
+    pub strikes: usize,
+    /// Milliseconds.
+    pub strikes_ms: u64,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -129,6 +133,8 @@ impl Default for WorkerSettings {
             max: 16,
             idle_ms: 600_000,
             spare: true,
+            strikes: 3,
+            strikes_ms: 600_000,
             program: None,
             options: Vec::new(),
         }
@@ -140,6 +146,12 @@ impl WorkerSettings {
     #[must_use]
     pub fn grace(&self) -> Duration {
         Duration::from_millis(self.grace_ms.min(3_600_000))
+    }
+
+    /// [`Self::strikes_ms`], at most a week.
+    #[must_use]
+    pub fn window(&self) -> Duration {
+        Duration::from_millis(self.strikes_ms.min(7 * 86_400_000))
     }
 }
 

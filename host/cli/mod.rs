@@ -4,7 +4,7 @@
 //! main ─▶ serve                     a host in the foreground
 //!      ├▶ tensors: put ls get rm    ┐ over the data socket, by strait-client
 //!      ├▶ kernels: kernels call     │
-//!      ├▶ limits, workers           ┘
+//!      ├▶ limits, workers, plugins  ┘
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      ├▶ doctor                    what this machine lacks for a host, and what to change
 //!      ├▶ demo                      a host, a producer and a consumer, each a process
@@ -28,6 +28,7 @@ mod kernels;
 mod limits;
 mod log;
 mod output;
+mod plugins;
 mod progress;
 mod run;
 mod serve;
@@ -93,6 +94,8 @@ enum Command {
     Limits(limits::LimitsArgs),
     /// Show the processes that run the host's kernels: everybody's to its operators, your own otherwise.
     Workers(workers::WorkersArgs),
+    /// Show the plugins that the host has loaded and what of them is out of service, and put that back.
+    Plugins(plugins::PluginsArgs),
     #[command(hide = true)]
     Worker(worker::WorkerArgs),
     #[command(hide = true)]
@@ -118,6 +121,7 @@ pub fn main() -> ExitCode {
         Command::Rm(args) => (args.connection.json, tensors::rm(args)),
         Command::Limits(args) => (args.connection.json, limits::limits(args)),
         Command::Workers(args) => (args.connection.json, workers::workers(args)),
+        Command::Plugins(args) => (args.connection.json, plugins::plugins(args)),
         Command::Worker(args) => (false, worker::worker(args)),
         Command::DemoProducer(args) => (false, demo::producer(args)),
         Command::DemoConsumer(args) => (false, demo::consumer(args)),

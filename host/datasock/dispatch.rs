@@ -7,7 +7,9 @@ use strait_protocol::{self as wire, Op};
 
 use super::answer::{Answer, parse};
 use super::frames::{Outgoing, failure};
-use super::handlers::{calls, greeting, kernels, leases, names, quotas, segments, workers};
+use super::handlers::{
+    calls, greeting, kernels, leases, names, plugins, quotas, segments, workers,
+};
 use crate::error::{Code, Reason, Status};
 use crate::session::Session;
 
@@ -111,6 +113,7 @@ pub(super) fn respond(
         Op::Stats => asked.answer_slowly(greeting::stats),
         Op::Limits => asked.answer(quotas::limits),
         Op::Workers => asked.answer(workers::workers),
+        Op::Plugins => asked.answer(plugins::plugins),
         Op::Kernels => asked.answer(kernels::kernels),
         Op::Lookup => asked.answer(names::lookup),
         Op::List => asked.answer(names::list),

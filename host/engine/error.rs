@@ -91,6 +91,9 @@ pub struct Failed {
     pub stage: Stage,
     /// Why.
     pub cause: Cause,
+    /// It took the process with it in which it ran: nothing else can have been what ended that. Nobody is told so by another process.
+    #[serde(skip)]
+    pub took_process: bool,
 }
 
 /// Why an invocation failed.
@@ -372,6 +375,7 @@ impl Broken {
             kernel: kernel.to_owned(),
             stage: self.stage,
             cause: self.cause,
+            took_process: false,
         }
     }
 

@@ -387,6 +387,12 @@ impl Plugins {
         by_name.clear();
     }
 
+    /// All of them, by name.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Plugin>> {
+        self.by_name.read().values().cloned().collect()
+    }
+
     /// All kernels, sorted by plugin and name.
     #[must_use]
     pub fn kernels(&self) -> Vec<KernelRef> {

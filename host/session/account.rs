@@ -163,6 +163,14 @@ impl Accounts {
         Some(account.principal.to_string())
     }
 
+    /// The number of a principal's account, if it ever came.
+    pub(super) fn number(&self, principal: &str) -> Option<u64> {
+        let inner = self.inner.lock();
+        let mut accounts = inner.of.values();
+        let account = accounts.find(|account| account.principal.to_string() == principal)?;
+        Some(account.number)
+    }
+
     /// Principals that ever came.
     pub(super) fn count(&self) -> u64 {
         self.inner.lock().of.len() as u64

@@ -163,9 +163,12 @@ impl Caller {
         let ending = Ending { run, keep: None };
         match self.check(invoke, inputs, deadline, request_id, cancel) {
             Ok(checked) => {
-                let host = Arc::clone(&self.host);
+                let caller = self.clone();
                 self.queue(ending, deadline, &call, deadline, move |_| {
-                    Ok(host.runner.open_only(&checked.job, checked.means)?)
+                    let Checked { job, means, .. } = checked;
+                    caller.check_in_service(&job.kernel.plugin)?;
+                    let specs = caller.host.runner.open_only(&job, means);
+                    Ok(specs.inspect_err(|failed| caller.note_cost(&job.kernel.plugin, failed))?)
                 });
             }
             Err(status) => ending.end(Err(status)),
@@ -224,7 +227,13 @@ impl Caller {
             replace,
         } = checked;
         let (request_id, kernel) = (&*job.request_id, job.kernel.kernel().name.as_str());
-        let result = self.host.runner.invoke(&job, means).map_err(Status::from);
+        let plugin = &job.kernel.plugin;
+        // Others of its calls may have been the last straw while this one waited.
+        let result = self.check_in_service(plugin).and_then(|()| {
+            let done = self.host.runner.invoke(&job, means);
+            done.inspect_err(|failed| self.note_cost(plugin, failed))
+                .map_err(Status::from)
+        });
         match &result {
             Ok(done) => tracing::debug!(
                 request_id,

@@ -19,6 +19,7 @@ mod flights;
 mod idempotency;
 mod invoke;
 mod prepare;
+mod quarantine;
 mod queue;
 mod quotas;
 mod run;
@@ -55,6 +56,7 @@ pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};
 
 use flights::{Flights, NAME_BYTES_MAX};
+use quarantine::Quarantine;
 use run::Deadlines;
 use workers::Workers;
 
@@ -79,6 +81,7 @@ pub struct Host {
     /// Warm mappings of inputs, where kernels run in this process.
     lot: Arc<Lot>,
     plugins: Plugins,
+    quarantine: Quarantine,
     leases: Leases,
     flights: Mutex<Flights>,
     idempotency: idempotency::Answers,
@@ -143,6 +146,7 @@ impl Host {
             pool,
             lot,
             plugins: Plugins::default(),
+            quarantine: Quarantine::new(config.workers.strikes, config.workers.window()),
             leases: Leases::default(),
             flights: Mutex::default(),
             idempotency: idempotency::Answers::default(),

@@ -81,6 +81,7 @@ impl Caller {
         let declared = kernel.kernel();
         let (plugin, name) = kernel.names();
         self.check_call(plugin, name)?;
+        self.check_in_service(&kernel.plugin)?;
         if !invoke.publish.is_empty() {
             self.check_put()?;
         }

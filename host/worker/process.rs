@@ -48,9 +48,9 @@ pub(super) struct Recipe {
 }
 
 impl Recipe {
-    /// What this process has open for each: the lanes, and control twice.
+    /// What this process has open for each: the lanes, control twice, and the log.
     fn fds(&self) -> u64 {
-        self.lanes as u64 + 2
+        self.lanes as u64 + 3
     }
 }
 

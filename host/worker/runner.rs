@@ -89,25 +89,39 @@ impl WorkerRunner {
     }
 
     fn run(&self, job: &Job, means: &Means, open_only: bool) -> Result<Given, Failed> {
-        let given = match self.run_in(job, means, open_only, false) {
+        let mut company = Company::Nobody;
+        let given = match self.run_in(job, means, open_only, false, &mut company) {
             // Nothing of it has left the worker, and it may have been another run that ended that: once more, where it can
             // hurt nobody else.
             Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(means) => {
-                self.run_in(job, means, open_only, true)
+                self.run_in(job, means, open_only, true, &mut company)
             }
             given => given,
         };
         given.map_err(|trouble| {
+            let took_process = match (&trouble, company) {
+                (_, Company::Nobody) => false,
+                // It did not end when it was to: that the worker had to is its own doing.
+                (Trouble::Lost(ReceiveError::Late), _) => true,
+                // Whoever cancels a run may do it at the moment when something else ends its worker.
+                (Trouble::Lost(_), company) => {
+                    company == Company::Alone && !means.cancel.is_cancelled()
+                }
+                (Trouble::Failed(_) | Trouble::Own(_), _) => false,
+            };
             let cause = match trouble {
                 Trouble::Failed(failed) => return failed,
                 Trouble::Own(cause) => cause,
                 Trouble::Lost(_) if means.cancel.is_cancelled() => Cause::Cancelled,
-                Trouble::Lost(ReceiveError::Late) if Instant::now() >= means.deadline => {
+                Trouble::Lost(_) if Instant::now() >= means.deadline => {
                     Cause::Deadline(job.deadline_ms)
                 }
                 Trouble::Lost(_) => Cause::Lost,
             };
-            Failed::new(&job.kernel.kernel().name, Stage::Run, cause)
+            Failed {
+                took_process,
+                ..Failed::new(&job.kernel.kernel().name, Stage::Run, cause)
+            }
         })
     }
 
@@ -118,13 +132,19 @@ impl WorkerRunner {
         means: &Means,
         open_only: bool,
         alone: bool,
+        company: &mut Company,
     ) -> Result<Given, Trouble> {
+        *company = Company::Nobody;
         let seated = self.crew.take(means, alone)?;
         let lane = seated.process().lane();
         let mut exchange = Exchange::new(lane, job, means, self.grace);
         let run = self.last_run.fetch_add(1, Ordering::Relaxed) + 1;
         let given = exchange.whole(run, open_only);
         if let Err(Trouble::Lost(lost)) = &given {
+            *company = match seated.is_alone() {
+                true => Company::Alone,
+                false => Company::Others,
+            };
             seated.is_lost(&lost.to_string());
         }
         given
@@ -137,6 +157,17 @@ impl WorkerRunner {
         self.running.fetch_sub(1, Ordering::Relaxed);
         given
     }
+}
+
+/// Who ran in the worker that a run lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Company {
+    /// Not even the run: it had none, or has not lost it.
+    Nobody,
+    /// The run.
+    Alone,
+    /// The run, and others of its principal.
+    Others,
 }
 
 /// Whether a run would find what it found the first time, and has time for it.

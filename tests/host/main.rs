@@ -26,6 +26,7 @@ mod hostile_worker;
 mod http2;
 mod logs;
 mod protocol;
+mod quarantine;
 mod quotas;
 mod runaways;
 mod second_uid;

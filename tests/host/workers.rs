@@ -444,7 +444,7 @@ fn what_a_guest_logs_is_told_by_the_host_as_one_line() {
     for part in [
         "ERROR",
         r"a\n2030-01-01T00:00:00Z ERROR strait: forged\r\x1b[2K\u{0}b",
-        "worker=1",
+        "worker=",
         "request_id=",
         r#"plugin="forges""#,
     ] {

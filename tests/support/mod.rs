@@ -38,7 +38,7 @@ impl Drop for Turn {
     fn drop(&mut self) {
         // A host's threads end with it, those that free memory or reap a worker process a moment later. The next rig counts.
         let begin = std::time::Instant::now();
-        while host_threads() > 0 {
+        while !host_thread_names().is_empty() {
             let is_patient = begin.elapsed() < std::time::Duration::from_secs(20);
             assert!(
                 is_patient || std::thread::panicking(),
@@ -93,7 +93,7 @@ impl Rig {
         // A thread has its name, by which holdings count, once it runs: the workers, the clocks of epochs
         // and of deadlines, and the one that frees.
         for _ in 0..5000 {
-            if host_threads() >= workers + 3 {
+            if host_threads() == workers + 3 {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -204,8 +204,23 @@ fn host_thread_names() -> Vec<String> {
         .collect()
 }
 
+/// Without those that come and go with workers.
 fn host_threads() -> u64 {
-    host_thread_names().len() as u64
+    let names = host_thread_names();
+    names.iter().filter(|name| !is_of_workers(name)).count() as u64
+}
+
+/// Those that start a worker, tell its log and bury it.
+fn worker_threads() -> u64 {
+    let names = host_thread_names();
+    names.iter().filter(|name| is_of_workers(name)).count() as u64
+}
+
+fn is_of_workers(name: &str) -> bool {
+    matches!(
+        name.trim(),
+        "strait-starter" | "strait-relay" | "strait-reaper"
+    )
 }
 
 impl Rig {
@@ -235,10 +250,10 @@ impl Rig {
     }
 
     pub fn holdings(&self) -> Holdings {
-        // Those that start and bury workers end by themselves.
-        let passes = |name: &String| matches!(name.trim(), "strait-starter" | "strait-reaper");
+        // What belonged to workers that have ended goes a moment later; one thread stays with each that lives.
         for _ in 0..5000 {
-            if !host_thread_names().iter().any(passes) {
+            let living = self.stats()["workers"]["processes"].as_u64().unwrap();
+            if worker_threads() <= living {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -246,7 +261,7 @@ impl Rig {
         let stats = self.stats();
         let n = |path: &str| stats.pointer(path).and_then(Value::as_u64).unwrap();
         Holdings {
-            // An idle result of the pool is a descriptor, and workers come and go as they are needed.
+            // An idle result of the pool is a descriptor.
             fds: n("/process/fds") - n("/pool/idle_segments") - n("/workers/fds"),
             threads: host_threads(),
             segments: n("/segments"),

@@ -22,6 +22,7 @@
     PING = 22
     LIMITS = 23
     WORKERS = 24
+    PLUGINS = 25
     GONE = 65
     SHUTDOWN = 66
 end

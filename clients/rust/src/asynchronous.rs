@@ -16,7 +16,9 @@ use crate::lease::Lease;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
-use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome, Worker};
+use crate::wire::{
+    Flight, Kernel, Mapping, NewTensor, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
+};
 
 /// A connection to a host whose operations are futures. Clones share the connection.
 ///
@@ -265,6 +267,27 @@ impl AsyncClient {
     /// The ends of the connection.
     pub async fn workers(&self) -> Result<Vec<Worker>, Error> {
         self.0.workers().await
+    }
+
+    /// The plugins that are loaded, and worker processes that their kernels cost lately: everybody to the host's operators, oneself
+    /// to others.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub async fn plugins(&self) -> Result<Vec<Plugin>, Error> {
+        self.0.plugins(None).await
+    }
+
+    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Answers all plugins.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`; `BAD_REQUEST` for a plugin or a principal that the host does not know.
+    pub async fn enable_plugin(
+        &self,
+        plugin: &str,
+        principal: Option<&str>,
+    ) -> Result<Vec<Plugin>, Error> {
+        self.0.plugins(Some((plugin, principal))).await
     }
 
     /// Asks whether the host is there.

@@ -20,7 +20,9 @@ use crate::listing::FlightPages;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
-use crate::wire::{Flight, Kernel, Mapping, NewTensor, QuotaList, QuotaSettings, Welcome, Worker};
+use crate::wire::{
+    Flight, Kernel, Mapping, NewTensor, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
+};
 
 /// A connection to a host. Any number of threads may use it at once; clones share it.
 ///
@@ -260,6 +262,27 @@ impl Client {
     /// The ends of the connection.
     pub fn workers(&self) -> Result<Vec<Worker>, Error> {
         self.0.wait(self.0.workers())
+    }
+
+    /// The plugins that are loaded, and worker processes that their kernels cost lately: everybody to the host's operators, oneself
+    /// to others.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub fn plugins(&self) -> Result<Vec<Plugin>, Error> {
+        self.0.wait(self.0.plugins(None))
+    }
+
+    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Answers all plugins.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`; `BAD_REQUEST` for a plugin or a principal that the host does not know.
+    pub fn enable_plugin(
+        &self,
+        plugin: &str,
+        principal: Option<&str>,
+    ) -> Result<Vec<Plugin>, Error> {
+        self.0.wait(self.0.plugins(Some((plugin, principal))))
     }
 
     /// Asks whether the host is there.

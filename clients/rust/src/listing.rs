@@ -1,4 +1,4 @@
-//! What the host has: flights by name, kernels, workers, quotas. Lists come page by page.
+//! What the host has: flights by name, kernels, plugins, workers, quotas. Lists come page by page.
 
 use crate::error::Error;
 use crate::session::Session;
@@ -64,6 +64,32 @@ impl Session {
             workers.extend(page.workers);
             if !page.more {
                 return Ok(workers);
+            }
+        }
+    }
+
+    /// After `enable`, if there is one: a plugin, and for whom.
+    pub(crate) async fn plugins(
+        &self,
+        enable: Option<(&str, Option<&str>)>,
+    ) -> Result<Vec<wire::Plugin>, Error> {
+        let mut plugins: Vec<wire::Plugin> = Vec::new();
+        let (mut enable, principal) = match enable {
+            Some((plugin, principal)) => (Some(plugin.to_owned()), principal),
+            None => (None, None),
+        };
+        loop {
+            let body = wire::AskPlugins {
+                after: plugins.last().map(|last| last.name.clone()),
+                principal: enable.as_ref().and(principal).map(str::to_owned),
+                enable: enable.take(),
+                request_id: self.request_id(),
+            };
+            let page: wire::PluginList = self.ask(Op::Plugins, &body).await?;
+            check_page(page.more, page.plugins.is_empty())?;
+            plugins.extend(page.plugins);
+            if !page.more {
+                return Ok(plugins);
             }
         }
     }

@@ -76,6 +76,8 @@ ops! {
     Limits = 23,
     /// The processes that run kernels.
     Workers = 24,
+    /// The plugins that are loaded.
+    Plugins = 25,
     /// Reserved.
     Chunk = 64,
     /// Pushed: a lease is over.

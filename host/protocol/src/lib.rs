@@ -6,10 +6,11 @@
 //! real ── floats that JSON has no number for
 //! reason ── the code and the reason of an ERROR, and of a Flight status
 //! stats ── what a host counts              quota ── what each principal may have of it
-//! worker ── the processes that run its kernels
+//! worker ── the processes that run its kernels   plugin ── what is loaded
 //! ```
 
 mod frame;
+mod plugin;
 mod quota;
 mod real;
 mod reason;
@@ -21,6 +22,7 @@ mod worker;
 pub use frame::{
     BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, TraceContext, VERSION,
 };
+pub use plugin::{Incidents, Plugin, PluginList};
 pub use quota::{AccountQuotas, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting, SettingWord};
 pub use real::{real_from_word, real_to_json};
 pub use reason::{Code, Reason};
@@ -30,8 +32,8 @@ pub use reply::{
     Shutdown, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, AskWorkers, Cancel, Create, Empty, Hello, Input, Invoke, Kernels, Leases,
-    Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
+    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Hello, Input, Invoke, Kernels,
+    Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
 };
 pub use stats::{
     AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,

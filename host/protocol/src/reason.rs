@@ -126,6 +126,8 @@ words! {
         AmbiguousKernel = "AMBIGUOUS_KERNEL",
         /// The key belongs to another request.
         IdempotencyKeyReused = "IDEMPOTENCY_KEY_REUSED",
+        /// The plugin's kernels cost too many worker processes; an operator puts it back.
+        PluginOutOfService = "PLUGIN_OUT_OF_SERVICE",
         /// The host has no bytes, segments or descriptors left.
         BudgetExceeded = "BUDGET_EXCEEDED",
         /// As much as one principal or connection may have.

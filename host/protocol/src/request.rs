@@ -81,6 +81,20 @@ request! {
     }
 }
 request! {
+    /// PLUGINS.
+    AskPlugins {
+        /// Last name of the previous page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+        /// A plugin that is to be in service again.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        enable: Option<String>,
+        /// For whom; none: for everybody.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        principal: Option<String>,
+    }
+}
+request! {
     /// LOOKUP and DROP.
     Name {
         /// The flight's name.

@@ -224,6 +224,7 @@ impl Broken {
             NO_SPARE,
             ("STRAIT__ENGINE__CACHE", compiled.to_str().unwrap()),
             ("STRAIT__WORKERS__GRACE_MS", "200"),
+            ("STRAIT__WORKERS__STRIKES", "0"),
         ];
         drop(Served::with_plugins(plugins, &settings));
         break_out(&compiled, plugins.len());

@@ -42,6 +42,8 @@ impl Lied {
         fs::write(directory.path().join("lie"), "").unwrap();
         let program = [
             ("STRAIT__WORKERS__ENABLED", "true"),
+            // It is no plugin's fault.
+            ("STRAIT__WORKERS__STRIKES", "0"),
             ("STRAIT__WORKERS__PROGRAM", "/bin/sh"),
             // Which would start with one lie and serve when there is another.
             ("STRAIT__WORKERS__SPARE", "false"),

@@ -46,6 +46,7 @@ class Op(enum.IntEnum):
     PING = 22
     LIMITS = 23
     WORKERS = 24
+    PLUGINS = 25
     GONE = 65
     SHUTDOWN = 66
 
