@@ -118,6 +118,12 @@ pub struct WorkerSettings {
     pub strikes: usize,
     /// Milliseconds.
     pub strikes_ms: u64,
+    /// Milliseconds of CPU, in whole seconds, in which a plugin must be compiled. It may wait for twice as long.
+    pub compile_ms: u64,
+    /// Addresses of the process that compiles a plugin.
+    pub compile_bytes: u64,
+    /// Plugins that are compiled or describe themselves at a time.
+    pub compilers: usize,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -135,6 +141,9 @@ impl Default for WorkerSettings {
             spare: true,
             strikes: 3,
             strikes_ms: 600_000,
+            compile_ms: 60_000,
+            compile_bytes: 2 << 30,
+            compilers: 2,
             program: None,
             options: Vec::new(),
         }
@@ -152,6 +161,12 @@ impl WorkerSettings {
     #[must_use]
     pub fn window(&self) -> Duration {
         Duration::from_millis(self.strikes_ms.min(7 * 86_400_000))
+    }
+
+    /// [`Self::compile_ms`] in whole seconds, as Linux limits CPU time: at least one, at most an hour.
+    #[must_use]
+    pub fn compile_seconds(&self) -> u64 {
+        self.compile_ms.clamp(1, 3_600_000).div_ceil(1000)
     }
 }
 

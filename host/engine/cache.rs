@@ -3,6 +3,8 @@
 //! wasmtime believes a compiled artifact: whoever can write one runs code in the host. So the
 //! directory must be the host's own, mode 0700, and so must every file read from it; anything
 //! else is compiled anew.
+//!
+//! Where kernels run in workers the host alone reads and writes the directory, and never maps what it finds there as code.
 
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -13,15 +15,27 @@ use std::path::{Path, PathBuf};
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
+use crate::plugin::PluginHash;
+
+/// Which artifact.
+#[derive(Clone, Copy, Debug)]
+pub struct ArtifactKey {
+    /// Of what was compiled.
+    pub plugin: PluginHash,
+    /// Of the compiler and its settings.
+    pub build: u64,
+}
+
 /// A directory of compiled components, or none.
 #[derive(Debug)]
-pub(super) struct Cache {
+pub struct Cache {
     directory: Option<PathBuf>,
 }
 
 impl Cache {
     /// Uses `directory` if it is, or can be made, the host's own.
-    pub(super) fn open(directory: Option<&Path>) -> Self {
+    #[must_use]
+    pub fn open(directory: Option<&Path>) -> Self {
         let usable = directory.filter(|path| {
             let mut builder = fs::DirBuilder::new();
             let made = builder.recursive(true).mode(0o700).create(path);
@@ -43,36 +57,65 @@ impl Cache {
     pub(super) fn component(
         &self,
         engine: &Engine,
-        hash: &[u8; 32],
+        hash: &PluginHash,
         wasm: &[u8],
     ) -> wasmtime::Result<Component> {
-        let Some(directory) = &self.directory else {
-            return Component::from_binary(engine, wasm);
-        };
         let mut settings = DefaultHasher::new();
         engine.precompile_compatibility_hash().hash(&mut settings);
-        let name: String = hash.iter().map(|b| format!("{b:02x}")).collect();
-        let path = directory.join(format!("{name}-{:016x}.cwasm", settings.finish()));
-        if let Some(bytes) = read_private(&path) {
-            // SAFETY: the file is a regular file of this user that nobody else can write, in a
-            // directory that nobody else can write (`open`, `read_private`), so it holds what this
-            // function wrote. wasmtime itself checks version and settings.
-            match unsafe { Component::deserialize(engine, &bytes) } {
+        let key = ArtifactKey {
+            plugin: *hash,
+            build: settings.finish(),
+        };
+        if let Some(bytes) = self.read(&key) {
+            match believed(engine, &bytes) {
                 Ok(component) => return Ok(component),
                 Err(error) => {
-                    tracing::debug!(path = %path.display(), %error, "a compiled plugin does not fit and is compiled anew")
+                    tracing::debug!(%error, "a compiled plugin does not fit and is compiled anew")
                 }
             }
         }
         let component = Component::from_binary(engine, wasm)?;
-        let stored = component
-            .serialize()
-            .and_then(|bytes| Ok(write_private(&path, &bytes)?));
-        if let Err(error) = stored {
-            tracing::debug!(path = %path.display(), %error, "a compiled plugin could not be kept");
+        if self.directory.is_some() {
+            self.write(&key, &component.serialize()?);
         }
         Ok(component)
     }
+
+    /// What was kept under `key`, if it is still only the host's own to write.
+    #[must_use]
+    pub fn read(&self, key: &ArtifactKey) -> Option<Vec<u8>> {
+        read_private(&self.path(key)?)
+    }
+
+    /// Keeps `artifact`. That it cannot be kept costs the next start a compilation, and is told in the log.
+    pub fn write(&self, key: &ArtifactKey, artifact: &[u8]) {
+        let Some(path) = self.path(key) else {
+            return;
+        };
+        if let Err(error) = write_private(&path, artifact) {
+            tracing::debug!(path = %path.display(), %error, "a compiled plugin could not be kept");
+        }
+    }
+
+    fn path(&self, key: &ArtifactKey) -> Option<PathBuf> {
+        let name: String = key.plugin.iter().map(|b| format!("{b:02x}")).collect();
+        let directory = self.directory.as_ref()?;
+        Some(directory.join(format!("{name}-{:016x}.cwasm", key.build)))
+    }
+}
+
+/// The component of an artifact that this host, or a compiler process of its own, has made. wasmtime itself checks that it is
+/// of its version and these settings.
+///
+/// # Errors
+/// wasmtime's, if it is not.
+pub(super) fn believed(engine: &Engine, artifact: &[u8]) -> wasmtime::Result<Component> {
+    // SAFETY: what runs here is machine code that must have come from wasmtime's compiler. Artifacts have two sources. A file
+    // of the cache is a regular file of this user that nobody else can write, in a directory that nobody else can write
+    // (`open`, `read_private`), so it holds what this host wrote. In a worker it is what the host sent over its socket: such a
+    // file, or the answer of a compiler process, which has never run the plugin, copied by the host into memory that is
+    // sealed before anybody maps it. If a plugin took the compiler over, its artifact gets no further than a worker.
+    unsafe { Component::deserialize(engine, artifact) }
 }
 
 fn private(metadata: &fs::Metadata) -> bool {

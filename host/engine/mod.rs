@@ -22,6 +22,7 @@ mod abi;
 )]
 mod cache;
 mod chunk;
+mod compile;
 mod contract;
 mod core_module;
 mod error;
@@ -53,12 +54,14 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use parking_lot::Mutex;
-use strait_memory::{Copied, GuestSpaces, Lot};
+use strait_memory::{Copied, Lot};
 use strait_tensor::TensorSpec;
 use wasmtime::component::{Component, Linker};
 
-use crate::plugin::{Plugin, PluginError, PluginHash};
+use crate::plugin::{Description, Plugin, PluginError, PluginHash};
 
+pub use cache::{ArtifactKey, Cache};
+pub use compile::compile;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
     CancelToken, Done, Filled, FilledOutput, Input, Job, Means, Output, Owner, Report, Results,
@@ -69,7 +72,6 @@ pub use panicked::Panic;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
 
 use abi::PluginPre;
-use guest_memory::{Creator, RESERVATION_BYTES};
 use limits::State;
 
 /// How a kernel is ended that has run out of time, was cancelled or wrote to an input.
@@ -130,6 +132,41 @@ pub enum LoadError {
     /// There is no process that could load it.
     #[error("the plugin could not be loaded: {0}")]
     NoWorker(String),
+    /// Compiling it goes on for too long.
+    #[error(
+        "compiling the plugin took more than {seconds} s; make its functions smaller, or raise workers.compile_ms"
+    )]
+    CompileTime {
+        /// Of CPU, or twice that by the clock.
+        seconds: u64,
+    },
+    /// Compiling it wants too much.
+    #[error(
+        "compiling the plugin needs more memory or stack than it may have ({bytes} bytes of addresses); make its functions smaller, or raise workers.compile_bytes"
+    )]
+    CompileMemory {
+        /// That the compiler process may have.
+        bytes: u64,
+    },
+    /// The compiler process ended in another way, or did not do what it was asked.
+    #[error("the plugin could not be compiled: {0}; what the compiler said itself is in the log")]
+    CompilerLost(String),
+    /// All compilers were taken for as long as a load may wait.
+    #[error(
+        "the plugin was not compiled: {at_once} others were for {seconds} s; load it again, or raise workers.compilers"
+    )]
+    CompilersBusy {
+        /// Compilers at a time.
+        at_once: usize,
+        /// Waited for.
+        seconds: u64,
+    },
+    /// A compiled plugin is not of this program and these settings.
+    #[error("the compiled plugin does not fit: {0}")]
+    Artifact(String),
+    /// `describe` took its process with it.
+    #[error("the plugin's `describe` ended its process: {0}")]
+    DescriberLost(String),
     /// `describe` failed.
     #[error("the plugin's `describe` failed: {0}")]
     Describe(Failed),
@@ -166,21 +203,7 @@ impl Engine {
     /// # Errors
     /// wasmtime's, if this machine cannot run it.
     pub fn new(config: EngineConfig, lot: Arc<Lot>) -> Result<Self, String> {
-        let mut settings = wasmtime::Config::new();
-        settings
-            .with_host_memory(Arc::new(Creator {
-                spaces: GuestSpaces::new(config.idle_guests_max),
-            }))
-            // With a memory of ours and a data segment wasmtime would otherwise hit `unreachable!`.
-            .memory_init_cow(false)
-            .memory_reservation(RESERVATION_BYTES as u64)
-            // Halves the cost of a component call; plugins have no async exports.
-            .concurrency_support(false)
-            .epoch_interruption(config.interruption == Interruption::Checks)
-            .wasm_memory64(false)
-            .wasm_multi_memory(false)
-            // Not the same bit for bit on every CPU.
-            .wasm_relaxed_simd(false);
+        let settings = compile::settings(&config);
         let wasmtime = wasmtime::Engine::new(&settings).map_err(|e| e.to_string())?;
         let linker = imports::linker(&wasmtime).map_err(|e| e.to_string())?;
         Ok(Self {
@@ -212,16 +235,42 @@ impl Engine {
         Ok(plugin)
     }
 
+    /// Takes over a plugin that was compiled and described elsewhere. See `cache.rs` on what is believed.
+    ///
+    /// # Errors
+    /// [`LoadError::Artifact`].
+    pub fn adopt(&self, hash: PluginHash, artifact: &[u8]) -> Result<(), LoadError> {
+        let compiled = self.believed(artifact)?;
+        self.compiled.lock().insert(hash, compiled);
+        Ok(())
+    }
+
+    /// Asks what an artifact's plugin offers; that is not checked here.
+    ///
+    /// # Errors
+    /// [`LoadError::Artifact`], [`LoadError::Describe`].
+    pub fn describe(&self, artifact: &[u8]) -> Result<Description, LoadError> {
+        let compiled = self.believed(artifact)?;
+        instance::describe(self, &compiled).map_err(LoadError::Describe)
+    }
+
+    fn believed(&self, artifact: &[u8]) -> Result<Arc<Compiled>, LoadError> {
+        let component = cache::believed(&self.wasmtime, artifact)
+            .map_err(|e| LoadError::Artifact(format!("{e:#}")))?;
+        self.ready(&component)
+    }
+
     fn compile(&self, hash: &PluginHash, bytes: &[u8]) -> Result<Arc<Compiled>, LoadError> {
-        let refused = |e: wasmtime::Error| LoadError::NotAPlugin(format!("{e:#}"));
-        let component: Component = self
+        let component = self
             .cache
             .component(&self.wasmtime, hash, bytes)
-            .map_err(refused)?;
-        imports::check(&self.wasmtime, &component)?;
-        let pre = self.linker.instantiate_pre(&component).map_err(refused)?;
-        let pre = PluginPre::new(pre).map_err(refused)?;
-        let traps = Arc::new(traps::TrapSites::of(&component));
+            .map_err(|e| LoadError::NotAPlugin(format!("{e:#}")))?;
+        self.ready(&component)
+    }
+
+    fn ready(&self, component: &Component) -> Result<Arc<Compiled>, LoadError> {
+        let pre = compile::check(&self.wasmtime, &self.linker, component)?;
+        let traps = Arc::new(traps::TrapSites::of(component));
         Ok(Arc::new(Compiled { pre, traps }))
     }
 

@@ -9,6 +9,7 @@ mod number;
 mod signature;
 
 use serde::{Deserialize, Serialize};
+use std::any::Any;
 use std::collections::BTreeMap;
 use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
@@ -225,6 +226,8 @@ pub struct Plugin {
     pub bytes: Arc<[u8]>,
     /// What it offers, checked.
     pub description: Description,
+    /// What whoever runs it keeps for it, for as long as it lives.
+    pub kept: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// Largest file that is read as a plugin; those that we know have 1 MiB at most.
@@ -276,6 +279,7 @@ impl Plugin {
             hash: Self::hash(&bytes),
             bytes,
             description,
+            kept: None,
         })
     }
 }

@@ -44,7 +44,7 @@ use crate::engine::{Engine, EngineConfig, Interruption, Runner};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Ended, Leases, LiveSegment, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
-use crate::worker::{CrewSettings, WorkerRunner, WorkerSettings};
+use crate::worker::{CompilerSettings, CrewSettings, WorkerRunner, WorkerSettings};
 
 pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
@@ -421,6 +421,11 @@ fn runner(
         engine: EngineConfig {
             interruption: Interruption::Signals,
             ..config.engine()
+        },
+        compilers: CompilerSettings {
+            seconds: config.workers.compile_seconds(),
+            bytes: config.workers.compile_bytes,
+            at_once: config.workers.compilers.max(1),
         },
         parked_mappings_max: config.parked_mappings_max(),
         parked_bytes_max: config.budget_bytes(),

@@ -102,8 +102,16 @@ impl From<LoadError> for Status {
     fn from(error: LoadError) -> Self {
         match error {
             LoadError::Plugin(error) => error.into(),
-            LoadError::NoWorker(_) => Self::new(Code::Internal, Reason::Host, error.to_string()),
-            LoadError::NotAPlugin(_) | LoadError::NotOffered(_) | LoadError::Describe(_) => {
+            LoadError::NoWorker(_) | LoadError::CompilersBusy { .. } | LoadError::Artifact(_) => {
+                Self::new(Code::Internal, Reason::Host, error.to_string())
+            }
+            LoadError::NotAPlugin(_)
+            | LoadError::NotOffered(_)
+            | LoadError::CompileTime { .. }
+            | LoadError::CompileMemory { .. }
+            | LoadError::CompilerLost(_)
+            | LoadError::DescriberLost(_)
+            | LoadError::Describe(_) => {
                 Self::new(Code::InvalidArgument, Reason::BadPlugin, error.to_string())
             }
         }

@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 use strait_memory::{MemoryError, PoolSegment};
 use strait_tensor::{Column, FileLayout, TensorSpec};
 
+use super::artifact::Artifact;
 use super::channel::ReceiveError;
-use super::messages::{Answer, Ask, Ended, Filled, Grant, Outcome, Run, RunInput};
+use super::messages::{Answer, Ask, Ended, Filled, Grant, Load, Outcome, Run, RunInput};
 use super::process::{LOOK, Lane, Mapped};
-use crate::engine::{Cause, Done, Failed, Job, LoadError, Means, Output};
-use crate::plugin::{Description, PluginHash, Port};
+use crate::engine::{Cause, Done, Failed, Job, Means, Output};
+use crate::plugin::{Plugin, PluginHash, Port};
 
 /// What a worker gets to say the rest of what it has begun to say.
 const REST_MAX: Duration = Duration::from_secs(2);
-/// What a plugin gets to be compiled and describe itself.
-const LOAD_MAX: Duration = Duration::from_secs(120);
+/// What a compiled plugin gets to be copied and made executable.
+const LOAD_MAX: Duration = Duration::from_secs(30);
 
 /// What a run gives.
 pub(super) enum Given {
@@ -84,9 +85,8 @@ impl<'a> Exchange<'a> {
     pub(super) fn whole(&mut self, run: u64, open_only: bool) -> Result<Given, Trouble> {
         let plugin = &self.job.kernel.plugin;
         if !self.lane.process().has_plugin(&plugin.hash) {
-            // It was loaded once, into a worker that is gone.
-            load(&mut self.lane, &plugin.bytes, plugin.hash)?
-                .map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
+            // The first time here.
+            load(&mut self.lane, plugin)?;
         }
         let process = Arc::clone(self.lane.process());
         let telling = self.means.cancel.telling(move || process.cancel(run));
@@ -317,23 +317,30 @@ impl<'a> Exchange<'a> {
     }
 }
 
-/// Has a worker load a plugin.
+/// Has a worker take over a plugin that was compiled before.
 ///
 /// # Errors
-/// The plugin's fault within, the worker's without.
-pub(super) fn load(
-    lane: &mut Lane,
-    bytes: &[u8],
-    hash: PluginHash,
-) -> Result<Result<Description, LoadError>, ReceiveError> {
-    lane.ask(&Ask::Load(bytes.to_vec()), &[])?;
+/// [`Trouble`].
+fn load(lane: &mut Lane, plugin: &Plugin) -> Result<(), Trouble> {
+    let kept = plugin.kept.as_ref();
+    let artifact = kept
+        .and_then(|kept| kept.downcast_ref::<Artifact>())
+        .ok_or_else(|| {
+            let name = &plugin.description.name;
+            Trouble::Own(Cause::Host(format!("plugin `{name}` was not loaded here")))
+        })?;
+    let load = Load {
+        plugin: plugin.hash,
+        bytes: artifact.bytes(),
+        description: plugin.description.clone(),
+    };
+    lane.ask(&Ask::Load(Box::new(load)), &[artifact.fd()?.as_fd()])?;
     match lane.answer(Instant::now() + LOAD_MAX)? {
         Answer::Loaded(loaded) => {
-            if loaded.is_ok() {
-                lane.process().add_plugin(hash);
-            }
-            Ok(*loaded)
+            loaded.map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
+            lane.process().add_plugin(plugin.hash);
+            Ok(())
         }
-        answer => Err(ReceiveError::Bad(format!("{answer:?} for a plugin"))),
+        answer => Err(senseless(format!("{answer:?} for a plugin"))),
     }
 }

@@ -32,18 +32,19 @@ struct Fields {
     others: Map<String, Value>,
 }
 
-/// Tells the lines of worker `number` until it has ended, on a thread of its own.
+/// Tells the lines of `worker` until it has ended, on a thread of its own.
 ///
 /// # Errors
 /// Linux gives no thread.
-pub(super) fn relay(number: u64, stderr: ChildStderr) -> io::Result<()> {
+pub(super) fn relay(worker: &str, stderr: ChildStderr) -> io::Result<()> {
+    let worker = worker.to_owned();
     std::thread::Builder::new()
         .name("strait-relay".to_owned())
-        .spawn(move || relay_all(number, &mut BufReader::new(stderr), tell))
+        .spawn(move || relay_all(&worker, &mut BufReader::new(stderr), tell))
         .map(drop)
 }
 
-fn relay_all(number: u64, lines: &mut impl BufRead, mut tell: impl FnMut(u64, &str)) {
+fn relay_all(worker: &str, lines: &mut impl BufRead, mut tell: impl FnMut(&str, &str)) {
     let (mut since, mut bytes, mut lost) = (Instant::now(), 0_usize, 0_u64);
     while let Ok(Some(line)) = next(lines) {
         if since.elapsed() >= SECOND {
@@ -51,7 +52,7 @@ fn relay_all(number: u64, lines: &mut impl BufRead, mut tell: impl FnMut(u64, &s
             bytes = 0;
             if lost > 0 {
                 tracing::warn!(
-                    worker = number,
+                    worker,
                     lost,
                     "log lines of a worker are lost: it writes too many"
                 );
@@ -60,7 +61,7 @@ fn relay_all(number: u64, lines: &mut impl BufRead, mut tell: impl FnMut(u64, &s
         }
         bytes = bytes.saturating_add(line.len());
         match bytes <= SECOND_BYTES_MAX {
-            true => tell(number, &line),
+            true => tell(worker, &line),
             false => lost += 1,
         }
     }
@@ -79,11 +80,11 @@ fn next(lines: &mut impl BufRead) -> io::Result<Option<String>> {
     Ok(Some(String::from_utf8_lossy(&line).into_owned()))
 }
 
-/// One line of worker `number`.
-fn tell(number: u64, line: &str) {
+/// One line of `worker`.
+fn tell(worker: &str, line: &str) {
     let Ok(event) = serde_json::from_str::<Event>(line) else {
         if !line.is_empty() {
-            tracing::warn!(worker = number, "{line}");
+            tracing::warn!(worker, "{line}");
         }
         return;
     };
@@ -104,9 +105,9 @@ fn tell(number: u64, line: &str) {
         ($level:ident) => {
             match event.target.as_str() {
                 "strait::guest" => {
-                    tracing::$level!(target: "strait::guest", worker = number, request_id, plugin, "{text}");
+                    tracing::$level!(target: "strait::guest", worker, request_id, plugin, "{text}");
                 }
-                from => tracing::$level!(worker = number, from, request_id, plugin, "{text}"),
+                from => tracing::$level!(worker, from, request_id, plugin, "{text}"),
             }
         };
     }
@@ -128,7 +129,7 @@ mod tests {
         let long = vec![b'x'; SECOND_BYTES_MAX + 10];
         let text = [&b"one\n\n\xff\n"[..], &long, b"\nlast"].concat();
         let mut told = Vec::new();
-        relay_all(1, &mut &text[..], |_, line| told.push(line.to_owned()));
+        relay_all("1", &mut &text[..], |_, line| told.push(line.to_owned()));
         let lengths: Vec<_> = told.iter().map(String::len).collect();
         // The long one is cut, and over the rate.
         assert_eq!(
@@ -153,7 +154,7 @@ mod tests {
         assert_eq!(event.fields.others["done"], 3);
         for line in ["", "{", "{}", "thread panicked", "[1]", r#"{"level":1}"#] {
             assert!(serde_json::from_str::<Event>(line).is_err(), "{line}");
-            tell(1, line);
+            tell("1", line);
         }
     }
 }

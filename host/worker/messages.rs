@@ -26,6 +26,19 @@ pub(super) enum Control {
     ForgetResult(u64),
     /// Ends a run.
     Cancel(u64),
+    /// In the place of `Start`: the process compiles one plugin and ends. Answered by `Controlled::Compiled`.
+    Compile(Compile),
+}
+
+/// A plugin to compile, and what that may cost.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Compile {
+    pub(super) engine: EngineConfig,
+    /// Of CPU.
+    pub(super) seconds: u64,
+    /// Of addresses.
+    pub(super) bytes: u64,
+    pub(super) plugin: Vec<u8>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +46,8 @@ pub(super) enum Controlled {
     /// With the walls that this Linux lacks.
     Started(Result<Vec<String>, String>),
     Forgotten(Counts),
+    /// The artifact.
+    Compiled(Result<Vec<u8>, LoadError>),
 }
 
 /// A worker's warm mappings.
@@ -46,8 +61,8 @@ pub(super) struct Counts {
 /// To the worker, on a lane.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Ask {
-    /// Compile a plugin and ask what it offers; answered by `Answer::Loaded`.
-    Load(Vec<u8>),
+    /// Take over a compiled plugin, whose artifact's descriptor is beside it; answered by `Answer::Loaded`.
+    Load(Box<Load>),
     /// Run a kernel; answered by `Answer::Need`, if it has results, and `Answer::Ended`. Descriptors of those inputs that
     /// come with their bytes are beside it, in order.
     Run(Box<Run>),
@@ -55,6 +70,19 @@ pub(super) enum Ask {
     Granted(Vec<Grant>),
     /// There is none.
     Denied,
+    /// Ask the plugin of the artifact of so many bytes, whose descriptor is beside, what it offers; answered by
+    /// `Answer::Described`.
+    Describe(u64),
+}
+
+/// A compiled plugin.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Load {
+    pub(super) plugin: PluginHash,
+    /// Of the artifact.
+    pub(super) bytes: u64,
+    /// What another process heard of it.
+    pub(super) description: Description,
 }
 
 /// One invocation. See [`crate::engine::Job`].
@@ -160,10 +188,11 @@ pub(super) struct Grant {
 /// From the worker, on a lane.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Answer {
-    Loaded(Box<Result<Description, LoadError>>),
+    Loaded(Box<Result<(), LoadError>>),
     /// Answered by `Ask::Granted` or `Ask::Denied`: results of so many bytes.
     Need(Vec<u64>),
     Ended(Box<Ended>),
+    Described(Box<Result<Description, LoadError>>),
 }
 
 /// The end of a run.

@@ -5,6 +5,7 @@
 //! host                                          worker (`strait worker`, one of each principal)
 //! WorkerRunner ─ Crew ─ Process ─ control ────▶ serve: forget, cancel
 //!      │                   └── lanes, one a run ▶ └─ Engine: load, fill
+//!      ├ Compilers: a plugin on its way in, in two processes more
 //!      └ policy: who gets which segment,
 //!        when it is sealed, what is believed       mappings of inputs and results, warm
 //! ```
@@ -12,7 +13,9 @@
 //! only read, and of new results, which it maps; before anybody else sees a result no new mapping of it can write
 //! (`F_SEAL_FUTURE_WRITE`). What a worker says is held against what it was asked (`exchange.rs`); it sends no descriptors.
 
+mod artifact;
 mod channel;
+mod compiler;
 mod confine;
 mod crew;
 mod exchange;
@@ -22,6 +25,7 @@ mod process;
 mod runner;
 mod serve;
 
+pub use compiler::CompilerSettings;
 pub use crew::CrewSettings;
 pub use runner::{WorkerRunner, WorkerSettings};
 pub use serve::serve;

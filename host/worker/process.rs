@@ -38,19 +38,73 @@ pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
 /// How workers are started.
 #[derive(Debug)]
 pub(super) struct Recipe {
-    /// The program, opened once: an upgrade in its place changes nothing for this host.
-    pub(super) program: File,
-    pub(super) arguments: Vec<String>,
+    pub(super) role: Role,
+    pub(super) program: Arc<Program>,
     pub(super) lanes: usize,
     pub(super) start: Start,
     /// Of all that were started.
     pub(super) census: Arc<Census>,
 }
 
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// To run kernels.
+    Worker,
+    /// To describe one plugin.
+    Describer,
+}
+
 impl Recipe {
+    /// What the log calls one.
+    fn name(&self, number: u64) -> Arc<str> {
+        match self.role {
+            Role::Worker => number.to_string().into(),
+            Role::Describer => "describer".into(),
+        }
+    }
+
     /// What this process has open for each: the lanes, control twice, and the log.
     fn fds(&self) -> u64 {
         self.lanes as u64 + 3
+    }
+}
+
+/// What workers and compilers run.
+#[derive(Debug)]
+pub(super) struct Program {
+    /// Opened once: an upgrade in its place changes nothing for this host.
+    pub(super) file: File,
+    pub(super) arguments: Vec<String>,
+}
+
+impl Program {
+    /// A process of it with that socket, and nothing else of the host's. What it writes on stderr is told in the log with `name`.
+    ///
+    /// # Errors
+    /// Linux gives none.
+    pub(super) fn spawn(&self, socket: FrameSocket, name: &str) -> io::Result<Child> {
+        let mut child = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
+            .arg0("strait-worker")
+            .args(&self.arguments)
+            .env_clear()
+            // What the terminal sends to the host is the host's to tell.
+            .process_group(0)
+            .stdin(Stdio::from(OwnedFd::from(socket)))
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let relayed = match child.stderr.take() {
+            Some(stderr) => log::relay(name, stderr),
+            None => Ok(()),
+        };
+        if let Err(error) = relayed {
+            // It has not begun.
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(error);
+        }
+        Ok(child)
     }
 }
 
@@ -68,6 +122,8 @@ pub(super) struct Census {
 #[derive(Debug)]
 pub(super) struct Process {
     number: u64,
+    /// In the log.
+    name: Arc<str>,
     pid: u32,
     started: Instant,
     /// Walls that this Linux lacks, as it told when it started.
@@ -87,7 +143,7 @@ pub(super) struct Process {
     census: Arc<Census>,
     /// Segments that it has open for reading.
     inputs: Mutex<HashSet<u64>>,
-    /// Plugins that it has compiled.
+    /// Plugins that it has.
     plugins: Mutex<HashSet<PluginHash>>,
     totals: Mutex<Totals>,
     counts: Mutex<Counts>,
@@ -113,17 +169,23 @@ impl Process {
     /// Linux gives no process, or it does not come up in [`START_MAX`] or before it `is_over`.
     pub(super) fn start(recipe: &Recipe, is_over: impl Fn() -> bool) -> io::Result<Arc<Self>> {
         let number = recipe.census.started.fetch_add(1, Ordering::Relaxed) + 1;
-        let process = Self::begin(recipe, number, is_over).map_err(|error| {
+        let name = recipe.name(number);
+        let process = Self::begin(recipe, number, &name, is_over).map_err(|error| {
             let text = format!(
                 "no worker process could be started: {error}; what it said itself is in the log, its program is the setting workers.program"
             );
             io::Error::new(error.kind(), text)
         })?;
-        tracing::info!(worker = number, "a worker process has started");
+        tracing::info!(worker = &*name, "a worker process has started");
         Ok(process)
     }
 
-    fn begin(recipe: &Recipe, number: u64, is_over: impl Fn() -> bool) -> io::Result<Arc<Self>> {
+    fn begin(
+        recipe: &Recipe,
+        number: u64,
+        name: &Arc<str>,
+        is_over: impl Fn() -> bool,
+    ) -> io::Result<Arc<Self>> {
         let (own, its) = FrameSocket::pair()?;
         let mut pairs = Vec::new();
         for _ in 0..recipe.lanes {
@@ -134,21 +196,12 @@ impl Process {
         let (control, cancels) = (Channel::new(own)?, Channel::new(cancels)?);
         let lanes = lanes.into_iter().map(Channel::new);
         let lanes = lanes.collect::<io::Result<_>>()?;
-        let mut child = Command::new(format!("/proc/self/fd/{}", recipe.program.as_raw_fd()))
-            .arg0("strait-worker")
-            .args(&recipe.arguments)
-            .env_clear()
-            // What the terminal sends to the host is the host's to tell.
-            .process_group(0)
-            .stdin(Stdio::from(OwnedFd::from(its)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let stderr = child.stderr.take();
+        let child = recipe.program.spawn(its, name)?;
         recipe.census.living.fetch_add(1, Ordering::Relaxed);
         recipe.census.fds.fetch_add(recipe.fds(), Ordering::Relaxed);
         let process = Arc::new_cyclic(|process| Self {
             number,
+            name: Arc::clone(name),
             pid: child.id(),
             started: Instant::now(),
             lacks: OnceLock::new(),
@@ -168,9 +221,6 @@ impl Process {
             counts: Mutex::default(),
             needs: Needs::default(),
         });
-        if let Some(stderr) = stderr {
-            log::relay(number, stderr)?;
-        }
         let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
         let mut control = process.control.lock();
         control.send(&Control::Start(recipe.start.clone()), &fds)?;
@@ -194,7 +244,7 @@ impl Process {
                     .lacks
                     .get_or_init(|| lacks.take(WALLS_MAX).collect());
                 for wall in lacks {
-                    tracing::warn!(worker = number, wall, "a worker process lacks a wall");
+                    tracing::warn!(worker = &**name, wall, "a worker process lacks a wall");
                 }
             }
             Ok((other, _)) => return Err(io::Error::other(format!("it answered {other:?}"))),
@@ -243,11 +293,24 @@ impl Process {
     pub(super) fn end(&self) {
         if !self.gone.swap(true, Ordering::AcqRel) {
             tracing::debug!(
-                worker = self.number,
+                worker = &*self.name,
                 "a worker process is not needed any more"
             );
             self.put_down();
         }
+    }
+
+    /// Ends it, whatever it does, and returns when it is no more: for one that has nothing large mapped.
+    pub(super) fn end_here(&self) {
+        self.gone.store(true, Ordering::Release);
+        let Some(mut child) = self.child.lock().take() else {
+            return;
+        };
+        self.census.living.fetch_sub(1, Ordering::Relaxed);
+        // It may have ended by itself.
+        let _ = child.kill();
+        let _ = child.wait();
+        self.burial.end();
     }
 
     /// Ends it at once, whatever it does. `why` is told the first time.
@@ -256,7 +319,7 @@ impl Process {
             return;
         }
         self.census.lost.fetch_add(1, Ordering::Relaxed);
-        tracing::warn!(worker = self.number, why, "a worker process ends");
+        tracing::warn!(worker = &*self.name, why, "a worker process ends");
         self.put_down();
     }
 

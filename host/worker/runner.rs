@@ -11,13 +11,14 @@ use strait_memory::ResultPool;
 use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
+use super::compiler::{CompilerSettings, Compilers};
 use super::crew::{Crew, CrewSettings, is_over};
-use super::exchange::{Exchange, Given, Trouble, load};
+use super::exchange::{Exchange, Given, Trouble};
 use super::messages::Start;
-use super::process::{Process, Recipe};
+use super::process::{Program, Recipe, Role};
 use crate::engine::{
-    Cause, Done, EngineConfig, Failed, Job, LoadError, Means, Runner, RunnerCounts, RunnerProcess,
-    Stage,
+    Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, Runner, RunnerCounts,
+    RunnerProcess, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -36,6 +37,8 @@ pub struct WorkerSettings<'a> {
     pub crew: CrewSettings,
     /// How kernels run there.
     pub engine: EngineConfig,
+    /// What loading plugins may cost.
+    pub compilers: CompilerSettings,
     /// Warm mappings of inputs, idle or in use.
     pub parked_mappings_max: u64,
     /// Bytes of idle ones.
@@ -46,6 +49,7 @@ pub struct WorkerSettings<'a> {
 #[derive(Debug)]
 pub struct WorkerRunner {
     recipe: Arc<Recipe>,
+    compilers: Compilers,
     grace: Duration,
     crew: Arc<Crew>,
     last_run: AtomicU64,
@@ -67,18 +71,27 @@ impl WorkerRunner {
                 format!("the program of workers, {path}: {error}"),
             )
         })?;
+        let cache = Cache::open(settings.engine.cache.as_deref());
         let recipe = Arc::new(Recipe {
-            program,
-            arguments: settings.arguments,
+            role: Role::Worker,
+            program: Arc::new(Program {
+                file: program,
+                arguments: settings.arguments,
+            }),
             lanes: settings.lanes,
             start: Start {
-                engine: settings.engine,
+                engine: EngineConfig {
+                    // The host's alone.
+                    cache: None,
+                    ..settings.engine
+                },
                 parked_mappings_max: settings.parked_mappings_max,
                 parked_bytes_max: settings.parked_bytes_max,
             },
             census: Arc::default(),
         });
         Ok(Self {
+            compilers: Compilers::new(settings.compilers, &recipe, cache),
             crew: Arc::new(Crew::new(Arc::clone(&recipe), settings.crew, pool)),
             recipe,
             grace: settings.grace,
@@ -177,15 +190,7 @@ fn can_be_repeated(means: &Means) -> bool {
 
 impl Runner for WorkerRunner {
     fn load(&self, bytes: Arc<[u8]>) -> Result<Plugin, LoadError> {
-        // Of nobody's runs, and gone when it has been loaded.
-        let process = Process::start(&self.recipe, || false)
-            .map_err(|error| LoadError::NoWorker(error.to_string()))?;
-        let hash = Plugin::hash(&bytes);
-        let description = load(&mut process.lane(), &bytes, hash).map_err(|error| {
-            process.kill(&error.to_string());
-            LoadError::NoWorker(error.to_string())
-        })??;
-        Ok(Plugin::new(bytes, description)?)
+        self.compilers.load(bytes)
     }
 
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed> {

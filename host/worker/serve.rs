@@ -16,13 +16,15 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use strait_memory::{
     Budget, Copied, FrameSocket, GUEST_PAGE, Host, HugeBirths, InputSource, Lent, Lot, MemoryError,
-    Parked, ResultPages, Segment, process,
+    Parked, ReadMapping, ResultPages, Segment, process,
 };
 
 use super::channel::{Channel, ReceiveError};
-use super::confine;
+use super::compiler;
+use super::confine::{self, Confined};
 use super::messages::{
-    Answer, Ask, Control, Controlled, Counts, Ended, Filled, Grant, Outcome, Run, Start, Totals,
+    Answer, Ask, Control, Controlled, Counts, Ended, Filled, Grant, Load, Outcome, Run, Start,
+    Totals,
 };
 use crate::engine::{
     CancelToken, Cause, Engine, Failed, Input, Job, LoadError, Results, Stage, Supplies,
@@ -49,14 +51,19 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     let (first, lanes) = control
         .receive(ASK_BYTES_MAX, usize::MAX, None)
         .map_err(|e| e.to_string())?;
-    let Control::Start(start) = first else {
-        return Err(format!("a worker begins with its settings, not {first:?}"));
+    let start = match first {
+        Control::Start(start) => start,
+        Control::Compile(work) => return compiler::obey(&mut control, work, goes_first),
+        // It may hold all of a plugin.
+        _ => return Err("a worker begins with its settings, or with a plugin".to_owned()),
     };
+    // No file can be opened later.
+    process::keep_mappings_open().map_err(|e| e.to_string())?;
     let begun = Worker::begin(start, lanes);
     // All lanes are there. What a plugin brings along comes later.
     let told = begun
         .as_ref()
-        .map(|_| confine::confine(goes_first))
+        .map(|_| confine::confine(goes_first, Confined::Worker))
         .map_err(Clone::clone);
     let told = control.send(&Controlled::Started(told), &[]);
     let worker = begun?;
@@ -139,7 +146,9 @@ impl Worker {
 
     fn obey(&self, message: Control) -> Option<Controlled> {
         match message {
-            Control::Start(_) => Some(Controlled::Started(Err("it has begun".to_owned()))),
+            Control::Start(_) | Control::Compile(_) => {
+                Some(Controlled::Started(Err("it has begun".to_owned())))
+            }
             Control::ForgetInput(segment) => {
                 let forgotten = self.inputs.lock().remove(&segment);
                 drop(forgotten);
@@ -171,7 +180,12 @@ impl Worker {
         loop {
             let asked = lane.lock().receive(ASK_BYTES_MAX, FDS_MAX, None);
             let answer = match asked {
-                Ok((Ask::Load(bytes), _)) => Answer::Loaded(Box::new(self.load(bytes))),
+                Ok((Ask::Load(load), fds)) => Answer::Loaded(Box::new(self.load(*load, fds))),
+                Ok((Ask::Describe(bytes), fds)) => {
+                    let described =
+                        artifact(fds, bytes).and_then(|pages| self.engine.describe(pages.bytes()));
+                    Answer::Described(Box::new(described))
+                }
                 Ok((Ask::Run(run), fds)) => Answer::Ended(Box::new(self.run(&lane, *run, fds))),
                 Ok((Ask::Granted(_) | Ask::Denied, _)) => continue,
                 Err(ReceiveError::Gone) => return,
@@ -186,12 +200,18 @@ impl Worker {
         }
     }
 
-    fn load(&self, bytes: Vec<u8>) -> Result<crate::plugin::Description, LoadError> {
-        let hash = Plugin::hash(&bytes);
-        let plugin = self.engine.load(Arc::from(bytes))?;
-        let description = plugin.description.clone();
-        self.plugins.lock().insert(hash, Arc::new(plugin));
-        Ok(description)
+    fn load(&self, load: Load, fds: Vec<OwnedFd>) -> Result<(), LoadError> {
+        self.engine
+            .adopt(load.plugin, artifact(fds, load.bytes)?.bytes())?;
+        let plugin = Plugin {
+            hash: load.plugin,
+            // Nobody compiles it here.
+            bytes: Arc::from([]),
+            description: load.description,
+            kept: None,
+        };
+        self.plugins.lock().insert(load.plugin, Arc::new(plugin));
+        Ok(())
     }
 
     fn run(self: &Arc<Self>, lane: &Arc<Mutex<Channel>>, run: Run, fds: Vec<OwnedFd>) -> Ended {
@@ -426,6 +446,15 @@ impl Results for Granted {
         }
         Ok(granted.iter().map(|(_, pages)| pages.clone()).collect())
     }
+}
+
+/// The compiled plugin whose descriptor came beside a message.
+fn artifact(fds: Vec<OwnedFd>, bytes: u64) -> Result<ReadMapping, LoadError> {
+    let misfit = |how: String| LoadError::Artifact(how);
+    let fd = fds.into_iter().next();
+    let fd = fd.ok_or_else(|| misfit("its descriptor is missing".to_owned()))?;
+    let bytes = usize::try_from(bytes).map_err(|e| misfit(e.to_string()))?;
+    ReadMapping::new(fd, bytes).map_err(|e| misfit(e.to_string()))
 }
 
 /// The host knows of which kernel.

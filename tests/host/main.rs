@@ -17,6 +17,7 @@ mod served;
 mod broken_out;
 mod cli;
 mod clients;
+mod compilers;
 mod crew;
 mod doctor;
 mod exhaustion;

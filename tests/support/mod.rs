@@ -9,6 +9,7 @@
 pub mod guest;
 pub mod trial;
 
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 
 use serde_json::{Value, json};
@@ -75,6 +76,13 @@ impl Rig {
         let turn = TURN
             .lock()
             .unwrap_or_else(|failed_test| failed_test.into_inner());
+        // What reaps the last rig's workers may be at it still, and would be counted to this one.
+        for _ in 0..5000 {
+            if host_threads() == 0 {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
         let mut config = Config::default();
         config.memory.budget_bytes = Some(4 << 30);
         config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
@@ -249,6 +257,16 @@ impl Rig {
         }
     }
 
+    /// Compiled plugins that the host keeps: one for each that is loaded, and none for those that were refused.
+    fn artifacts(&self) -> u64 {
+        if std::env::var_os("STRAIT_TEST_WORKERS").is_none() {
+            return 0;
+        }
+        let kernels = self.host.plugins().kernels();
+        let plugins: BTreeSet<_> = kernels.iter().map(|kernel| kernel.plugin.hash).collect();
+        plugins.len() as u64
+    }
+
     pub fn holdings(&self) -> Holdings {
         // What belonged to workers that have ended goes a moment later; one thread stays with each that lives.
         for _ in 0..5000 {
@@ -261,8 +279,11 @@ impl Rig {
         let stats = self.stats();
         let n = |path: &str| stats.pointer(path).and_then(Value::as_u64).unwrap();
         Holdings {
-            // An idle result of the pool is a descriptor.
-            fds: n("/process/fds") - n("/pool/idle_segments") - n("/workers/fds"),
+            // An idle result of the pool is a descriptor, and so is each plugin that is kept for workers.
+            fds: n("/process/fds")
+                - n("/pool/idle_segments")
+                - n("/workers/fds")
+                - self.artifacts(),
             threads: host_threads(),
             segments: n("/segments"),
             flights: n("/flights"),

@@ -1,7 +1,9 @@
 //! What the operating system says about this process, and what it allows it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::OnceLock;
 
 use rustix::process::{Resource, Rlimit};
 
@@ -56,13 +58,42 @@ pub fn minor_faults() -> io::Result<u64> {
     Ok(u64::try_from(usage.ru_minflt).unwrap_or(0))
 }
 
+/// The list of this process's mappings, for when no file can be opened any more.
+static MAPS: OnceLock<File> = OnceLock::new();
+
+/// Opens what [`inode_at`] reads, which needs no further file from then on.
+///
+/// # Errors
+/// Any error of opening `/proc/self/maps`.
+pub fn keep_mappings_open() -> io::Result<()> {
+    if MAPS.get().is_none() {
+        // If another thread was quicker, its file is as good.
+        let _ = MAPS.set(File::open("/proc/self/maps")?);
+    }
+    Ok(())
+}
+
+fn mappings_text() -> io::Result<String> {
+    let Some(file) = MAPS.get() else {
+        return fs::read_to_string("/proc/self/maps");
+    };
+    let (mut text, mut part) = (Vec::new(), vec![0; 64 << 10]);
+    loop {
+        // At an offset of our own: threads share the file's.
+        match file.read_at(&mut part, text.len() as u64)? {
+            0 => return String::from_utf8(text).map_err(io::Error::other),
+            count => text.extend_from_slice(&part[..count]),
+        }
+    }
+}
+
 /// What is mapped at `address` of this process, by the operating system's own list: the
 /// file, and the offset in it of the byte at `address`. None for memory without a file.
 ///
 /// # Errors
 /// Any error of reading `/proc/self/maps`.
 pub fn inode_at(address: usize) -> io::Result<Option<(Inode, u64)>> {
-    let maps = fs::read_to_string("/proc/self/maps")?;
+    let maps = mappings_text()?;
     Ok(maps.lines().find_map(|line| file_at(line, address as u64)))
 }
 
