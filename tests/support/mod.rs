@@ -96,12 +96,13 @@ impl Rig {
         // What starts in the background is counted at no certain time.
         config.workers.spare = false;
         change(&mut config);
-        let workers = config.engine.workers.unwrap_or_default() as u64;
+        let mut threads = config.engine.workers.unwrap_or_default() as u64 + 3;
+        threads += u64::from(!config.workers.enabled);
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
-        // A thread has its name, by which holdings count, once it runs: the workers, the clocks of epochs
-        // and of deadlines, and the one that frees.
+        // A thread has its name, by which holdings count, once it runs: those that run kernels and one more, the clock of
+        // deadlines, the one that frees, and the clock of epochs where kernels run here.
         for _ in 0..5000 {
-            if host_threads() == workers + 3 {
+            if host_threads() >= threads {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));

@@ -80,7 +80,11 @@ fn what_reaches_beyond_the_worker_is_refused() {
             "a thread",
             with(
                 libc::SYS_clone,
-                [i64::from(libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND), 0, 0],
+                [
+                    i64::from(libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND),
+                    0,
+                    0,
+                ],
                 SECOND,
                 &zeros,
             ),
