@@ -124,6 +124,8 @@ pub struct WorkerSettings {
     pub compile_bytes: u64,
     /// Plugins that are compiled or describe themselves at a time.
     pub compilers: usize,
+    /// Run no kernel where a wall around worker processes is lacking; without it that is a warning.
+    pub require_walls: bool,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -139,6 +141,7 @@ impl Default for WorkerSettings {
             max: 16,
             idle_ms: 600_000,
             spare: true,
+            require_walls: false,
             strikes: 3,
             strikes_ms: 600_000,
             compile_ms: 60_000,

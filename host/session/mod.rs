@@ -412,6 +412,7 @@ fn runner(
             .collect(),
         // One for each thread that waits, and one for a plugin that is loaded meanwhile.
         lanes: config.workers() + 2,
+        require_walls: config.workers.require_walls,
         grace: config.workers.grace(),
         crew: CrewSettings {
             max: config.workers.max,

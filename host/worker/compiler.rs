@@ -24,7 +24,8 @@ use super::artifact::Artifact;
 use super::channel::{Channel, ReceiveError};
 use super::confine::{self, Confined};
 use super::messages::{Answer, Ask, Compile, Control, Controlled, Start};
-use super::process::{Census, Process, Program, Recipe, Role};
+use super::process::{Census, Process, Recipe, Role};
+use super::program::Program;
 use crate::engine::{
     ArtifactKey, Cache, Cause, EngineConfig, Failed, Interruption, LoadError, Stage, compile,
 };
@@ -77,6 +78,7 @@ impl Compilers {
             describers: Recipe {
                 program: Arc::clone(&recipe.program),
                 role: Role::Describer,
+                require_walls: recipe.require_walls,
                 lanes: 1,
                 start: Start {
                     parked_mappings_max: 0,

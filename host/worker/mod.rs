@@ -22,10 +22,12 @@ mod exchange;
 mod log;
 mod messages;
 mod process;
+mod program;
 mod runner;
 mod serve;
 
 pub use compiler::CompilerSettings;
 pub use crew::CrewSettings;
+pub use process::lacking_walls;
 pub use runner::{WorkerRunner, WorkerSettings};
 pub use serve::serve;

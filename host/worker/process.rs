@@ -1,11 +1,10 @@
 //! One worker process, as the host sees it: started, talked to, ended.
 
 use std::collections::{HashMap, HashSet};
-use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, Command, Stdio};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+use std::process::Child;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -14,9 +13,9 @@ use parking_lot::{Condvar, Mutex};
 use strait_memory::{Filler, FrameSocket, KeepsMappings};
 
 use super::channel::{Channel, ReceiveError};
-use super::log;
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
-use crate::engine::RunnerProcess;
+use super::program::Program;
+use crate::engine::{EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
 
@@ -41,6 +40,8 @@ pub(super) struct Recipe {
     pub(super) role: Role,
     pub(super) program: Arc<Program>,
     pub(super) lanes: usize,
+    /// None is started where a wall is lacking.
+    pub(super) require_walls: bool,
     pub(super) start: Start,
     /// Of all that were started.
     pub(super) census: Arc<Census>,
@@ -70,42 +71,29 @@ impl Recipe {
     }
 }
 
-/// What workers and compilers run.
-#[derive(Debug)]
-pub(super) struct Program {
-    /// Opened once: an upgrade in its place changes nothing for this host.
-    pub(super) file: File,
-    pub(super) arguments: Vec<String>,
-}
-
-impl Program {
-    /// A process of it with that socket, and nothing else of the host's. What it writes on stderr is told in the log with `name`.
-    ///
-    /// # Errors
-    /// Linux gives none.
-    pub(super) fn spawn(&self, socket: FrameSocket, name: &str) -> io::Result<Child> {
-        let mut child = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-            .arg0("strait-worker")
-            .args(&self.arguments)
-            .env_clear()
-            // What the terminal sends to the host is the host's to tell.
-            .process_group(0)
-            .stdin(Stdio::from(OwnedFd::from(socket)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
-        let relayed = match child.stderr.take() {
-            Some(stderr) => log::relay(name, stderr),
-            None => Ok(()),
-        };
-        if let Err(error) = relayed {
-            // It has not begun.
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(error);
-        }
-        Ok(child)
-    }
+/// The walls that a worker process lacks on this Linux, in words. One is started to find out.
+///
+/// # Errors
+/// It does not start.
+pub fn lacking_walls(program: Option<&Path>, engine: EngineConfig) -> io::Result<Vec<String>> {
+    let recipe = Recipe {
+        role: Role::Describer,
+        program: Arc::new(Program::open(program, vec!["worker".to_owned()])?),
+        lanes: 1,
+        require_walls: false,
+        start: Start {
+            engine: EngineConfig {
+                cache: None,
+                ..engine
+            },
+            parked_mappings_max: 0,
+            parked_bytes_max: 0,
+        },
+        census: Arc::default(),
+    };
+    let process = Process::start(&recipe, || false)?;
+    process.end_here();
+    Ok(process.about().lacks)
 }
 
 /// Counts of workers.
@@ -245,6 +233,12 @@ impl Process {
                     .get_or_init(|| lacks.take(WALLS_MAX).collect());
                 for wall in lacks {
                     tracing::warn!(worker = &**name, wall, "a worker process lacks a wall");
+                }
+                if recipe.require_walls && !lacks.is_empty() {
+                    return Err(io::Error::other(format!(
+                        "this Linux lacks a wall around it ({}), and the setting workers.require_walls allows none that does",
+                        lacks.join("; ")
+                    )));
                 }
             }
             Ok((other, _)) => return Err(io::Error::other(format!("it answered {other:?}"))),

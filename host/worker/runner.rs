@@ -1,6 +1,5 @@
 //! The [`Runner`] that has kernels run in a worker process.
 
-use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -15,7 +14,8 @@ use super::compiler::{CompilerSettings, Compilers};
 use super::crew::{Crew, CrewSettings, is_over};
 use super::exchange::{Exchange, Given, Trouble};
 use super::messages::Start;
-use super::process::{Program, Recipe, Role};
+use super::process::{Recipe, Role};
+use super::program::Program;
 use crate::engine::{
     Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, Runner, RunnerCounts,
     RunnerProcess, Stage,
@@ -31,6 +31,8 @@ pub struct WorkerSettings<'a> {
     pub arguments: Vec<String>,
     /// Runs at a time.
     pub lanes: usize,
+    /// Whether to start none where a wall is lacking.
+    pub require_walls: bool,
     /// What a run gets beyond its deadline, or after it was cancelled, to end by itself.
     pub grace: Duration,
     /// How many there are, and for how long.
@@ -63,22 +65,13 @@ impl WorkerRunner {
     /// # Errors
     /// The program cannot be opened.
     pub fn new(settings: WorkerSettings<'_>, pool: Arc<ResultPool>) -> io::Result<Self> {
-        let program = settings.program.unwrap_or(Path::new("/proc/self/exe"));
-        let program = File::open(program).map_err(|error| {
-            let path = program.display();
-            io::Error::new(
-                error.kind(),
-                format!("the program of workers, {path}: {error}"),
-            )
-        })?;
+        let program = Program::open(settings.program, settings.arguments)?;
         let cache = Cache::open(settings.engine.cache.as_deref());
         let recipe = Arc::new(Recipe {
             role: Role::Worker,
-            program: Arc::new(Program {
-                file: program,
-                arguments: settings.arguments,
-            }),
+            program: Arc::new(program),
             lanes: settings.lanes,
+            require_walls: settings.require_walls,
             start: Start {
                 engine: EngineConfig {
                     // The host's alone.

@@ -71,6 +71,7 @@ fn a_machine_that_runs_these_tests_can_run_a_host() {
         "moves",
         "guest addresses",
         "executable memory",
+        "worker walls",
         "runtime directory",
         "cache",
     ] {

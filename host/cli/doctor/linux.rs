@@ -6,6 +6,8 @@ use indicatif::BinaryBytes;
 use strait_memory::probe::{self, Collapsed, ProbeError};
 
 use super::{Check, Status, Subject, text};
+use crate::config::Config;
+use crate::worker;
 
 const SEALS: Subject = Subject::new(
     "linux",
@@ -77,6 +79,37 @@ const CGROUPS: Subject = Subject::new(
     "control groups",
     "segments count as memory of the host's group; strait reads limits of version 2 only",
 );
+
+const WALLS: Subject = Subject::new(
+    "linux",
+    "worker walls",
+    "whoever breaks out of a kernel's sandbox is in a worker process, which these walls keep from everything else",
+);
+
+/// Those that a worker process of that host would lack.
+pub(super) fn walls(config: &Config) -> Check {
+    let change = match config.workers.require_walls {
+        true => {
+            "a host with workers.require_walls does not run here; run it where Linux, or the container around it, has them"
+        }
+        false => "run the host where Linux, or the container around it, has them",
+    };
+    match worker::lacking_walls(config.workers.program.as_deref(), config.engine()) {
+        Ok(lacks) if lacks.is_empty() => WALLS.ok("all stand"),
+        Ok(lacks) if config.workers.enabled && config.workers.require_walls => {
+            WALLS.fail(lacks.join("; "), change)
+        }
+        Ok(lacks) => WALLS.warn(lacks.join("; "), change),
+        Err(error) if config.workers.enabled => WALLS.fail(
+            error.to_string(),
+            "see workers.program and the limits of processes",
+        ),
+        Err(error) => WALLS.warn(
+            error.to_string(),
+            "a host with workers.enabled does not run here",
+        ),
+    }
+}
 
 pub(super) fn checks() -> Vec<Check> {
     let newer = |version: &str| {

@@ -161,6 +161,7 @@ pub(super) fn doctor(args: &DoctorArgs) -> Result<(), Failure> {
     let mut copy_and_move = Vec::new();
     if limits::files_can_have(speed::BYTES_MAX) {
         checks.extend(linux::checks());
+        checks.push(linux::walls(&config));
         let (check, rows) = speed::check(config.engine.move_min_bytes);
         checks.push(check);
         copy_and_move = rows;

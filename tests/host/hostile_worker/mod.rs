@@ -31,6 +31,10 @@ struct Lied {
 
 impl Lied {
     fn start() -> Self {
+        Self::with(&[])
+    }
+
+    fn with(settings: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let own = std::env::current_exe().unwrap();
         // `/bin/sh worker OPTIONS`, in this directory.
@@ -48,7 +52,7 @@ impl Lied {
             // Which would start with one lie and serve when there is another.
             ("STRAIT__WORKERS__SPARE", "false"),
         ];
-        let host = Served::start_in_with(directory, &[], &program);
+        let host = Served::start_in_with(directory, &[], &[&program, settings].concat());
         let mut client = host.greeted();
         put(&mut client, "x", MOVED);
         // Results of another size than the last one's: what needs them has to ask.
@@ -280,6 +284,19 @@ fn a_worker_that_does_not_start_holds_up_nobody() {
     drop(others);
     lied.honest();
     lied.done(&before);
+}
+
+#[test]
+fn where_walls_are_required_a_worker_without_one_runs_nothing() {
+    let mut lied = Lied::with(&[("STRAIT__WORKERS__REQUIRE_WALLS", "true")]);
+    lied.honest();
+    lied.kill_worker();
+    lied.lie("start: a wall is lacking");
+    let message = lied.invoke(60_000, false).refused(HOST.0, HOST.1);
+    for part in ["a wall: not built", "workers.require_walls"] {
+        assert!(message.contains(part), "{part} in {message}");
+    }
+    lied.honest();
 }
 
 #[test]

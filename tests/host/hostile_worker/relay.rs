@@ -296,6 +296,12 @@ fn worker_process() {
             send(&host, &[0, 1, 2, b'n', b'o'], &[]);
             std::thread::park();
         }
+        "start: a wall is lacking" => {
+            let lacks: Result<_, String> = Ok(vec!["a wall: not built"]);
+            let started = postcard::to_allocvec(&lacks).unwrap();
+            send(&host, &[vec![0], started].concat(), &[]);
+            std::thread::park();
+        }
         "start: silence" => std::thread::park(),
         "start: end" => return,
         _ => {}
