@@ -1,4 +1,7 @@
-//! The program that workers and compilers run.
+//! The program that workers and compilers run, and the thread that starts them.
+//!
+//! Linux ends such a process when the thread that started it ends, if it has asked for that ([`end_with_host`]): so that thread has to
+//! be there for as long as the host.
 
 use std::fs::File;
 use std::io;
@@ -6,7 +9,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, mpsc};
 
+use rustix::process::{Signal, set_parent_process_death_signal};
 use strait_memory::FrameSocket;
 
 use super::log;
@@ -15,15 +20,42 @@ use super::log;
 #[derive(Debug)]
 pub(super) struct Program {
     /// Opened once: an upgrade in its place changes nothing for this host.
-    pub(super) file: File,
-    pub(super) arguments: Vec<String>,
+    pub(super) file: Arc<File>,
+    starts: mpsc::Sender<Start>,
+}
+
+/// A process that is to have that socket, and who waits for it.
+struct Start {
+    socket: FrameSocket,
+    started: mpsc::Sender<io::Result<Child>>,
+}
+
+/// Has Linux end this process when its host ends, however that does and whatever this process is about.
+///
+/// # Errors
+/// Linux's.
+pub(super) fn end_with_host() -> io::Result<()> {
+    Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
+}
+
+fn start(file: &File, arguments: &[String], socket: FrameSocket) -> io::Result<Child> {
+    Command::new(format!("/proc/self/fd/{}", file.as_raw_fd()))
+        .arg0("strait-worker")
+        .args(arguments)
+        .env_clear()
+        // What the terminal sends to the host is the host's to tell.
+        .process_group(0)
+        .stdin(Stdio::from(OwnedFd::from(socket)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
 }
 
 impl Program {
     /// That file; none: the program that this process runs.
     ///
     /// # Errors
-    /// It cannot be opened.
+    /// It cannot be opened, or Linux gives no thread.
     pub(super) fn open(path: Option<&Path>, arguments: Vec<String>) -> io::Result<Self> {
         let path = path.unwrap_or(Path::new("/proc/self/exe"));
         let file = File::open(path).map_err(|error| {
@@ -33,7 +65,18 @@ impl Program {
                 format!("the program of workers, {path}: {error}"),
             )
         })?;
-        Ok(Self { file, arguments })
+        let file = Arc::new(file);
+        let (starts, asked) = mpsc::channel::<Start>();
+        let program = Arc::clone(&file);
+        std::thread::Builder::new()
+            .name("strait-spawner".to_owned())
+            .spawn(move || {
+                for one in asked {
+                    // Whoever asked waits.
+                    let _ = one.started.send(start(&program, &arguments, one.socket));
+                }
+            })?;
+        Ok(Self { file, starts })
     }
 
     /// A process of it with that socket, and nothing else of the host's. What it writes on stderr is told in the log with `name`.
@@ -41,16 +84,12 @@ impl Program {
     /// # Errors
     /// Linux gives none.
     pub(super) fn spawn(&self, socket: FrameSocket, name: &str) -> io::Result<Child> {
-        let mut child = Command::new(format!("/proc/self/fd/{}", self.file.as_raw_fd()))
-            .arg0("strait-worker")
-            .args(&self.arguments)
-            .env_clear()
-            // What the terminal sends to the host is the host's to tell.
-            .process_group(0)
-            .stdin(Stdio::from(OwnedFd::from(socket)))
-            .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()?;
+        let gone = || io::Error::other("the thread that starts worker processes has ended");
+        let (started, answer) = mpsc::channel();
+        self.starts
+            .send(Start { socket, started })
+            .map_err(|_| gone())?;
+        let mut child = answer.recv().map_err(|_| gone())??;
         let relayed = match child.stderr.take() {
             Some(stderr) => log::relay(name, stderr),
             None => Ok(()),

@@ -26,6 +26,7 @@ use super::messages::{
     Answer, Ask, Control, Controlled, Counts, Ended, Filled, Grant, Load, Outcome, Run, Start,
     Totals,
 };
+use super::program;
 use crate::engine::{
     CancelToken, Cause, Engine, Failed, Input, Job, LoadError, Results, Stage, Supplies,
 };
@@ -43,6 +44,8 @@ const EARLY_MAX: usize = 1024;
 /// # Errors
 /// Why it cannot begin.
 pub fn serve(control: OwnedFd) -> Result<(), String> {
+    // Before it has anything to do: what comes later may keep it from seeing that the host is gone.
+    program::end_with_host().map_err(|e| e.to_string())?;
     let goes_first = confine::go_first();
     process::set_not_dumpable().map_err(|e| e.to_string())?;
     let socket = FrameSocket::from(control);

@@ -299,6 +299,23 @@ fn a_worker_does_not_outlive_its_host() {
     }
 }
 
+/// Which cannot see that its host is gone.
+#[test]
+fn a_worker_that_is_stopped_does_not_outlive_its_host() {
+    let (mut host, mut client) = host(&[ON]);
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    let worker = worker(&host);
+    stop(worker);
+    host.signal(Signal::KILL);
+    host.wait();
+    let begin = Instant::now();
+    let stat = format!("/proc/{}/stat", worker.as_raw_nonzero());
+    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(begin.elapsed() < PATIENCE, "the worker lives");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn workers_killed_at_any_moment_cost_no_call_and_leave_nothing() {
     let (host, mut client) = host(&[ON]);

@@ -96,11 +96,10 @@ impl Rig {
         // What starts in the background is counted at no certain time.
         config.workers.spare = false;
         change(&mut config);
-        let mut threads = config.engine.workers.unwrap_or_default() as u64 + 3;
-        threads += u64::from(!config.workers.enabled);
+        let threads = config.engine.workers.unwrap_or_default() as u64 + 4;
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
         // A thread has its name, by which holdings count, once it runs: those that run kernels and one more, the clock of
-        // deadlines, the one that frees, and the clock of epochs where kernels run here.
+        // deadlines, the one that frees, and the clock of epochs or the one that starts workers.
         for _ in 0..5000 {
             if host_threads() >= threads {
                 break;
