@@ -389,14 +389,6 @@ impl Seated {
         &self.process
     }
 
-    /// Whether nobody else runs there.
-    pub(super) fn is_alone(&self) -> bool {
-        let state = self.crew.state.lock();
-        let mut seats = state.seats.iter();
-        // One that is gone has lost its seat: then somebody else found that first.
-        seats.any(|seat| seat.process.number() == self.process.number() && seat.running == 1)
-    }
-
     /// Nobody can run anything there any more.
     pub(super) fn is_lost(&self, why: &str) {
         self.process.bury(why);

@@ -10,7 +10,7 @@ use strait_tensor::{Column, FileLayout, TensorSpec};
 use super::artifact::Artifact;
 use super::channel::ReceiveError;
 use super::messages::{Answer, Ask, Ended, Filled, Grant, Load, Outcome, Run, RunInput};
-use super::process::{LOOK, Lane, Mapped};
+use super::process::{Company, LOOK, Lane, Mapped};
 use crate::engine::{Cause, Done, Failed, Job, Means, Output};
 use crate::plugin::{Plugin, PluginHash, Port};
 
@@ -63,6 +63,8 @@ pub(super) struct Exchange<'a> {
     granted: bool,
     /// Why none could be.
     refused: Option<MemoryError>,
+    /// Since it was told to run.
+    company: Option<Company>,
 }
 
 impl<'a> Exchange<'a> {
@@ -75,6 +77,7 @@ impl<'a> Exchange<'a> {
             segments: Vec::new(),
             granted: false,
             refused: None,
+            company: None,
         }
     }
 
@@ -87,9 +90,16 @@ impl<'a> Exchange<'a> {
         if !self.lane.process().has_plugin(&plugin.hash) {
             // The first time here.
             load(&mut self.lane, plugin)?;
+            if self.means.cancel.is_cancelled() {
+                return Err(Trouble::Own(Cause::Cancelled));
+            }
+            if Instant::now() >= self.means.deadline {
+                return Err(Trouble::Own(Cause::Deadline(self.job.deadline_ms)));
+            }
         }
         let process = Arc::clone(self.lane.process());
         let telling = self.means.cancel.telling(move || process.cancel(run));
+        self.company = Some(self.lane.process().join(plugin.hash));
         self.begin(run, open_only)?;
         let ended = loop {
             match self.answer()? {
@@ -100,6 +110,11 @@ impl<'a> Exchange<'a> {
         };
         drop(telling);
         self.given(*ended, open_only)
+    }
+
+    /// Whether it ran, and nothing of another plugin beside it at any time.
+    pub(super) fn was_alone(&self) -> bool {
+        self.company.as_ref().is_some_and(Company::is_alone)
     }
 
     /// Tells what to do.

@@ -136,6 +136,29 @@ pub(super) struct Process {
     totals: Mutex<Totals>,
     counts: Mutex<Counts>,
     needs: Needs,
+    /// The runs that are told to it and not over.
+    runs: Mutex<Vec<(PluginHash, Arc<AtomicBool>)>>,
+}
+
+/// What runs in a worker at the same time, seen by one of them; it leaves when it is dropped.
+#[derive(Debug)]
+pub(super) struct Company {
+    process: Arc<Process>,
+    /// A run of another plugin was there.
+    mixed: Arc<AtomicBool>,
+}
+
+impl Company {
+    pub(super) fn is_alone(&self) -> bool {
+        !self.mixed.load(Ordering::Acquire)
+    }
+}
+
+impl Drop for Company {
+    fn drop(&mut self) {
+        let mut runs = self.process.runs.lock();
+        runs.retain(|(_, mixed)| !Arc::ptr_eq(mixed, &self.mixed));
+    }
 }
 
 /// Whether Linux has taken all of a process apart.
@@ -208,6 +231,7 @@ impl Process {
             totals: Mutex::default(),
             counts: Mutex::default(),
             needs: Needs::default(),
+            runs: Mutex::default(),
         });
         let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
         let mut control = process.control.lock();
@@ -348,6 +372,23 @@ impl Process {
                 .wait_until(&mut is_over, until)
                 .timed_out()
         {}
+    }
+
+    /// A run of `plugin` begins there.
+    pub(super) fn join(self: &Arc<Self>, plugin: PluginHash) -> Company {
+        let mut runs = self.runs.lock();
+        let mixed = Arc::new(AtomicBool::new(false));
+        for (other, also_mixed) in &*runs {
+            if *other != plugin {
+                also_mixed.store(true, Ordering::Release);
+                mixed.store(true, Ordering::Release);
+            }
+        }
+        runs.push((plugin, Arc::clone(&mixed)));
+        Company {
+            process: Arc::clone(self),
+            mixed,
+        }
     }
 
     /// A lane that nobody else uses.

@@ -95,25 +95,22 @@ impl WorkerRunner {
     }
 
     fn run(&self, job: &Job, means: &Means, open_only: bool) -> Result<Given, Failed> {
-        let mut company = Company::Nobody;
-        let given = match self.run_in(job, means, open_only, false, &mut company) {
+        let mut was_alone = false;
+        let given = match self.run_in(job, means, open_only, false, &mut was_alone) {
             // Nothing of it has left the worker, and it may have been another run that ended that: once more, where it can
             // hurt nobody else.
             Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(means) => {
-                self.run_in(job, means, open_only, true, &mut company)
+                self.run_in(job, means, open_only, true, &mut was_alone)
             }
             given => given,
         };
         given.map_err(|trouble| {
-            let took_process = match (&trouble, company) {
-                (_, Company::Nobody) => false,
+            let took_process = match &trouble {
                 // It did not end when it was to: that the worker had to is its own doing.
-                (Trouble::Lost(ReceiveError::Late), _) => true,
+                Trouble::Lost(ReceiveError::Late) => was_alone,
                 // Whoever cancels a run may do it at the moment when something else ends its worker.
-                (Trouble::Lost(_), company) => {
-                    company == Company::Alone && !means.cancel.is_cancelled()
-                }
-                (Trouble::Failed(_) | Trouble::Own(_), _) => false,
+                Trouble::Lost(_) => was_alone && !means.cancel.is_cancelled(),
+                Trouble::Failed(_) | Trouble::Own(_) => false,
             };
             let cause = match trouble {
                 Trouble::Failed(failed) => return failed,
@@ -138,19 +135,16 @@ impl WorkerRunner {
         means: &Means,
         open_only: bool,
         alone: bool,
-        company: &mut Company,
+        was_alone: &mut bool,
     ) -> Result<Given, Trouble> {
-        *company = Company::Nobody;
+        *was_alone = false;
         let seated = self.crew.take(means, alone)?;
         let lane = seated.process().lane();
         let mut exchange = Exchange::new(lane, job, means, self.grace);
         let run = self.last_run.fetch_add(1, Ordering::Relaxed) + 1;
         let given = exchange.whole(run, open_only);
         if let Err(Trouble::Lost(lost)) = &given {
-            *company = match seated.is_alone() {
-                true => Company::Alone,
-                false => Company::Others,
-            };
+            *was_alone = exchange.was_alone();
             seated.is_lost(&lost.to_string());
         }
         given
@@ -163,17 +157,6 @@ impl WorkerRunner {
         self.running.fetch_sub(1, Ordering::Relaxed);
         given
     }
-}
-
-/// Who ran in the worker that a run lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Company {
-    /// Not even the run: it had none, or has not lost it.
-    Nobody,
-    /// The run.
-    Alone,
-    /// The run, and others of its principal.
-    Others,
 }
 
 /// Whether a run would find what it found the first time, and has time for it.

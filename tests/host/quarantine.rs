@@ -189,10 +189,57 @@ fn what_is_long_ago_or_ends_as_it_should_counts_for_nothing() {
     }
 }
 
+/// The whole plugin is blamed, whichever of its calls it was, and nobody who ran beside it.
+#[test]
+fn what_overruns_is_blamed_and_what_runs_beside_it_is_not() {
+    let (_host, mut client) = host(&[
+        ("STRAIT__ENGINE__WORKERS", "4"),
+        ("STRAIT__WORKERS__STRIKES", "1"),
+    ]);
+    let call = |plugin: &str, deadline_ms: u64| json!({"kernel": format!("{plugin}/k"), "inputs": {"x": "x"}, "deadline_ms": deadline_ms});
+    let running = |client: &mut Raw, count: u64| {
+        let begin = Instant::now();
+        while number(&client.ok(Op::Stats, json!({})), "/running") < count {
+            assert!(begin.elapsed() < PATIENCE, "it does not run");
+        }
+    };
+    // Beside a run of another plugin, which is repeated and cancelled in the end.
+    for _ in 0..5 {
+        let beside = client.begin(Op::Invoke, &call("spins", 600_000), &[]);
+        running(&mut client, 1);
+        client
+            .ask(Op::Invoke, call("overruns", 30))
+            .refused(LATE.0, LATE.1);
+        let cancel = client.begin(Op::Cancel, &json!({"sequence": beside}), &[]);
+        let replies = [client.receive().unwrap(), client.receive().unwrap()];
+        assert!(replies.iter().any(|reply| reply.sequence() == cancel));
+        let ended = replies.iter().find(|reply| reply.sequence() == beside);
+        ended.unwrap().refused("CANCELLED", "CANCELLED");
+    }
+    assert_eq!(incidents(&mut client, "spins"), [] as [Value; 0]);
+    assert_eq!(incidents(&mut client, "overruns"), [] as [Value; 0]);
+    // Beside a run of its own.
+    for _ in 0..50 {
+        let other = client.begin(Op::Invoke, &call("overruns", 60), &[]);
+        let one = client.begin(Op::Invoke, &call("overruns", 30), &[]);
+        let replies = [client.receive().unwrap(), client.receive().unwrap()];
+        for sequence in [one, other] {
+            assert!(replies.iter().any(|reply| reply.sequence() == sequence));
+        }
+        if !incidents(&mut client, "overruns").is_empty() {
+            return;
+        }
+    }
+    panic!("its own company excuses it");
+}
+
 /// From outside, which the host cannot tell from a crash.
 #[test]
 fn a_worker_that_is_killed_counts_only_if_the_call_was_alone_in_it_to_the_end() {
-    let (host, mut client) = host(&[("STRAIT__WORKERS__STRIKES", "1")]);
+    let (host, mut client) = host(&[
+        ("STRAIT__WORKERS__STRIKES", "1"),
+        ("STRAIT__WORKERS__GRACE_MS", "60000"),
+    ]);
     let spin = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000});
     // Kills the one worker that is in the midst of the call.
     let kill_one = |client: &mut Raw| {
