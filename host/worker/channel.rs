@@ -3,6 +3,7 @@
 //! ```text
 //! packet: 1 byte, whether more follow │ a part of the message; descriptors beside it
 //! ```
+//! A packet that more follow is full, or has descriptors: so what bounds a message bounds its packets, too.
 //! A message is bounded before memory is taken for it.
 
 use std::io;
@@ -150,6 +151,9 @@ impl Channel {
             let Some((more, part)) = self.packet[..received.bytes].split_first() else {
                 return Err(ReceiveError::Gone);
             };
+            if *more == MORE && part.len() < PART_BYTES && received.fds.is_empty() {
+                return bad("a packet that more follow is not full".to_owned());
+            }
             fds.extend(received.fds);
             if self.message.len() + part.len() > most || fds.len() > fds_most {
                 return bad(format!(
@@ -242,6 +246,8 @@ mod tests {
         bad(&mut other, "kind 2");
         one.socket.send(&[&[LAST, 3, 1]], &[]).expect("sent");
         bad(&mut other, "no message");
+        one.socket.send(&[&[MORE]], &[]).expect("sent");
+        bad(&mut other, "not full");
         one.socket.send(&[&[LAST, 1, 1, 1]], &[]).expect("sent");
         bad(&mut other, "bytes behind it");
         let late = other.receive::<Vec<u8>>(100, 1, Some(Instant::now()));
