@@ -33,6 +33,9 @@ use crate::plugin::{Description, Plugin};
 
 /// What a plugin gets to describe itself: the engine ends it after half of that, where it can.
 const DESCRIBE_MAX: Duration = Duration::from_secs(10);
+/// What Linux gets to take a compiler apart that has ended, and how often that is looked at.
+const END_MAX: Duration = Duration::from_secs(10);
+const END_LOOK: Duration = Duration::from_millis(2);
 /// What an artifact may have beside a multiple of its plugin's bytes: much of it is the same for all.
 const ARTIFACT_BYTES_BASE: usize = 16 << 20;
 const ARTIFACT_TIMES: usize = 16;
@@ -181,7 +184,7 @@ impl Compilers {
                 return Err(LoadError::CompilerLost(format!("it answered {other:?}")));
             }
             Err(ReceiveError::Late) => return Err(self.took_long()),
-            Err(ReceiveError::Gone) => return Err(self.ended(process.wait().map_err(host)?)),
+            Err(ReceiveError::Gone) => return Err(self.ended(process.end().map_err(host)?)),
             Err(error @ ReceiveError::Bad(_)) => {
                 return Err(LoadError::CompilerLost(error.to_string()));
             }
@@ -202,7 +205,10 @@ impl Compilers {
     }
 
     /// What it means that a compiler ended without an answer.
-    fn ended(&self, status: ExitStatus) -> LoadError {
+    fn ended(&self, status: Option<ExitStatus>) -> LoadError {
+        let Some(status) = status else {
+            return LoadError::CompilerLost("it closed its socket and did not end".to_owned());
+        };
         match status.signal() {
             // At the soft limit of CPU time, and at the hard one.
             Some(libc::SIGXCPU | libc::SIGKILL) => self.took_long(),
@@ -267,8 +273,15 @@ impl Drop for Turn<'_> {
 struct Compiler(Child);
 
 impl Compiler {
-    fn wait(&mut self) -> io::Result<ExitStatus> {
-        self.0.wait()
+    /// How one has ended that has closed its socket; none if it lives on for [`END_MAX`], which nothing honest does.
+    fn end(&mut self) -> io::Result<Option<ExitStatus>> {
+        let until = Instant::now() + END_MAX;
+        loop {
+            match self.0.try_wait()? {
+                None if Instant::now() < until => std::thread::sleep(END_LOOK),
+                ended => return Ok(ended),
+            }
+        }
     }
 }
 

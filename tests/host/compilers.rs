@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::served::{Served, check_call, put, ramp};
+use crate::served::{PATIENCE, Served, check_call, put, ramp};
 
 /// A host with that cache; how many plugins it compiled.
 fn compiled(cache: &Path) -> (usize, String) {
@@ -52,4 +54,32 @@ fn a_plugin_is_compiled_once_and_a_false_artifact_is_not_believed() {
     // Others could have written it.
     fs::set_permissions(&kept[0], fs::Permissions::from_mode(0o666)).unwrap();
     assert_eq!(compiled(&cache).0, 1);
+}
+
+#[test]
+fn a_compiler_that_lets_go_of_the_host_and_lives_on_is_not_waited_for() {
+    let directory = TempDir::new().unwrap();
+    // `/bin/sh worker OPTIONS`, in this directory.
+    let script = "exec 0<&-\nexec /bin/sleep 600\n";
+    fs::write(directory.path().join("worker"), script).unwrap();
+    let mut host = Command::new(env!("CARGO_BIN_EXE_strait"))
+        .args(["serve", "--directory", "host"])
+        .current_dir(directory.path())
+        .env("STRAIT__ENGINE__CACHE", directory.path().join("cache"))
+        .env("STRAIT__WORKERS__ENABLED", "true")
+        .env("STRAIT__WORKERS__PROGRAM", "/bin/sh")
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let begin = Instant::now();
+    while host.try_wait().unwrap().is_none() && begin.elapsed() < PATIENCE {
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // It may have ended.
+    let _ = host.kill();
+    let output = host.wait_with_output().unwrap();
+    let log = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{log}");
+    assert!(log.contains("did not end"), "{log}");
 }
