@@ -16,8 +16,10 @@ use crate::plugin::{Plugin, PluginHash, Port};
 
 /// What a worker gets to say the rest of what it has begun to say.
 const REST_MAX: Duration = Duration::from_secs(2);
-/// What a compiled plugin gets to be copied and made executable.
+/// What a compiled plugin gets to be copied and made executable; and, when nobody waits for the run any more, to come to
+/// the end of that, lest each run that is short of time start it anew.
 const LOAD_MAX: Duration = Duration::from_secs(30);
+const LOAD_GRACE: Duration = Duration::from_secs(2);
 
 /// What a run gives.
 pub(super) enum Given {
@@ -89,7 +91,7 @@ impl<'a> Exchange<'a> {
         let plugin = &self.job.kernel.plugin;
         if !self.lane.process().has_plugin(&plugin.hash) {
             // The first time here.
-            load(&mut self.lane, plugin)?;
+            self.load(plugin)?;
             if self.means.cancel.is_cancelled() {
                 return Err(Trouble::Own(Cause::Cancelled));
             }
@@ -101,8 +103,9 @@ impl<'a> Exchange<'a> {
         let telling = self.means.cancel.telling(move || process.cancel(run));
         self.company = Some(self.lane.process().join(plugin.hash));
         self.begin(run, open_only)?;
+        let last = self.means.deadline + self.grace;
         let ended = loop {
-            match self.answer()? {
+            match self.answer(last, self.grace)? {
                 Answer::Need(bytes) if !open_only && !self.granted => self.grant(&bytes)?,
                 Answer::Ended(ended) => break ended,
                 answer => return Err(senseless(format!("{answer:?} during a run"))),
@@ -160,15 +163,42 @@ impl<'a> Exchange<'a> {
         Ok(self.lane.ask(&ask, &fds)?)
     }
 
-    /// The worker's next word, or that it has no more time for one.
-    fn answer(&mut self) -> Result<Answer, Trouble> {
-        let mut end = self.means.deadline + self.grace;
+    /// Has the worker take over a plugin that was compiled before.
+    fn load(&mut self, plugin: &Plugin) -> Result<(), Trouble> {
+        let kept = plugin.kept.as_ref();
+        let artifact = kept
+            .and_then(|kept| kept.downcast_ref::<Artifact>())
+            .ok_or_else(|| {
+                let name = &plugin.description.name;
+                Trouble::Own(Cause::Host(format!("plugin `{name}` was not loaded here")))
+            })?;
+        let load = Load {
+            plugin: plugin.hash,
+            bytes: artifact.bytes(),
+            description: plugin.description.clone(),
+        };
+        let ask = Ask::Load(Box::new(load));
+        self.lane.ask(&ask, &[artifact.fd()?.as_fd()])?;
+        let grace = self.grace.max(LOAD_GRACE);
+        match self.answer(Instant::now() + LOAD_MAX, grace)? {
+            Answer::Loaded(loaded) => {
+                loaded.map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
+                self.lane.process().add_plugin(plugin.hash);
+                Ok(())
+            }
+            answer => Err(senseless(format!("{answer:?} for a plugin"))),
+        }
+    }
+
+    /// The worker's next word, or that it has no more time for one: at `end`, or `grace` after nobody waits for the run any more.
+    fn answer(&mut self, end: Instant, grace: Duration) -> Result<Answer, Trouble> {
+        let mut end = end.min(self.means.deadline + grace);
         let mut cancelled = false;
         loop {
             let now = Instant::now();
             if !cancelled && self.means.cancel.is_cancelled() {
                 cancelled = true;
-                end = end.min(now + self.grace);
+                end = end.min(now + grace);
             }
             match self.lane.wait(end.min(now + LOOK)) {
                 Err(ReceiveError::Late) if Instant::now() < end => {}
@@ -329,33 +359,5 @@ impl<'a> Exchange<'a> {
                 })
             })
             .collect()
-    }
-}
-
-/// Has a worker take over a plugin that was compiled before.
-///
-/// # Errors
-/// [`Trouble`].
-fn load(lane: &mut Lane, plugin: &Plugin) -> Result<(), Trouble> {
-    let kept = plugin.kept.as_ref();
-    let artifact = kept
-        .and_then(|kept| kept.downcast_ref::<Artifact>())
-        .ok_or_else(|| {
-            let name = &plugin.description.name;
-            Trouble::Own(Cause::Host(format!("plugin `{name}` was not loaded here")))
-        })?;
-    let load = Load {
-        plugin: plugin.hash,
-        bytes: artifact.bytes(),
-        description: plugin.description.clone(),
-    };
-    lane.ask(&Ask::Load(Box::new(load)), &[artifact.fd()?.as_fd()])?;
-    match lane.answer(Instant::now() + LOAD_MAX)? {
-        Answer::Loaded(loaded) => {
-            loaded.map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
-            lane.process().add_plugin(plugin.hash);
-            Ok(())
-        }
-        answer => Err(senseless(format!("{answer:?} for a plugin"))),
     }
 }

@@ -214,6 +214,42 @@ fn a_worker_that_says_nothing_or_half_of_it_is_not_waited_for() {
 }
 
 #[test]
+fn a_worker_that_takes_no_plugin_over_costs_the_run_its_time_and_the_plugin_nothing() {
+    let mut lied = Lied::with(&[("STRAIT__WORKERS__STRIKES", "1")]);
+    lied.honest();
+    let before = Holdings::of(&lied.host.settled(&mut lied.client));
+    let lose = |lied: &mut Lied| {
+        lied.kill_worker();
+        lied.host
+            .eventually(&mut lied.client, "it is gone", |stats| {
+                number(stats, "/workers/processes") == 0
+            });
+    };
+    lose(&mut lied);
+    lied.check("load: silence", 100, false, LATE);
+    lose(&mut lied);
+    lied.lie("load: silence");
+    let mut waiting = scale_shift(json!("x"), 2.0, 1.0);
+    waiting["deadline_ms"] = json!(600_000);
+    let sequence = lied.client.begin(Op::Invoke, &waiting, &[]);
+    lied.host
+        .eventually(&mut lied.client, "it is being asked", |stats| {
+            number(stats, "/workers/processes") == 1
+        });
+    lied.client
+        .begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
+    let replies = [
+        lied.client.receive().unwrap(),
+        lied.client.receive().unwrap(),
+    ];
+    let ended = replies.iter().find(|reply| reply.sequence() == sequence);
+    ended.unwrap().refused("CANCELLED", "CANCELLED");
+    drop(replies);
+    lied.honest();
+    lied.done(&before);
+}
+
+#[test]
 fn what_a_worker_does_to_its_descriptors_is_its_own_loss() {
     let mut lied = Lied::start();
     lied.honest();
