@@ -15,6 +15,9 @@ use crate::text;
 /// Longest text of a last error that is kept, in bytes.
 const LAST_BYTES_MAX: usize = 512;
 
+/// Most that a plugin's incidents may take of a reply, in bytes of JSON: its kernels' names need the rest.
+const INCIDENTS_BYTES_MAX: usize = 16 << 10;
+
 /// Who calls, by the number of the account, and what.
 type Whose = (u64, PluginHash);
 
@@ -154,15 +157,14 @@ impl Caller {
         let incidents = |plugin: &Plugin| {
             let all = self.host.quarantine.incidents(&plugin.hash).into_iter();
             let seen = all.filter(|(account, ..)| self.is_operator() || *account == own);
-            seen.filter_map(|(account, count, last, out)| {
+            told(seen.filter_map(|(account, count, last, out)| {
                 Some(wire::Incidents {
                     principal: self.host.accounts.principal(account)?,
                     count: count as u64,
                     last,
                     out_ms: out.map(|out| u64::try_from(out.as_millis()).unwrap_or(u64::MAX)),
                 })
-            })
-            .collect()
+            }))
         };
         let loaded = self.host.plugins.all().into_iter();
         let asked = loaded.filter(|plugin| Some(plugin.description.name.as_str()) > after);
@@ -212,9 +214,41 @@ impl Caller {
     }
 }
 
+/// As many incidents of a plugin as a reply has room for: first those that keep it out of service, the latest before the others.
+fn told(all: impl Iterator<Item = wire::Incidents>) -> Vec<wire::Incidents> {
+    let mut all: Vec<_> = all.collect();
+    all.sort_by_key(|incidents| incidents.out_ms.unwrap_or(u64::MAX));
+    let mut bytes = 0;
+    let fits = |incidents: &wire::Incidents| {
+        bytes += serde_json::to_vec(incidents).map_or(0, |json| json.len() + 1);
+        bytes <= INCIDENTS_BYTES_MAX
+    };
+    all.into_iter().take_while(fits).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_told_of_many_principals_fits_a_reply() {
+        let incidents = |of: u64| wire::Incidents {
+            principal: format!("uid:{of}"),
+            count: 3,
+            last: "\"".repeat(LAST_BYTES_MAX),
+            out_ms: of.is_multiple_of(2).then_some(of),
+        };
+        let few = told((0..4).map(incidents));
+        let whose: Vec<_> = few.iter().map(|one| one.principal.as_str()).collect();
+        assert_eq!(whose, ["uid:0", "uid:2", "uid:1", "uid:3"]);
+        let many = told((0..1000).rev().map(incidents));
+        let bytes = serde_json::to_vec(&many).expect("JSON").len();
+        assert!(
+            !many.is_empty() && bytes <= INCIDENTS_BYTES_MAX + 2,
+            "{bytes}"
+        );
+        assert_eq!(many[0].principal, "uid:0", "the latest first");
+    }
 
     #[test]
     fn only_as_many_within_the_window_count() {

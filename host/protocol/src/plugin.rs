@@ -11,7 +11,8 @@ pub struct Plugin {
     pub sha256: String,
     /// Names of its kernels.
     pub kernels: Vec<String>,
-    /// Worker processes that its kernels cost lately, for each principal whose kernels that were.
+    /// Worker processes that its kernels cost lately, for each principal whose kernels that were: as many as a reply has room
+    /// for, first those that keep it out of service.
     pub incidents: Vec<Incidents>,
 }
 
