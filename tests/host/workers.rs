@@ -148,7 +148,7 @@ fn a_worker_that_is_killed_is_followed_by_another_and_its_results_stay() {
 
 #[test]
 fn what_ran_in_a_killed_worker_runs_again_once_and_alone() {
-    let (host, mut client) = host(&[ON]);
+    let (host, mut client) = host(&[ON, ("STRAIT__ENGINE__WORKERS", "4")]);
     check_call(&mut client, json!("x"), &ramp(MOVED));
     let before = Holdings::of(&host.settled(&mut client));
     for _ in 0..3 {
