@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
-use crate::plugin::PluginHash;
+use crate::plugin::{self, PluginHash};
 
 /// Which artifact.
 #[derive(Clone, Copy, Debug)]
@@ -98,8 +98,8 @@ impl Cache {
     }
 
     fn path(&self, key: &ArtifactKey) -> Option<PathBuf> {
-        let name: String = key.plugin.iter().map(|b| format!("{b:02x}")).collect();
         let directory = self.directory.as_ref()?;
+        let name = plugin::hex(&key.plugin);
         Some(directory.join(format!("{name}-{:016x}.cwasm", key.build)))
     }
 }

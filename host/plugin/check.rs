@@ -355,19 +355,8 @@ fn real(json: &Json) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plugin::description::declaration;
     use serde_json::json;
-
-    fn declaration(kind: ParameterKind) -> ParameterDeclaration {
-        ParameterDeclaration {
-            name: "p".to_owned(),
-            kind,
-            default: None,
-            minimum: None,
-            maximum: None,
-            choices: Vec::new(),
-            doc: String::new(),
-        }
-    }
 
     #[test]
     fn each_kind_takes_what_it_says() {

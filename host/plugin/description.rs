@@ -280,6 +280,20 @@ impl ParameterKind {
     }
 }
 
+/// A parameter of that kind, for tests.
+#[cfg(test)]
+pub(super) fn declaration(kind: ParameterKind) -> ParameterDeclaration {
+    ParameterDeclaration {
+        name: "p".to_owned(),
+        kind,
+        default: None,
+        minimum: None,
+        maximum: None,
+        choices: Vec::new(),
+        doc: String::new(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -397,18 +411,6 @@ mod tests {
         assert!(text.contains("and is whole"), "{text}");
         let text = refused(|kernels| kernels[0].outputs[0].whole = true);
         assert!(text.contains("output `y` is whole"), "{text}");
-    }
-
-    fn declaration(kind: ParameterKind) -> ParameterDeclaration {
-        ParameterDeclaration {
-            name: "p".to_owned(),
-            kind,
-            default: None,
-            minimum: None,
-            maximum: None,
-            choices: Vec::new(),
-            doc: String::new(),
-        }
     }
 
     #[test]

@@ -29,6 +29,11 @@ pub use signature::Signature;
 /// Sha-256 of a plugin's bytes: names the compiled component.
 pub type PluginHash = [u8; 32];
 
+/// In hexadecimal digits.
+pub(crate) fn hex(hash: &PluginHash) -> String {
+    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
 /// Whether a port takes numbers or a mask.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Role {

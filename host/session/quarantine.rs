@@ -9,7 +9,7 @@ use strait_protocol as wire;
 use super::Caller;
 use crate::engine::Failed;
 use crate::error::{Code, Reason, Status};
-use crate::plugin::{Plugin, PluginHash};
+use crate::plugin::{Plugin, PluginHash, hex};
 use crate::text;
 
 /// Longest text of a last error that is kept, in bytes.
@@ -171,11 +171,7 @@ impl Caller {
         asked
             .map(|plugin| wire::Plugin {
                 name: plugin.description.name.clone(),
-                sha256: plugin
-                    .hash
-                    .iter()
-                    .map(|byte| format!("{byte:02x}"))
-                    .collect(),
+                sha256: hex(&plugin.hash),
                 kernels: plugin
                     .description
                     .kernels

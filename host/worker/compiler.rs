@@ -23,9 +23,9 @@ use strait_memory::{Budget, FrameSocket};
 use super::artifact::Artifact;
 use super::channel::{Channel, ReceiveError};
 use super::confine::{self, Confined};
-use super::messages::{Answer, Ask, Compile, Control, Controlled, Start};
-use super::process::{Census, Process, Recipe, Role};
-use super::program::Program;
+use super::messages::{Answer, Ask, Compile, Control, Controlled};
+use super::process::Process;
+use super::program::{Program, Recipe};
 use crate::engine::{
     ArtifactKey, Cache, Cause, EngineConfig, Failed, Interruption, LoadError, Stage, compile,
 };
@@ -78,19 +78,11 @@ impl Compilers {
             program: Arc::clone(&recipe.program),
             build: OnceLock::new(),
             cache,
-            describers: Recipe {
-                program: Arc::clone(&recipe.program),
-                role: Role::Describer,
-                require_walls: recipe.require_walls,
-                lanes: 1,
-                start: Start {
-                    parked_mappings_max: 0,
-                    parked_bytes_max: 0,
-                    ..recipe.start.clone()
-                },
-                // They are not the workers that operators count.
-                census: Arc::<Census>::default(),
-            },
+            describers: Recipe::describer(
+                Arc::clone(&recipe.program),
+                recipe.start.engine.clone(),
+                recipe.require_walls,
+            ),
             counted: Budget::new("compiled plugins", u64::MAX),
             taken: Mutex::default(),
             given_back: Condvar::new(),

@@ -16,7 +16,8 @@ use strait_memory::ResultPool;
 use super::channel::ReceiveError;
 use super::exchange::Trouble;
 use super::messages::Totals;
-use super::process::{LOOK, Process, Recipe};
+use super::process::{LOOK, Process};
+use super::program::Recipe;
 use crate::engine::{Cause, Means, Owner, RunnerProcess};
 
 /// How many workers there are, and how long they wait for work.
@@ -387,12 +388,6 @@ pub(super) struct Seated {
 impl Seated {
     pub(super) fn process(&self) -> &Arc<Process> {
         &self.process
-    }
-
-    /// Nobody can run anything there any more.
-    pub(super) fn is_lost(&self, why: &str) {
-        self.process.bury(why);
-        self.crew.pool.forget(self.process.number());
     }
 }
 

@@ -49,6 +49,14 @@ impl From<MemoryError> for Trouble {
     }
 }
 
+/// Why nobody waits for a run any more, if nobody does.
+pub(super) fn over(job: &Job, means: &Means) -> Option<Cause> {
+    if means.cancel.is_cancelled() {
+        return Some(Cause::Cancelled);
+    }
+    (Instant::now() >= means.deadline).then_some(Cause::Deadline(job.deadline_ms))
+}
+
 /// What a worker says makes no sense: then neither does what else it has done.
 fn senseless(what: impl Into<String>) -> Trouble {
     Trouble::Lost(ReceiveError::Bad(what.into()))
@@ -92,11 +100,8 @@ impl<'a> Exchange<'a> {
         if !self.lane.process().has_plugin(&plugin.hash) {
             // The first time here.
             self.load(plugin)?;
-            if self.means.cancel.is_cancelled() {
-                return Err(Trouble::Own(Cause::Cancelled));
-            }
-            if Instant::now() >= self.means.deadline {
-                return Err(Trouble::Own(Cause::Deadline(self.job.deadline_ms)));
+            if let Some(cause) = over(self.job, self.means) {
+                return Err(Trouble::Own(cause));
             }
         }
         let process = Arc::clone(self.lane.process());

@@ -5,7 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::process::Child;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
@@ -13,8 +13,8 @@ use parking_lot::{Condvar, Mutex};
 use strait_memory::{Filler, FrameSocket, KeepsMappings};
 
 use super::channel::{Channel, ReceiveError};
-use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
-use super::program::Program;
+use super::messages::{Answer, Ask, Control, Controlled, Counts, Totals};
+use super::program::{Census, Program, Recipe};
 use crate::engine::{EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
@@ -34,76 +34,16 @@ pub(super) const LOOK: Duration = Duration::from_millis(250);
 /// How large each kernel's results were the last time, in bytes.
 pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
 
-/// How workers are started.
-#[derive(Debug)]
-pub(super) struct Recipe {
-    pub(super) role: Role,
-    pub(super) program: Arc<Program>,
-    pub(super) lanes: usize,
-    /// None is started where a wall is lacking.
-    pub(super) require_walls: bool,
-    pub(super) start: Start,
-    /// Of all that were started.
-    pub(super) census: Arc<Census>,
-}
-
-/// What a process is started for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Role {
-    /// To run kernels.
-    Worker,
-    /// To describe one plugin.
-    Describer,
-}
-
-impl Recipe {
-    /// What the log calls one.
-    fn name(&self, number: u64) -> Arc<str> {
-        match self.role {
-            Role::Worker => number.to_string().into(),
-            Role::Describer => "describer".into(),
-        }
-    }
-
-    /// What this process has open for each: the lanes, control twice, and the log.
-    fn fds(&self) -> u64 {
-        self.lanes as u64 + 3
-    }
-}
-
 /// The walls that a worker process lacks on this Linux, in words. One is started to find out.
 ///
 /// # Errors
 /// It does not start.
 pub fn lacking_walls(program: Option<&Path>, engine: EngineConfig) -> io::Result<Vec<String>> {
-    let recipe = Recipe {
-        role: Role::Describer,
-        program: Arc::new(Program::open(program, vec!["worker".to_owned()])?),
-        lanes: 1,
-        require_walls: false,
-        start: Start {
-            engine: EngineConfig {
-                cache: None,
-                ..engine
-            },
-            parked_mappings_max: 0,
-            parked_bytes_max: 0,
-        },
-        census: Arc::default(),
-    };
+    let program = Program::open(program, vec!["worker".to_owned()])?;
+    let recipe = Recipe::describer(Arc::new(program), engine, false);
     let process = Process::start(&recipe, || false)?;
     process.end_here();
     Ok(process.about().lacks)
-}
-
-/// Counts of workers.
-#[derive(Debug, Default)]
-pub(super) struct Census {
-    pub(super) started: AtomicU64,
-    pub(super) living: AtomicU64,
-    pub(super) lost: AtomicU64,
-    /// Descriptors that this process has open for them.
-    pub(super) fds: AtomicU64,
 }
 
 /// A worker. It ends when this is dropped.
@@ -321,14 +261,10 @@ impl Process {
     /// Ends it, whatever it does, and returns when it is no more: for one that has nothing large mapped.
     pub(super) fn end_here(&self) {
         self.gone.store(true, Ordering::Release);
-        let Some(mut child) = self.child.lock().take() else {
-            return;
-        };
-        self.census.living.fetch_sub(1, Ordering::Relaxed);
-        // It may have ended by itself.
-        let _ = child.kill();
-        let _ = child.wait();
-        self.burial.end();
+        if let Some(mut child) = self.killed() {
+            let _ = child.wait();
+            self.burial.end();
+        }
     }
 
     /// Ends it at once, whatever it does. `why` is told the first time.
@@ -341,13 +277,19 @@ impl Process {
         self.put_down();
     }
 
-    fn put_down(&self) {
-        let Some(mut child) = self.child.lock().take() else {
-            return;
-        };
+    /// The process, killed, for who is the first to end it.
+    fn killed(&self) -> Option<Child> {
+        let mut child = self.child.lock().take()?;
         self.census.living.fetch_sub(1, Ordering::Relaxed);
         // It may have ended by itself.
         let _ = child.kill();
+        Some(child)
+    }
+
+    fn put_down(&self) {
+        let Some(mut child) = self.killed() else {
+            return;
+        };
         // Linux takes gigabytes apart before it lets go of it. Without a thread it is reaped when the host ends.
         let burial = Arc::clone(&self.burial);
         let _ = std::thread::Builder::new()

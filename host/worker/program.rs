@@ -1,4 +1,4 @@
-//! The program that workers and compilers run, and the thread that starts them.
+//! How workers and compilers are started: the program that they run, and the thread that starts them.
 //!
 //! Linux ends such a process when the thread that started it ends, if it has asked for that ([`end_with_host`]): so that thread has to
 //! be there for as long as the host.
@@ -9,23 +9,97 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
 use strait_memory::FrameSocket;
 
 use super::log;
+use super::messages::Start;
+use crate::engine::EngineConfig;
+
+/// How workers are started.
+#[derive(Debug)]
+pub(super) struct Recipe {
+    pub(super) role: Role,
+    pub(super) program: Arc<Program>,
+    pub(super) lanes: usize,
+    /// None is started where a wall is lacking.
+    pub(super) require_walls: bool,
+    pub(super) start: Start,
+    /// Of all that were started.
+    pub(super) census: Arc<Census>,
+}
+
+/// What a process is started for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    /// To run kernels.
+    Worker,
+    /// To describe one plugin.
+    Describer,
+}
+
+impl Recipe {
+    /// For one that only describes a plugin, or says which walls it has: it is none of the workers that operators count.
+    pub(super) fn describer(
+        program: Arc<Program>,
+        engine: EngineConfig,
+        require_walls: bool,
+    ) -> Self {
+        Self {
+            role: Role::Describer,
+            program,
+            lanes: 1,
+            require_walls,
+            start: Start {
+                engine: EngineConfig {
+                    // The host's alone.
+                    cache: None,
+                    ..engine
+                },
+                parked_mappings_max: 0,
+                parked_bytes_max: 0,
+            },
+            census: Arc::default(),
+        }
+    }
+
+    /// What the log calls one.
+    pub(super) fn name(&self, number: u64) -> Arc<str> {
+        match self.role {
+            Role::Worker => number.to_string().into(),
+            Role::Describer => "describer".into(),
+        }
+    }
+
+    /// What this process has open for each: the lanes, control twice, and the log.
+    pub(super) fn fds(&self) -> u64 {
+        self.lanes as u64 + 3
+    }
+}
+
+/// Counts of workers.
+#[derive(Debug, Default)]
+pub(super) struct Census {
+    pub(super) started: AtomicU64,
+    pub(super) living: AtomicU64,
+    pub(super) lost: AtomicU64,
+    /// Descriptors that this process has open for them.
+    pub(super) fds: AtomicU64,
+}
 
 /// What workers and compilers run.
 #[derive(Debug)]
 pub(super) struct Program {
     /// Opened once: an upgrade in its place changes nothing for this host.
     pub(super) file: Arc<File>,
-    starts: mpsc::Sender<Start>,
+    starts: mpsc::Sender<Request>,
 }
 
 /// A process that is to have that socket, and who waits for it.
-struct Start {
+struct Request {
     socket: FrameSocket,
     started: mpsc::Sender<io::Result<Child>>,
 }
@@ -66,7 +140,7 @@ impl Program {
             )
         })?;
         let file = Arc::new(file);
-        let (starts, asked) = mpsc::channel::<Start>();
+        let (starts, asked) = mpsc::channel::<Request>();
         let program = Arc::clone(&file);
         std::thread::Builder::new()
             .name("strait-spawner".to_owned())
@@ -87,7 +161,7 @@ impl Program {
         let gone = || io::Error::other("the thread that starts worker processes has ended");
         let (started, answer) = mpsc::channel();
         self.starts
-            .send(Start { socket, started })
+            .send(Request { socket, started })
             .map_err(|_| gone())?;
         let mut child = answer.recv().map_err(|_| gone())??;
         let relayed = match child.stderr.take() {

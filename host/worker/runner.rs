@@ -12,10 +12,9 @@ use strait_tensor::TensorSpec;
 use super::channel::ReceiveError;
 use super::compiler::{CompilerSettings, Compilers};
 use super::crew::{Crew, CrewSettings, is_over};
-use super::exchange::{Exchange, Given, Trouble};
+use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
-use super::process::{Recipe, Role};
-use super::program::Program;
+use super::program::{Program, Recipe, Role};
 use crate::engine::{
     Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, Runner, RunnerCounts,
     RunnerProcess, Stage,
@@ -115,11 +114,7 @@ impl WorkerRunner {
             let cause = match trouble {
                 Trouble::Failed(failed) => return failed,
                 Trouble::Own(cause) => cause,
-                Trouble::Lost(_) if means.cancel.is_cancelled() => Cause::Cancelled,
-                Trouble::Lost(_) if Instant::now() >= means.deadline => {
-                    Cause::Deadline(job.deadline_ms)
-                }
-                Trouble::Lost(_) => Cause::Lost,
+                Trouble::Lost(_) => over(job, means).unwrap_or(Cause::Lost),
             };
             Failed {
                 took_process,
@@ -145,7 +140,8 @@ impl WorkerRunner {
         let given = exchange.whole(run, open_only);
         if let Err(Trouble::Lost(lost)) = &given {
             *was_alone = exchange.was_alone();
-            seated.is_lost(&lost.to_string());
+            // What it would have filled is forgotten with its seat.
+            seated.process().bury(&lost.to_string());
         }
         given
     }
