@@ -11,18 +11,6 @@ use serde_json::json;
 use crate::support::guest;
 use crate::support::trial::{Case, Trial, case};
 
-/// The functions that the host calls in an invocation: name, parameters, result.
-const FUNCTIONS: [(&str, &str, &str); 8] = [
-    ("open", "i32 i32 i32 i32 i32 i32", "i32"),
-    ("reserve", "i64", "i64"),
-    ("bind", "i32 i32 i32 i32", "i32"),
-    ("run", "i32", "i32"),
-    ("extents", "", "i32"),
-    ("notes", "", "i32"),
-    ("last_error", "", "i32"),
-    ("realloc", "i32 i32 i32 i32", "i32"),
-];
-
 /// Those after whose answer the host calls back to free it.
 const POST: [&str; 5] = ["open", "bind", "extents", "notes", "last-error"];
 
@@ -34,7 +22,7 @@ const BAD: &str = "BAD_ANSWER";
 /// Guests with `body` in place of each function in turn, and of each function that frees.
 fn everywhere(what: &str, body: &str, rest: &str, reason: &'static str) -> Vec<Case> {
     let fails = |name: &str| if name.starts_with("last") { FAILS } else { "" };
-    let own = FUNCTIONS.iter().map(|(name, parameters, result)| {
+    let own = guest::FUNCTIONS.iter().map(|(name, parameters, result)| {
         let rest = format!("{rest}\n{}", fails(name));
         let text =
             format!("(func ${name} (param {parameters}) (result {result}) {body} unreachable)");
@@ -141,7 +129,7 @@ const NOT_UTF8: &str = "(i32.store (i32.const 800) (i32.const 0xc0ff80fe))";
 
 /// The guest whose `name` stores `body` and answers 800 - 32: records lie at 768, memory at 800 is free.
 fn answering(name: &str, body: &str) -> String {
-    let (_, parameters, _) = FUNCTIONS.iter().find(|f| f.0 == name).unwrap();
+    let (_, parameters, _) = guest::FUNCTIONS.iter().find(|f| f.0 == name).unwrap();
     let rest = if name == "last_error" { FAILS } else { "" };
     format!("(func ${name} (param {parameters}) (result i32) {body} i32.const 768)\n{rest}")
 }
@@ -225,7 +213,7 @@ fn records_that_lie_nowhere_and_values_that_are_none_are_traps() {
     let trial = Trial::new();
     for name in ["open", "bind", "extents", "notes", "last_error"] {
         let rest = if name == "last_error" { FAILS } else { "" };
-        let (_, parameters, _) = FUNCTIONS.iter().find(|f| f.0 == name).unwrap();
+        let (_, parameters, _) = guest::FUNCTIONS.iter().find(|f| f.0 == name).unwrap();
         let back = |n: u32| format!("(i32.sub {END} (i32.const {n}))");
         for (how, at) in [
             ("at-end", back(4)),

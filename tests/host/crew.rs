@@ -3,22 +3,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Pid;
 use serde_json::{Value, json};
 use strait_client::wire::Op;
 
+use crate::cli;
 use crate::guest;
 use crate::served::{
     Holdings, PATIENCE, Raw, Served, as_user, check_call, number, numbers, put, ramp, scale_shift,
 };
-use crate::workers::all_children;
+use crate::workers::{MOVED, all_children, kill};
 
 const OTHER: u32 = 4242;
-/// Above `move_min_bytes`: such a tensor becomes a window.
-const MOVED: u64 = 100_000;
 
 /// A host of several users with workers and the kernel `spins/k`, which never ends; and its operator. None unless root
 /// is here to become those users.
@@ -95,10 +93,6 @@ fn pid(worker: &Value) -> Pid {
     Pid::from_raw(i32::try_from(number(worker, "/pid")).unwrap()).unwrap()
 }
 
-fn kill(pid: Pid) {
-    kill_process(pid, Signal::KILL).unwrap();
-}
-
 fn spin(client: &mut Raw) -> u32 {
     let spin = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 600_000});
     let sequence = client.begin(Op::Invoke, &spin, &[]);
@@ -106,13 +100,6 @@ fn spin(client: &mut Raw) -> u32 {
         seen.iter().any(|worker| worker["running"] == 1)
     });
     sequence
-}
-
-fn end_spin(client: &mut Raw, sequence: u32) {
-    client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
-    let replies = [client.receive().unwrap(), client.receive().unwrap()];
-    let ended = replies.iter().find(|reply| reply.sequence() == sequence);
-    ended.unwrap().refused("CANCELLED", "CANCELLED");
 }
 
 const NO_SPARE: (&str, &str) = ("STRAIT__WORKERS__SPARE", "false");
@@ -149,7 +136,7 @@ fn what_happens_to_one_principals_worker_is_no_affair_of_another() {
         (&own["pid"], &json!(1), &json!(2)),
     );
     assert_eq!(number(&client.ok(Op::Stats, json!({})), "/workers/lost"), 3);
-    end_spin(&mut client, sequence);
+    client.cancel(sequence);
     check(&mut client);
 }
 
@@ -192,7 +179,7 @@ fn the_spare_serves_the_next_principal_and_succeeds_whoever_is_lost() {
     });
     check(&mut client);
     check(&mut other);
-    end_spin(&mut client, sequence);
+    client.cancel(sequence);
     eventually(&mut client, "a worker each and a spare", |seen| {
         seen.len() == 3
     });
@@ -213,7 +200,7 @@ fn workers_that_nobody_uses_end_and_so_does_the_spare() {
         seen.iter().all(|worker| worker["principal"] != "uid:4242")
     });
     assert_eq!(of(&workers(&mut client), "uid:0")["running"], 1);
-    end_spin(&mut client, sequence);
+    client.cancel(sequence);
     check(&mut client);
     // What it had mapped is given back, idle results among it.
     let stats = host.eventually(&mut client, "all have ended", |stats| {
@@ -256,11 +243,11 @@ fn at_the_most_an_idle_worker_makes_room_and_if_all_are_busy_a_run_waits() {
     late["deadline_ms"] = json!(600_000);
     let waiting = other.begin(Op::Invoke, &late, &[]);
     while number(&other.ok(Op::Stats, json!({})), "/account/running") == 0 {}
-    end_spin(&mut other, waiting);
+    other.cancel(waiting);
     let waiting = other.begin(Op::Invoke, &late, &[]);
     while number(&other.ok(Op::Stats, json!({})), "/account/running") == 0 {}
     assert_eq!(of(&workers(&mut client), "uid:0")["running"], 1);
-    end_spin(&mut client, sequence);
+    client.cancel(sequence);
     let reply = other.receive().unwrap();
     assert_eq!(
         (reply.sequence(), numbers(&reply).len()),
@@ -272,7 +259,7 @@ fn at_the_most_an_idle_worker_makes_room_and_if_all_are_busy_a_run_waits() {
     eventually(&mut client, "it runs again", |seen| {
         seen.iter().any(|worker| worker["running"] == 1)
     });
-    end_spin(&mut client, sequence);
+    client.cancel(sequence);
     check(&mut other);
 }
 
@@ -299,13 +286,13 @@ fn whoever_is_never_idle_makes_room_as_well() {
         // Comes later, and before the first one is over.
         let second = busy[1].begin(Op::Invoke, &spin, &[]);
         while number(&busy[1].ok(Op::Stats, json!({})), "/account/running") < 2 {}
-        end_spin(&mut busy[0], first);
+        busy[0].cancel(first);
         let made_room = runs(&mut operator) != worker;
         if made_room {
             // Who came later has the only place now, and keeps it.
             assert!(other.readable(PATIENCE), "it was not its turn");
         }
-        end_spin(&mut busy[1], second);
+        busy[1].cancel(second);
         assert_eq!(other.receive().unwrap().sequence(), waiting);
         if made_room {
             return;
@@ -339,7 +326,7 @@ fn a_run_that_is_alone_gets_the_place_of_its_own_principals_worker() {
                 worker["principal"] == "uid:7" && worker["running"] == 1 && pid(worker) != killed
             })
         });
-        end_spin(&mut own[0], first);
+        own[0].cancel(first);
     }
 }
 
@@ -387,20 +374,9 @@ fn the_command_line_shows_them() {
     let mut other = user(&host, OTHER);
     check(&mut client);
     check(&mut other);
-    let shown = |arguments: &[&str]| {
-        let output = Command::new(env!("CARGO_BIN_EXE_strait"))
-            .arg("workers")
-            .args(arguments)
-            .arg("--address")
-            .arg(format!("unix://{}", host.directory().display()))
-            .output()
-            .unwrap();
-        assert!(output.status.success(), "{output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let list: Value = serde_json::from_str(&shown(&["--json"])).unwrap();
+    let list = cli::good_json(host.path(), &["workers", "--json"]);
     let listed = list["workers"].as_array().unwrap();
-    let table = shown(&[]);
+    let table = cli::good(host.path(), &["workers"]);
     for whose in ["uid:0", "uid:4242"] {
         let worker = of(listed, whose);
         assert_eq!(worker["runs"], 1);

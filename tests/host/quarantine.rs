@@ -1,13 +1,13 @@
 //! A plugin whose kernels cost a principal too many worker processes is out of service for that principal, until an operator
 //! says otherwise.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Signal, kill_process};
 use serde_json::{Value, json};
 use strait_client::wire::Op;
 
+use crate::cli;
 use crate::guest;
 use crate::served::{PATIENCE, Raw, Served, as_user, check_call, number, put, ramp};
 use crate::workers::{MOVED, ON, children};
@@ -69,21 +69,6 @@ fn overrun(client: &mut Raw, count: u64) -> Value {
     panic!("it never overruns: {:?}", incidents(client, "overruns"))
 }
 
-fn strait(host: &Served, arguments: &[&str]) -> (Option<i32>, String, String) {
-    let address = format!("unix://{}", host.directory().display());
-    let output = Command::new(env!("CARGO_BIN_EXE_strait"))
-        .args(arguments)
-        .args(["--address", &address])
-        .output()
-        .unwrap();
-    let text = |bytes| String::from_utf8(bytes).unwrap();
-    (
-        output.status.code(),
-        text(output.stdout),
-        text(output.stderr),
-    )
-}
-
 #[test]
 fn three_overruns_and_a_plugin_is_out_of_service_until_an_operator_says_otherwise() {
     let (host, mut client) = host(&[]);
@@ -113,19 +98,17 @@ fn three_overruns_and_a_plugin_is_out_of_service_until_an_operator_says_otherwis
     assert_eq!(started(&mut client), before, "it costs nothing any more");
     call(&mut client, "spins", LATE);
 
-    let (code, table, _) = strait(&host, &["plugins"]);
-    assert_eq!(code, Some(0));
+    let table = cli::good(host.path(), &["plugins"]);
     let row = table.lines().find(|row| row.contains(" overruns "));
     let row = row.unwrap_or_else(|| panic!("{table}"));
     assert!(row.contains("out of service for uid:"), "{table}");
-    let (code, _, error) = strait(&host, &["plugins", "enable", "over"]);
+    let wrong = cli::run(host.path(), &["plugins", "enable", "over"]);
+    let (code, error) = (cli::code(&wrong), cli::stderr(&wrong));
     assert!(
-        code == Some(3) && error.contains("no plugin `over`"),
-        "{code:?} {error}"
+        code == 3 && error.contains("no plugin `over`"),
+        "{code} {error}"
     );
-    let (code, json, _) = strait(&host, &["plugins", "enable", "overruns", "--json"]);
-    assert_eq!(code, Some(0));
-    let json: Value = serde_json::from_str(&json).unwrap();
+    let json = cli::good_json(host.path(), &["plugins", "enable", "overruns", "--json"]);
     let plugins = json["plugins"].as_array().unwrap();
     assert!(
         plugins.iter().all(|one| one["incidents"] == json!([])),
@@ -212,11 +195,7 @@ fn what_overruns_is_blamed_and_what_runs_beside_it_is_not() {
         client
             .ask(Op::Invoke, call("overruns", 30))
             .refused(LATE.0, LATE.1);
-        let cancel = client.begin(Op::Cancel, &json!({"sequence": beside}), &[]);
-        let replies = [client.receive().unwrap(), client.receive().unwrap()];
-        assert!(replies.iter().any(|reply| reply.sequence() == cancel));
-        let ended = replies.iter().find(|reply| reply.sequence() == beside);
-        ended.unwrap().refused("CANCELLED", "CANCELLED");
+        client.cancel(beside);
     }
     assert_eq!(incidents(&mut client, "spins"), [] as [Value; 0]);
     assert_eq!(incidents(&mut client, "overruns"), [] as [Value; 0]);
@@ -264,10 +243,7 @@ fn a_worker_that_is_killed_counts_only_if_the_call_was_alone_in_it_to_the_end() 
     };
     let sequence = client.begin(Op::Invoke, &spin, &[]);
     kill_one(&mut client, None);
-    client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
-    let replies = [client.receive().unwrap(), client.receive().unwrap()];
-    let ended = replies.iter().find(|reply| reply.sequence() == sequence);
-    ended.unwrap().refused("CANCELLED", "CANCELLED");
+    client.cancel(sequence);
     assert_eq!(incidents(&mut client, "spins"), [] as [Value; 0]);
     // A worker that ends while the plugin is loaded into it counts for nothing.
     for _ in 0..50 {

@@ -12,6 +12,7 @@ use tokio::task::JoinHandle;
 use tonic::Code;
 use tonic::transport::{Channel, Endpoint};
 
+use crate::cli;
 use crate::guest;
 use crate::served::{PATIENCE, Raw, Served, as_user, check_call, number, put, ramp, scale_shift};
 
@@ -408,16 +409,11 @@ fn operators_see_and_change_quotas_while_the_host_runs() {
         assert!(message.contains(what), "{message}");
     }
     let strait = |arguments: &[&str]| {
-        let address = format!("unix://{}", host.directory().display());
-        let output = std::process::Command::new(env!("CARGO_BIN_EXE_strait"))
-            .args(arguments)
-            .args(["--address", &address])
-            .output()
-            .unwrap();
+        let output = cli::run(host.path(), arguments);
         (
-            output.status.code().unwrap(),
-            String::from_utf8(output.stdout).unwrap(),
-            String::from_utf8(output.stderr).unwrap(),
+            cli::code(&output),
+            cli::stdout(&output),
+            cli::stderr(&output),
         )
     };
     let (code, table, error) = strait(&["limits", "set", "uid:7", "bytes=2GiB", "running=none"]);

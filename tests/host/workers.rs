@@ -86,7 +86,7 @@ pub(super) fn worker(host: &Served) -> Pid {
     }
 }
 
-fn kill(pid: Pid) {
+pub(super) fn kill(pid: Pid) {
     kill_process(pid, Signal::KILL).unwrap();
 }
 
@@ -277,6 +277,16 @@ fn a_worker_that_is_stopped_is_replaced() {
     assert_ne!(worker(&host), stopped);
 }
 
+/// Whose host is gone: nobody here may be there to reap it.
+fn check_ends(worker: Pid) {
+    let begin = Instant::now();
+    let stat = format!("/proc/{}/stat", worker.as_raw_nonzero());
+    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
+        assert!(begin.elapsed() < PATIENCE, "the worker lives");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
 #[test]
 fn a_worker_does_not_outlive_its_host() {
     for signal in [Signal::KILL, Signal::TERM] {
@@ -286,16 +296,7 @@ fn a_worker_does_not_outlive_its_host() {
         client.begin(Op::Invoke, &spin(2000), &[]);
         host.signal(signal);
         host.wait();
-        let begin = Instant::now();
-        let lives = || {
-            let stat = fs::read_to_string(format!("/proc/{}/stat", worker.as_raw_nonzero()));
-            // Nobody here may be there to reap it.
-            stat.is_ok_and(|stat| !stat.contains(") Z "))
-        };
-        while lives() {
-            assert!(begin.elapsed() < PATIENCE, "the worker lives");
-            std::thread::sleep(Duration::from_millis(5));
-        }
+        check_ends(worker);
     }
 }
 
@@ -308,12 +309,7 @@ fn a_worker_that_is_stopped_does_not_outlive_its_host() {
     stop(worker);
     host.signal(Signal::KILL);
     host.wait();
-    let begin = Instant::now();
-    let stat = format!("/proc/{}/stat", worker.as_raw_nonzero());
-    while fs::read_to_string(&stat).is_ok_and(|stat| !stat.contains(") Z ")) {
-        assert!(begin.elapsed() < PATIENCE, "the worker lives");
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    check_ends(worker);
 }
 
 #[test]

@@ -16,6 +16,18 @@
 
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 
+/// The functions that the host calls in an invocation: name, parameters, result.
+pub const FUNCTIONS: [(&str, &str, &str); 8] = [
+    ("open", "i32 i32 i32 i32 i32 i32", "i32"),
+    ("reserve", "i64", "i64"),
+    ("bind", "i32 i32 i32 i32", "i32"),
+    ("run", "i32", "i32"),
+    ("extents", "", "i32"),
+    ("notes", "", "i32"),
+    ("last_error", "", "i32"),
+    ("realloc", "i32 i32 i32 i32", "i32"),
+];
+
 /// Function name, what it is unless the guest file defines it.
 const DEFAULTS: [(&str, &str); 10] = [
     ("$describe", "(func $describe (result i32) i32.const 1024)"),

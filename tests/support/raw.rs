@@ -164,6 +164,20 @@ impl Raw {
         self.ask(op, body).accepted()
     }
 
+    /// Ends the call `sequence`, which waits in the queue or runs.
+    pub fn cancel(&mut self, sequence: u32) {
+        let asked = self.begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
+        for _ in 0..2 {
+            let reply = self.receive().unwrap();
+            if reply.sequence() == asked {
+                assert_eq!(reply.accepted()["cancelled"], true);
+            } else {
+                assert_eq!(reply.sequence(), sequence);
+                reply.refused("CANCELLED", "CANCELLED");
+            }
+        }
+    }
+
     pub fn ended(&self) {
         if let Some(frame) = self.receive() {
             panic!(

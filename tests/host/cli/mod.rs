@@ -39,21 +39,21 @@ fn strait(directory: &Path) -> Command {
     command
 }
 
-fn run(directory: &Path, arguments: &[&str]) -> Output {
+pub(super) fn run(directory: &Path, arguments: &[&str]) -> Output {
     strait(directory).args(arguments).output().unwrap()
 }
 
-fn stdout(output: &Output) -> String {
+pub(super) fn stdout(output: &Output) -> String {
     String::from_utf8(output.stdout.clone()).unwrap()
 }
 
-fn stderr(output: &Output) -> String {
+pub(super) fn stderr(output: &Output) -> String {
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     assert!(!text.contains("panicked"), "{text}");
     text
 }
 
-fn code(output: &Output) -> i32 {
+pub(super) fn code(output: &Output) -> i32 {
     output
         .status
         .code()
@@ -61,14 +61,14 @@ fn code(output: &Output) -> i32 {
 }
 
 /// Its stdout, after it went well.
-fn good(directory: &Path, arguments: &[&str]) -> String {
+pub(super) fn good(directory: &Path, arguments: &[&str]) -> String {
     let output = run(directory, arguments);
     assert_eq!(code(&output), 0, "{arguments:?}: {}", stderr(&output));
     stdout(&output)
 }
 
 /// Its one JSON object, after it went well.
-fn good_json(directory: &Path, arguments: &[&str]) -> Value {
+pub(super) fn good_json(directory: &Path, arguments: &[&str]) -> Value {
     serde_json::from_str(&good(directory, arguments)).unwrap()
 }
 

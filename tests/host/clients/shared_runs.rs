@@ -135,20 +135,6 @@ fn busy_host(client: &mut Option<Raw>) -> (Served, u32) {
     (host, sequence)
 }
 
-/// Ends the call `sequence` of `client`, which waits in the queue or runs.
-fn cancel(client: &mut Raw, sequence: u32) {
-    let asked = client.begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
-    for _ in 0..2 {
-        let reply = client.receive().unwrap();
-        if reply.sequence() == asked {
-            assert_eq!(reply.accepted()["cancelled"], true);
-        } else {
-            assert_eq!(reply.sequence(), sequence);
-            reply.refused("CANCELLED", "CANCELLED");
-        }
-    }
-}
-
 #[test]
 fn whoever_leaves_a_shared_run_leaves_it_to_the_others() {
     let mut spinner = None;
@@ -169,10 +155,10 @@ fn whoever_leaves_a_shared_run_leaves_it_to_the_others() {
     hasty
         .ask(Op::Invoke, with(&keyed, "deadline_ms", json!(50)))
         .refused("DEADLINE_EXCEEDED", "DEADLINE");
-    cancel(&mut clients[0], sequences[0]);
+    clients[0].cancel(sequences[0]);
     drop(clients.remove(1));
     assert_eq!(number(&spinner.ok(Op::Stats, json!({})), "/running"), 1);
-    cancel(&mut spinner, spin);
+    spinner.cancel(spin);
     let replies: Vec<_> = clients[1..].iter().map(|c| c.receive().unwrap()).collect();
     for reply in &replies {
         assert_eq!(numbers(reply), [-14.0, -13.0, -12.0]);
@@ -195,10 +181,10 @@ fn a_shared_run_ends_when_nobody_waits_and_its_key_is_free() {
     // In the queue.
     let (mut one, mut other) = (host.greeted(), host.greeted());
     let (first, second) = (spin(&mut one, 600_000), spin(&mut other, 600_000));
-    cancel(&mut one, first);
-    cancel(&mut other, second);
+    one.cancel(first);
+    other.cancel(second);
     // Running: each caller has its own deadline, and the last one's ends it.
-    cancel(&mut spinner, _spin);
+    spinner.cancel(_spin);
     spin(&mut one, 300);
     spin(&mut other, 600);
     for client in [&one, &other] {
@@ -244,7 +230,7 @@ fn a_deadline_and_a_cancel_count_in_the_queue() {
         match round {
             0 => sequences
                 .iter()
-                .for_each(|sequence| cancel(&mut queued, *sequence)),
+                .for_each(|sequence| queued.cancel(*sequence)),
             1 => {
                 drop(queued);
                 host.eventually(&mut spinner, "it is gone", |stats| {
@@ -252,12 +238,12 @@ fn a_deadline_and_a_cancel_count_in_the_queue() {
                 });
             }
             _ => {
-                cancel(&mut queued, sequences[0]);
+                queued.cancel(sequences[0]);
                 let late = with(&call, "deadline_ms", json!(50));
                 queued
                     .ask(Op::Invoke, late)
                     .refused("DEADLINE_EXCEEDED", "DEADLINE");
-                cancel(&mut queued, sequences[1]);
+                queued.cancel(sequences[1]);
             }
         }
     }
@@ -267,6 +253,6 @@ fn a_deadline_and_a_cancel_count_in_the_queue() {
         (1, 1),
         "the spin alone was run"
     );
-    cancel(&mut spinner, spin);
+    spinner.cancel(spin);
     check_call(&mut client, json!("x"), &ramp(3));
 }

@@ -17,10 +17,8 @@ use strait_client::wire::Op;
 use crate::served::{
     Frame, Holdings, PATIENCE, Raw, Served, check_call, number, put, ramp, scale_shift,
 };
-use crate::workers::{all_children, children};
+use crate::workers::{MOVED, all_children, children};
 
-/// Above `move_min_bytes`: such a tensor becomes a window.
-const MOVED: u64 = 100_000;
 const LOST: (&str, &str) = ("UNAVAILABLE", "WORKER_LOST");
 
 /// A host whose workers tell the lie in this file.
@@ -236,15 +234,7 @@ fn a_worker_that_takes_no_plugin_over_costs_the_run_its_time_and_the_plugin_noth
         .eventually(&mut lied.client, "it is being asked", |stats| {
             number(stats, "/workers/processes") == 1
         });
-    lied.client
-        .begin(Op::Cancel, &json!({"sequence": sequence}), &[]);
-    let replies = [
-        lied.client.receive().unwrap(),
-        lied.client.receive().unwrap(),
-    ];
-    let ended = replies.iter().find(|reply| reply.sequence() == sequence);
-    ended.unwrap().refused("CANCELLED", "CANCELLED");
-    drop(replies);
+    lied.client.cancel(sequence);
     lied.honest();
     lied.done(&before);
 }
