@@ -72,6 +72,8 @@ pub struct LimitSettings {
     pub result_bytes: u64,
     /// Log lines together.
     pub log_bytes: u64,
+    /// Largest tensor that travels in a frame of the data socket; 0: none does.
+    pub inline_bytes: u64,
 }
 
 impl Default for LimitSettings {
@@ -83,6 +85,7 @@ impl Default for LimitSettings {
             window_bytes: 4 << 30,
             result_bytes: 2 << 30,
             log_bytes: 64 << 10,
+            inline_bytes: 32 << 10,
         }
     }
 }

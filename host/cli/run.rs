@@ -283,8 +283,9 @@ fn write_all(
             .iter()
             .find(|result| result.port == *port)
             .ok_or_else(lost)?;
-        let place = result.segment.tensors().first().ok_or_else(lost)?;
-        let fd = result.segment.readonly_fd().map_err(Status::from)?;
+        let segment = result.segment().ok_or_else(lost)?;
+        let place = segment.tensors().first().ok_or_else(lost)?;
+        let fd = segment.readonly_fd().map_err(Status::from)?;
         let pages = ReadMapping::of_result(&fd, range(place)?.end)
             .map_err(|error| Failure::other("HOST", format!("output `{port}`: {error}")))?;
         let _bar = Progress::start(&format!("writing {target}"), place.length);

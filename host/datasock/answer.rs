@@ -8,7 +8,7 @@ use strait_protocol::{self as wire, Op};
 
 use super::frames::{Outgoing, failure, framed};
 use crate::error::{Code, Reason, Status};
-use crate::session::{LeaseId, Session};
+use crate::session::{InlineBytes, LeaseId, Session};
 
 /// What a handler answers.
 pub(super) struct Answer {
@@ -16,6 +16,7 @@ pub(super) struct Answer {
     body: serde_json::Result<Vec<u8>>,
     fds: Vec<Arc<OwnedFd>>,
     leases: Vec<LeaseId>,
+    payload: Vec<Arc<InlineBytes>>,
 }
 
 impl Answer {
@@ -24,6 +25,7 @@ impl Answer {
             body: serde_json::to_vec(body),
             fds: Vec::new(),
             leases: Vec::new(),
+            payload: Vec::new(),
         }
     }
 
@@ -34,6 +36,11 @@ impl Answer {
             leases,
             ..self
         }
+    }
+
+    /// With these bytes after the JSON.
+    pub(super) fn followed_by(self, payload: Vec<Arc<InlineBytes>>) -> Self {
+        Self { payload, ..self }
     }
 
     /// Whether it will be sent as it is, and not an error in its place.
@@ -52,7 +59,9 @@ impl Answer {
                 Err(status) => outgoing = failure(sequence, &status, id),
             }
         }
-        if outgoing.op == Op::Error {
+        if outgoing.op != Op::Error {
+            outgoing.payload = self.payload;
+        } else {
             drop(session.release(&self.leases));
         }
         outgoing

@@ -23,7 +23,7 @@ use crate::error::{Code, Reason, Status};
 use crate::session::{Call, Caller, Gone, Invoked, Session, Unread};
 
 /// Longest packet: one byte more than a frame may have, so that a longer one is noticed.
-const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + 1;
+const PACKET_BYTES: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + wire::PAYLOAD_BYTES_MAX + 1;
 /// Replies that may wait for a slow client before its requests wait, too.
 const REPLIES_WAITING: usize = 32;
 /// What a closed connection's last replies get to be written.
@@ -83,6 +83,7 @@ pub(super) async fn run(
     );
     let id = session.id;
     let mut connection = Connection {
+        room: payload_room(socket.get_ref()),
         session,
         socket,
         in_flight: Arc::clone(&in_flight),
@@ -141,6 +142,12 @@ fn prepare(socket: FrameSocket) -> std::io::Result<Sockets> {
     Ok(Arc::new(super::watched(socket)?))
 }
 
+fn payload_room(socket: &FrameSocket) -> u64 {
+    // If Linux does not say, no tensor travels in frames.
+    let buffer = rustix::net::sockopt::socket_send_buffer_size(socket).unwrap_or(0);
+    wire::payload_room(buffer) as u64
+}
+
 async fn write(
     in_flight: Arc<InFlight>,
     mut waiting: mpsc::Receiver<Outgoing>,
@@ -169,6 +176,8 @@ struct Connection {
     /// Replies that are with the writer. This task alone adds to them.
     unsent: Arc<AtomicUsize>,
     draining: watch::Receiver<bool>,
+    /// Bytes that a reply's payload may have.
+    room: u64,
     greeted: bool,
     running: HashMap<u32, Call>,
     finished: FuturesUnordered<std::pin::Pin<Box<dyn Future<Output = Finished> + Send + Sync>>>,
@@ -270,7 +279,7 @@ impl Connection {
                 Reason::BadFrame,
                 format!(
                     "a frame was truncated; it takes at most {} bytes and {} descriptors",
-                    wire::HEADER_BYTES + wire::BODY_BYTES_MAX,
+                    PACKET_BYTES - 1,
                     wire::FDS_MAX
                 ),
             );
@@ -286,7 +295,7 @@ impl Connection {
             return Err(End::Gone);
         }
         let packet = &buffer[..received.bytes];
-        let (header, body) = match Header::decode(packet) {
+        let (header, body, payload) = match Header::decode(packet) {
             Ok(decoded) => decoded,
             Err(error) => {
                 let status =
@@ -303,7 +312,8 @@ impl Connection {
                     | FrameError::Magic(_)
                     | FrameError::Version(_)
                     | FrameError::Length { .. }
-                    | FrameError::TooLong(_) => Err(End::Refused),
+                    | FrameError::TooLong(_)
+                    | FrameError::PayloadTooLong(_) => Err(End::Refused),
                 };
             }
         };
@@ -313,10 +323,15 @@ impl Connection {
                 .reply(&header, failure(header.sequence, &status, "-"))
                 .await;
         }
-        self.request(header, body, received.fds).await
+        self.request(header, (body, payload), received.fds).await
     }
 
-    async fn request(&mut self, header: Header, body: &[u8], fds: Vec<OwnedFd>) -> Result<(), End> {
+    async fn request(
+        &mut self,
+        header: Header,
+        (body, payload): (&[u8], &[u8]),
+        fds: Vec<OwnedFd>,
+    ) -> Result<(), End> {
         let sequence = header.sequence;
         if sequence == 0 || self.running.contains_key(&sequence) {
             let status = Status::new(
@@ -352,8 +367,16 @@ impl Connection {
         if header.op == Op::Cancel && fds.is_empty() {
             return self.cancel(&header, body).await;
         }
-        let answered =
-            span(&header).in_scope(|| respond(&self.session, header.op, sequence, body, fds));
+        let answered = span(&header).in_scope(|| {
+            respond(
+                &self.session,
+                header.op,
+                sequence,
+                (body, payload),
+                self.room,
+                fds,
+            )
+        });
         match answered {
             Reply::Frame(outgoing) => {
                 self.greeted |= outgoing.op == Op::Welcome;
@@ -474,6 +497,7 @@ mod tests {
             op: Op::Ping,
             sequence: 1,
             body_bytes: 0,
+            payload_bytes: 0,
             trace: wire::TraceContext::NONE,
         };
         client.send(&[&ping.encode()], &[]).expect("sent");

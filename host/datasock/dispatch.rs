@@ -79,12 +79,13 @@ impl Asked<'_> {
     }
 }
 
-/// Answers a request, or starts its INVOKE.
+/// Answers a request, or starts its INVOKE, whose reply has `room` for a payload in bytes.
 pub(super) fn respond(
     session: &Session,
     op: Op,
     sequence: u32,
-    body: &[u8],
+    (body, payload): (&[u8], &[u8]),
+    room: u64,
     mut fds: Vec<OwnedFd>,
 ) -> Reply {
     let asked = Asked {
@@ -134,10 +135,12 @@ pub(super) fn respond(
         Op::Release => asked.answer(leases::release),
         Op::Renew => asked.answer(leases::renew),
         Op::Invoke => match parse(session, body) {
-            Ok((request, id)) => match calls::invoke(session, request, Arc::clone(&id)) {
-                Ok(running) => Reply::Running(Box::new(running)),
-                Err(status) => asked.refused(&status, Some(&id)),
-            },
+            Ok((request, id)) => {
+                match calls::invoke(session, request, Arc::clone(&id), (payload, room)) {
+                    Ok(running) => Reply::Running(Box::new(running)),
+                    Err(status) => asked.refused(&status, Some(&id)),
+                }
+            }
             Err(status) => asked.refused(&status, None),
         },
         Op::Prepare | Op::Call | Op::Stream | Op::Chunk => {

@@ -8,6 +8,7 @@ use strait_memory::{Charge, FrameSocket};
 use strait_protocol::{self as wire, Header, Op, TraceContext};
 
 use crate::error::{Code, Reason, Status};
+use crate::session::InlineBytes;
 
 /// A frame that is to be sent.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(super) struct Outgoing {
     /// Of the request that it answers.
     pub(super) trace: TraceContext,
     pub(super) body: Vec<u8>,
+    /// What follows it.
+    pub(super) payload: Vec<Arc<InlineBytes>>,
     pub(super) fds: Vec<Arc<OwnedFd>>,
     /// Their places among those on their way to the principal.
     pub(super) places: Option<Charge>,
@@ -25,22 +28,47 @@ pub(super) struct Outgoing {
 impl Outgoing {
     /// Of the whole frame.
     pub(super) fn bytes(&self) -> u64 {
-        (wire::HEADER_BYTES + self.body.len()) as u64
+        (wire::HEADER_BYTES + self.body.len() + self.payload_bytes()) as u64
+    }
+
+    fn payload_bytes(&self) -> usize {
+        self.parts().map(<[u8]>::len).sum()
+    }
+
+    /// The payload: each tensor, and what is left free behind it but for the last one.
+    fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        const FREE: [u8; wire::PAYLOAD_ALIGN] = [0; wire::PAYLOAD_ALIGN];
+        let last = self.payload.len().saturating_sub(1);
+        self.payload
+            .iter()
+            .enumerate()
+            .flat_map(move |(index, bytes)| {
+                let bytes = bytes.as_ref().as_ref();
+                let free = match index == last {
+                    true => 0,
+                    false => bytes.len().next_multiple_of(wire::PAYLOAD_ALIGN) - bytes.len(),
+                };
+                [bytes, &FREE[..free]]
+            })
     }
 
     /// Sends it at once, or not at all.
     pub(super) fn send(&self, socket: &FrameSocket) -> std::io::Result<()> {
         // Whoever made it has held it against the longest body.
         let body_bytes = u32::try_from(self.body.len()).map_err(std::io::Error::other)?;
+        let payload_bytes = u32::try_from(self.payload_bytes()).map_err(std::io::Error::other)?;
         let header = Header {
             op: self.op,
             sequence: self.sequence,
             body_bytes,
+            payload_bytes,
             trace: self.trace,
         }
         .encode();
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
-        socket.send(&[&header, &self.body], &fds)
+        let mut parts: Vec<&[u8]> = vec![&header, &self.body];
+        parts.extend(self.parts());
+        socket.send(&parts, &fds)
     }
 }
 
@@ -68,6 +96,7 @@ pub(super) fn framed(
                 sequence,
                 trace: TraceContext::NONE,
                 body,
+                payload: Vec::new(),
                 fds,
                 places: None,
             };
@@ -112,6 +141,7 @@ pub(super) fn failure(sequence: u32, status: &Status, request_id: &str) -> Outgo
         sequence,
         trace: TraceContext::NONE,
         body: whole,
+        payload: Vec::new(),
         fds: Vec::new(),
         places: None,
     }

@@ -20,7 +20,7 @@ use super::chunk::Chunk;
 use super::contract::{self, windows_fit};
 use super::error::{Broken, Cause, Stage};
 use super::instance::Instance;
-use super::job::{Filled, Job, Report, Supplies, WindowPages};
+use super::job::{Filled, Job, Report, Source, Supplies, WindowPages};
 use super::leash::Until;
 use super::limits::State;
 use super::placement::{self, Placement, Spot};
@@ -144,15 +144,19 @@ impl<'a> Opened<'a> {
     fn bind(self) -> Result<Bound<'a>, Broken> {
         let Self { mut call, columns } = self;
         let (job, supplies) = (call.job, call.supplies);
-        let results = Making::all(columns, &*supplies.results)?;
+        let results = Making::all(columns, job.inline, &*supplies.results)?;
         call.report.seconds.open = call.lap();
-        let needs = |place: &TensorPlace| placement::Tensor {
+        let needs = |place: &TensorPlace, has_pages| placement::Tensor {
+            has_pages,
             offset: place.offset,
             length: place.length,
         };
+        let inputs = job.inputs.iter().zip(&supplies.inputs);
         let placement = Placement::new(
-            job.inputs.iter().map(|input| needs(&input.place)),
-            results.iter().map(|making| needs(making.bound())),
+            inputs.map(|(input, source)| needs(&input.place, matches!(source, Source::Segment(_)))),
+            results
+                .iter()
+                .map(|making| needs(making.bound(), making.pages().is_some())),
             call.engine.config.move_min_bytes,
         );
         let room = contract::reserve(&mut call.instance, placement.room_bytes())?;
@@ -211,9 +215,18 @@ impl<'a> Bound<'a> {
         for ((input, source), spot) in job.inputs.iter().zip(sources).zip(&placed.spots) {
             if let Spot::Copy { at, bytes } = *spot {
                 let (offset, copied) = (input.place.offset, &call.copied);
+                let fill = |into: &mut [u8]| match source {
+                    Source::Segment(source) => source.read_at(offset, into, copied),
+                    Source::Inline(bytes) => {
+                        // Whoever made the job has held one against the other.
+                        into.copy_from_slice(bytes);
+                        copied.add(into.len() as u64);
+                        Ok(())
+                    }
+                };
                 call.instance
                     .regions_mut()
-                    .with_mut(at..at + bytes, |into| source.read_at(offset, into, copied))
+                    .with_mut(at..at + bytes, fill)
                     .map_err(|e| STAGE.broke(e))?
                     .map_err(|e| STAGE.broke(e))?;
             }

@@ -15,7 +15,7 @@ use std::time::Instant;
 
 use parking_lot::Mutex;
 use strait_memory::{Inode, InputSource, PoolSegment, ResultPages, ResultSource, SharedSource};
-use strait_tensor::{FileLayout, TensorPlace};
+use strait_tensor::{FileLayout, TensorPlace, TensorSpec};
 
 use super::{Cause, Limits};
 use crate::plugin::{KernelRef, Role, Value};
@@ -38,21 +38,58 @@ pub struct Job {
     pub verify: bool,
     /// What it may use.
     pub limits: Limits,
+    /// Which results are given as bytes; none: all are segments.
+    pub inline: Option<InlineRoom>,
     /// Milliseconds from the request to the deadline, for the message.
     pub deadline_ms: u64,
     /// For log lines.
     pub request_id: Arc<str>,
 }
 
-/// An input: a tensor in a segment.
+/// Which results are given as bytes and not as segments: each that can at most become so large, as far as there is room for
+/// it beside all those before it, in multiples of 64 bytes. Bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InlineRoom {
+    /// Of one result.
+    pub each: u64,
+    /// Of all together.
+    pub together: u64,
+}
+
+impl InlineRoom {
+    /// Whether a result that can become `bytes` large is given as bytes; then its room is taken.
+    pub(crate) fn takes(room: &mut Option<Self>, bytes: u64) -> bool {
+        match room {
+            Some(room) if bytes <= room.each => {
+                let rest = bytes
+                    .checked_next_multiple_of(strait_protocol::PAYLOAD_ALIGN as u64)
+                    .and_then(|bytes| room.together.checked_sub(bytes));
+                room.together = rest.unwrap_or(room.together);
+                rest.is_some()
+            }
+            Some(_) | None => false,
+        }
+    }
+}
+
+/// An input: a tensor.
 #[derive(Clone, Debug)]
 pub struct Input {
     /// The port that it goes to.
     pub port: String,
     /// Numbers or a mask.
     pub role: Role,
-    /// Where it lies.
+    /// Where it lies in its segment; of one that has none its offset is 0.
     pub place: TensorPlace,
+}
+
+/// What holds an input.
+#[derive(Debug)]
+pub enum Source<S: ?Sized> {
+    /// A segment.
+    Segment(Arc<S>),
+    /// Nothing: these are its bytes.
+    Inline(Arc<[u8]>),
 }
 
 /// Whose a run is: what two owners run shares no process. A plain number, of one owner in the host's life.
@@ -65,7 +102,7 @@ pub struct Means {
     /// Who runs it.
     pub owner: Owner,
     /// What holds the inputs, one for each of [`Job::inputs`].
-    pub inputs: Vec<Arc<dyn SharedSource>>,
+    pub inputs: Vec<Source<dyn SharedSource>>,
     /// Where the memory of its results comes from.
     pub results: ResultSource,
     /// When it must be done.
@@ -78,7 +115,7 @@ pub struct Means {
 #[derive(Debug)]
 pub struct Supplies {
     /// What holds the inputs, one for each of [`Job::inputs`].
-    pub inputs: Vec<Arc<dyn InputSource>>,
+    pub inputs: Vec<Source<dyn InputSource>>,
     /// Where the memory of its results comes from.
     pub results: Arc<dyn Results>,
     /// When it must be done.
@@ -152,10 +189,10 @@ impl Drop for Telling<'_> {
     }
 }
 
-/// What an invocation leaves in the pages that it was given: all of its outputs.
+/// What an invocation leaves: all of its outputs.
 #[derive(Debug)]
 pub struct Filled {
-    /// In the kernel's order, which is that of the pages.
+    /// In the kernel's order; those in segments have the pages that it was given, in their order.
     pub outputs: Vec<FilledOutput>,
     /// What is told of it.
     pub report: Report,
@@ -166,13 +203,30 @@ pub struct Filled {
 pub struct FilledOutput {
     /// The output port.
     pub port: String,
-    /// The file in the segment; one tensor, named as the port.
-    pub layout: FileLayout,
-    /// Bytes that the tensor could have had: with them the layout can be planned anew.
-    pub reserve_bytes: u64,
+    /// What it has become.
+    pub body: FilledBody,
 }
 
-/// What an invocation leaves: all of its outputs.
+/// Where a finished result is.
+#[derive(Debug)]
+pub enum FilledBody {
+    /// In pages.
+    Pages {
+        /// The file in the segment; one tensor, named as the port.
+        layout: FileLayout,
+        /// Bytes that the tensor could have had: with them the layout can be planned anew.
+        reserve_bytes: u64,
+    },
+    /// Here.
+    Inline {
+        /// Element type and sizes.
+        spec: TensorSpec,
+        /// Its elements, row-major.
+        bytes: Vec<u8>,
+    },
+}
+
+/// What an invocation leaves in the host: all of its outputs.
 #[derive(Debug)]
 pub struct Done {
     /// In the kernel's order.
@@ -186,10 +240,27 @@ pub struct Done {
 pub struct Output {
     /// The output port.
     pub port: String,
-    /// The file in the segment; one tensor, named as the port.
-    pub layout: FileLayout,
-    /// What holds it.
-    pub segment: PoolSegment,
+    /// What it has become.
+    pub body: OutputBody,
+}
+
+/// Where a finished result is.
+#[derive(Debug)]
+pub enum OutputBody {
+    /// In a segment.
+    Segment {
+        /// The file in it; one tensor, named as the port.
+        layout: FileLayout,
+        /// What holds it.
+        segment: PoolSegment,
+    },
+    /// Here.
+    Inline {
+        /// Element type and sizes.
+        spec: TensorSpec,
+        /// Its elements, row-major.
+        bytes: Vec<u8>,
+    },
 }
 
 /// What is told of an invocation.

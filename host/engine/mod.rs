@@ -64,8 +64,8 @@ pub use cache::{ArtifactKey, Cache};
 pub use compile::compile;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
-    CancelToken, Done, Filled, FilledOutput, Input, Job, Means, Output, Owner, Report, Results,
-    Seconds, Supplies, Telling, WindowPages,
+    CancelToken, Done, Filled, FilledBody, FilledOutput, InlineRoom, Input, Job, Means, Output,
+    OutputBody, Owner, Report, Results, Seconds, Source, Supplies, Telling, WindowPages,
 };
 pub use limits::Limits;
 pub use panicked::Panic;

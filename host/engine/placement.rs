@@ -20,6 +20,8 @@ const COPY_ALIGN: usize = 64;
 /// A tensor that needs a place. Sizes in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Tensor {
+    /// Whether it has pages that could be moved.
+    pub(super) has_pages: bool,
     /// Where it starts in its segment: a multiple of [`GUEST_PAGE`] if it moves.
     pub(super) offset: u64,
     /// Its length.
@@ -58,7 +60,7 @@ impl Placement {
         outputs: impl Iterator<Item = Tensor>,
         move_min_bytes: u64,
     ) -> Self {
-        let big = |tensor: &Tensor| tensor.length >= move_min_bytes.max(1);
+        let big = |tensor: &Tensor| tensor.has_pages && tensor.length >= move_min_bytes.max(1);
         let mut tensors: Vec<_> = inputs
             .enumerate()
             .map(|(index, tensor)| (tensor, big(&tensor) && index < fault::WINDOWS_MAX))
@@ -128,6 +130,7 @@ mod tests {
 
     fn tensor(offset: usize, length: usize) -> Tensor {
         Tensor {
+            has_pages: true,
             offset: offset as u64,
             length: length as u64,
         }
@@ -180,8 +183,23 @@ mod tests {
     }
 
     #[test]
+    fn what_has_no_pages_is_copied() {
+        let inline = Tensor {
+            has_pages: false,
+            ..tensor(0, 3 * MIB)
+        };
+        let placement = Placement::new([inline].into_iter(), [inline].into_iter(), 0);
+        let spots = placement.within(&(0..1 << 30)).expect("there is room");
+        assert!(
+            spots.iter().all(|spot| matches!(spot, Spot::Copy { .. })),
+            "{spots:?}"
+        );
+    }
+
+    #[test]
     fn what_cannot_be_placed_is_none_and_asks_for_everything() {
         let huge = Tensor {
+            has_pages: true,
             offset: 0,
             length: u64::MAX - 1,
         };

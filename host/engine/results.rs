@@ -4,7 +4,7 @@ use strait_memory::{Copied, GUEST_PAGE, MemoryError, ResultPages};
 use strait_tensor::{Column, FileLayout, LayoutError, TensorPlace, TensorSpec};
 
 use super::error::{Broken, Stage};
-use super::job::{FilledOutput, Results};
+use super::job::{FilledBody, FilledOutput, InlineRoom, Results};
 use super::placement::Spot;
 use super::regions::Regions;
 
@@ -12,43 +12,83 @@ use super::regions::Regions;
 #[derive(Debug)]
 pub(super) struct Making {
     pub(super) port: String,
-    /// Of the largest tensor that it can become.
-    layout: FileLayout,
-    pub(super) pages: ResultPages,
+    room: Room,
+}
+
+/// What is there for the largest tensor that it can become.
+#[derive(Debug)]
+enum Room {
+    Pages(FileLayout, ResultPages),
+    /// Nothing yet: it will be bytes.
+    Inline(TensorPlace),
 }
 
 impl Making {
-    /// Memory for what `open` announced.
+    /// Memory for what `open` announced, but for what has `inline` room.
     ///
     /// # Errors
     /// There is none, or no file can hold it.
-    pub(super) fn all(columns: Vec<Column>, source: &dyn Results) -> Result<Vec<Self>, Broken> {
-        let planned = columns
-            .into_iter()
-            .map(|column| Ok((plan(&column)?, column.name)))
-            .collect::<Result<Vec<_>, LayoutError>>()
-            .map_err(|e| Stage::Open.broken_contract(e.to_string()))?;
-        let bytes: Vec<_> = planned.iter().map(|(layout, _)| layout.capacity).collect();
-        let taken = source.take(&bytes).map_err(|e| Stage::Results.broke(e))?;
-        assert_eq!(taken.len(), planned.len(), "pages for each result");
-        let made = planned.into_iter().zip(taken);
-        Ok(made
-            .map(|((layout, port), pages)| Self {
-                port,
-                layout,
-                pages,
-            })
-            .collect())
+    pub(super) fn all(
+        columns: Vec<Column>,
+        mut inline: Option<InlineRoom>,
+        source: &dyn Results,
+    ) -> Result<Vec<Self>, Broken> {
+        let mut planned = Vec::with_capacity(columns.len());
+        for column in columns {
+            let layout = match InlineRoom::takes(&mut inline, column.reserve_bytes) {
+                true => None,
+                false => {
+                    Some(plan(&column).map_err(|e| Stage::Open.broken_contract(e.to_string()))?)
+                }
+            };
+            planned.push((column, layout));
+        }
+        let layouts = planned.iter().filter_map(|(_, layout)| layout.as_ref());
+        let bytes: Vec<_> = layouts.map(|layout| layout.capacity).collect();
+        let taken = match bytes.is_empty() {
+            true => Vec::new(),
+            false => source.take(&bytes).map_err(|e| Stage::Results.broke(e))?,
+        };
+        assert_eq!(
+            taken.len(),
+            bytes.len(),
+            "pages for each result that has a file"
+        );
+        let mut taken = taken.into_iter();
+        let made = planned.into_iter().map(|(column, layout)| Self {
+            port: column.name.clone(),
+            room: match layout.zip(taken.next()) {
+                Some((layout, pages)) => Room::Pages(layout, pages),
+                None => Room::Inline(TensorPlace {
+                    name: column.name,
+                    spec: column.spec,
+                    offset: 0,
+                    length: column.reserve_bytes,
+                }),
+            },
+        });
+        Ok(made.collect())
     }
 
-    /// Where the tensor lies, as large as it can become.
+    /// Where the tensor lies, as large as it can become; of one without pages the offset is 0.
     pub(super) fn bound(&self) -> &TensorPlace {
-        // `plan` made a layout of one column.
-        &self.layout.tensors[0]
+        match &self.room {
+            // `plan` made a layout of one column.
+            Room::Pages(layout, _) => &layout.tensors[0],
+            Room::Inline(place) => place,
+        }
     }
 
-    /// Makes the result fit to be mapped: of `shape`, a small one copied out of the guest, everything past the tensor
-    /// zeroed, the file's header and footer around it.
+    /// Its pages, if it is not to be bytes.
+    pub(super) fn pages(&self) -> Option<&ResultPages> {
+        match &self.room {
+            Room::Pages(_, pages) => Some(pages),
+            Room::Inline(_) => None,
+        }
+    }
+
+    /// The result, of `shape`: bytes, or a file that can be mapped: a small one copied out of the guest, everything past the
+    /// tensor zeroed, header and footer around it.
     ///
     /// # Errors
     /// A shape that no file can hold; Linux refused.
@@ -59,50 +99,86 @@ impl Making {
         regions: &Regions,
         copied: &Copied,
     ) -> Result<FilledOutput, Broken> {
-        let reserve_bytes = self.bound().length;
-        let layout = match self.bound().spec.shape == shape {
-            true => self.layout,
-            false => self
-                .plan_for(shape)
-                .map_err(|e| Stage::Extents.broken_contract(e.to_string()))?,
+        let spec = TensorSpec {
+            dtype: self.bound().spec.dtype,
+            shape,
         };
-        let pages = &self.pages;
-        let tensor = &layout.tensors[0];
-        let (offset, end) = (tensor.offset, tensor.offset + tensor.length);
-        let written_to = match spot {
-            Spot::Window { bytes, .. } => offset + bytes as u64,
-            Spot::Copy { at, .. } => {
-                let bytes = usize::try_from(tensor.length)
-                    .map_err(|e| Stage::Publish.host(e.to_string()))?;
-                regions
-                    .with(at..at + bytes, |bytes| {
-                        pages.write_at(offset, bytes, copied)
+        let reserve_bytes = self.bound().length;
+        let body = match self.room {
+            Room::Inline(_) => FilledBody::Inline {
+                bytes: taken_out(&spec, spot, regions, copied)?,
+                spec,
+            },
+            Room::Pages(layout, pages) => {
+                let layout = match layout.tensors[0].spec == spec {
+                    true => layout,
+                    false => plan(&Column {
+                        name: self.port.clone(),
+                        spec,
+                        reserve_bytes,
                     })
-                    .map_err(|e| Stage::Publish.broke(e))?
-                    .map_err(|e| Stage::Publish.broke(e))?;
-                end
+                    .map_err(|e| Stage::Extents.broken_contract(e.to_string()))?,
+                };
+                fill(&pages, &layout, spot, regions, copied)?;
+                FilledBody::Pages {
+                    layout,
+                    reserve_bytes,
+                }
             }
         };
-        frame(pages, &layout, written_to).map_err(|e| Stage::Publish.broke(e))?;
         Ok(FilledOutput {
-            reserve_bytes,
             port: self.port,
-            layout,
+            body,
         })
     }
+}
 
-    /// The file of the same tensor in its true shape, which is not the largest.
-    fn plan_for(&self, shape: Vec<u64>) -> Result<FileLayout, LayoutError> {
-        let bound = self.bound();
-        plan(&Column {
-            name: self.port.clone(),
-            spec: TensorSpec {
-                dtype: bound.spec.dtype,
-                shape,
-            },
-            reserve_bytes: bound.length,
-        })
-    }
+/// The tensor of `spec` at `spot`, copied out of the guest.
+fn taken_out(
+    spec: &TensorSpec,
+    spot: Spot,
+    regions: &Regions,
+    copied: &Copied,
+) -> Result<Vec<u8>, Broken> {
+    let length = spec
+        .bytes()
+        .ok()
+        .and_then(|bytes| usize::try_from(bytes).ok());
+    let length =
+        length.ok_or_else(|| Stage::Extents.host("a shape within its bound is too large"))?;
+    let at = spot.address();
+    let bytes = regions
+        .with(at..at + length, <[u8]>::to_vec)
+        .map_err(|e| Stage::Publish.broke(e))?;
+    copied.add(length as u64);
+    Ok(bytes)
+}
+
+/// Makes a file of what is in `pages` or in the guest.
+fn fill(
+    pages: &ResultPages,
+    layout: &FileLayout,
+    spot: Spot,
+    regions: &Regions,
+    copied: &Copied,
+) -> Result<(), Broken> {
+    let tensor = &layout.tensors[0];
+    let (offset, end) = (tensor.offset, tensor.offset + tensor.length);
+    let written_to = match spot {
+        Spot::Window { bytes, .. } => offset + bytes as u64,
+        Spot::Copy { at, .. } => {
+            let bytes =
+                usize::try_from(tensor.length).map_err(|e| Stage::Publish.host(e.to_string()))?;
+            regions
+                .with(at..at + bytes, |bytes| {
+                    pages.write_at(offset, bytes, copied)
+                })
+                .map_err(|e| Stage::Publish.broke(e))?
+                .map_err(|e| Stage::Publish.broke(e))?;
+            end
+        }
+    };
+    frame(pages, layout, written_to).map_err(|e| Stage::Publish.broke(e))
 }
 
 /// Header and footer around the tensor in `pages`, and zeros wherever a consumer could see what was there

@@ -7,8 +7,10 @@ use parking_lot::Mutex;
 use strait_memory::{InputSource, LotStats, PoolSegment, ResultPages, ResultSource};
 use strait_tensor::TensorSpec;
 
-use super::job::{Done, Job, Means, Output, Owner, Results, Supplies};
-use super::{Cause, Engine, Failed, LoadError};
+use super::job::{
+    Done, FilledBody, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
+};
+use super::{Cause, Engine, Failed, LoadError, Stage};
 use crate::plugin::Plugin;
 
 /// Runs kernels for the host. Whether that is in its own process is the runner's affair: what goes in is plain data and
@@ -115,7 +117,10 @@ impl Means {
         let inputs = self.inputs.into_iter();
         let supplies = Supplies {
             inputs: inputs
-                .map(|source| source as Arc<dyn InputSource>)
+                .map(|source| match source {
+                    Source::Segment(segment) => Source::Segment(segment as Arc<dyn InputSource>),
+                    Source::Inline(bytes) => Source::Inline(bytes),
+                })
                 .collect(),
             results: Arc::clone(&pooled) as Arc<dyn Results>,
             deadline: self.deadline,
@@ -133,16 +138,27 @@ impl Runner for Engine {
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed> {
         let (supplies, pooled) = means.here();
         let filled = self.fill(job, &supplies)?;
-        let segments = std::mem::take(&mut *pooled.taken.lock());
-        let outputs = filled.outputs.into_iter().zip(segments);
+        let mut segments = std::mem::take(&mut *pooled.taken.lock()).into_iter();
+        let outputs = filled.outputs.into_iter().map(|output| {
+            let body = match output.body {
+                FilledBody::Pages { layout, .. } => OutputBody::Segment {
+                    layout,
+                    segment: segments.next()?,
+                },
+                FilledBody::Inline { spec, bytes } => OutputBody::Inline { spec, bytes },
+            };
+            Some(Output {
+                port: output.port,
+                body,
+            })
+        });
+        let outputs: Option<_> = outputs.collect();
+        let outputs = outputs.ok_or_else(|| {
+            let lost = Cause::Host("a result has no segment".to_owned());
+            Failed::new(&job.kernel.kernel().name, Stage::Results, lost)
+        })?;
         Ok(Done {
-            outputs: outputs
-                .map(|(output, segment)| Output {
-                    port: output.port,
-                    layout: output.layout,
-                    segment,
-                })
-                .collect(),
+            outputs,
             report: filled.report,
         })
     }

@@ -2,10 +2,12 @@
 
 use std::sync::Arc;
 
-use strait_memory::{FaultRange, GuestSpace, InputSource, Lot, MemoryError, Parked, Window};
+use strait_memory::{
+    FaultRange, GuestSpace, InputSource, Lot, MemoryError, Parked, ResultPages, Window,
+};
 
 use super::error::{Broken, Stage};
-use super::job::Job;
+use super::job::{Job, Source};
 use super::placement::Spot;
 use super::results::Making;
 
@@ -31,7 +33,7 @@ impl<'e> Windows<'e> {
         lot: &'e Lot,
         space: &Arc<GuestSpace>,
         job: &Job,
-        sources: &[Arc<dyn InputSource>],
+        sources: &[Source<dyn InputSource>],
         results: Vec<Making>,
         spots: &[Spot],
     ) -> Result<Self, Broken> {
@@ -50,7 +52,8 @@ impl<'e> Windows<'e> {
         for (index, ((input, source), spot)) in
             job.inputs.iter().zip(sources).zip(of_inputs).enumerate()
         {
-            if let Spot::Window { at, bytes } = *spot {
+            // What has no segment has no window.
+            if let (Spot::Window { at, bytes }, Source::Segment(source)) = (*spot, source) {
                 let range = input.place.offset..input.place.offset + bytes as u64;
                 let parked = source.park(range).map_err(|e| Stage::Place.broke(e))?;
                 windows.inputs.push((index, go(parked, 0, at, bytes)?));
@@ -60,8 +63,8 @@ impl<'e> Windows<'e> {
             if let Spot::Window { at, bytes } = *spot {
                 let making = &windows.results[index];
                 let parked = making
-                    .pages
-                    .take_parked()
+                    .pages()
+                    .and_then(ResultPages::take_parked)
                     .ok_or_else(|| Stage::Place.host("a result's mapping is not at home"))?;
                 let offset = making.bound().offset;
                 windows
@@ -109,7 +112,11 @@ impl<'e> Windows<'e> {
         }
         for (index, window) in self.outputs.drain(..) {
             match window.move_home() {
-                Ok(parked) => self.results[index].pages.put_parked(parked),
+                Ok(parked) => {
+                    if let Some(pages) = self.results[index].pages() {
+                        pages.put_parked(parked);
+                    }
+                }
                 Err(poisoned) => problem = Some(poisoned.to_string()),
             }
         }

@@ -13,7 +13,7 @@ use strait_tensor::{SchemaMessage, TensorSpec};
 
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SegmentId};
-use crate::session::{Caller, Host, Invoked};
+use crate::session::{Caller, Host, Invoked, InvokedResult};
 
 /// Longer JSON is not parsed on a thread of the runtime.
 const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
@@ -236,7 +236,10 @@ pub(super) fn results(
     let mut endpoints = Vec::with_capacity(invoked.results.len());
     let mut entries = Vec::with_capacity(invoked.results.len());
     for result in &invoked.results {
-        let segment = &result.segment;
+        // None is in a frame: Flight asks for none.
+        let Some(segment) = result.segment() else {
+            continue;
+        };
         let (wanted, life) = match &result.name {
             Some(name) => (Wanted::Name { name: name.clone() }, None),
             None => (
@@ -248,30 +251,20 @@ pub(super) fn results(
         };
         endpoints.push(endpoint(host, segment, &wanted, life)?);
         entries.push(wire::ResultEntry {
-            port: result.port.clone(),
-            mapping: host.mapping(segment),
-            lease: None,
             expires_ms: life.map(|life| u64::try_from(life.as_millis()).unwrap_or(u64::MAX)),
-            fd: None,
-            name: result.name.clone(),
+            ..host.entry(result, 0)
         });
     }
-    let tensors = || {
-        invoked
-            .results
-            .iter()
-            .flat_map(|result| result.segment.tensors())
-    };
+    let segments = || invoked.results.iter().filter_map(InvokedResult::segment);
+    let tensors = || segments().flat_map(|segment| segment.tensors());
     Ok(FlightInfo {
         schema: schema_bytes(tensors().map(|t| (t.name.as_str(), &t.spec)))?,
         flight_descriptor: Some(descriptor),
         endpoint: endpoints,
         // Several outputs are several tables: a sum over them would mean nothing.
-        total_records: match invoked.results.as_slice() {
-            [one] => one
-                .segment
-                .tensors()
-                .first()
+        total_records: match invoked.results.len() {
+            1 => tensors()
+                .next()
                 .map_or(0, |tensor| signed(rows(&tensor.spec))),
             _ => -1,
         },

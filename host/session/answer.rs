@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use strait_memory::Charge;
 use strait_tensor::TensorSpec;
 
 use crate::engine::Report;
@@ -13,10 +14,52 @@ use crate::lease::LiveSegment;
 pub struct InvokedResult {
     /// The output port.
     pub port: String,
-    /// What holds it; one tensor, named as the port.
-    pub segment: Arc<LiveSegment>,
+    /// What it has become.
+    pub body: ResultBody,
     /// The name it was published under.
     pub name: Option<String>,
+}
+
+/// Where a result is.
+#[derive(Clone, Debug)]
+pub enum ResultBody {
+    /// In a segment, with one tensor, named as the port.
+    Segment(Arc<LiveSegment>),
+    /// Here: element type and sizes, and the elements, row-major. Only who asked for such results gets them.
+    Inline(TensorSpec, Arc<InlineBytes>),
+}
+
+/// The elements of a small result, charged to its principal until nobody needs them any more.
+#[derive(Debug)]
+pub struct InlineBytes {
+    bytes: Vec<u8>,
+    _charge: Charge,
+}
+
+impl InlineBytes {
+    pub(super) fn new(bytes: Vec<u8>, charge: Charge) -> Self {
+        Self {
+            bytes,
+            _charge: charge,
+        }
+    }
+}
+
+impl AsRef<[u8]> for InlineBytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.bytes
+    }
+}
+
+impl InvokedResult {
+    /// What holds it, if it is not here.
+    #[must_use]
+    pub fn segment(&self) -> Option<&Arc<LiveSegment>> {
+        match &self.body {
+            ResultBody::Segment(segment) => Some(segment),
+            ResultBody::Inline(..) => None,
+        }
+    }
 }
 
 /// What an invocation leaves.

@@ -384,7 +384,7 @@ mod tests {
             let call = serde_json::from_value(call).expect("an INVOKE");
             let id = host.request_id(None).expect("an id");
             let done = caller.invoke_and_wait(call, id).expect("it runs");
-            Arc::clone(&done.results[0].segment)
+            Arc::clone(done.results[0].segment().expect("a segment"))
         };
         let segment = result(&one);
         for n in 1..NAMES_MAX {

@@ -1,5 +1,6 @@
 //! A retry of an invocation gets the first one's answer, and nothing else does.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,6 +11,7 @@ use sha2::{Digest, Sha256};
 use strait_protocol as wire;
 
 use super::answer::{Answer, Invoked};
+use super::prepare::{Found, Resolved};
 use super::run::{Call, Run};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Principal, SegmentId};
@@ -24,37 +26,48 @@ pub(super) type Key = (Principal, String);
 #[derive(Debug)]
 pub(super) struct Fingerprint {
     /// The fields as they were sent, by name, each as a hash.
-    fields: [(&'static str, [u8; 32]); 8],
+    fields: [(&'static str, [u8; 32]); 9],
     /// Port to the segment behind the name of its input, where there was one.
     named: BTreeMap<String, SegmentId>,
 }
 
 impl Fingerprint {
-    /// Of `invoke`; `segment` tells what is behind the input of a port now.
-    pub(super) fn of(invoke: &wire::Invoke, segment: impl Fn(&str) -> Option<SegmentId>) -> Self {
+    /// Of `invoke`, whose inputs stand for `found` now.
+    pub(super) fn of(invoke: &wire::Invoke, found: &Resolved) -> Self {
         let mut inputs = BTreeMap::new();
         let mut named = BTreeMap::new();
         let published: HashSet<&str> = invoke.publish.values().map(String::as_str).collect();
         for (port, input) in &invoke.inputs {
+            let found = found.get(port).and_then(|found| found.as_ref().ok());
             let sent = match input {
                 wire::Input::Text(text) => match text.split_once('#') {
-                    Some((name, tensor)) => ("name", name, Some(tensor)),
-                    None => ("name", text.as_str(), None),
+                    Some((name, tensor)) => ("name", Cow::from(name), Some(tensor)),
+                    None => ("name", Cow::from(text), None),
                 },
-                wire::Input::Flight { name, tensor } => ("name", name.as_str(), tensor.as_deref()),
+                wire::Input::Flight { name, tensor } => {
+                    ("name", Cow::from(name), tensor.as_deref())
+                }
                 wire::Input::Segment { segment, tensor } => {
-                    ("segment", segment.as_str(), tensor.as_deref())
+                    ("segment", Cow::from(segment), tensor.as_deref())
+                }
+                // Its elements, wherever in the payload they were.
+                wire::Input::Inline { inline } => {
+                    let bytes = match found {
+                        Some((Found::Inline(bytes), _)) => Sha256::digest(bytes),
+                        Some((Found::Segment(_), _)) | None => Sha256::digest(b""),
+                    };
+                    let elements = (&inline.dtype, &inline.shape, hex(&bytes));
+                    ("inline", Cow::from(hex(&hash(&elements))), None)
                 }
             };
-            let (kind, name, _) = sent;
-            inputs.insert(port, sent);
             // A name that the request itself publishes stands for another segment once it is done.
-            if kind == "name"
-                && !published.contains(name)
-                && let Some(id) = segment(port)
+            if sent.0 == "name"
+                && !published.contains(&*sent.1)
+                && let Some((Found::Segment(segment), _)) = found
             {
-                named.insert(port.clone(), id);
+                named.insert(port.clone(), segment.id());
             }
+            inputs.insert(port, sent);
         }
         Self {
             fields: [
@@ -64,6 +77,7 @@ impl Fingerprint {
                 ("publish", hash(&invoke.publish)),
                 ("replace", hash(&invoke.replace)),
                 ("seal", hash(&invoke.seal)),
+                ("inline_bytes", hash(&invoke.inline_bytes)),
                 ("limits", hash(&invoke.limits.unwrap_or_default())),
                 ("verify", hash(&invoke.verify)),
             ],
@@ -93,6 +107,16 @@ fn hash(value: &impl Serialize) -> [u8; 32] {
     // Maps are sorted and all of these came as JSON, so equal values are equal bytes.
     let bytes = serde_json::to_vec(value).unwrap_or_default();
     Sha256::digest(bytes).into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        // A String takes everything.
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 #[derive(Debug)]
@@ -216,9 +240,9 @@ mod tests {
         let invoke = serde_json::json!({"kernel": "k", "inputs": each("x"), "publish": each("y")});
         let invoke = serde_json::from_value(invoke).expect("an INVOKE");
         let begin = Instant::now();
-        let fingerprint = Fingerprint::of(&invoke, |_| Some(SegmentId::default()));
+        let fingerprint = Fingerprint::of(&invoke, &Resolved::new());
         let took = begin.elapsed();
-        assert_eq!(fingerprint.named.len(), COUNT);
+        assert!(fingerprint.named.is_empty(), "nothing was found");
         assert!(took < Duration::from_secs(2), "{took:?}");
     }
 }

@@ -5,15 +5,15 @@ use std::time::Instant;
 
 use strait_protocol as wire;
 
-use super::answer::{Answer, Invoked, InvokedResult, Outputs};
+use super::answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBody};
 use super::caller::Caller;
 use super::idempotency::{Fingerprint, Turn};
-use super::prepare::{Checked, Deadline};
+use super::prepare::{Checked, Deadline, Framed};
 use super::run::{Call, Given, Run};
 use super::{Host, check_id};
-use crate::engine::{Failed, Output};
+use crate::engine::{Failed, Output, OutputBody};
 use crate::error::{Code, Reason, Status};
-use crate::lease::{Body, SessionId};
+use crate::lease::Body;
 
 /// What else is to know of a run's outcome; none if there is no result.
 type Keep<T> = Box<dyn FnOnce(&Arc<Run<T>>, Option<&T>) + Send>;
@@ -48,10 +48,10 @@ impl<T: Given> Drop for Ending<T> {
 impl Caller {
     /// Starts an invocation; `answer` gets its outcome, on a worker thread or at once.
     ///
-    /// `session` is whose leased segments may be inputs by id.
+    /// `framed` is there for one that came on the data socket.
     pub fn invoke(
         &self,
-        session: Option<SessionId>,
+        framed: Option<Framed<'_>>,
         mut invoke: wire::Invoke,
         request_id: Arc<str>,
         answer: Answer,
@@ -71,16 +71,12 @@ impl Caller {
             }
         };
         let own = deadline;
-        let mapped = session.is_some() && invoke.map.unwrap_or(true);
-        let inputs = self.resolve_all(session, &invoke);
+        let mapped = framed.is_some() && invoke.map.unwrap_or(true);
+        let inputs = self.resolve_all(framed, &invoke);
         let (run, call) = match &key {
             None => Run::begin(&invoke.kernel, answer, own.ms),
             Some(key) => {
-                let segment = |port: &str| match inputs.get(port) {
-                    Some(Ok((segment, _))) => Some(segment.id()),
-                    _ => None,
-                };
-                let fingerprint = Fingerprint::of(&invoke, segment);
+                let fingerprint = Fingerprint::of(&invoke, &inputs);
                 match self
                     .host
                     .idempotency
@@ -106,6 +102,7 @@ impl Caller {
         });
         let ending = Ending { run, keep };
         match self.check(
+            framed,
             invoke,
             inputs,
             deadline,
@@ -161,7 +158,7 @@ impl Caller {
         let inputs = self.resolve_all(None, &invoke);
         let cancel = run.cancel_token();
         let ending = Ending { run, keep: None };
-        match self.check(invoke, inputs, deadline, request_id, cancel) {
+        match self.check(None, invoke, inputs, deadline, request_id, cancel) {
             Ok(checked) => {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, deadline, move |_| {
@@ -225,6 +222,7 @@ impl Caller {
             seal,
             publish,
             replace,
+            charge,
         } = checked;
         let (request_id, kernel) = (&*job.request_id, job.kernel.kernel().name.as_str());
         let plugin = &job.kernel.plugin;
@@ -251,24 +249,31 @@ impl Caller {
                 "invocation failed"
             ),
         }
+        // The inputs in the frame went with `means`.
+        drop(charge);
         let done = result?;
         let mut results = Vec::with_capacity(done.outputs.len());
         for output in done.outputs {
-            let Output {
-                port,
-                layout,
-                segment,
-            } = output;
-            let body = match seal {
-                true => Body::Sealed(
-                    segment
-                        .seal()
-                        .map_err(|refused| Failed::unsealed(kernel, refused.error))?,
-                ),
-                false => Body::Result(segment),
+            let Output { port, body } = output;
+            let body = match body {
+                OutputBody::Inline { spec, bytes } => {
+                    let charge = self.charge(bytes.len() as u64)?;
+                    ResultBody::Inline(spec, Arc::new(InlineBytes::new(bytes, charge)))
+                }
+                OutputBody::Segment { layout, segment } => {
+                    let body = match seal {
+                        true => Body::Sealed(
+                            segment
+                                .seal()
+                                .map_err(|refused| Failed::unsealed(kernel, refused.error))?,
+                        ),
+                        false => Body::Result(segment),
+                    };
+                    ResultBody::Segment(self.live(body, layout.bytes, layout.tensors, None)?)
+                }
             };
             results.push(InvokedResult {
-                segment: self.live(body, layout.bytes, layout.tensors, None)?,
+                body,
                 name: publish.get(&port).cloned(),
                 port,
             });
@@ -280,12 +285,13 @@ impl Caller {
         };
         self.host.check_reply(&invoked, kernel)?;
         if mapped {
-            self.account.check_answer(invoked.results.len())?;
+            let segments = invoked.results.iter().filter_map(InvokedResult::segment);
+            self.account.check_answer(segments.count())?;
         }
         let named: Vec<_> = invoked
             .results
             .iter()
-            .filter_map(|result| Some((&result.segment, result.name.as_deref()?)))
+            .filter_map(|result| Some((result.segment()?, result.name.as_deref()?)))
             .collect();
         self.publish_all(&named, replace)?;
         Ok(invoked)
@@ -293,6 +299,33 @@ impl Caller {
 }
 
 impl Host {
+    /// What is told of a result: of one in the frame, that it is at `offset` of the payload; of one in a segment, nothing
+    /// yet of leases.
+    #[must_use]
+    pub fn entry(&self, result: &InvokedResult, offset: u64) -> wire::ResultEntry {
+        let (mapping, inline) = match &result.body {
+            ResultBody::Segment(segment) => (Some(self.mapping(segment)), None),
+            ResultBody::Inline(spec, bytes) => {
+                let inline = wire::InlineResult {
+                    dtype: spec.dtype,
+                    shape: spec.shape.clone(),
+                    offset,
+                    length: bytes.as_ref().as_ref().len() as u64,
+                };
+                (None, Some(inline))
+            }
+        };
+        wire::ResultEntry {
+            port: result.port.clone(),
+            mapping,
+            inline,
+            lease: None,
+            expires_ms: None,
+            fd: None,
+            name: result.name.clone(),
+        }
+    }
+
     /// Whether the reply will fit a frame. Asked before anything gets a name.
     fn check_reply(&self, invoked: &Invoked, kernel: &str) -> Result<(), Status> {
         // A character may become six in JSON; a mapping of one tensor and a page have less than this.
@@ -310,12 +343,10 @@ impl Host {
             return Ok(());
         }
         let results = invoked.results.iter().map(|result| wire::ResultEntry {
-            port: result.port.clone(),
-            mapping: self.mapping(&result.segment),
             lease: Some(u64::MAX),
             expires_ms: Some(u64::MAX),
             fd: Some(usize::MAX),
-            name: result.name.clone(),
+            ..self.entry(result, u64::MAX)
         });
         let reply = invoked.to_wire(results.collect(), "");
         let bytes = serde_json::to_vec(&reply).map_or(usize::MAX, |json| json.len());

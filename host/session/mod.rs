@@ -48,9 +48,10 @@ use crate::worker::{CompilerSettings, CrewSettings, WorkerRunner, WorkerSettings
 
 pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
-pub use answer::{Answer, Invoked, InvokedResult, Outputs};
+pub use answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBody};
 pub use caller::{Caller, Kernels, Rights};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
+pub use prepare::Framed;
 pub use run::Call;
 pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};
@@ -92,10 +93,21 @@ pub struct Host {
     uploads_copied: Copied,
     births: HugeBirths,
     inline_copied: Copied,
+    /// Tensor bytes taken out of frames of the data socket, and put into them.
+    framed: Framing,
     sessions: AtomicU64,
     last_session: AtomicU64,
     last_request: AtomicU64,
     draining: AtomicBool,
+}
+
+/// Counts the tensor bytes that travel in frames.
+#[derive(Debug, Default)]
+pub struct Framing {
+    /// Of inputs.
+    pub inputs: Copied,
+    /// Of results.
+    pub results: Copied,
 }
 
 /// A caller's connection; ends its leases when it drops.
@@ -156,6 +168,7 @@ impl Host {
             uploads_copied: Copied::new(),
             births: HugeBirths::new(),
             inline_copied: Copied::new(),
+            framed: Framing::default(),
             sessions: AtomicU64::new(0),
             last_session: AtomicU64::new(0),
             last_request: AtomicU64::new(0),
@@ -230,6 +243,11 @@ impl Host {
         &self.inline_copied
     }
 
+    /// Counts the tensor bytes that travel in frames of the data socket.
+    pub fn framed(&self) -> &Framing {
+        &self.framed
+    }
+
     /// Counts the bytes that Flight copies on their way in.
     pub fn uploads_copied(&self) -> &Copied {
         &self.uploads_copied
@@ -278,8 +296,8 @@ impl Host {
         self.budget.free(bytes_of(kept.iter()), kept);
         let answers = self.idempotency.expire(now);
         let results = answers.iter().flat_map(|answer| &answer.results);
-        self.budget
-            .free(bytes_of(results.map(|result| &result.segment)), answers);
+        let segments = results.filter_map(InvokedResult::segment);
+        self.budget.free(bytes_of(segments), answers);
         gone
     }
 

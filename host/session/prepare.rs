@@ -4,20 +4,39 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use strait_memory::{RecyclingKey, ResultSource, SharedSource};
+use strait_memory::{Charge, MemoryError, RecyclingKey, ResultSource, SharedSource};
 use strait_protocol as wire;
-use strait_tensor::TensorPlace;
+use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::Host;
 use super::caller::Caller;
 use super::flights::{check_name, name_taken};
-use crate::engine::{CancelToken, Input, Job, Limits, Means, Owner};
+use crate::engine::{CancelToken, InlineRoom, Input, Job, Limits, Means, Owner, Source};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SessionId};
 use crate::plugin::{ITEMS_MAX, Plugin};
 
 /// What the inputs of a request stand for, by port.
-pub(super) type Resolved = BTreeMap<String, Result<(Arc<LiveSegment>, TensorPlace), Status>>;
+pub(super) type Resolved = BTreeMap<String, Result<(Found, TensorPlace), Status>>;
+
+/// What an input is in.
+#[derive(Debug)]
+pub(super) enum Found {
+    Segment(Arc<LiveSegment>),
+    /// The request's frame.
+    Inline(Arc<[u8]>),
+}
+
+/// What a connection to the data socket gives a request beside its JSON.
+#[derive(Clone, Copy, Debug)]
+pub struct Framed<'a> {
+    /// Whose leased segments may be inputs by id.
+    pub session: SessionId,
+    /// The bytes of inline inputs.
+    pub payload: &'a [u8],
+    /// Bytes of results that a reply has room for.
+    pub room: u64,
+}
 
 /// When a request must be done, counted from its receipt.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +54,8 @@ pub(super) struct Checked {
     /// Output port to the name that it gets.
     pub(super) publish: BTreeMap<String, String>,
     pub(super) replace: bool,
+    /// Of the bytes of its inline inputs.
+    pub(super) charge: Option<Charge>,
 }
 
 impl Host {
@@ -58,18 +79,104 @@ impl Host {
 impl Caller {
     pub(super) fn resolve_all(
         &self,
-        session: Option<SessionId>,
+        framed: Option<Framed<'_>>,
         invoke: &wire::Invoke,
     ) -> Resolved {
         // One more than a kernel can have is enough for it to be refused, and why an input is refused may be a long text.
         let inputs = invoke.inputs.iter().take(ITEMS_MAX + 1);
         inputs
-            .map(|(port, input)| (port.clone(), self.resolve(session, input)))
+            .map(|(port, input)| (port.clone(), self.resolve(framed, port, input)))
             .collect()
+    }
+
+    /// An input that is in the request's frame.
+    fn inline(
+        &self,
+        framed: Option<Framed<'_>>,
+        port: &str,
+        inline: &wire::InlineTensor,
+    ) -> Result<(Found, TensorPlace), Status> {
+        let port = super::shown(port);
+        let refused = |how: String| {
+            let message = format!("inline input `{port}`: {how}");
+            Err(Status::new(
+                Code::InvalidArgument,
+                Reason::BadInput,
+                message,
+            ))
+        };
+        let Some(framed) = framed else {
+            return refused(
+                "a tensor travels in a frame of the data socket only; name a flight".to_owned(),
+            );
+        };
+        let wire::InlineTensor {
+            dtype,
+            shape,
+            offset,
+            length,
+        } = inline.clone();
+        let spec = TensorSpec { dtype, shape };
+        match spec.bytes() {
+            Ok(bytes) if bytes == length => {}
+            Ok(bytes) => return refused(format!("{spec} has {bytes} bytes, not {length}")),
+            Err(error) => return refused(error.to_string()),
+        }
+        let most = self.host.config.limits.inline_bytes;
+        if length > most {
+            return refused(format!(
+                "{length} bytes, a tensor in a frame has at most {most}; make a segment of it"
+            ));
+        }
+        let range = offset
+            .checked_add(length)
+            .and_then(|end| Some(usize::try_from(offset).ok()?..usize::try_from(end).ok()?));
+        let Some(bytes) = range.and_then(|range| framed.payload.get(range)) else {
+            return refused(format!(
+                "{length} bytes from {offset} on are not in the frame's payload of {} bytes",
+                framed.payload.len()
+            ));
+        };
+        self.host.framed.inputs.add(length);
+        let place = TensorPlace {
+            name: port,
+            spec,
+            offset: 0,
+            length,
+        };
+        Ok((Found::Inline(Arc::from(bytes)), place))
+    }
+
+    /// Which results are to be bytes in the reply.
+    fn inline_room(
+        &self,
+        framed: Option<Framed<'_>>,
+        invoke: &wire::Invoke,
+    ) -> Result<Option<InlineRoom>, Status> {
+        let Some(asked) = invoke.inline_bytes else {
+            return Ok(None);
+        };
+        let Some(framed) = framed else {
+            let message =
+                "`inline_bytes`: a result travels in a frame of the data socket only; leave it out";
+            return Err(Status::new(
+                Code::InvalidArgument,
+                Reason::BadRequest,
+                message,
+            ));
+        };
+        let each = asked.min(self.host.config.limits.inline_bytes);
+        // What gets a name or a seal is a segment.
+        let none = each == 0 || invoke.seal || !invoke.publish.is_empty();
+        Ok((!none).then_some(InlineRoom {
+            each,
+            together: framed.room,
+        }))
     }
 
     pub(super) fn check(
         &self,
+        framed: Option<Framed<'_>>,
         invoke: wire::Invoke,
         resolved: Resolved,
         deadline: Deadline,
@@ -114,19 +221,32 @@ impl Caller {
             self.host.config.limits.limits(),
             invoke.limits.unwrap_or_default(),
         )?;
+        let inline = self.inline_room(framed, &invoke)?;
+        let mut in_frame = 0;
         let (inputs, sources) = declared
             .inputs
             .iter()
             .zip(checked.inputs)
-            .map(|(port, (segment, place))| {
+            .map(|(port, (found, place))| {
+                let source = match found {
+                    Found::Segment(segment) => Source::Segment(segment as Arc<dyn SharedSource>),
+                    Found::Inline(bytes) => {
+                        in_frame += place.length;
+                        Source::Inline(bytes)
+                    }
+                };
                 let input = Input {
                     port: port.name.clone(),
                     role: port.role,
                     place,
                 };
-                (input, segment as Arc<dyn SharedSource>)
+                (input, source)
             })
             .unzip();
+        let charge = match in_frame {
+            0 => None,
+            bytes => Some(self.charge(bytes)?),
+        };
         let means = Means {
             owner: Owner(self.account.number()),
             inputs: sources,
@@ -139,6 +259,7 @@ impl Caller {
             parameters: checked.parameters,
             verify: invoke.verify,
             limits,
+            inline,
             deadline_ms: deadline.ms,
             request_id,
             kernel,
@@ -149,7 +270,14 @@ impl Caller {
             seal: invoke.seal,
             publish: invoke.publish,
             replace: invoke.replace,
+            charge,
         })
+    }
+
+    /// Memory of the host for tensors in frames.
+    pub(super) fn charge(&self, bytes: u64) -> Result<Charge, Status> {
+        let charged = self.account.segments().try_reserve(bytes);
+        charged.map_err(|exceeded| MemoryError::from(exceeded).into())
     }
 
     /// Where the results of `plugin` for this principal come from. What an earlier one left in their pages is for
@@ -166,10 +294,12 @@ impl Caller {
 
     fn resolve(
         &self,
-        session: Option<SessionId>,
+        framed: Option<Framed<'_>>,
+        port: &str,
         input: &wire::Input,
-    ) -> Result<(Arc<LiveSegment>, TensorPlace), Status> {
+    ) -> Result<(Found, TensorPlace), Status> {
         let (segment, tensor, kind, name) = match input {
+            wire::Input::Inline { inline } => return self.inline(framed, port, inline),
             wire::Input::Text(text) => {
                 let (name, tensor) = match text.split_once('#') {
                     Some((name, tensor)) => (name, Some(tensor)),
@@ -184,7 +314,7 @@ impl Caller {
                 name.as_str(),
             ),
             wire::Input::Segment { segment, tensor } => {
-                let session = session.ok_or_else(|| {
+                let framed = framed.ok_or_else(|| {
                     Status::new(
                         Code::InvalidArgument,
                         Reason::BadRequest,
@@ -192,7 +322,7 @@ impl Caller {
                     )
                 })?;
                 (
-                    self.host.leased(session, segment)?,
+                    self.host.leased(framed.session, segment)?,
                     tensor.as_deref(),
                     "segment",
                     segment.as_str(),
@@ -238,7 +368,7 @@ impl Caller {
             }
         };
         let place = place.clone();
-        Ok((segment, place))
+        Ok((Found::Segment(segment), place))
     }
 }
 

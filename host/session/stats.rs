@@ -82,6 +82,8 @@ impl Host {
             ("guest_out", ran.copied_out),
             ("flight_in", self.uploads_copied.get()),
             ("flight_out", self.inline_copied.get()),
+            ("frame_in", self.framed.inputs.get()),
+            ("frame_out", self.framed.results.get()),
         ];
         let pool = self.pool.stats();
         let (lot, births) = (ran.parked, ran.births);

@@ -4,14 +4,17 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde_bytes::ByteBuf;
 use strait_memory::{MemoryError, PoolSegment};
 use strait_tensor::{Column, FileLayout, TensorSpec};
 
 use super::artifact::Artifact;
 use super::channel::ReceiveError;
-use super::messages::{Answer, Ask, Ended, Filled, Grant, Load, Outcome, Run, RunInput};
+use super::messages::{
+    Answer, Ask, Ended, Filled, FilledIn, Grant, Load, Outcome, Run, RunInput, RunSource,
+};
 use super::process::{Company, LOOK, Lane, Mapped};
-use crate::engine::{Cause, Done, Failed, Job, Means, Output};
+use crate::engine::{Cause, Done, Failed, InlineRoom, Job, Means, Output, OutputBody, Source};
 use crate::plugin::{Plugin, PluginHash, Port};
 
 /// What a worker gets to say the rest of what it has begun to say.
@@ -131,17 +134,22 @@ impl<'a> Exchange<'a> {
         let keeper = self.lane.process().keeper();
         let (mut inputs, mut fds) = (Vec::new(), Vec::new());
         for (input, source) in job.inputs.iter().zip(&self.means.inputs) {
-            let segment = source.number();
-            let known = self.lane.process().has_input(segment);
-            let bytes = match known {
-                true => None,
-                false => {
-                    let shared = source.share(&keeper)?;
-                    fds.push(shared.fd);
-                    Some(shared.bytes)
+            let source = match source {
+                Source::Inline(bytes) => RunSource::Inline(ByteBuf::from(&**bytes)),
+                Source::Segment(source) => {
+                    let number = source.number();
+                    let bytes = match self.lane.process().has_input(number) {
+                        true => None,
+                        false => {
+                            let shared = source.share(&keeper)?;
+                            fds.push(shared.fd);
+                            Some(shared.bytes)
+                        }
+                    };
+                    RunSource::Segment { number, bytes }
                 }
             };
-            inputs.push(RunInput::new(input, segment, bytes));
+            inputs.push(RunInput::new(input, source));
         }
         if !open_only {
             self.segments = self.ahead();
@@ -162,6 +170,7 @@ impl<'a> Exchange<'a> {
             left_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX),
             request_id: job.request_id.to_string(),
             ahead: self.segments.iter().map(PoolSegment::number).collect(),
+            inline: job.inline,
             open_only,
         }));
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
@@ -236,7 +245,13 @@ impl<'a> Exchange<'a> {
     fn grant(&mut self, bytes: &[u64]) -> Result<(), Trouble> {
         self.granted = true;
         self.segments.clear();
-        if bytes.len() != self.job.kernel.kernel().outputs.len() {
+        // Fewer than there are outputs if some of them come as bytes.
+        let outputs = self.job.kernel.kernel().outputs.len();
+        let fits = match self.job.inline {
+            None => bytes.len() == outputs,
+            Some(_) => (1..=outputs).contains(&bytes.len()),
+        };
+        if !fits {
             return Err(senseless(format!("it needs {} results", bytes.len())));
         }
         let process = self.lane.process();
@@ -271,7 +286,11 @@ impl<'a> Exchange<'a> {
         process.set_totals(ended.totals);
         process.set_counts(ended.counts);
         // Now it has them for certain, whichever lane is asked next.
-        process.add_inputs(self.means.inputs.iter().map(|source| source.number()));
+        let numbers = self.means.inputs.iter().filter_map(|source| match source {
+            Source::Segment(source) => Some(source.number()),
+            Source::Inline(_) => None,
+        });
+        process.add_inputs(numbers);
         for index in ended.gone {
             if let Some(segment) = self.segments.get(index) {
                 segment.never_recycle();
@@ -326,7 +345,21 @@ impl<'a> Exchange<'a> {
     }
 
     fn outputs(&mut self, filled: Vec<Filled>) -> Result<Vec<Output>, Trouble> {
-        if filled.len() != self.segments.len() {
+        let mut room = self.job.inline;
+        let (mut in_segments, mut fits) = (0, true);
+        for one in &filled {
+            match &one.body {
+                FilledIn::Segment { .. } => in_segments += 1,
+                FilledIn::Inline(bytes) => {
+                    let bytes = bytes.len() as u64;
+                    fits &= one.spec.bytes() == Ok(bytes) && InlineRoom::takes(&mut room, bytes);
+                }
+            }
+        }
+        if !fits {
+            return Err(senseless("it gives other bytes than it was asked for"));
+        }
+        if in_segments != self.segments.len() {
             return Err(senseless("it has results that it has no memory for"));
         }
         let segments = std::mem::take(&mut self.segments);
@@ -340,15 +373,29 @@ impl<'a> Exchange<'a> {
                     .then(|| Mapped::new(process, segment.number()))
             })
             .collect();
+        let mut segments = segments.into_iter().zip(fillers);
         filled
             .into_iter()
-            .zip(segments.into_iter().zip(fillers))
-            .map(|(filled, (mut segment, filler))| {
-                let column = Column {
-                    name: filled.port,
-                    spec: filled.spec,
-                    reserve_bytes: filled.reserve_bytes,
+            .map(|filled| {
+                let (port, spec) = (filled.port, filled.spec);
+                let reserve_bytes = match filled.body {
+                    FilledIn::Segment { reserve_bytes } => reserve_bytes,
+                    FilledIn::Inline(bytes) => {
+                        let body = OutputBody::Inline {
+                            spec,
+                            bytes: bytes.into_vec(),
+                        };
+                        return Ok(Output { port, body });
+                    }
                 };
+                let column = Column {
+                    name: port,
+                    spec,
+                    reserve_bytes,
+                };
+                let (mut segment, filler) = segments
+                    .next()
+                    .ok_or_else(|| senseless("it has more results than segments"))?;
                 let layout = FileLayout::plan(std::slice::from_ref(&column))
                     .map_err(|e| senseless(e.to_string()))?;
                 if layout.capacity > segment.bytes() {
@@ -359,8 +406,7 @@ impl<'a> Exchange<'a> {
                 }
                 Ok(Output {
                     port: column.name,
-                    layout,
-                    segment,
+                    body: OutputBody::Segment { layout, segment },
                 })
             })
             .collect()

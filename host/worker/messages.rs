@@ -1,10 +1,11 @@
 //! What a host and its workers say to each other.
 
 use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
-use crate::engine::{EngineConfig, Failed, Input, Limits, LoadError, Report};
+use crate::engine::{EngineConfig, Failed, InlineRoom, Input, Limits, LoadError, Report};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
 /// How a worker is set up.
@@ -103,6 +104,8 @@ pub(super) struct Run {
     pub(super) request_id: String,
     /// Numbers of segments that the worker has mapped, if the results are as large as those of the last run: they save a question.
     pub(super) ahead: Vec<u64>,
+    /// Which results come as bytes.
+    pub(super) inline: Option<InlineRoom>,
     /// Find out the outputs by `open` alone.
     pub(super) open_only: bool,
 }
@@ -112,29 +115,38 @@ pub(super) struct RunInput {
     pub(super) port: String,
     pub(super) role: Role,
     pub(super) place: Place,
-    /// The number of its segment.
-    pub(super) segment: u64,
-    /// Bytes of the segment, if its descriptor is beside.
-    pub(super) bytes: Option<u64>,
+    pub(super) source: RunSource,
+}
+
+/// What holds an input.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum RunSource {
+    Segment {
+        /// Its number.
+        number: u64,
+        /// Its bytes, if its descriptor is beside.
+        bytes: Option<u64>,
+    },
+    Inline(ByteBuf),
 }
 
 impl RunInput {
-    pub(super) fn new(input: &Input, segment: u64, bytes: Option<u64>) -> Self {
+    pub(super) fn new(input: &Input, source: RunSource) -> Self {
         Self {
             port: input.port.clone(),
             role: input.role,
             place: Place::from(&input.place),
-            segment,
-            bytes,
+            source,
         }
     }
 
-    pub(super) fn into_input(self) -> Input {
-        Input {
+    pub(super) fn into_parts(self) -> (Input, RunSource) {
+        let input = Input {
             port: self.port,
             role: self.role,
             place: self.place.into(),
-        }
+        };
+        (input, self.source)
     }
 }
 
@@ -207,7 +219,7 @@ pub(super) struct Ended {
 
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Outcome {
-    /// In the order of the granted segments.
+    /// In the kernel's order; those without bytes are in the granted segments, in their order.
     Filled(Vec<Filled>, Report),
     /// Of `open_only`.
     Specs(Vec<(String, TensorSpec)>),
@@ -218,8 +230,16 @@ pub(super) enum Outcome {
 pub(super) struct Filled {
     pub(super) port: String,
     pub(super) spec: TensorSpec,
-    /// What it could have become.
-    pub(super) reserve_bytes: u64,
+    pub(super) body: FilledIn,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FilledIn {
+    Segment {
+        /// What it could have become.
+        reserve_bytes: u64,
+    },
+    Inline(ByteBuf),
 }
 
 /// Bytes since the worker's start.

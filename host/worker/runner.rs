@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use strait_memory::ResultPool;
+use strait_memory::{ResultPool, SharedSource};
 use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
@@ -16,8 +16,8 @@ use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
 use super::program::{Program, Recipe, Role};
 use crate::engine::{
-    Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, Runner, RunnerCounts,
-    RunnerProcess, Stage,
+    Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody, Runner,
+    RunnerCounts, RunnerProcess, Source, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -157,7 +157,11 @@ impl WorkerRunner {
 
 /// Whether a run would find what it found the first time, and has time for it.
 fn can_be_repeated(means: &Means) -> bool {
-    !is_over(means) && means.inputs.iter().all(|source| source.is_final())
+    let is_final = |source: &Source<dyn SharedSource>| match source {
+        Source::Segment(source) => source.is_final(),
+        Source::Inline(_) => true,
+    };
+    !is_over(means) && means.inputs.iter().all(is_final)
 }
 
 impl Runner for WorkerRunner {
@@ -182,8 +186,13 @@ impl Runner for WorkerRunner {
             Given::Done(done) => Ok(done
                 .outputs
                 .into_iter()
-                .flat_map(|output| output.layout.tensors)
-                .map(|place| (place.name, place.spec))
+                .flat_map(|output| match output.body {
+                    OutputBody::Segment { layout, .. } => {
+                        let tensors = layout.tensors.into_iter();
+                        tensors.map(|place| (place.name, place.spec)).collect()
+                    }
+                    OutputBody::Inline { spec, .. } => vec![(output.port, spec)],
+                })
                 .collect()),
         }
     }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
+use serde_bytes::ByteBuf;
 use strait_memory::{
     Budget, Copied, FrameSocket, GUEST_PAGE, Host, HugeBirths, InputSource, Lent, Lot, MemoryError,
     Parked, ReadMapping, ResultPages, Segment, process,
@@ -23,12 +24,13 @@ use super::channel::{Channel, ReceiveError};
 use super::compiler;
 use super::confine::{self, Confined};
 use super::messages::{
-    Answer, Ask, Control, Controlled, Counts, Ended, Filled, Grant, Load, Outcome, Run, Start,
-    Totals,
+    Answer, Ask, Control, Controlled, Counts, Ended, Filled, FilledIn, Grant, Load, Outcome, Run,
+    RunSource, Start, Totals,
 };
 use super::program;
 use crate::engine::{
-    CancelToken, Cause, Engine, Failed, Input, Job, LoadError, Results, Stage, Supplies,
+    CancelToken, Cause, Engine, Failed, FilledBody, Input, Job, LoadError, Results,
+    Source as Supply, Stage, Supplies,
 };
 use crate::plugin::{KernelRef, Plugin, PluginHash};
 
@@ -264,14 +266,20 @@ impl Worker {
         let mut fds = fds.into_iter();
         let (mut inputs, mut sources) = (Vec::<Input>::new(), Vec::new());
         for input in run.inputs {
-            let source = self
-                .source(input.segment, input.bytes, &mut fds)
-                .map_err(|error| failed(error.into()))?
-                .ok_or_else(|| {
-                    failed(Cause::Host("the worker does not have an input".to_owned()))
-                })?;
-            sources.push(source as Arc<dyn InputSource>);
-            inputs.push(input.into_input());
+            let (input, source) = input.into_parts();
+            sources.push(match source {
+                RunSource::Inline(bytes) => Supply::Inline(Arc::from(bytes.into_vec())),
+                RunSource::Segment { number, bytes } => {
+                    let source = self
+                        .source(number, bytes, &mut fds)
+                        .map_err(|error| failed(error.into()))?
+                        .ok_or_else(|| {
+                            failed(Cause::Host("the worker does not have an input".to_owned()))
+                        })?;
+                    Supply::Segment(source as Arc<dyn InputSource>)
+                }
+            });
+            inputs.push(input);
         }
         let supplies = Supplies {
             inputs: sources,
@@ -285,6 +293,7 @@ impl Worker {
             parameters: run.parameters,
             verify: run.verify,
             limits: run.limits,
+            inline: run.inline,
             deadline_ms: run.deadline_ms,
             request_id: Arc::from(run.request_id),
         };
@@ -292,10 +301,24 @@ impl Worker {
             return self.engine.specs(&job, &supplies).map(Outcome::Specs);
         }
         let filled = self.engine.fill(&job, &supplies)?;
-        let outputs = filled.outputs.into_iter().map(|output| Filled {
-            spec: output.layout.tensors[0].spec.clone(),
-            port: output.port,
-            reserve_bytes: output.reserve_bytes,
+        let outputs = filled.outputs.into_iter().map(|output| {
+            let (spec, body) = match output.body {
+                FilledBody::Pages {
+                    layout,
+                    reserve_bytes,
+                } => (
+                    layout.tensors[0].spec.clone(),
+                    FilledIn::Segment { reserve_bytes },
+                ),
+                FilledBody::Inline { spec, bytes } => {
+                    (spec, FilledIn::Inline(ByteBuf::from(bytes)))
+                }
+            };
+            Filled {
+                port: output.port,
+                spec,
+                body,
+            }
         });
         Ok(Outcome::Filled(outputs.collect(), filled.report))
     }

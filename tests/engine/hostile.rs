@@ -72,7 +72,7 @@ fn check(name: &str, moved: Option<(Code, &str)>, copied: Option<(Code, &str)>) 
             .invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}}))
             .unwrap();
         assert_eq!(
-            bytes_of(&next.results[0].segment),
+            bytes_of(next.results[0].segment().unwrap()),
             before_bytes,
             "the next request after {name}"
         );
@@ -262,7 +262,10 @@ fn every_invocation_has_a_fresh_sandbox() {
             let invoked = rig
                 .invoke(json!({"kernel": "k", "inputs": {"x": "x"}}))
                 .unwrap();
-            assert_eq!(f64s(&bytes_of(&invoked.results[0].segment))[0], 1.0);
+            assert_eq!(
+                f64s(&bytes_of(invoked.results[0].segment().unwrap()))[0],
+                1.0
+            );
         }
     }
 }

@@ -192,7 +192,7 @@ fn every_store_into_an_input_is_refused() {
             .invoke(json!({"kernel": "copies/k", "inputs": {"x": "x"}}))
             .unwrap_or_else(|e| panic!("after {name}: {e}"));
         assert!(
-            bytes_of(&next.results[0].segment) == before,
+            bytes_of(next.results[0].segment().unwrap()) == before,
             "the next call after {name}"
         );
     }
@@ -220,7 +220,7 @@ fn what_rustc_makes_of_a_copy_into_an_input_is_refused() {
             .invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}}))
             .unwrap();
         assert!(
-            bytes_of(&next.results[0].segment) == before,
+            bytes_of(next.results[0].segment().unwrap()) == before,
             "the next call after way {way}"
         );
     }
@@ -354,7 +354,7 @@ fn stores_into_several_inputs_however_the_guest_ends() {
         for (name, bytes) in [("x", &before.0), ("z", &before.1)] {
             let next = rig.scale_shift(name, 1.0, 0.0);
             assert!(
-                bytes_of(&next.results[0].segment) == *bytes,
+                bytes_of(next.results[0].segment().unwrap()) == *bytes,
                 "the next call with `{name}` after way {way}"
             );
         }

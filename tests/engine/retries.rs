@@ -63,8 +63,8 @@ fn a_key_belongs_to_one_request() {
     let done = rig.invoke(first.clone()).unwrap();
     let again = rig.invoke(first.clone()).unwrap();
     assert!(Arc::ptr_eq(
-        &done.results[0].segment,
-        &again.results[0].segment
+        done.results[0].segment().unwrap(),
+        again.results[0].segment().unwrap()
     ));
     for (field, value) in [
         ("kernel", json!("clip")),
@@ -91,7 +91,10 @@ fn a_key_belongs_to_one_request() {
         same[field] = value;
         let same = rig.invoke(same).unwrap();
         assert!(
-            Arc::ptr_eq(&done.results[0].segment, &same.results[0].segment),
+            Arc::ptr_eq(
+                done.results[0].segment().unwrap(),
+                same.results[0].segment().unwrap()
+            ),
             "{field}"
         );
     }
@@ -124,7 +127,9 @@ fn those_who_share_a_run_leave_it_one_by_one() {
     // Nothing is kept of a failure, and nothing holds the only worker.
     let other = json!({"kernel": "works/k", "inputs": {"x": "x"}, "idempotency_key": "k"});
     assert_eq!(
-        f64s(&bytes_of(&rig.invoke(other).unwrap().results[0].segment)),
+        f64s(&bytes_of(
+            rig.invoke(other).unwrap().results[0].segment().unwrap()
+        )),
         [1.0, 7.0]
     );
 }
@@ -207,7 +212,7 @@ fn a_storm_of_calls_is_answered_call_by_call() {
                     if under_way.len() > 4 {
                         let (input, (_call, answer)) = under_way.swap_remove(usize::try_from(below(5)).unwrap());
                         match answer.recv_timeout(PATIENCE).expect("an answer") {
-                            Ok(done) => assert_eq!(f64s(&bytes_of(&done.results[0].segment))[1], input as f64),
+                            Ok(done) => assert_eq!(f64s(&bytes_of(done.results[0].segment().unwrap()))[1], input as f64),
                             Err(status) => assert!(
                                 ["CANCELLED", "DEADLINE", "QUOTA_EXCEEDED"].contains(&status.reason.name()),
                                 "thread {thread}: {status}"

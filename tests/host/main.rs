@@ -25,6 +25,7 @@ mod flight;
 mod guests;
 mod hostile_worker;
 mod http2;
+mod inline;
 mod logs;
 mod protocol;
 mod quarantine;

@@ -31,16 +31,24 @@ impl Block<'_> {
         )
     }
 
-    /// The lines of the header, and the body.
-    fn split(&self) -> (&[&str], &str) {
-        match self.lines.split_last() {
-            Some((body, header)) if body.starts_with('{') => (header, body),
-            _ => (&self.lines, ""),
+    /// The lines of the header, the body, and the lines of the payload, in hex.
+    fn split(&self) -> (&[&str], &str, &[&str]) {
+        match self.lines.iter().position(|line| line.starts_with('{')) {
+            Some(at) => (&self.lines[..at], self.lines[at], &self.lines[at + 1..]),
+            None => (&self.lines, "", &[]),
         }
     }
 
     fn body(&self) -> &str {
         self.split().1
+    }
+
+    fn payload(&self) -> Vec<u8> {
+        let words = self.split().2.iter();
+        words
+            .flat_map(|line| line.split_ascii_whitespace())
+            .map(|hex| u8::from_str_radix(hex, 16).unwrap())
+            .collect()
     }
 }
 
@@ -294,7 +302,9 @@ impl Replay {
         }
         let mut right = header;
         let payload_bytes = u32::from_le_bytes(header[12..16].try_into().unwrap());
-        let body_bytes = u32::try_from(body.len()).unwrap() - payload_bytes;
+        let payload = block.payload();
+        let rest = u32::try_from(body.len() + payload.len()).unwrap();
+        let body_bytes = rest - payload_bytes;
         right[8..12].copy_from_slice(&body_bytes.to_le_bytes());
         if right != header {
             return Err(block.differs("the header's body_bytes", &hex(&header), &hex(&right)));
@@ -312,7 +322,7 @@ impl Replay {
         let connection = self.other.as_ref().unwrap_or(&self.first);
         connection
             .socket
-            .send(&[&header, body.as_bytes()], &fds)
+            .send(&[&header, body.as_bytes(), &payload], &fds)
             .map_err(|error| block.differs("it cannot be sent", "", &error.to_string()))?;
         self.ops.insert(op.to_owned());
         Ok(())
@@ -343,6 +353,9 @@ impl Replay {
         }
         if !self.words.matches(block.body(), &frame.text) {
             return Err(block.differs("the body", block.body(), &frame.text));
+        }
+        if block.payload() != frame.payload {
+            return Err(block.differs("the payload", &hex(&block.payload()), &hex(&frame.payload)));
         }
         let modes: Vec<_> = beside
             .iter()

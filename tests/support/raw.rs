@@ -18,6 +18,7 @@ use super::{PATIENCE, write};
 pub struct Frame {
     pub header: [u8; wire::HEADER_BYTES],
     pub text: String,
+    pub payload: Vec<u8>,
     pub fds: Vec<OwnedFd>,
 }
 
@@ -58,16 +59,23 @@ impl Frame {
 
 /// A frame's bytes.
 pub fn packet(op: u8, sequence: u32, body: &[u8]) -> Vec<u8> {
+    packet_with(op, sequence, body, &[])
+}
+
+/// A frame's bytes, with a payload.
+pub fn packet_with(op: u8, sequence: u32, body: &[u8], payload: &[u8]) -> Vec<u8> {
     let mut bytes = Header {
         op: Op::Ping,
         sequence,
         body_bytes: u32::try_from(body.len()).unwrap(),
+        payload_bytes: u32::try_from(payload.len()).unwrap(),
         trace: TraceContext::NONE,
     }
     .encode()
     .to_vec();
     bytes[3] = op;
     bytes.extend_from_slice(body);
+    bytes.extend_from_slice(payload);
     bytes
 }
 
@@ -121,7 +129,8 @@ impl Raw {
     /// The next frame; none at the end of the connection.
     pub fn receive(&self) -> Option<Frame> {
         assert!(self.readable(PATIENCE), "no frame came");
-        let mut buffer = vec![0; wire::HEADER_BYTES + wire::BODY_BYTES_MAX];
+        let mut buffer =
+            vec![0; wire::HEADER_BYTES + wire::BODY_BYTES_MAX + wire::PAYLOAD_BYTES_MAX];
         let received = match self.socket.recv(&mut buffer) {
             Ok(received) if received.bytes > 0 => received,
             Ok(_) => return None,
@@ -132,16 +141,13 @@ impl Raw {
             !received.truncated,
             "a frame of the host is longer than the protocol allows"
         );
-        let (header, body) = buffer[..received.bytes]
-            .split_first_chunk()
-            .expect("a header");
-        let decoded = Header::decode(&buffer[..received.bytes])
-            .expect("a frame of the protocol")
-            .0;
-        assert_eq!(decoded.body_bytes as usize, body.len());
+        let packet = &buffer[..received.bytes];
+        let header = packet.first_chunk().expect("a header");
+        let (_, body, payload) = Header::decode(packet).expect("a frame of the protocol");
         Some(Frame {
             header: *header,
             text: String::from_utf8(body.to_vec()).unwrap(),
+            payload: payload.to_vec(),
             fds: received.fds,
         })
     }
@@ -154,6 +160,23 @@ impl Raw {
             .unwrap_or_else(|| panic!("the host closed the connection at {op:?} {body}"));
         assert_eq!(reply.sequence(), sequence, "{op:?} {body}: {}", reply.text);
         reply
+    }
+
+    /// A request with a payload, and its reply.
+    pub fn ask_inline(&mut self, op: Op, body: &Value, payload: &[u8]) -> Frame {
+        let sequence = self.begin_inline(op, body, payload);
+        let reply = self.receive().expect("the host is there");
+        assert_eq!(reply.sequence(), sequence, "{body}: {}", reply.text);
+        reply
+    }
+
+    /// Sends a request with a payload without waiting; answers its sequence.
+    pub fn begin_inline(&mut self, op: Op, body: &Value, payload: &[u8]) -> u32 {
+        self.sequence += 1;
+        let body = body.to_string();
+        let packet = packet_with(op as u8, self.sequence, body.as_bytes(), payload);
+        self.send(&packet, &[]);
+        self.sequence
     }
 
     pub fn ask(&mut self, op: Op, body: Value) -> Frame {

@@ -55,7 +55,7 @@ impl Trial {
     pub fn call(&self, kernel: &str, input: &str, deadline_ms: u64) -> Result<Vec<u8>, Status> {
         let call = json!({"kernel": format!("{kernel}/k"), "inputs": {"x": input}, "deadline_ms": deadline_ms});
         let invoked = self.rig.invoke(call)?;
-        Ok(bytes_of(&invoked.results[0].segment))
+        Ok(bytes_of(invoked.results[0].segment().unwrap()))
     }
 
     /// A copy of each input, which is also that the input is as it was.

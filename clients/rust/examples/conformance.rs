@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use strait_client::{
-    CallResult, Client, Dtype, Error, MappedSegment, NewTensor, OpenSegment, Options, Param,
+    CallInput, CallResult, Client, Dtype, Error, NewTensor, OpenSegment, Options, Output, Param,
     TensorPlace, TensorSpec, TensorView, address,
 };
 
@@ -44,7 +44,8 @@ type Answer = Result<Value, Failed>;
 enum Handle {
     Open(OpenSegment),
     Ordinary(TensorSpec, Vec<u8>),
-    Mapped(MappedSegment),
+    /// A flight, or a call's result.
+    Given(Output),
     Released,
 }
 
@@ -52,8 +53,6 @@ enum Handle {
 struct Driver {
     client: Option<Client>,
     handles: HashMap<String, Handle>,
-    /// Bytes of ordinary arrays that were copied into segments here, for the client has only segments as inputs.
-    copied_bytes: AtomicU64,
     calls: AtomicU64,
 }
 
@@ -85,6 +84,7 @@ struct CallRequest {
     #[serde(default)]
     verify: bool,
     request_id: Option<String>,
+    inline_bytes: Option<u64>,
     cancel_after_ms: Option<u64>,
     #[serde(default = "once")]
     repeat: u32,
@@ -158,7 +158,6 @@ impl Driver {
         let answer =
             json!({ "host_id": welcome.host_id, "move_min_bytes": welcome.move_min_bytes });
         self.client = Some(client);
-        self.copied_bytes = AtomicU64::new(0);
         self.calls = AtomicU64::new(0);
         Ok(answer)
     }
@@ -178,11 +177,12 @@ impl Driver {
     }
 
     fn copied(&self) -> Result<u64, Failed> {
-        Ok(self.client()?.copied_bytes() + self.copied_bytes.load(Relaxed))
+        Ok(self.client()?.copied_bytes())
     }
 
     fn mappings(&self) -> usize {
-        let mapped = |handle: &&Handle| matches!(handle, Handle::Open(_) | Handle::Mapped(_));
+        let mapped =
+            |handle: &&Handle| matches!(handle, Handle::Open(_) | Handle::Given(Output::Mapped(_)));
         self.handles.values().filter(mapped).count()
     }
 
@@ -221,8 +221,8 @@ impl Driver {
             Some(Handle::Open(segment)) => {
                 segment.publish(name, replace)?;
             }
-            Some(Handle::Mapped(segment)) => {
-                client.publish_result(segment, name, replace)?;
+            Some(Handle::Given(output)) => {
+                client.publish_result(output, name, replace)?;
             }
             Some(Handle::Ordinary(spec, data)) => {
                 client.put_bytes(name, spec, data, replace)?;
@@ -238,7 +238,7 @@ impl Driver {
             let life = Duration::from_millis(milliseconds);
             self.client()?.renew(&[segment.lease()], Some(life))?;
         }
-        let handle = Handle::Mapped(segment);
+        let handle = Handle::Given(Output::Mapped(segment));
         let answer = array(&handle)?;
         self.handles.insert(r#as, handle);
         Ok(answer)
@@ -266,8 +266,8 @@ impl Driver {
         let keep = std::mem::take(&mut request.r#as);
         let (answer, mut result) = self.call(&request)?;
         for (port, handle) in keep {
-            let segment = result.take(&port)?;
-            self.handles.insert(handle, Handle::Mapped(segment));
+            let output = result.take(&port)?;
+            self.handles.insert(handle, Handle::Given(output));
         }
         Ok(answer)
     }
@@ -286,8 +286,8 @@ impl Driver {
         }
         let result = last.ok_or_else(|| Failed::Driver("repeat is 0".into()))?;
         let mut outputs = Map::new();
-        for (port, segment) in &result.results {
-            let tensor = segment.tensor(port)?;
+        for (port, output) in &result.results {
+            let tensor = output.tensor()?;
             if let Some(file) = request.files.get(port) {
                 fs::write(file, tensor.bytes())?;
             }
@@ -316,29 +316,21 @@ impl Driver {
 
     fn call_once(&self, request: &CallRequest) -> Result<(CallResult, u64), Failed> {
         let client = self.client()?;
-        let mut copied = 0;
-        let mut filled = HashMap::new();
-        for (port, input) in &request.inputs {
-            let Some(name) = input["handle"].as_str() else {
-                continue;
-            };
-            if let Handle::Ordinary(spec, data) = self.handle(name)? {
-                filled.insert(port, self.fill(spec, data)?);
-                copied += data.len() as u64;
-            }
-        }
-        self.copied_bytes.fetch_add(copied, Relaxed);
+        let before = client.copied_bytes();
         self.calls.fetch_add(1, Relaxed);
 
         let mut call = client.call(&request.kernel);
         for (port, input) in &request.inputs {
             call = match (input.as_str(), input["handle"].as_str()) {
                 (Some(flight), _) => call.input(port, flight),
-                (None, Some(name)) => match (filled.get(port), self.handle(name)?) {
-                    (Some(segment), _) | (None, Handle::Open(segment)) => call.input(port, segment),
+                (None, Some(name)) => match self.handle(name)? {
+                    Handle::Open(segment) => call.input(port, segment),
                     // A flight may have several tensors; those of the suite have one.
-                    (None, Handle::Mapped(segment)) => call.input(port, segment),
-                    (None, _) => return Err(Failed::Driver(format!("{name} has no segment"))),
+                    Handle::Given(output) => call.input(port, output),
+                    Handle::Ordinary(spec, data) => {
+                        call.input(port, CallInput::of_bytes(spec, data))
+                    }
+                    Handle::Released => return Err(Failed::Released(name.to_owned())),
                 },
                 (None, None) => return Err(Failed::Driver(format!("input {port} is {input}"))),
             };
@@ -350,6 +342,9 @@ impl Driver {
             call = call.publish(port, name);
         }
         call = call.replace(request.replace).verify(request.verify);
+        if let Some(most) = request.inline_bytes {
+            call = call.inline_bytes(most);
+        }
         if let Some(milliseconds) = request.deadline_ms {
             call = call.deadline(Duration::from_millis(milliseconds));
         }
@@ -366,7 +361,9 @@ impl Driver {
                 cancel.cancel();
             });
         }
-        Ok((call.send()?, copied))
+        let result = call.send()?;
+        // Of others at the same time, too.
+        Ok((result, client.copied_bytes() - before))
     }
 
     fn concurrent(&self, fields: &Value) -> Answer {
@@ -432,7 +429,7 @@ impl Driver {
     fn renew(&self, handle: &str, lease_ms: Option<u64>) -> Answer {
         let lease = match self.handle(handle)? {
             Handle::Open(segment) => segment.lease(),
-            Handle::Mapped(segment) => segment.lease(),
+            Handle::Given(Output::Mapped(segment)) => segment.lease(),
             _ => return Err(Failed::Driver(format!("{handle} has no lease"))),
         };
         let life = lease_ms.map(Duration::from_millis);
@@ -460,10 +457,7 @@ fn overwrite(segment: &mut OpenSegment, data: &[u8]) -> Result<(), Failed> {
 fn view(handle: &Handle) -> Result<TensorView<'_>, Failed> {
     match handle {
         Handle::Open(segment) => Ok(segment.tensor("x")?),
-        Handle::Mapped(segment) => {
-            let first = segment.tensors()?.next();
-            first.ok_or_else(|| Failed::Driver("a segment without tensors".into()))
-        }
+        Handle::Given(output) => Ok(output.tensor()?),
         _ => Err(Failed::Driver("not in a segment".into())),
     }
 }

@@ -4,20 +4,58 @@ use std::fmt;
 
 use serde_json::Value;
 
+use strait_tensor::TensorSpec;
+
+use crate::element::{self, Element};
+use crate::error::Error;
 use crate::lease::Lease;
+use crate::output::Output;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::wire::{Input, real_to_json};
 
-/// A kernel's input: a flight by name (`"x"`, `"x#tensor"`), or a segment of this session.
+/// A kernel's input: a flight by name (`"x"`, `"x#tensor"`), a segment of this session, or elements of this process, which
+/// the call copies: small ones into its frame, others into a segment.
 pub struct CallInput<'a> {
-    pub(crate) input: Input,
+    pub(crate) given: Given<'a>,
     pub(crate) lease: Option<&'a Lease>,
+}
+
+#[derive(Debug)]
+pub(crate) enum Given<'a> {
+    Named(Input),
+    Elements(TensorSpec, &'a [u8]),
+    /// They are not what they were said to be.
+    Misfit(Error),
+}
+
+impl<'a, T: Element> From<(&TensorSpec, &'a [T])> for CallInput<'a> {
+    fn from((spec, elements): (&TensorSpec, &'a [T])) -> Self {
+        match element::check::<T>("the input", spec.dtype) {
+            Ok(()) => Self::of_bytes(spec, bytemuck::cast_slice(elements)),
+            Err(error) => Self {
+                given: Given::Misfit(error),
+                lease: None,
+            },
+        }
+    }
+}
+
+impl<'a> From<&'a Output> for CallInput<'a> {
+    fn from(output: &'a Output) -> Self {
+        match output {
+            Output::Mapped(segment) => segment.into(),
+            Output::Inline(tensor) => Self {
+                given: Given::Elements(tensor.spec().clone(), tensor.bytes()),
+                lease: None,
+            },
+        }
+    }
 }
 
 impl From<&str> for CallInput<'_> {
     fn from(name: &str) -> Self {
         Self {
-            input: Input::Text(name.to_owned()),
+            given: Given::Named(Input::Text(name.to_owned())),
             lease: None,
         }
     }
@@ -30,13 +68,28 @@ impl From<&String> for CallInput<'_> {
 }
 
 impl<'a> CallInput<'a> {
+    /// Elements of any dtype: little-endian, row-major, contiguous. If they are not as many as `spec` says, the call tells it.
+    #[must_use]
+    pub fn of_bytes(spec: &TensorSpec, bytes: &'a [u8]) -> Self {
+        let given = match spec.bytes() {
+            Ok(expected) if expected == bytes.len() as u64 => Given::Elements(spec.clone(), bytes),
+            Ok(expected) => Given::Misfit(Error::Length {
+                spec: spec.clone(),
+                expected,
+                given: bytes.len() as u64,
+            }),
+            Err(error) => Given::Misfit(error.into()),
+        };
+        Self { given, lease: None }
+    }
+
     fn segment(segment: &str, lease: &'a Lease, tensor: Option<&str>) -> Self {
         let tensor = tensor.map(str::to_owned);
         Self {
-            input: Input::Segment {
+            given: Given::Named(Input::Segment {
                 segment: segment.to_owned(),
                 tensor,
-            },
+            }),
             lease: Some(lease),
         }
     }
@@ -63,7 +116,7 @@ segment_inputs!(OpenSegment, MappedSegment, AdoptedSegment);
 
 impl fmt::Debug for CallInput<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.input.fmt(f)
+        self.given.fmt(f)
     }
 }
 

@@ -13,6 +13,7 @@ use crate::connection::{Connection, Waiter};
 use crate::element::Element;
 use crate::error::Error;
 use crate::lease::Lease;
+use crate::output::Output;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
@@ -120,17 +121,17 @@ impl AsyncClient {
         self.0.publish(segment, name, replace).await
     }
 
-    /// Publishes a call's result as it is.
+    /// Publishes a call's result: pages as they are, and of one that came in the reply a copy.
     ///
     /// # Errors
     /// As [`AsyncClient::publish`].
     pub async fn publish_result(
         &self,
-        segment: &MappedSegment,
+        output: &Output,
         name: &str,
         replace: bool,
     ) -> Result<Flight, Error> {
-        self.0.publish_result(segment, name, replace).await
+        self.0.publish_output(output, name, replace).await
     }
 
     /// Copies a tensor into a segment of its own and publishes it as a flight of that name.

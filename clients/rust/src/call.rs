@@ -8,15 +8,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
+use strait_tensor::TensorSpec;
 
-use crate::argument::{CallInput, Param};
-use crate::connection::{Connection, Pending, Reply};
+use crate::argument::{CallInput, Given, Param};
+use crate::connection::{Beside, Connection, Pending, Reply};
 use crate::error::Error;
 use crate::lease::Lease;
-use crate::segment::MappedSegment;
+use crate::output::{self, Output};
+use crate::segment::{MappedSegment, OpenSegment};
 use crate::session::{Session, check_request_id, milliseconds};
 use crate::tensor::TensorView;
-use crate::wire::{self, Failure, Flight, Invoke, Limits, Note, Op, Pages, Seconds};
+use crate::wire::{
+    self, Failure, Flight, InlineTensor, Input, Invoke, Limits, NewTensor, Note, Op, Pages, Seconds,
+};
 
 /// A call to be sent: [`Client::call`](crate::Client::call) or
 /// [`AsyncClient::call`](crate::AsyncClient::call) begin it, and `C` says which of them sends it.
@@ -26,6 +30,9 @@ use crate::wire::{self, Failure, Flight, Invoke, Limits, Note, Op, Pages, Second
 pub struct Call<'a, C> {
     session: &'a Session,
     invoke: Invoke,
+    /// Elements that are still to go into the frame, or into a segment.
+    elements: Vec<(String, TensorSpec, &'a [u8])>,
+    misfit: Option<Error>,
     leases: Vec<&'a Lease>,
     cancel: CancelHandle,
     client: PhantomData<&'a C>,
@@ -36,11 +43,14 @@ impl<'a, C> Call<'a, C> {
         let invoke = Invoke {
             kernel: kernel.to_owned(),
             lease_ms: session.lease_ms(),
+            inline_bytes: Some(session.welcome().inline_bytes).filter(|bytes| *bytes > 0),
             ..Invoke::default()
         };
         Self {
             session,
             invoke,
+            elements: Vec::new(),
+            misfit: None,
             leases: Vec::new(),
             cancel: CancelHandle::default(),
             client: PhantomData,
@@ -49,9 +59,13 @@ impl<'a, C> Call<'a, C> {
 
     /// Gives an input port its tensor. Nobody may write to a segment while the call runs.
     pub fn input(mut self, port: &str, input: impl Into<CallInput<'a>>) -> Self {
-        let CallInput { input, lease } = input.into();
+        let CallInput { given, lease } = input.into();
         self.leases.extend(lease);
-        self.invoke.inputs.insert(port.to_owned(), input);
+        match given {
+            Given::Named(input) => drop(self.invoke.inputs.insert(port.to_owned(), input)),
+            Given::Elements(spec, bytes) => self.elements.push((port.to_owned(), spec, bytes)),
+            Given::Misfit(error) => self.misfit = self.misfit.or(Some(error)),
+        }
         self
     }
 
@@ -84,6 +98,13 @@ impl<'a, C> Call<'a, C> {
     /// Whether the outputs are mapped here; if not, each should be published.
     pub fn map(mut self, map: bool) -> Self {
         self.invoke.map = Some(map);
+        self
+    }
+
+    /// Largest result that comes in the reply and not as a segment that others can be given; 0: none does. Without this, as
+    /// large as the host allows.
+    pub fn inline_bytes(mut self, most: u64) -> Self {
+        self.invoke.inline_bytes = Some(most).filter(|bytes| *bytes > 0);
         self
     }
 
@@ -139,6 +160,48 @@ impl<'a, C> Call<'a, C> {
         self.leases.iter().try_for_each(|lease| lease.check())
     }
 
+    /// Brings the elements into the frame, or into segments where they do not fit that.
+    async fn take_elements(&mut self) -> Result<(Vec<u8>, Vec<OpenSegment>), Error> {
+        let (mut payload, mut segments) = (Vec::new(), Vec::new());
+        let elements = std::mem::take(&mut self.elements);
+        if elements.is_empty() {
+            return Ok((payload, segments));
+        }
+        let each = self.session.welcome().inline_bytes;
+        let room = self.session.connection().payload_room();
+        for (port, TensorSpec { dtype, shape }, bytes) in elements {
+            let length = bytes.len() as u64;
+            self.session.count_copied(length);
+            let input = if length <= each && bytes.len() <= room - payload.len() {
+                let offset = payload.len() as u64;
+                payload.extend_from_slice(bytes);
+                let inline = InlineTensor {
+                    dtype,
+                    shape,
+                    offset,
+                    length,
+                };
+                Input::Inline { inline }
+            } else {
+                let tensor = NewTensor {
+                    name: port.clone(),
+                    dtype,
+                    shape,
+                };
+                let mut segment = self.session.create(&[tensor]).await?;
+                segment.bytes_mut(&port)?.copy_from_slice(bytes);
+                let id = segment.mapping().segment.clone();
+                segments.push(segment);
+                Input::Segment {
+                    segment: id,
+                    tensor: None,
+                }
+            };
+            self.invoke.inputs.insert(port, input);
+        }
+        Ok((payload, segments))
+    }
+
     pub(crate) fn session(&self) -> &'a Session {
         self.session
     }
@@ -146,11 +209,16 @@ impl<'a, C> Call<'a, C> {
     /// Runs the kernel. Dropping the future cancels it; results that were already under way are
     /// released.
     pub(crate) async fn run(mut self) -> Result<CallResult, Error> {
+        if let Some(misfit) = self.misfit.take() {
+            return Err(misfit);
+        }
         self.check()?;
         if self.invoke.request_id.is_none() {
             self.invoke.request_id = self.session.request_id();
         }
-        let pending = self.cancel.start(self.session, &self.invoke)?;
+        // The segments are kept until the answer is there.
+        let (payload, _segments) = self.take_elements().await?;
+        let pending = self.cancel.start(self.session, &self.invoke, &payload)?;
         // Ended on drop too, so that a late cancel cannot hit another call's sequence.
         let _running = Running(&self.cancel);
         CallResult::of(self.session, pending.await?)
@@ -194,12 +262,16 @@ impl CancelHandle {
         }
     }
 
-    fn start(&self, session: &Session, invoke: &Invoke) -> Result<Pending, Error> {
+    fn start(&self, session: &Session, invoke: &Invoke, payload: &[u8]) -> Result<Pending, Error> {
         let mut phase = self.0.lock();
         if matches!(*phase, Phase::Cancelled) {
             return Err(cancelled(invoke).into());
         }
-        let pending = session.request(Op::Invoke, invoke, Vec::new())?;
+        let beside = Beside {
+            payload,
+            fds: Vec::new(),
+        };
+        let pending = session.request(Op::Invoke, invoke, beside)?;
         let sequence = pending.sequence();
         *phase = Phase::Running {
             connection: Arc::clone(session.connection()),
@@ -231,12 +303,17 @@ fn cancelled(invoke: &Invoke) -> Failure {
     }
 }
 
+/// How a result came.
+enum Came {
+    Segment(wire::Mapping, Lease, Option<usize>),
+    Inline(Option<wire::InlineResult>),
+}
+
 /// What a kernel gave back.
 #[derive(Debug)]
 pub struct CallResult {
-    /// Each output port with its segment, in the kernel's order; empty after
-    /// [`Call::map`]`(false)`.
-    pub results: Vec<(String, MappedSegment)>,
+    /// Each output port with its result, in the kernel's order; after [`Call::map`]`(false)` only those that came in the reply.
+    pub results: Vec<(String, Output)>,
     /// The outputs that were published.
     pub published: Vec<Flight>,
     /// What the kernel had to say.
@@ -255,7 +332,8 @@ pub struct CallResult {
 
 impl CallResult {
     /// Maps what an INVOKE answered.
-    fn of(session: &Session, reply: Reply) -> Result<Self, Error> {
+    fn of(session: &Session, mut reply: Reply) -> Result<Self, Error> {
+        let payload = reply.take_payload();
         let (invoked, fds) = reply.read::<wire::Invoked>()?;
         let mut fds: BTreeMap<usize, OwnedFd> = fds.into_iter().enumerate().collect();
         let mut published = Vec::new();
@@ -265,11 +343,16 @@ impl CallResult {
             let wire::ResultEntry {
                 port,
                 mapping,
+                inline,
                 lease,
                 expires_ms,
                 fd,
                 name,
             } = entry;
+            let Some(mapping) = mapping else {
+                held.push((port, Came::Inline(inline)));
+                continue;
+            };
             if let Some(name) = name {
                 published.push(Flight {
                     name,
@@ -277,17 +360,29 @@ impl CallResult {
                 });
             }
             if let (Some(lease), Some(life)) = (lease, expires_ms) {
-                held.push((port, mapping, session.lease(lease, life), fd));
+                held.push((port, Came::Segment(mapping, session.lease(lease, life), fd)));
             }
         }
         let mut results = Vec::with_capacity(held.len());
-        for (port, mapping, lease, fd) in held {
+        for (port, came) in held {
+            let (mapping, lease, fd) = match came {
+                Came::Segment(mapping, lease, fd) => (mapping, lease, fd),
+                Came::Inline(inline) => {
+                    let inline = inline.ok_or_else(|| {
+                        Error::Protocol(format!("result {port:?} has neither a mapping nor bytes"))
+                    })?;
+                    let tensor = output::InlineTensor::new(&port, inline, &payload)?;
+                    results.push((port, Output::Inline(tensor)));
+                    continue;
+                }
+            };
             let fd = fd.and_then(|index| fds.remove(&index)).ok_or_else(|| {
                 Error::Protocol(format!(
                     "result {port:?} came without a descriptor of its own"
                 ))
             })?;
-            results.push((port, MappedSegment::new(mapping, lease, fd)?));
+            let segment = MappedSegment::new(mapping, lease, fd)?;
+            results.push((port, Output::Mapped(segment)));
         }
         Ok(Self {
             results,
@@ -307,16 +402,16 @@ impl CallResult {
     /// [`Error::NoTensor`] if the kernel has no such port or it was not mapped.
     pub fn tensor(&self, port: &str) -> Result<TensorView<'_>, Error> {
         match self.results.iter().find(|(name, _)| name == port) {
-            Some((_, segment)) => segment.tensor(port),
+            Some((_, output)) => output.tensor(),
             None => Err(self.no_port(port)),
         }
     }
 
-    /// Takes an output port's segment out, to keep it or to call the next kernel with it.
+    /// Takes an output port's result out, to keep it or to call the next kernel with it.
     ///
     /// # Errors
     /// As [`CallResult::tensor`]; also if it was taken before.
-    pub fn take(&mut self, port: &str) -> Result<MappedSegment, Error> {
+    pub fn take(&mut self, port: &str) -> Result<Output, Error> {
         match self.results.iter().position(|(name, _)| name == port) {
             Some(index) => Ok(self.results.remove(index).1),
             None => Err(self.no_port(port)),

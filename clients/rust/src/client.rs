@@ -17,6 +17,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::listing::FlightPages;
+use crate::output::Output;
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
@@ -116,17 +117,17 @@ impl Client {
         self.0.wait(self.0.create(tensors))
     }
 
-    /// Publishes a call's result as it is.
+    /// Publishes a call's result: pages as they are, and of one that came in the reply a copy.
     ///
     /// # Errors
     /// [`Error::Remote`] with `NAME_TAKEN` if another flight has the name and `replace` is false.
     pub fn publish_result(
         &self,
-        segment: &MappedSegment,
+        output: &Output,
         name: &str,
         replace: bool,
     ) -> Result<Flight, Error> {
-        self.0.wait(self.0.publish_result(segment, name, replace))
+        self.0.wait(self.0.publish_output(output, name, replace))
     }
 
     /// Copies a tensor into a segment of its own and publishes it as a flight of that name.

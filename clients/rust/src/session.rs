@@ -13,7 +13,7 @@ use serde::de::DeserializeOwned;
 use strait_memory::{FrameSocket, HugeBirths};
 
 use crate::address::DATA_SOCKET;
-use crate::connection::{Connection, Pending, Waiter};
+use crate::connection::{Beside, Connection, Pending, Waiter};
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::stats::Stats;
@@ -81,7 +81,7 @@ impl Session {
             request_id: None,
         };
         let reply = connection
-            .request(Op::Hello, &hello, Vec::new(), waiter)?
+            .request(Op::Hello, &hello, Beside::default(), waiter)?
             .await?;
         let (welcome, _) = reply.read::<Welcome>()?;
         let greeted = Greeted {
@@ -152,9 +152,9 @@ impl Session {
         &self,
         op: Op,
         body: &B,
-        fds: Vec<OwnedFd>,
+        beside: Beside<'_>,
     ) -> Result<Pending, Error> {
-        self.connection().request(op, body, fds, self.waiter)
+        self.connection().request(op, body, beside, self.waiter)
     }
 
     /// A request without descriptors and leases in either direction.
@@ -163,7 +163,7 @@ impl Session {
         op: Op,
         body: &B,
     ) -> Result<T, Error> {
-        let pending = self.request(op, body, Vec::new())?;
+        let pending = self.request(op, body, Beside::default())?;
         let (answer, _) = pending.await?.read()?;
         Ok(answer)
     }
@@ -175,7 +175,8 @@ impl Session {
         body: &B,
         fds: Vec<OwnedFd>,
     ) -> Result<Granted, Error> {
-        let pending = self.request(op, body, fds)?;
+        let beside = Beside { payload: &[], fds };
+        let pending = self.request(op, body, beside)?;
         let (mapped, fds) = pending.await?.read::<wire::Mapped>()?;
         let wire::Mapped {
             mapping,

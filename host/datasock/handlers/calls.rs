@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 use crate::datasock::answer::{Answer, parse};
 use crate::datasock::frames::{Outgoing, encode, failure};
 use crate::error::Status;
-use crate::session::{self, Call, Invoked, Session};
+use crate::session::{self, Call, Framed, Invoked, InvokedResult, ResultBody, Session};
 
 /// An INVOKE that is under way.
 pub(in crate::datasock) struct Running {
@@ -28,21 +28,26 @@ pub(in crate::datasock) fn invoke(
     session: &Session,
     request: wire::Invoke,
     id: Arc<str>,
+    (payload, room): (&[u8], u64),
 ) -> Result<Running, Status> {
     let wanted = Wanted {
         request_id: Arc::clone(&id),
         is_mapped: request.map.unwrap_or(true),
         lease_ms: request.lease_ms,
     };
-    if wanted.is_mapped {
+    // One whose results all come in the frame needs neither.
+    if wanted.is_mapped && request.inline_bytes.is_none() {
         session.caller().account().check_answer(1)?;
     }
     let (answer, result) = oneshot::channel();
     // The connection may have ended; then the results end with it.
     let answer = session::Answer::new(move |result| drop(answer.send(result)));
-    let call = session
-        .caller()
-        .invoke(Some(session.id), request, id, answer);
+    let framed = Framed {
+        session: session.id,
+        payload,
+        room,
+    };
+    let call = session.caller().invoke(Some(framed), request, id, answer);
     Ok(Running {
         call,
         wanted,
@@ -58,10 +63,10 @@ pub(in crate::datasock) fn invoked(
     result: Result<Arc<Invoked>, Status>,
 ) -> Outgoing {
     let answer = result.and_then(|invoked| {
-        let results = invoked.results.iter();
+        let segments = invoked.results.iter().filter_map(InvokedResult::segment);
         let fds = match wanted.is_mapped {
-            true => results
-                .map(|r| r.segment.readonly_fd())
+            true => segments
+                .map(|segment| segment.readonly_fd())
                 .collect::<Result<_, _>>()?,
             false => Vec::new(),
         };
@@ -69,24 +74,29 @@ pub(in crate::datasock) fn invoked(
         // and the frame that tells of them.
         let mut leases = Vec::new();
         let mut results = Vec::with_capacity(invoked.results.len());
-        for (index, result) in invoked.results.iter().enumerate() {
-            let granted = wanted
-                .is_mapped
-                .then(|| session.grant(&result.segment, wanted.lease_ms))
+        let (mut payload, mut offset) = (Vec::new(), 0);
+        for result in &invoked.results {
+            let segment = result.segment().filter(|_| wanted.is_mapped);
+            let granted = segment
+                .map(|segment| session.grant(segment, wanted.lease_ms))
                 .transpose()
                 .inspect_err(|_| drop(session.release(&leases)))?;
-            leases.extend(granted.map(|(lease, _)| lease));
             results.push(wire::ResultEntry {
-                port: result.port.clone(),
-                mapping: session.host().mapping(&result.segment),
                 lease: granted.map(|(lease, _)| lease),
                 expires_ms: granted.map(|(_, expires_ms)| expires_ms),
-                fd: wanted.is_mapped.then_some(index),
-                name: result.name.clone(),
+                fd: granted.map(|_| leases.len()),
+                ..session.host().entry(result, offset)
             });
+            leases.extend(granted.map(|(lease, _)| lease));
+            if let ResultBody::Inline(_, bytes) = &result.body {
+                let length = bytes.as_ref().as_ref().len() as u64;
+                session.host().framed().results.add(length);
+                offset += length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
+                payload.push(Arc::clone(bytes));
+            }
         }
         let body = invoked.to_wire(results, &wanted.request_id);
-        Ok(Answer::of(&body).with(fds, leases))
+        Ok(Answer::of(&body).with(fds, leases).followed_by(payload))
     });
     match answer {
         Ok(answer) => answer.framed(Op::Ok, session, sequence, &wanted.request_id),

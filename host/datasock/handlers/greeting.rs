@@ -41,6 +41,7 @@ pub(in crate::datasock) fn hello(
             host.directory().join(wire::FLIGHT_SOCKET).display()
         ),
         move_min_bytes: host.config().engine.move_min_bytes,
+        inline_bytes: limits.inline_bytes.min(wire::PAYLOAD_BYTES_MAX as u64),
         lease_ms_default: settings.lease_ms_default,
         lease_ms_max: settings.lease_ms_max,
         deadline_ms_default: limits.deadline_ms_default,

@@ -8,8 +8,23 @@ pub const VERSION: u8 = 2;
 pub const HEADER_BYTES: usize = 48;
 /// Longest JSON body in bytes.
 pub const BODY_BYTES_MAX: usize = 61_440;
+/// Longest payload in bytes. A frame with the longest body and payload fits the buffer that Linux gives a socket by itself.
+pub const PAYLOAD_BYTES_MAX: usize = 131_072;
 /// Most file descriptors beside one frame.
 pub const FDS_MAX: usize = 16;
+
+/// Where a tensor may start in a reply's payload: at multiples of so many bytes.
+pub const PAYLOAD_ALIGN: usize = 64;
+
+/// Bytes of payload that a frame with the longest body can carry on a socket with a send buffer of `send_buffer_bytes`: Linux
+/// sends no packet that is longer than that, less what it needs itself.
+#[must_use]
+pub fn payload_room(send_buffer_bytes: usize) -> usize {
+    const OWN: usize = 32;
+    send_buffer_bytes
+        .saturating_sub(OWN + HEADER_BYTES + BODY_BYTES_MAX)
+        .min(PAYLOAD_BYTES_MAX)
+}
 
 macro_rules! ops {
     ($($(#[$doc:meta])* $name:ident = $code:literal,)*) => {
@@ -118,9 +133,12 @@ pub enum FrameError {
     /// The body is too long.
     #[error("a body of {0} bytes is over the limit of {BODY_BYTES_MAX}")]
     TooLong(usize),
-    /// Bytes after the JSON, which no op has yet.
-    #[error("{0} payload bytes in the header; no op of version {VERSION} carries a payload")]
+    /// Bytes after the JSON of an op that has none.
+    #[error("{0} payload bytes in the header; only INVOKE and the OK to it carry a payload")]
     Payload(u32),
+    /// The payload is too long.
+    #[error("a payload of {0} bytes is over the limit of {PAYLOAD_BYTES_MAX}")]
+    PayloadTooLong(usize),
     /// Reserved bytes are set.
     #[error("reserved bytes {0:02x?} in the header; they are 0 in version {VERSION}")]
     Reserved([u8; 3]),
@@ -160,7 +178,7 @@ impl TraceContext {
 /// What stands before each body, in [`HEADER_BYTES`] bytes.
 ///
 /// ```text
-///  0 "ST"   2 version   3 op   4 sequence   8 body_bytes   12 payload_bytes, 0
+///  0 "ST"   2 version   3 op   4 sequence   8 body_bytes   12 payload_bytes
 /// 16 trace_id
 /// 32 parent_id                 40 trace_flags   41 three zero bytes   44 flags, 0
 /// ```
@@ -172,6 +190,8 @@ pub struct Header {
     pub sequence: u32,
     /// Length of the JSON that follows.
     pub body_bytes: u32,
+    /// Length of what follows that: the bytes of tensors.
+    pub payload_bytes: u32,
     /// The request's; in a reply that of its request.
     pub trace: TraceContext,
 }
@@ -186,18 +206,19 @@ impl Header {
         bytes[3] = self.op as u8;
         bytes[4..8].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[8..12].copy_from_slice(&self.body_bytes.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.payload_bytes.to_le_bytes());
         bytes[16..32].copy_from_slice(&self.trace.trace_id);
         bytes[32..40].copy_from_slice(&self.trace.parent_id);
         bytes[40] = self.trace.flags;
         bytes
     }
 
-    /// Reads the header of `packet` and gives it with the body.
+    /// Reads the header of `packet` and gives it with the body and the payload.
     ///
     /// # Errors
     /// [`FrameError`] for anything that is not one whole frame of this version. The sequence
     /// of a frame with an unknown op can still be had from [`Header::sequence_of`].
-    pub fn decode(packet: &[u8]) -> Result<(Self, &[u8]), FrameError> {
+    pub fn decode(packet: &[u8]) -> Result<(Self, &[u8], &[u8]), FrameError> {
         // What is of another version is told so, however long its header is.
         if let [first, second, version, ..] = *packet {
             if [first, second] != MAGIC {
@@ -207,25 +228,28 @@ impl Header {
                 return Err(FrameError::Version(version));
             }
         }
-        let Some((header, body)) = packet.split_first_chunk::<HEADER_BYTES>() else {
+        let Some((header, rest)) = packet.split_first_chunk::<HEADER_BYTES>() else {
             return Err(FrameError::Short(packet.len()));
         };
         let word = |at: usize| {
             u32::from_le_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
         };
         let (body_bytes, payload_bytes) = (word(8), word(12));
-        if u64::from(body_bytes) + u64::from(payload_bytes) != body.len() as u64 {
+        if u64::from(body_bytes) + u64::from(payload_bytes) != rest.len() as u64 {
             return Err(FrameError::Length {
                 body_bytes,
                 payload_bytes,
-                had: body.len(),
+                had: rest.len(),
             });
         }
         if body_bytes as usize > BODY_BYTES_MAX {
             return Err(FrameError::TooLong(body_bytes as usize));
         }
+        if payload_bytes as usize > PAYLOAD_BYTES_MAX {
+            return Err(FrameError::PayloadTooLong(payload_bytes as usize));
+        }
         let op = Op::try_from(header[3])?;
-        if payload_bytes != 0 {
+        if payload_bytes != 0 && !matches!(op, Op::Invoke | Op::Ok) {
             return Err(FrameError::Payload(payload_bytes));
         }
         let reserved = [header[41], header[42], header[43]];
@@ -241,14 +265,18 @@ impl Header {
         };
         trace.trace_id.copy_from_slice(&header[16..32]);
         trace.parent_id.copy_from_slice(&header[32..40]);
+        // Together they are all of the rest, as held above.
+        let (body, payload) = rest.split_at(body_bytes as usize);
         Ok((
             Self {
                 op,
                 sequence: word(4),
                 body_bytes,
+                payload_bytes,
                 trace,
             },
             body,
+            payload,
         ))
     }
 

@@ -20,20 +20,22 @@ mod stats;
 mod worker;
 
 pub use frame::{
-    BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, TraceContext, VERSION,
+    BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, PAYLOAD_ALIGN,
+    PAYLOAD_BYTES_MAX, TraceContext, VERSION, payload_room,
 };
 pub use plugin::{Incidents, Plugin, PluginList};
 pub use quota::{AccountQuotas, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting, SettingWord};
 pub use real::{real_from_word, real_to_json};
 pub use reason::{Code, Reason};
 pub use reply::{
-    BlockTree, Cancelled, Done, Failure, Flight, Flights, Gone, Invoked, Kernel, KernelList,
-    Mapped, Mapping, Note, Pages, Parameter, Port, Released, Renewed, ResultEntry, Seconds,
-    Shutdown, Welcome, Writers,
+    BlockTree, Cancelled, Done, Failure, Flight, Flights, Gone, InlineResult, Invoked, Kernel,
+    KernelList, Mapped, Mapping, Note, Pages, Parameter, Port, Released, Renewed, ResultEntry,
+    Seconds, Shutdown, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Hello, Input, Invoke, Kernels,
-    Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request, SegmentId,
+    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Hello, InlineTensor, Input,
+    Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request,
+    SegmentId,
 };
 pub use stats::{
     AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,

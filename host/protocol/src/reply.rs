@@ -71,6 +71,9 @@ pub struct Welcome {
     pub flight: String,
     /// Tensors from this size on are moved, smaller ones copied.
     pub move_min_bytes: u64,
+    /// Tensors up to this size may travel in frames, as inputs of INVOKE and as results; 0: none.
+    #[serde(default)]
+    pub inline_bytes: u64,
     /// Life of a lease that names none.
     pub lease_ms_default: u64,
     /// Longest life of a lease.
@@ -225,8 +228,12 @@ pub struct KernelList {
 pub struct ResultEntry {
     /// The output port.
     pub port: String,
-    /// What to map.
-    pub mapping: Mapping,
+    /// What to map; none if the result is in the frame.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapping: Option<Mapping>,
+    /// Where in the payload the result is, if that has no mapping.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inline: Option<InlineResult>,
     /// The lease, unless `map` was false.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease: Option<u64>,
@@ -239,6 +246,19 @@ pub struct ResultEntry {
     /// The name it was published under.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+}
+
+/// A result in a reply's payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InlineResult {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major sizes.
+    pub shape: Vec<u64>,
+    /// First byte in the payload.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// A warning or figure from the kernel.

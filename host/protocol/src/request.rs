@@ -210,6 +210,9 @@ request! {
         /// Life of the results' leases in milliseconds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease_ms: Option<u64>,
+        /// Results that can become at most so many bytes come in the reply's payload; none: all are segments.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        inline_bytes: Option<u64>,
         /// false: no descriptors and no leases.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         map: Option<bool>,
@@ -307,6 +310,25 @@ pub enum Input {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         tensor: Option<String>,
     },
+    /// The bytes of a small tensor are in the frame.
+    Inline {
+        /// Where.
+        inline: InlineTensor,
+    },
+}
+
+/// A tensor in a frame's payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct InlineTensor {
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major sizes.
+    pub shape: Vec<u64>,
+    /// First byte in the payload.
+    pub offset: u64,
+    /// Bytes.
+    pub length: u64,
 }
 
 /// Limits of one invocation; each must not exceed the host's own.

@@ -2,7 +2,10 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on ends")]
 
 use serde_json::Value;
-use strait_protocol::{HEADER_BYTES, Header, Op, TraceContext, VERSION};
+use strait_protocol::{
+    BODY_BYTES_MAX, FrameError, HEADER_BYTES, Header, Op, PAYLOAD_BYTES_MAX, TraceContext, VERSION,
+    payload_room,
+};
 
 fn table(part: &str) -> Vec<Value> {
     let path = concat!(
@@ -32,20 +35,25 @@ fn headers_are_byte_exact() {
         let name = &case["name"];
         let body = case["body"].as_str().unwrap();
         let packet = bytes(&case, "hex");
+        let payload = match case["payload"].is_null() {
+            true => Vec::new(),
+            false => bytes(&case, "payload"),
+        };
         let header = Header {
             op: Op::try_from(u8::try_from(case["op"].as_u64().unwrap()).unwrap()).unwrap(),
             sequence: u32::try_from(case["sequence"].as_u64().unwrap()).unwrap(),
             body_bytes: u32::try_from(body.len()).unwrap(),
+            payload_bytes: u32::try_from(payload.len()).unwrap(),
             trace: TraceContext {
                 trace_id: bytes(&case, "trace_id").try_into().unwrap(),
                 parent_id: bytes(&case, "parent_id").try_into().unwrap(),
                 flags: u8::try_from(case["trace_flags"].as_u64().unwrap()).unwrap(),
             },
         };
-        let written = [&header.encode()[..], body.as_bytes()].concat();
+        let written = [&header.encode()[..], body.as_bytes(), &payload].concat();
         assert_eq!(written, packet, "{name}");
         let read = Header::decode(&packet).unwrap();
-        assert_eq!(read, (header, body.as_bytes()), "{name}");
+        assert_eq!(read, (header, body.as_bytes(), &payload[..]), "{name}");
         assert_eq!(Header::sequence_of(&packet), header.sequence, "{name}");
         let id = header.trace.id().map(|id| id.to_string());
         let traced = header.trace != TraceContext::NONE;
@@ -71,6 +79,42 @@ fn what_is_no_frame_of_this_version_is_named() {
             );
         }
     }
+}
+
+#[test]
+fn a_payload_is_bounded_and_only_where_one_is_expected() {
+    let frame = |op, payload: usize| {
+        let header = Header {
+            op,
+            sequence: 1,
+            body_bytes: 2,
+            payload_bytes: u32::try_from(payload).unwrap(),
+            trace: TraceContext::NONE,
+        };
+        [&header.encode()[..], b"{}", &vec![7; payload]].concat()
+    };
+    for op in [Op::Invoke, Op::Ok] {
+        let packet = frame(op, PAYLOAD_BYTES_MAX);
+        let (_, body, payload) = Header::decode(&packet).unwrap();
+        assert_eq!((body, payload.len()), (&b"{}"[..], PAYLOAD_BYTES_MAX));
+        let error = Header::decode(&frame(op, PAYLOAD_BYTES_MAX + 1)).unwrap_err();
+        assert_eq!(error, FrameError::PayloadTooLong(PAYLOAD_BYTES_MAX + 1));
+    }
+    for op in [Op::Ping, Op::Create, Op::Error, Op::Gone] {
+        let error = Header::decode(&frame(op, 1)).unwrap_err();
+        assert_eq!(error, FrameError::Payload(1), "{op:?}");
+    }
+}
+
+#[test]
+fn a_longest_frame_fits_a_sockets_buffer() {
+    // What Linux gives a socket by itself; a frame needs 32 bytes more than it has.
+    let buffer = 212_992;
+    assert_eq!(payload_room(buffer), PAYLOAD_BYTES_MAX);
+    let frame = HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX;
+    assert!(frame + 32 <= buffer);
+    assert_eq!(payload_room(HEADER_BYTES + BODY_BYTES_MAX + 32 + 5), 5);
+    assert_eq!(payload_room(0), 0);
 }
 
 #[test]

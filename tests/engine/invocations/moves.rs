@@ -32,7 +32,7 @@ fn a_large_tensor_is_moved_and_never_copied() {
             .iter()
             .map(|p| (p.port.as_str(), p.inode))
             .collect();
-        let result = &invoked.results[0].segment;
+        let result = invoked.results[0].segment().unwrap();
         assert_eq!(
             pages,
             [("x", Some(segment.inode())), ("y", Some(result.inode()))]
@@ -73,7 +73,7 @@ fn both_sides_of_the_threshold_give_the_same_bits() {
                 let call =
                     json!({"kernel": kernel, "inputs": {"x": "x"}, "parameters": parameters});
                 let invoked = rig.invoke(call).unwrap();
-                let bytes = bytes_of(&invoked.results[0].segment);
+                let bytes = bytes_of(invoked.results[0].segment().unwrap());
                 let input = elements * 8;
                 let moved_in = input >= move_min;
                 let bound = if *kernel == "cast" {
@@ -110,7 +110,7 @@ fn simultaneous_calls_on_one_input_are_right() {
             .collect();
         for (k, answer) in started.into_iter().enumerate() {
             let invoked = answer.recv().unwrap().unwrap();
-            let y = f64s(&bytes_of(&invoked.results[0].segment));
+            let y = f64s(&bytes_of(invoked.results[0].segment().unwrap()));
             assert!(
                 y.iter().zip(&x).all(|(y, x)| *y == k as f64 * x + 0.5),
                 "call {k}"
@@ -128,9 +128,12 @@ fn small_and_empty_tensors() {
         let invoked = rig
             .invoke(json!({"kernel": "scale-shift", "inputs": {"x": name}, "parameters": {"a": 2}}))
             .unwrap();
-        let place = &invoked.results[0].segment.tensors()[0];
+        let place = &invoked.results[0].segment().unwrap().tensors()[0];
         assert_eq!(place.spec.shape, shape);
-        assert_eq!(f64s(&bytes_of(&invoked.results[0].segment)), expected);
+        assert_eq!(
+            f64s(&bytes_of(invoked.results[0].segment().unwrap())),
+            expected
+        );
     }
 }
 

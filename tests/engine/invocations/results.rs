@@ -15,20 +15,23 @@ fn a_result_in_use_is_not_recycled() {
     let rig = Rig::new();
     rig.put_f64("x", &values(MB / 8));
     let first = rig.scale_shift("x", 1.0, 0.0);
-    let held = bytes_of(&first.results[0].segment);
+    let held = bytes_of(first.results[0].segment().unwrap());
     let second = rig.scale_shift("x", 5.0, 0.0);
     assert_ne!(
-        first.results[0].segment.inode(),
-        second.results[0].segment.inode()
+        first.results[0].segment().unwrap().inode(),
+        second.results[0].segment().unwrap().inode()
     );
-    assert_eq!(bytes_of(&first.results[0].segment), held);
+    assert_eq!(bytes_of(first.results[0].segment().unwrap()), held);
     // Given back by a holder that may still have it mapped.
-    let inode = first.results[0].segment.inode();
-    first.results[0].segment.never_recycle();
+    let inode = first.results[0].segment().unwrap().inode();
+    first.results[0].segment().unwrap().never_recycle();
     drop(first);
     for _ in 0..4 {
         assert_ne!(
-            rig.scale_shift("x", 1.0, 0.0).results[0].segment.inode(),
+            rig.scale_shift("x", 1.0, 0.0).results[0]
+                .segment()
+                .unwrap()
+                .inode(),
             inode
         );
     }
@@ -53,7 +56,7 @@ fn an_output_whose_size_the_data_decides() {
             .invoke(json!({"kernel": "filter-finite", "inputs": {"x": "x"}}))
             .unwrap();
         let expected: Vec<f64> = x.iter().copied().filter(|v| v.is_finite()).collect();
-        let segment = &invoked.results[0].segment;
+        let segment = invoked.results[0].segment().unwrap();
         assert_eq!(segment.tensors()[0].spec.shape, [expected.len() as u64]);
         assert_eq!(f64s(&bytes_of(segment)), expected);
         // What lies behind the tensor is zero up to the footer.
@@ -89,7 +92,7 @@ fn a_sealed_result_can_be_asked_for() {
     let x = values(MB / 8);
     rig.put_f64("x", &x);
     let invoked = rig.invoke(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 3}, "seal": true, "verify": true})).unwrap();
-    let segment = &invoked.results[0].segment;
+    let segment = invoked.results[0].segment().unwrap();
     assert_eq!(rig.host.mapping(segment).writers, wire::Writers::None);
     assert_eq!(invoked.report.pages[1].inode, Some(segment.inode()));
     assert!(
@@ -110,7 +113,7 @@ fn results_feed_the_next_kernel() {
         rig.invoke(first).unwrap();
         let invoked = rig.scale_shift("half", 0.5, 1.0);
         assert_eq!(invoked.report.copied_bytes, 0, "round {round}");
-        let y = f64s(&bytes_of(&invoked.results[0].segment));
+        let y = f64s(&bytes_of(invoked.results[0].segment().unwrap()));
         assert!(
             y.iter().zip(&x).all(|(y, x)| *y == (2.0 * x) * 0.5 + 1.0),
             "round {round}"
@@ -131,7 +134,10 @@ fn a_repeat_with_the_same_key_is_not_run_again() {
     rig.put_f64("x", &values(100));
     let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "idempotency_key": "k-1"});
     let (first, again) = (rig.invoke(call.clone()).unwrap(), rig.invoke(call).unwrap());
-    assert_eq!(first.results[0].segment.id(), again.results[0].segment.id());
+    assert_eq!(
+        first.results[0].segment().unwrap().id(),
+        again.results[0].segment().unwrap().id()
+    );
     assert_eq!(rig.host.runner().counts().invocations, 1);
 }
 
@@ -180,7 +186,7 @@ fn a_recycled_result_is_a_whole_file_with_nothing_of_earlier_ones_around_it() {
                 continue;
             }
         };
-        let segment = &done.results[0].segment;
+        let segment = done.results[0].segment().unwrap();
         let column = Column {
             name: "y".to_owned(),
             spec: segment.tensors()[0].spec.clone(),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -24,6 +25,7 @@ impl Frame {
         op: Op,
         sequence: u32,
         body: &B,
+        payload: &[u8],
         fds: Vec<OwnedFd>,
     ) -> Result<Self, Error> {
         let body = serde_json::to_vec(body).expect("bodies are maps with text keys");
@@ -35,15 +37,18 @@ impl Frame {
             return Err(too_long());
         }
         let body_bytes = u32::try_from(body.len()).map_err(|_| too_long())?;
+        let payload_bytes = u32::try_from(payload.len()).map_err(|_| too_long())?;
         let mut bytes = Header {
             op,
             sequence,
             body_bytes,
+            payload_bytes,
             trace: TraceContext::NONE,
         }
         .encode()
         .to_vec();
         bytes.extend_from_slice(&body);
+        bytes.extend_from_slice(payload);
         Ok(Self { bytes, fds })
     }
 
@@ -58,7 +63,33 @@ impl Frame {
 pub(crate) struct Reply {
     pub(super) op: Op,
     pub(super) body: Vec<u8>,
+    pub(super) payload: Payload,
     pub(super) fds: Vec<OwnedFd>,
+}
+
+/// The bytes of tensors in a reply, where their elements are aligned.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Payload {
+    words: Arc<[u128]>,
+    length: usize,
+}
+
+impl Payload {
+    pub(super) fn new(bytes: &[u8]) -> Self {
+        if bytes.is_empty() {
+            return Self::default();
+        }
+        let mut words = vec![0; bytes.len().div_ceil(size_of::<u128>())];
+        bytemuck::cast_slice_mut(&mut words)[..bytes.len()].copy_from_slice(bytes);
+        Self {
+            words: words.into(),
+            length: bytes.len(),
+        }
+    }
+
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &bytemuck::cast_slice(&self.words)[..self.length]
+    }
 }
 
 impl Reply {
@@ -68,6 +99,11 @@ impl Reply {
             return Err(parse::<wire::Failure>(&self.body)?.into());
         }
         Ok((parse(&self.body)?, self.fds))
+    }
+
+    /// What follows its JSON; then that is gone from here.
+    pub(crate) fn take_payload(&mut self) -> Payload {
+        std::mem::take(&mut self.payload)
     }
 
     /// The leases that it grants, without caring what it answers.

@@ -30,7 +30,7 @@ use serde::Serialize;
 use strait_memory::FrameSocket;
 
 use self::frames::Frame;
-pub(crate) use self::frames::Reply;
+pub(crate) use self::frames::{Payload, Reply};
 pub(crate) use self::pending::Pending;
 use self::reader::Reading;
 use self::renewal::{Leases, Renewal};
@@ -72,6 +72,14 @@ struct State {
     listening: bool,
     /// When a caller last received for itself.
     led: Option<Instant>,
+}
+
+/// What goes with a request's JSON.
+#[derive(Debug, Default)]
+pub(crate) struct Beside<'a> {
+    /// The bytes of inline tensors.
+    pub(crate) payload: &'a [u8],
+    pub(crate) fds: Vec<OwnedFd>,
 }
 
 /// How the connection ended.
@@ -139,7 +147,7 @@ impl Connection {
         self: &Arc<Self>,
         op: Op,
         body: &B,
-        fds: Vec<OwnedFd>,
+        beside: Beside<'_>,
         waiter: Waiter,
     ) -> Result<Pending, Error> {
         self.shared.check_owner()?;
@@ -148,7 +156,7 @@ impl Connection {
             return Err(end.clone().into());
         }
         let sequence = state.routes.add(Route::Caller(waiter, None));
-        let sent = Frame::new(op, sequence, body, fds)
+        let sent = Frame::new(op, sequence, body, beside.payload, beside.fds)
             .and_then(|frame| self.shared.transmit(&mut state, frame));
         if let Err(error) = sent {
             state.routes.remove(sequence);
@@ -163,6 +171,13 @@ impl Connection {
             sequence,
             done: false,
         })
+    }
+
+    /// Bytes of inline tensors that one request has room for.
+    pub(crate) fn payload_room(&self) -> usize {
+        let buffer = rustix::net::sockopt::socket_send_buffer_size(&self.shared.socket);
+        // If Linux does not say, no tensor travels in frames.
+        wire::payload_room(buffer.unwrap_or(0))
     }
 
     /// Waits on the calling thread for a future whose requests are [`Waiter::Thread`], and receives
@@ -309,7 +324,7 @@ impl Shared {
             return;
         }
         let sequence = state.routes.add(route);
-        let sent = Frame::new(op, sequence, body, Vec::new())
+        let sent = Frame::new(op, sequence, body, &[], Vec::new())
             .and_then(|frame| self.transmit(state, frame));
         if sent.is_err() {
             state.routes.remove(sequence);
@@ -381,7 +396,7 @@ mod tests {
         let locked = connection.shared.state.lock();
         let body = wire::Empty::default();
         let error = connection
-            .request(Op::Ping, &body, Vec::new(), Waiter::Thread)
+            .request(Op::Ping, &body, Beside::default(), Waiter::Thread)
             .expect_err("it is a fork");
         assert!(
             matches!(error, Error::Forked { owner, here: child } if owner == parent && child == here()),
@@ -413,7 +428,7 @@ mod tests {
             request_id: None,
         };
         let error = connection
-            .request(Op::Lookup, &body, Vec::new(), Waiter::Thread)
+            .request(Op::Lookup, &body, Beside::default(), Waiter::Thread)
             .expect_err("too long");
         assert!(error.to_string().contains("at most 61440"), "{error}");
         let mut state = connection.shared.state.lock();

@@ -20,12 +20,12 @@ use parking_lot::{Mutex, MutexGuard};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 
-use super::frames::{Reply, parse};
+use super::frames::{Payload, Reply, parse};
 use super::renewal::Answer;
 use super::routes::Delivery;
 use super::{End, Shared, State};
 use crate::error::Error;
-use crate::wire::{self, BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, Header, Op};
+use crate::wire::{self, BODY_BYTES_MAX, FDS_MAX, HEADER_BYTES, Header, Op, PAYLOAD_BYTES_MAX};
 
 /// After a thread received for itself the next call is probably near: the reader thread leaves
 /// the socket alone for this long, so that it is not woken by each reply of a series. What the
@@ -43,7 +43,7 @@ pub(super) struct Reading {
 
 impl Reading {
     pub(super) fn new() -> Self {
-        let buffer = Mutex::new(vec![0; HEADER_BYTES + BODY_BYTES_MAX]);
+        let buffer = Mutex::new(vec![0; HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX]);
         Self {
             buffer,
             asked: AtomicBool::new(false),
@@ -237,7 +237,7 @@ impl Shared {
     }
 
     fn dispatch(&self, packet: &[u8], fds: Vec<OwnedFd>) -> Result<(), End> {
-        let (header, body) =
+        let (header, body, payload) =
             Header::decode(packet).map_err(|error| End::Protocol(error.to_string()))?;
         let bad = |error: Error| End::Protocol(error.to_string());
         match header.op {
@@ -264,6 +264,7 @@ impl Shared {
                     Reply {
                         op: header.op,
                         body: body.to_vec(),
+                        payload: Payload::new(payload),
                         fds,
                     },
                 );

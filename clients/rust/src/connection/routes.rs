@@ -137,6 +137,7 @@ impl Routes {
 
 #[cfg(test)]
 mod tests {
+    use super::super::frames::Payload;
     use super::*;
     use crate::wire::Op;
 
@@ -144,6 +145,7 @@ mod tests {
         Reply {
             op: Op::Ok,
             body: body.into(),
+            payload: Payload::default(),
             fds: Vec::new(),
         }
     }

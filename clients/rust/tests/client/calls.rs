@@ -84,7 +84,7 @@ fn a_call_carries_what_was_set_and_gives_what_came() {
                 json!({
                     "kernel": "zscore", "inputs": {"x": "flight#tensor"},
                     "parameters": {"axis": 1, "lo": "-inf"}, "publish": {"y": "out"},
-                    "replace": true, "seal": false, "deadline_ms": 1500, "lease_ms": 9000,
+                    "replace": true, "seal": false, "inline_bytes": 4096, "deadline_ms": 1500, "lease_ms": 9000,
                     "verify": true, "request_id": "job-7",
                 })
             );
@@ -105,7 +105,10 @@ fn a_call_carries_what_was_set_and_gives_what_came() {
     let y = answer.tensor("y").expect("a port");
     assert_eq!(y.as_slice::<f64>().expect("float64"), [0.25, 0.75]);
     let stat = rustix::fs::fstat(&result.fd).expect("it is open");
-    assert_eq!(answer.results[0].1.inode().inode, stat.st_ino);
+    assert_eq!(
+        answer.results[0].1.segment().expect("mapped").inode().inode,
+        stat.st_ino
+    );
 
     let kept = answer.take("y").expect("a port");
     assert!(answer.take("y").is_err());

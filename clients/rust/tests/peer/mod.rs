@@ -23,6 +23,7 @@ pub struct Asked {
     pub op: Op,
     pub sequence: u32,
     pub body: Value,
+    pub payload: Vec<u8>,
     pub fds: Vec<OwnedFd>,
 }
 
@@ -52,12 +53,14 @@ impl Peer {
             .recv(&mut buffer)
             .ok()
             .filter(|received| received.bytes > 0)?;
-        let (header, body) = Header::decode(&buffer[..received.bytes]).expect("a whole frame");
+        let (header, body, payload) =
+            Header::decode(&buffer[..received.bytes]).expect("a whole frame");
         let body = serde_json::from_slice(body).expect("JSON");
         Some(Asked {
             op: header.op,
             sequence: header.sequence,
             body,
+            payload: payload.to_vec(),
             fds: received.fds,
         })
     }
@@ -71,16 +74,29 @@ impl Peer {
     }
 
     pub fn send(&self, op: Op, sequence: u32, body: &Value, fds: &[BorrowedFd<'_>]) {
+        self.send_with(op, sequence, body, &[], fds);
+    }
+
+    /// With `payload` after the JSON.
+    pub fn send_with(
+        &self,
+        op: Op,
+        sequence: u32,
+        body: &Value,
+        payload: &[u8],
+        fds: &[BorrowedFd<'_>],
+    ) {
         let body = body.to_string();
         let body_bytes = u32::try_from(body.len()).expect("short");
         let header = Header {
             op,
             sequence,
             body_bytes,
+            payload_bytes: u32::try_from(payload.len()).expect("short"),
             trace: TraceContext::NONE,
         }
         .encode();
-        self.raw(&[&header[..], body.as_bytes()].concat(), fds);
+        self.raw(&[&header[..], body.as_bytes(), payload].concat(), fds);
     }
 
     pub fn raw(&self, packet: &[u8], fds: &[BorrowedFd<'_>]) {
@@ -136,7 +152,7 @@ pub fn welcome() -> Value {
     json!({
         "protocol": VERSION, "host_id": "1a2b", "host_version": "0.1.0", "session": "s1",
         "principal": "uid:1000", "directory": "/run/strait", "flight": "unix:/run/strait/flight.sock",
-        "move_min_bytes": 524_288, "lease_ms_default": 600_000, "lease_ms_max": 86_400_000,
+        "move_min_bytes": 524_288, "inline_bytes": 4096, "lease_ms_default": 600_000, "lease_ms_max": 86_400_000,
         "deadline_ms_default": 30_000, "deadline_ms_max": 600_000, "request_id": "hello",
         "added_later": true,
     })
