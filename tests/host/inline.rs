@@ -299,7 +299,7 @@ fn what_waits_in_the_host_is_charged() {
     let spin =
         json!({"kernel": "spins/k", "inputs": {"x": inline(EACH / 8, 0)}, "inline_bytes": EACH});
     let payload = vec![0; usize::try_from(EACH).unwrap()];
-    let mut begin = |client: &mut Raw| client.begin_inline(Op::Invoke, &spin, &payload);
+    let begin = |client: &mut Raw| client.begin_inline(Op::Invoke, &spin, &payload);
     let running: Vec<u32> = (0..3).map(|_| begin(&mut client)).collect();
     let mut watcher = host.greeted();
     host.eventually(&mut watcher, "three are under way", |stats| {

@@ -372,6 +372,7 @@ impl CallResult {
                         Error::Protocol(format!("result {port:?} has neither a mapping nor bytes"))
                     })?;
                     let tensor = output::InlineTensor::new(&port, inline, &payload)?;
+                    session.count_copied(tensor.bytes().len() as u64);
                     results.push((port, Output::Inline(tensor)));
                     continue;
                 }

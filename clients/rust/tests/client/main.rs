@@ -2,6 +2,7 @@
 
 mod calls;
 mod connection;
+mod inline;
 mod memory;
 #[path = "../peer/mod.rs"]
 mod peer;
