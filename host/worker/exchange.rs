@@ -237,9 +237,11 @@ impl<'a> Exchange<'a> {
         warm.collect::<Option<_>>().unwrap_or_default()
     }
 
-    fn kernel(&self) -> (PluginHash, usize) {
+    /// What has needs of its own.
+    fn kernel(&self) -> (PluginHash, usize, bool) {
         let kernel = &self.job.kernel;
-        (kernel.plugin.hash, kernel.index())
+        let has_inline = self.job.inline.is_some();
+        (kernel.plugin.hash, kernel.index(), has_inline)
     }
 
     fn grant(&mut self, bytes: &[u64]) -> Result<(), Trouble> {
@@ -358,6 +360,10 @@ impl<'a> Exchange<'a> {
         }
         if !fits {
             return Err(senseless("it gives other bytes than it was asked for"));
+        }
+        if in_segments == 0 && !self.granted {
+            // It had no use for what was granted ahead.
+            self.segments.clear();
         }
         if in_segments != self.segments.len() {
             return Err(senseless("it has results that it has no memory for"));

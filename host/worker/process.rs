@@ -32,7 +32,7 @@ const WALL_BYTES_MAX: usize = 200;
 pub(super) const LOOK: Duration = Duration::from_millis(250);
 
 /// How large each kernel's results were the last time, in bytes.
-pub(super) type Needs = Mutex<HashMap<(PluginHash, usize), Vec<u64>>>;
+pub(super) type Needs = Mutex<HashMap<(PluginHash, usize, bool), Vec<u64>>>;
 
 /// The walls that a worker process lacks on this Linux, in words. One is started to find out.
 ///

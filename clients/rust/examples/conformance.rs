@@ -155,8 +155,7 @@ impl Driver {
         };
         let client = Client::connect_with(&directory, &options)?;
         let welcome = client.welcome();
-        let answer =
-            json!({ "host_id": welcome.host_id, "move_min_bytes": welcome.move_min_bytes, "inline_bytes": welcome.inline_bytes });
+        let answer = json!({ "host_id": welcome.host_id, "move_min_bytes": welcome.move_min_bytes, "inline_bytes": welcome.inline_bytes });
         self.client = Some(client);
         self.calls = AtomicU64::new(0);
         Ok(answer)

@@ -85,6 +85,25 @@ impl Lied {
         check_call(&mut self.client, json!("x"), &ramp(MOVED));
     }
 
+    /// What a small call comes to while the worker lies.
+    fn check_inline(&mut self, lie: &str, outcome: (&str, &str)) {
+        self.lie(lie);
+        let mut call = scale_shift(
+            json!({"inline": {"dtype": "float64", "shape": [3], "offset": 0, "length": 24}}),
+            2.0,
+            1.0,
+        );
+        call["inline_bytes"] = json!(32 << 10);
+        let reply = self.client.ask_inline(Op::Invoke, &call, &[0; 24]);
+        if outcome == FINE {
+            reply.accepted();
+            assert_eq!(reply.payload, [1.0_f64.to_le_bytes(); 3].concat(), "{lie}");
+        } else {
+            reply.refused(outcome.0, outcome.1);
+        }
+        self.honest();
+    }
+
     fn invoke(&mut self, deadline_ms: u64, seal: bool) -> Frame {
         let mut body = scale_shift(json!("y"), 2.0, 1.0);
         body["deadline_ms"] = json!(deadline_ms);
@@ -173,6 +192,7 @@ fn what_a_worker_says_is_held_against_what_it_was_asked() {
         "result: dtype",
         "result: reserved less",
         "result: reserved all",
+        "result: bytes",
         "report: many notes",
         "report: pages",
     ] {
@@ -190,6 +210,27 @@ fn what_a_worker_says_is_held_against_what_it_was_asked() {
         ("failed: refused", ("INVALID_ARGUMENT", "BAD_PARAMETER")),
     ] {
         lied.check(lie, 60_000, false, outcome);
+    }
+    lied.done(&before);
+}
+
+#[test]
+fn what_a_worker_gives_as_bytes_is_held_against_what_it_was_asked() {
+    let mut lied = Lied::start();
+    lied.honest();
+    let before = Holdings::of(&lied.host.settled(&mut lied.client));
+    lied.check_inline("", FINE);
+    for lie in [
+        "result: a segment",
+        "result: more bytes than asked for",
+        "result: a byte less",
+        "result: a byte more",
+        "result: port",
+        "result: dtype",
+        "end: no results",
+        "end: half",
+    ] {
+        lied.check_inline(lie, LOST);
     }
     lied.done(&before);
 }

@@ -46,7 +46,13 @@ enum Outcome {
 struct Filled {
     port: String,
     spec: TensorSpec,
-    reserve_bytes: u64,
+    body: FilledIn,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+enum FilledIn {
+    Segment { reserve_bytes: u64 },
+    Inline(Vec<u8>),
 }
 
 /// What to lie about now.
@@ -218,10 +224,37 @@ fn say(host: &FrameSocket, message: &[u8]) -> bool {
         (ENDED, "result: dtype") => filled(message, |filled| {
             filled.spec.dtype = strait_tensor::Dtype::Bool8;
         }),
-        (ENDED, "result: reserved less") => filled(message, |filled| filled.reserve_bytes = 1),
+        (ENDED, "result: reserved less") => filled(message, |filled| {
+            filled.body = FilledIn::Segment { reserve_bytes: 1 };
+        }),
         (ENDED, "result: reserved all") => {
-            filled(message, |filled| filled.reserve_bytes = u64::MAX)
+            let reserve_bytes = u64::MAX;
+            filled(message, |filled| {
+                filled.body = FilledIn::Segment { reserve_bytes }
+            })
         }
+        (ENDED, "result: a segment") => {
+            let reserve_bytes = 64 << 10;
+            filled(message, |filled| {
+                filled.body = FilledIn::Segment { reserve_bytes }
+            })
+        }
+        (ENDED, "result: bytes") => filled(message, |filled| {
+            let bytes = filled.spec.bytes().unwrap();
+            filled.body = FilledIn::Inline(vec![0; usize::try_from(bytes).unwrap()]);
+        }),
+        (ENDED, "result: more bytes than asked for") => filled(message, |filled| {
+            filled.spec.shape = vec![8193];
+            filled.body = FilledIn::Inline(vec![0; 8 * 8193]);
+        }),
+        (ENDED, "result: a byte less") => filled(message, |filled| {
+            let bytes = filled.spec.bytes().unwrap();
+            filled.body = FilledIn::Inline(vec![0; usize::try_from(bytes).unwrap() - 1]);
+        }),
+        (ENDED, "result: a byte more") => filled(message, |filled| {
+            let bytes = filled.spec.bytes().unwrap();
+            filled.body = FilledIn::Inline(vec![0; usize::try_from(bytes).unwrap() + 1]);
+        }),
         (ENDED, "report: notes") => reported(message, |report| {
             report.notes = vec![("\u{1b}[2J\n".to_owned(), "\u{202e}".repeat(100)); 8];
         }),

@@ -123,9 +123,9 @@ fn a_host_that_breaks_the_protocol_is_named() {
             "says 5 body bytes and 0 of payload, the packet has 2",
         ),
         (
-            b"ST\x02\x03\x02\0\0\0\0\0\0\0\x02",
+            b"ST\x02\x04\x02\0\0\0\0\0\0\0\x02",
             "{}",
-            "carries a payload",
+            "only INVOKE and the OK to it carry a payload",
         ),
         (
             b"ST\x02\x05\x02\0\0\0\x02",
