@@ -283,12 +283,13 @@ struct Served {
 }
 
 impl Served {
-    fn new() -> Self {
+    fn new(settings: &[(&str, &str)]) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let run = directory.path().join("run");
         let host = Command::new(env!("CARGO_BIN_EXE_strait"))
             .args(["serve", "--directory"])
             .arg(&run)
+            .envs(settings.iter().copied())
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -319,7 +320,7 @@ impl Drop for Served {
 
 /// Attaching to a tensor: MAP, mmap, unmap, RELEASE. Must not depend on its size.
 fn attach(c: &mut Criterion) {
-    let served = Served::new();
+    let served = Served::new(&[]);
     let client = served.client();
     let mut group = c.benchmark_group("attach");
     for mib in [1, 10, 100, 500] {
@@ -340,7 +341,7 @@ fn attach(c: &mut Criterion) {
 /// without what makes it cheap.
 fn first_touch(c: &mut Criterion) {
     let bytes = 100 * MIB;
-    let served = Served::new();
+    let served = Served::new(&[]);
     let client = served.client();
     let tensor = |name: &str| NewTensor {
         name: name.into(),
@@ -417,25 +418,34 @@ fn sum(values: &[f64]) -> f64 {
     lanes.iter().sum()
 }
 
-/// A call of 1 KiB through the socket, beside an empty round trip.
+/// A call of 1 KiB through the socket, beside an empty round trip: in the host's process, then in a worker.
 fn small(c: &mut Criterion) {
-    let served = Served::new();
+    small_on(c, "1 KiB over the socket", &[]);
+    let workers = [("STRAIT__WORKERS__ENABLED", "true")];
+    small_on(c, "1 KiB over the socket and through a worker", &workers);
+}
+
+fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
+    let served = Served::new(settings);
     let client = served.client();
     let spec = TensorSpec {
         dtype: Dtype::Float64,
         shape: vec![128],
     };
     client.put("x", &spec, &[1.0_f64; 128], true).unwrap();
-    let mut group = c.benchmark_group("1 KiB over the socket");
+    let mut group = c.benchmark_group(name);
     group.bench_function("ping", |b| b.iter(|| client.ping().unwrap()));
     group.bench_function("call, result mapped", |b| {
         b.iter(|| {
-            client
-                .call("scale-shift")
-                .input("x", "x")
-                .param("a", 2.0)
-                .send()
-                .unwrap()
+            let call = client.call("scale-shift").input("x", "x");
+            call.param("a", 2.0).inline_bytes(0).send().unwrap()
+        });
+    });
+    group.bench_function("call, both in frames", |b| {
+        b.iter(|| {
+            let x = [1.0_f64; 128];
+            let call = client.call("scale-shift").input("x", (&spec, &x[..]));
+            call.param("a", 2.0).send().unwrap()
         });
     });
     group.finish();

@@ -26,47 +26,27 @@ const DIAGNOSTIC_BYTES_MAX: usize = 4096;
 const WORDS_BYTES_MAX: usize = 1024;
 const INSTANTIATED: &str = "there is no instance without its regions";
 
-/// A guest ready for calls. Fields drop in order: the instance's store last of all that it needs.
-pub(super) struct Instance {
+/// A guest that nobody has called yet.
+pub(super) struct Made {
     guest: Guest,
     store: Store<State>,
-    /// Guest address of the panic record; 0: none.
-    panic_record: u64,
-    ticking: Ticking,
 }
 
-impl Instance {
-    /// A fresh one, in its first state.
+impl Made {
+    /// In its first state; `leash` ends its start function.
     ///
     /// # Errors
-    /// Its start function failed, or it is of another contract.
+    /// That failed, or it is of another contract.
     pub(super) fn new(
         engine: &Engine,
         compiled: &Compiled,
         state: State,
-        until: Until,
-        panic_record: u64,
+        leash: &Arc<Leash>,
     ) -> Result<Self, Broken> {
         const STAGE: Stage = Stage::Instantiate;
-        let leash = Leash::new(
-            until,
-            Arc::clone(&state.faults),
-            Arc::clone(&compiled.traps),
-        );
-        let ticking = engine
-            .ticker
-            .start(Arc::clone(&leash))
-            .map_err(|e| STAGE.host(e))?;
         let mut store = Store::new(&engine.wasmtime, state);
         store.limiter(|state| state);
-        if engine.config.interruption == Interruption::Checks {
-            let checking = Arc::clone(&leash);
-            store.epoch_deadline_callback(move |_| match checking.due() {
-                Some(stop) => Err(stop.into()),
-                None => Ok(UpdateDeadline::Continue(1)),
-            });
-            store.set_epoch_deadline(1);
-        }
+        check(engine, &mut store, leash);
         let (plugin, mut made) = collect(|| leash.around(|| compiled.pre.instantiate(&mut store)));
         let plugin = plugin.map_err(|error| match error.is::<wasmtime::Trap>() || error.is::<Stop>() {
             true => STAGE.broke(stopped(&error, leash.stopped())),
@@ -82,6 +62,72 @@ impl Instance {
         Ok(Self {
             guest: plugin.strait_kernel_kernels().clone(),
             store,
+        })
+    }
+
+    /// Bytes of its memory.
+    pub(super) fn memory_bytes(&self) -> u64 {
+        let regions = self.store.data().regions.as_ref();
+        regions.expect(INSTANTIATED).memory().size() as u64
+    }
+
+    /// The same for a call that has `state`, and that `leash` ends.
+    fn given(mut self, engine: &Engine, state: State, leash: &Arc<Leash>) -> Self {
+        let regions = self.store.data_mut().regions.take();
+        *self.store.data_mut() = State { regions, ..state };
+        check(engine, &mut self.store, leash);
+        self
+    }
+}
+
+/// Has a guest that checks ask `leash`.
+fn check(engine: &Engine, store: &mut Store<State>, leash: &Arc<Leash>) {
+    if engine.config.interruption == Interruption::Checks {
+        let checking = Arc::clone(leash);
+        store.epoch_deadline_callback(move |_| match checking.due() {
+            Some(stop) => Err(stop.into()),
+            None => Ok(UpdateDeadline::Continue(1)),
+        });
+        store.set_epoch_deadline(1);
+    }
+}
+
+/// A guest ready for calls. Fields drop in order: the instance's store last of all that it needs.
+pub(super) struct Instance {
+    made: Made,
+    /// Guest address of the panic record; 0: none.
+    panic_record: u64,
+    ticking: Ticking,
+}
+
+impl Instance {
+    /// A fresh one, in its first state: `made`, if there is one.
+    ///
+    /// # Errors
+    /// Its start function failed, or it is of another contract.
+    pub(super) fn new(
+        engine: &Engine,
+        compiled: &Compiled,
+        made: Option<Made>,
+        state: State,
+        until: Until,
+        panic_record: u64,
+    ) -> Result<Self, Broken> {
+        let leash = Leash::new(
+            until,
+            Arc::clone(&state.faults),
+            Arc::clone(&compiled.traps),
+        );
+        let ticking = engine
+            .ticker
+            .start(Arc::clone(&leash))
+            .map_err(|e| Stage::Instantiate.host(e))?;
+        let made = match made {
+            Some(made) => made.given(engine, state, &leash),
+            None => Made::new(engine, compiled, state, &leash)?,
+        };
+        Ok(Self {
+            made,
             panic_record,
             ticking,
         })
@@ -97,7 +143,7 @@ impl Instance {
         function: impl FnOnce(&Guest, &mut Store<State>) -> wasmtime::Result<R>,
     ) -> Result<R, Broken> {
         let leash = self.ticking.leash();
-        let called = leash.around(|| function(&self.guest, &mut self.store));
+        let called = leash.around(|| function(&self.made.guest, &mut self.made.store));
         called.map_err(|error| {
             let mut cause = stopped(&error, leash.stopped());
             if let Cause::Trap { panic, .. } = &mut cause {
@@ -124,20 +170,25 @@ impl Instance {
     }
 
     pub(super) fn regions(&self) -> &Regions {
-        self.store.data().regions.as_ref().expect(INSTANTIATED)
+        self.made.store.data().regions.as_ref().expect(INSTANTIATED)
     }
 
     pub(super) fn regions_mut(&mut self) -> &mut Regions {
-        self.store.data_mut().regions.as_mut().expect(INSTANTIATED)
+        self.made
+            .store
+            .data_mut()
+            .regions
+            .as_mut()
+            .expect(INSTANTIATED)
     }
 
     pub(super) fn faults(&self) -> &Arc<Faults> {
-        &self.store.data().faults
+        &self.made.store.data().faults
     }
 
     /// Lets the memory grow by `bytes` beyond what the guest may have for itself.
     pub(super) fn allow(&mut self, bytes: u64) {
-        self.store.data_mut().allowance = bytes;
+        self.made.store.data_mut().allowance = bytes;
     }
 
     /// Runs `steps` with an eye on the read-only windows `ranges`.
@@ -147,16 +198,16 @@ impl Instance {
         ranges: Vec<FaultRange>,
         steps: impl FnOnce(&mut Self) -> R,
     ) -> R {
-        let (engine, seen) = (self.store.engine().clone(), Arc::clone(self.faults()));
+        let (engine, seen) = (self.made.store.engine().clone(), Arc::clone(self.faults()));
         fault::watch(
-            &mut self.store,
+            &mut self.made.store,
             engine,
             Arc::clone(&compiled.traps),
             ranges,
             seen,
         );
         let result = steps(self);
-        fault::unwatch(&mut self.store);
+        fault::unwatch(&mut self.made.store);
         result
     }
 }
@@ -222,7 +273,7 @@ pub(super) fn describe(engine: &Engine, compiled: &Compiled) -> Result<Descripti
     };
     let state = State::new(limits, Arc::from("load"), Arc::from("(loading)"));
     // Where it leaves its panics is not known yet.
-    Instance::new(engine, compiled, state, until, 0)
+    Instance::new(engine, compiled, None, state, until, 0)
         .and_then(|mut instance| instance.call(STAGE, |guest, store| guest.call_describe(store)))
         .and_then(|answer| abi::description(answer).map_err(|e| STAGE.broken_contract(e)))
         .map_err(|broken| broken.of("(describe)"))

@@ -25,6 +25,7 @@ use super::leash::Until;
 use super::limits::State;
 use super::placement::{self, Placement, Spot};
 use super::results::Making;
+use super::spare::Used;
 use super::windows::Windows;
 use super::{Compiled, Engine};
 
@@ -63,15 +64,20 @@ impl Call<'_> {
         elapsed
     }
 
-    /// The end of the instance, and what is told of all of it.
-    fn end(self) -> Report {
-        // Its teardown belongs to the time that it took.
-        drop(self.instance);
+    /// What is told of all of it, and its instance.
+    fn end(self) -> (Report, Used) {
         let mut report = self.report;
         report.copied_bytes = self.copied.get();
         report.minor_faults = minor_faults().saturating_sub(self.faults_before);
         report.seconds.total = self.begin.elapsed().as_secs_f64();
-        report
+        let used = Used {
+            instance: self.instance,
+            plugin: self.job.kernel.plugin.hash,
+            compiled: self.compiled,
+            limits: self.job.limits,
+            seconds: report.seconds.instantiate,
+        };
+        (report, used)
     }
 }
 
@@ -114,7 +120,9 @@ impl<'a> Opened<'a> {
             deadline_ms: job.deadline_ms,
             cancel: supplies.cancel.clone(),
         };
-        let instance = Instance::new(engine, &compiled, state, until, description.panic_record)?;
+        let made = engine.spares.take(&plugin.hash, job.limits.guest_bytes);
+        let record = description.panic_record;
+        let instance = Instance::new(engine, &compiled, made, state, until, record)?;
         let mut call = Call {
             engine,
             job,
@@ -359,9 +367,11 @@ impl Finished<'_> {
             .collect::<Result<_, _>>()?;
         let copied_out = call.copied.get() - copied_in;
         call.engine.copies.guest_out.add(copied_out);
+        let (report, used) = call.end();
         Ok(Filled {
             outputs,
-            report: call.end(),
+            report,
+            used,
         })
     }
 }

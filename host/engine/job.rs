@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use strait_memory::{Inode, InputSource, PoolSegment, ResultPages, ResultSource, SharedSource};
 use strait_tensor::{FileLayout, TensorPlace, TensorSpec};
 
-use super::{Cause, Limits};
+use super::{Cause, Limits, Used};
 use crate::plugin::{KernelRef, Role, Value};
 use crate::text;
 
@@ -196,6 +196,8 @@ pub struct Filled {
     pub outputs: Vec<FilledOutput>,
     /// What is told of it.
     pub report: Report,
+    /// For [`Engine::renew`](super::Engine::renew), once it is answered.
+    pub used: Used,
 }
 
 /// A finished result, wherever its pages are.
@@ -233,6 +235,8 @@ pub struct Done {
     pub outputs: Vec<Output>,
     /// What is told of it.
     pub report: Report,
+    /// For [`Runner::renew`](super::Runner::renew), if it ran in this process.
+    pub used: Option<Used>,
 }
 
 /// A finished result.

@@ -7,6 +7,7 @@
 //!  invocation   Opened → Bound → Running → Finished ──▶ Filled
 //!   │    └ contract    the guest's functions, each answer checked ── abi, chunk
 //!   ├ instance         a guest that can be called ── limits, imports, ticker, leash, fault
+//!   │  └ spare         the next one, made while nobody waits
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -43,6 +44,7 @@ mod placement;
 mod regions;
 mod results;
 mod runner;
+mod spare;
 mod ticker;
 mod traps;
 mod windows;
@@ -70,6 +72,7 @@ pub use job::{
 pub use limits::Limits;
 pub use panicked::Panic;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
+pub use spare::Used;
 
 use abi::PluginPre;
 use limits::State;
@@ -184,6 +187,7 @@ pub struct Engine {
     compiled: Mutex<HashMap<PluginHash, Arc<Compiled>>>,
     ticker: ticker::Ticker,
     lot: Arc<Lot>,
+    spares: spare::Spares,
     copies: CopyPlaces,
     invocations: AtomicU64,
     running: AtomicU64,
@@ -214,6 +218,7 @@ impl Engine {
             compiled: Mutex::default(),
             lot,
             config,
+            spares: spare::Spares::default(),
             copies: CopyPlaces::default(),
             invocations: AtomicU64::new(0),
             running: AtomicU64::new(0),

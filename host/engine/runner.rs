@@ -10,7 +10,7 @@ use strait_tensor::TensorSpec;
 use super::job::{
     Done, FilledBody, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
 };
-use super::{Cause, Engine, Failed, LoadError, Stage};
+use super::{Cause, Engine, Failed, LoadError, Stage, Used};
 use crate::plugin::Plugin;
 
 /// Runs kernels for the host. Whether that is in its own process is the runner's affair: what goes in is plain data and
@@ -28,6 +28,9 @@ pub trait Runner: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Failed`]; nothing of the invocation is left then.
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed>;
+
+    /// Makes ready for the next call what `used` leaves. To be called when nobody waits for the call any more.
+    fn renew(&self, _used: Used) {}
 
     /// The outputs that an invocation would have, by `open` alone.
     ///
@@ -160,7 +163,12 @@ impl Runner for Engine {
         Ok(Done {
             outputs,
             report: filled.report,
+            used: Some(filled.used),
         })
+    }
+
+    fn renew(&self, used: Used) {
+        Engine::renew(self, used);
     }
 
     fn open_only(&self, job: &Job, means: Means) -> Result<Vec<(String, TensorSpec)>, Failed> {

@@ -1,5 +1,6 @@
 //! The way of an invocation: prepare, queue, run, publish.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -11,9 +12,20 @@ use super::idempotency::{Fingerprint, Turn};
 use super::prepare::{Checked, Deadline, Framed};
 use super::run::{Call, Given, Run};
 use super::{Host, check_id};
-use crate::engine::{Failed, Output, OutputBody};
+use crate::engine::{Done, Failed, Output, OutputBody, Used};
 use crate::error::{Code, Reason, Status};
 use crate::lease::Body;
+
+/// What is to become of results.
+struct After {
+    seal: bool,
+    /// Output port to the name that it gets.
+    publish: BTreeMap<String, String>,
+    replace: bool,
+    /// The answer comes with leases and descriptors.
+    mapped: bool,
+    queue_seconds: f64,
+}
 
 /// What else is to know of a run's outcome; none if there is no result.
 type Keep<T> = Box<dyn FnOnce(&Arc<Run<T>>, Option<&T>) + Send>;
@@ -112,7 +124,8 @@ impl Caller {
             Ok(checked) => {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, own, move |queue_seconds| {
-                    caller.run(checked, mapped, queue_seconds).map(Arc::new)
+                    let (result, used) = caller.run(checked, mapped, queue_seconds);
+                    (result.map(Arc::new), used)
                 });
             }
             Err(status) => ending.end(Err(status)),
@@ -163,9 +176,12 @@ impl Caller {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, deadline, move |_| {
                     let Checked { job, means, .. } = checked;
-                    caller.check_in_service(&job.kernel.plugin)?;
-                    let specs = caller.host.runner.open_only(&job, means);
-                    Ok(specs.inspect_err(|failed| caller.note_cost(&job.kernel.plugin, failed))?)
+                    let specs = caller.check_in_service(&job.kernel.plugin).and_then(|()| {
+                        let specs = caller.host.runner.open_only(&job, means);
+                        Ok(specs
+                            .inspect_err(|failed| caller.note_cost(&job.kernel.plugin, failed))?)
+                    });
+                    (specs, None)
                 });
             }
             Err(status) => ending.end(Err(status)),
@@ -173,15 +189,15 @@ impl Caller {
         call
     }
 
-    /// Queues `work`, which gets the seconds that it waited. It must be done by `deadline`, and `call`, the first
-    /// that waits for it, is answered by its `own`.
+    /// Queues `work`, which gets the seconds that it waited, and what it leaves is renewed after the answer. It must be
+    /// done by `deadline`, and `call`, the first that waits for it, is answered by its `own`.
     fn queue<T: Given>(
         &self,
         ending: Ending<T>,
         deadline: Deadline,
         call: &Call,
         own: Deadline,
-        work: impl FnOnce(f64) -> Result<T, Status> + Send + 'static,
+        work: impl FnOnce(f64) -> (Result<T, Status>, Option<Used>) + Send + 'static,
     ) {
         let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
@@ -196,17 +212,21 @@ impl Caller {
             Err(status) => return ending.end(Err(status)),
         };
         let run = Arc::clone(&ending.run);
+        let runner = Arc::clone(&self.host.runner);
         let begin = Instant::now();
         let queued = place.submit(move || {
             if !ending.run.start() {
                 return;
             }
             // `own` is that of the first caller, who may have left others here.
-            let result = match Instant::now() < deadline.at {
+            let (result, used) = match Instant::now() < deadline.at {
                 true => work(begin.elapsed().as_secs_f64()),
-                false => Err(ending.run.late(false, deadline.ms)),
+                false => (Err(ending.run.late(false, deadline.ms)), None),
             };
             ending.end(result);
+            if let Some(used) = used {
+                runner.renew(used);
+            }
         });
         if queued.waits {
             run.watch(call, &self.host.deadlines, own.at);
@@ -215,7 +235,12 @@ impl Caller {
     }
 
     /// `mapped`: its answer comes with leases and descriptors.
-    fn run(&self, checked: Checked, mapped: bool, queue_seconds: f64) -> Result<Invoked, Status> {
+    fn run(
+        &self,
+        checked: Checked,
+        mapped: bool,
+        queue_seconds: f64,
+    ) -> (Result<Invoked, Status>, Option<Used>) {
         let Checked {
             job,
             means,
@@ -251,7 +276,24 @@ impl Caller {
         }
         // The inputs in the frame went with `means`.
         drop(charge);
-        let done = result?;
+        match result {
+            Ok(mut done) => {
+                let used = done.used.take();
+                let after = After {
+                    seal,
+                    publish,
+                    replace,
+                    mapped,
+                    queue_seconds,
+                };
+                (self.keep(done, kernel, &after), used)
+            }
+            Err(status) => (Err(status), None),
+        }
+    }
+
+    /// Makes segments of what a run has left, and publishes those that get names: all of them, or none.
+    fn keep(&self, done: Done, kernel: &str, after: &After) -> Result<Invoked, Status> {
         let mut results = Vec::with_capacity(done.outputs.len());
         for output in done.outputs {
             let Output { port, body } = output;
@@ -261,7 +303,7 @@ impl Caller {
                     ResultBody::Inline(spec, Arc::new(InlineBytes::new(bytes, charge)))
                 }
                 OutputBody::Segment { layout, segment } => {
-                    let body = match seal {
+                    let body = match after.seal {
                         true => Body::Sealed(
                             segment
                                 .seal()
@@ -274,17 +316,17 @@ impl Caller {
             };
             results.push(InvokedResult {
                 body,
-                name: publish.get(&port).cloned(),
+                name: after.publish.get(&port).cloned(),
                 port,
             });
         }
         let invoked = Invoked {
             results,
             report: done.report,
-            queue_seconds,
+            queue_seconds: after.queue_seconds,
         };
         self.host.check_reply(&invoked, kernel)?;
-        if mapped {
+        if after.mapped {
             let segments = invoked.results.iter().filter_map(InvokedResult::segment);
             self.account.check_answer(segments.count())?;
         }
@@ -293,7 +335,7 @@ impl Caller {
             .iter()
             .filter_map(|result| Some((result.segment()?, result.name.as_deref()?)))
             .collect();
-        self.publish_all(&named, replace)?;
+        self.publish_all(&named, after.replace)?;
         Ok(invoked)
     }
 }

@@ -317,7 +317,11 @@ impl<'a> Exchange<'a> {
                 self.declared(named).map_err(senseless)?;
                 let report = report.checked(self.job).map_err(senseless)?;
                 let outputs = self.outputs(filled)?;
-                Ok(Given::Done(Done { outputs, report }))
+                Ok(Given::Done(Done {
+                    outputs,
+                    report,
+                    used: None,
+                }))
             }
             Ok(_) => Err(senseless("it has not done what it was asked")),
         }

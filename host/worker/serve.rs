@@ -30,7 +30,7 @@ use super::messages::{
 use super::program;
 use crate::engine::{
     CancelToken, Cause, Engine, Failed, FilledBody, Input, Job, LoadError, Results,
-    Source as Supply, Stage, Supplies,
+    Source as Supply, Stage, Supplies, Used,
 };
 use crate::plugin::{KernelRef, Plugin, PluginHash};
 
@@ -184,6 +184,7 @@ impl Worker {
         let lane = Arc::new(Mutex::new(channel));
         loop {
             let asked = lane.lock().receive(ASK_BYTES_MAX, FDS_MAX, None);
+            let mut used = None;
             let answer = match asked {
                 Ok((Ask::Load(load), fds)) => Answer::Loaded(Box::new(self.load(*load, fds))),
                 Ok((Ask::Describe(bytes), fds)) => {
@@ -191,7 +192,11 @@ impl Worker {
                         artifact(fds, bytes).and_then(|pages| self.engine.describe(pages.bytes()));
                     Answer::Described(Box::new(described))
                 }
-                Ok((Ask::Run(run), fds)) => Answer::Ended(Box::new(self.run(&lane, *run, fds))),
+                Ok((Ask::Run(run), fds)) => {
+                    let ended;
+                    (ended, used) = self.run(&lane, *run, fds);
+                    Answer::Ended(Box::new(ended))
+                }
                 Ok((Ask::Granted(_) | Ask::Denied, _)) => continue,
                 Err(ReceiveError::Gone) => return,
                 Err(error) => {
@@ -201,6 +206,9 @@ impl Worker {
             };
             if lane.lock().send(&answer, &[]).is_err() {
                 return;
+            }
+            if let Some(used) = used {
+                self.engine.renew(used);
             }
         }
     }
@@ -219,7 +227,12 @@ impl Worker {
         Ok(())
     }
 
-    fn run(self: &Arc<Self>, lane: &Arc<Mutex<Channel>>, run: Run, fds: Vec<OwnedFd>) -> Ended {
+    fn run(
+        self: &Arc<Self>,
+        lane: &Arc<Mutex<Channel>>,
+        run: Run,
+        fds: Vec<OwnedFd>,
+    ) -> (Ended, Option<Used>) {
         let number = run.run;
         let cancel = self.cancels.lock().begin(number);
         let granted = Arc::new(Granted {
@@ -235,7 +248,11 @@ impl Worker {
         .unwrap_or_else(|_| Err(host_failed("it panicked; this is a bug of strait")));
         self.cancels.lock().running.remove(&number);
         let gone = self.keep(&granted, outcome.is_ok());
-        Ended {
+        let (outcome, used) = match outcome {
+            Ok((outcome, used)) => (Ok(outcome), used),
+            Err(failed) => (Err(failed), None),
+        };
+        let ended = Ended {
             outcome,
             gone,
             totals: Totals {
@@ -245,7 +262,8 @@ impl Worker {
                 huge: self.births.huge_bytes(),
             },
             counts: self.counts(),
-        }
+        };
+        (ended, used)
     }
 
     fn outcome(
@@ -254,7 +272,7 @@ impl Worker {
         fds: Vec<OwnedFd>,
         cancel: CancelToken,
         granted: &Arc<Granted>,
-    ) -> Result<Outcome, Failed> {
+    ) -> Result<(Outcome, Option<Used>), Failed> {
         let kernel = self
             .plugins
             .lock()
@@ -298,7 +316,8 @@ impl Worker {
             request_id: Arc::from(run.request_id),
         };
         if run.open_only {
-            return self.engine.specs(&job, &supplies).map(Outcome::Specs);
+            let specs = self.engine.specs(&job, &supplies)?;
+            return Ok((Outcome::Specs(specs), None));
         }
         let filled = self.engine.fill(&job, &supplies)?;
         let outputs = filled.outputs.into_iter().map(|output| {
@@ -320,7 +339,8 @@ impl Worker {
                 body,
             }
         });
-        Ok(Outcome::Filled(outputs.collect(), filled.report))
+        let outcome = Outcome::Filled(outputs.collect(), filled.report);
+        Ok((outcome, Some(filled.used)))
     }
 
     /// The segment of that number, with the next of `fds` if it comes with its `bytes`.
