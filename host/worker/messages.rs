@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
+use super::confine::Bounds;
 use crate::engine::{EngineConfig, Failed, Input, Limits, LoadError, Report};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
@@ -13,6 +14,7 @@ pub(super) struct Start {
     pub(super) engine: EngineConfig,
     pub(super) parked_mappings_max: u64,
     pub(super) parked_bytes_max: u64,
+    pub(super) bounds: Bounds,
 }
 
 /// To the worker, on its control channel. The lanes' sockets are beside `Start`.

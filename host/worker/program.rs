@@ -15,9 +15,16 @@ use std::sync::{Arc, mpsc};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use strait_memory::FrameSocket;
 
+use super::confine::Bounds;
 use super::log;
 use super::messages::Start;
 use crate::engine::EngineConfig;
+
+/// A `describe` has 64 MiB for itself, and a compiled plugin is half a GiB at most.
+const DESCRIBER: Bounds = Bounds {
+    memory_bytes: 2 << 30,
+    files: 64,
+};
 
 /// How workers are started.
 #[derive(Debug)]
@@ -61,6 +68,7 @@ impl Recipe {
                 },
                 parked_mappings_max: 0,
                 parked_bytes_max: 0,
+                bounds: DESCRIBER,
             },
             census: Arc::default(),
         }

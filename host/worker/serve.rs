@@ -62,11 +62,12 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     };
     // No file can be opened later.
     process::keep_mappings_open().map_err(|e| e.to_string())?;
+    let bounds = start.bounds;
     let begun = Worker::begin(start, lanes);
     // All lanes are there. What a plugin brings along comes later.
     let told = begun
         .as_ref()
-        .map(|_| confine::confine(goes_first, Confined::Worker))
+        .map(|_| confine::confine(goes_first, Confined::Worker(bounds)))
         .map_err(Clone::clone);
     let told = control.send(&Controlled::Started(told), &[]);
     let worker = begun?;

@@ -195,6 +195,16 @@ fn a_worker_is_confined_and_counted() {
         assert!(status.contains(line), "{status}");
     }
     assert_eq!(about("oom_score_adj").unwrap().trim(), "1000");
+    assert_eq!(about("environ").unwrap(), "");
+    assert!(status.contains("Umask:\t0777"), "{status}");
+    let limits = about("limits").unwrap();
+    for (name, most) in [("core file size", 0), ("file size", 2 << 20)] {
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("Max {name} ")));
+        let words: Vec<_> = line.unwrap().split_whitespace().take(2).collect();
+        assert_eq!(words, [most.to_string(), most.to_string()], "{name}");
+    }
     assert!(!host.log().contains("lacks a wall"), "{}", host.log());
     let workers = |client: &mut Raw| client.ok(Op::Stats, json!({}))["workers"].clone();
     let before = workers(&mut client);
@@ -434,6 +444,21 @@ fn a_worker_of_another_user_than_root_has_all_walls() {
     }
     let host = Served::as_user(4242, &[ON]);
     assert!(!host.log().contains("lacks a wall"), "{}", host.log());
+}
+
+#[test]
+fn a_run_that_needs_more_than_its_worker_may_have_says_so() {
+    let (host, mut client) = host(&[ON, ("STRAIT__WORKERS__MEMORY_BYTES", "1")]);
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    let first = worker(&host);
+    put(&mut client, "large", 20_000_000);
+    let call = scale_shift(json!("large"), 2.0, 1.0);
+    let message = client
+        .ask(Op::Invoke, call)
+        .refused("RESOURCE_EXHAUSTED", "NO_MEMORY");
+    assert!(message.contains("workers.memory_bytes"), "{message}");
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    assert_eq!(worker(&host), first);
 }
 
 #[test]
