@@ -16,8 +16,6 @@ use seccompiler::{
 const ALLOWED: &[libc::c_long] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
-    // Compiled plugins become executable by it; wasmtime asks for that page by page of what it was given.
-    libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_mincore,
     libc::SYS_brk,
@@ -261,7 +259,13 @@ fn allowed(own: u64) -> Result<Rules, BackendError> {
     let when = SeccompCondition::new;
     let mut rules: Rules = ALLOWED.iter().map(|call| (*call, Vec::new())).collect();
     let executable = u64::from(libc::PROT_EXEC.unsigned_abs());
+    let writable = u64::from(libc::PROT_WRITE.unsigned_abs());
     let no_code = || when(2, Dword, MaskedEq(executable), 0);
+    // Compiled plugins become executable by it, one page after the other, and nobody writes there any more: no page is both.
+    let no_writing = when(2, Dword, MaskedEq(writable), 0)?;
+    let protects = [no_code()?, no_writing].map(|bits| SeccompRule::new(vec![bits]));
+    let protects = protects.into_iter().collect::<Result<Vec<_>, _>>()?;
+    rules.insert(libc::SYS_mprotect, protects);
     // Memory without a file is its own, which has a limit: shared it would count for nobody.
     let anonymous = u64::from(libc::MAP_ANONYMOUS.unsigned_abs());
     let private = u64::from(libc::MAP_PRIVATE.unsigned_abs());

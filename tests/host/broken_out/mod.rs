@@ -205,6 +205,18 @@ fn what_reaches_beyond_the_worker_is_refused() {
         ),
         ("another user", with(libc::SYS_setuid, [1, 0, 0], 0, &zeros)),
         ("keys", with(libc::SYS_keyctl, [0; 3], 0, &zeros)),
+        (
+            "memory that is writable and executable",
+            with(libc::SYS_mprotect, [0, 4096, 7], FIRST, &zeros),
+        ),
+        (
+            "executable memory of a file",
+            with(libc::SYS_mmap, [0, 4096, 5], 0, &zeros),
+        ),
+        (
+            "the same by keys",
+            with(libc::SYS_pkey_mprotect, [0, 4096, 7], FIRST, &zeros),
+        ),
         ("reboot", with(libc::SYS_reboot, [0; 3], 0, &zeros)),
     ];
     for (what, attempt) in attempts {
