@@ -245,6 +245,13 @@ pub(super) fn filter_compiler() -> Result<(), seccompiler::Error> {
     apply_filter_all_threads(&refused)
 }
 
+/// Has Linux answer that it does not know `call`, as a container may.
+#[cfg(test)]
+pub(super) fn without(call: libc::c_long) -> Result<(), seccompiler::Error> {
+    let unknown = program([(call, Vec::new())].into(), libc::ENOSYS)?;
+    apply_filter_all_threads(&unknown)
+}
+
 type Rules = BTreeMap<libc::c_long, Vec<SeccompRule>>;
 
 fn program(rules: Rules, errno: libc::c_int) -> Result<BpfProgram, BackendError> {

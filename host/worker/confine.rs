@@ -4,10 +4,15 @@
 //! What stands in its way, each put up by the process itself before it has anything to do:
 //!
 //! - limits: memory of its own, descriptors, the size of files, no core files; and it is the first to go when memory is short,
+//! - no path, no TCP port, and no signal to or abstract socket of anybody (Landlock), also where a system call slips through,
 //! - the system calls that it may make (`calls.rs`).
 
-use std::{fs, io};
+use std::fs;
 
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, LandlockStatus, RestrictionStatus, Ruleset, RulesetAttr,
+    RulesetError, Scope,
+};
 use rustix::fs::Mode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
@@ -30,8 +35,57 @@ pub struct Bounds {
 
 /// Says that this process is the first to go when memory is short. Before it is not dumpable: from then on Linux lets only
 /// root write there.
-pub(super) fn go_first() -> io::Result<()> {
-    fs::write("/proc/self/oom_score_adj", "1000")
+pub(super) fn go_first() -> Vec<String> {
+    let gone = fs::write("/proc/self/oom_score_adj", "1000");
+    let lacking = gone.map_err(|e| format!("first to go when memory is short: {e}"));
+    lacking.err().into_iter().collect()
+}
+
+/// Shuts this thread, and those that it starts from now on, out of all that has a name: Landlock is a matter of threads.
+/// Answers what this Linux would not do, in words.
+pub(super) fn shut_out() -> Option<String> {
+    match landlocked() {
+        Ok(status) => unknown_to(status.landlock),
+        Err(error) => Some(format!("Landlock: {error}")),
+    }
+}
+
+/// As much as this Linux knows; no rule allows anything.
+fn landlocked() -> Result<RestrictionStatus, RulesetError> {
+    const NEWEST: ABI = ABI::V10;
+    Ruleset::default()
+        .handle_access(AccessFs::from_all(NEWEST))?
+        .handle_access(AccessNet::from_all(NEWEST))?
+        .scope(Scope::from_all(NEWEST))?
+        .create()?
+        .restrict_self()
+}
+
+/// What a Landlock does not know that a worker should have. Later versions know more, which seccomp alone refuses otherwise.
+fn unknown_to(landlock: LandlockStatus) -> Option<String> {
+    let version = match landlock {
+        LandlockStatus::NotImplemented => {
+            return Some("Landlock: not in this Linux, or refused by a filter".to_owned());
+        }
+        LandlockStatus::NotEnabled => {
+            return Some(
+                "Landlock: not among the security modules that this Linux was started with (lsm=)"
+                    .to_owned(),
+            );
+        }
+        LandlockStatus::Available { effective_abi, .. } => effective_abi,
+    };
+    let known_since = [
+        (ABI::V3, "truncation"),
+        (ABI::V4, "TCP ports"),
+        (ABI::V6, "signals and abstract sockets"),
+    ];
+    let unknown = known_since
+        .iter()
+        .filter(|(since, _)| version < *since)
+        .map(|(_, what)| *what);
+    let unknown: Vec<_> = unknown.collect();
+    (!unknown.is_empty()).then(|| format!("Landlock: this Linux's has no {}", unknown.join(", ")))
 }
 
 /// Whom the walls are around.
@@ -43,19 +97,14 @@ pub(super) enum Confined {
     Compiler,
 }
 
-/// Does the rest, for all threads that there are and will be. Answers what this Linux would not do, in words; `first` is
-/// what [`go_first`] answered.
-pub(super) fn confine(first: io::Result<()>, who: Confined) -> Vec<String> {
-    let mut lacking = Vec::new();
+/// Does the rest, for all threads that there are and will be. Answers what this Linux would not do, in words, after what
+/// is `lacking` already.
+pub(super) fn confine(mut lacking: Vec<String>, who: Confined) -> Vec<String> {
     let mut built = |wall: &str, outcome: Result<(), String>| {
         if let Err(why) = outcome {
             lacking.push(format!("{wall}: {why}"));
         }
     };
-    built(
-        "first to go when memory is short",
-        first.map_err(|e| e.to_string()),
-    );
     for (wall, resource, most) in limits(who) {
         built(wall, limit(resource, most).map_err(|e| e.to_string()));
     }
@@ -102,6 +151,10 @@ fn limit(resource: Resource, most: u64) -> rustix::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+    use std::net::{TcpListener, TcpStream};
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
     use std::os::unix::process::{CommandExt, ExitStatusExt};
     use std::process::{Command, Output};
 
@@ -198,6 +251,16 @@ mod tests {
                 fs::read("/proc/self/maps").expect("files");
                 std::thread::spawn(|| {}).join().expect("threads");
             }),
+            Ok("shut out") => shut_out_of_names(parent),
+            Ok("no Landlock") => {
+                calls::without(libc::SYS_landlock_create_ruleset).expect("a filter");
+                let lacking = shut_out().expect("a wall is lacking");
+                assert!(
+                    lacking.starts_with("Landlock: not in this Linux"),
+                    "{lacking}"
+                );
+                fs::read("/proc/self/maps").expect("files, and it goes on");
+            }
             Ok("exec") => {
                 confine(go_first(), WORKER);
                 let error = Command::new("/bin/true").exec();
@@ -234,6 +297,52 @@ mod tests {
         });
     }
 
+    /// By Landlock alone.
+    fn shut_out_of_names(parent: Pid) {
+        let name = format!("strait-{}", std::process::id());
+        let address = SocketAddr::from_abstract_name(name).expect("a name");
+        let _others = UnixListener::bind_addr(&address).expect("an abstract socket");
+        let port = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let port = port.local_addr().expect("it has one");
+        assert_eq!(shut_out(), None);
+        let attempts = || {
+            let denied = |what, result| refused(libc::EACCES, what, result);
+            denied("file", fs::File::open("/dev/null").map(drop));
+            denied("new file", fs::write("/tmp/strait-no-file", "").map(drop));
+            denied("directory", fs::read_dir("/").map(drop));
+            denied("TCP connection", TcpStream::connect(port).map(drop));
+            denied("TCP port", TcpListener::bind("127.0.0.1:0").map(drop));
+            let connected = UnixStream::connect_addr(&address).map(drop);
+            refused(libc::EPERM, "abstract socket", connected);
+            let killed = rustix::process::test_kill_process(parent);
+            refused(libc::EPERM, "signal", killed.map_err(Into::into));
+        };
+        attempts();
+        std::thread::scope(|scope| {
+            scope.spawn(attempts).join().expect("no panic");
+        });
+    }
+
+    #[test]
+    fn each_version_of_landlock_is_told_by_what_it_does_not_know() {
+        let of = |effective_abi| {
+            unknown_to(LandlockStatus::Available {
+                effective_abi,
+                kernel_abi: None,
+            })
+        };
+        let told = |parts: &str| Some(format!("Landlock: this Linux's has no {parts}"));
+        assert_eq!(
+            of(ABI::V1),
+            told("truncation, TCP ports, signals and abstract sockets")
+        );
+        assert_eq!(of(ABI::V3), told("TCP ports, signals and abstract sockets"));
+        assert_eq!(of(ABI::V5), told("signals and abstract sockets"));
+        assert_eq!((of(ABI::V6), of(ABI::V10)), (None, None));
+        let off = unknown_to(LandlockStatus::NotEnabled).expect("a wall is lacking");
+        assert!(off.contains("lsm="), "{off}");
+    }
+
     fn confined(who: &str) -> Output {
         let own = std::env::current_exe().expect("this program");
         Command::new(own)
@@ -246,7 +355,13 @@ mod tests {
 
     #[test]
     fn what_confined_processes_cannot_do() {
-        for (who, ways) in [("worker", 16), ("compiler", 11)] {
+        let kinds = [
+            ("worker", 16),
+            ("compiler", 11),
+            ("shut out", 7),
+            ("no Landlock", 0),
+        ];
+        for (who, ways) in kinds {
             let process = confined(who);
             let text = String::from_utf8_lossy(&process.stdout);
             let errors = String::from_utf8_lossy(&process.stderr);
