@@ -14,7 +14,9 @@ use landlock::{
     RulesetError, Scope,
 };
 use rustix::fs::Mode;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, dumpable_behavior, getrlimit, setrlimit,
+};
 use serde::{Deserialize, Serialize};
 use strait_memory::SCRAP_BYTES;
 
@@ -36,6 +38,10 @@ pub struct Bounds {
 /// Says that this process is the first to go when memory is short. Before it is not dumpable: from then on Linux lets only
 /// root write there.
 pub(super) fn go_first() -> Vec<String> {
+    // A program that nobody can read was never dumpable: then only root could say so, and hiding is worth more.
+    if matches!(dumpable_behavior(), Ok(DumpableBehavior::NotDumpable)) {
+        return Vec::new();
+    }
     let gone = fs::write("/proc/self/oom_score_adj", "1000");
     let lacking = gone.map_err(|e| format!("first to go when memory is short: {e}"));
     lacking.err().into_iter().collect()

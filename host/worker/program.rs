@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
-use strait_memory::FrameSocket;
+use strait_memory::{FrameSocket, unreadable_program};
 
 use super::confine::Bounds;
 use super::log;
@@ -102,7 +102,9 @@ pub(super) struct Census {
 #[derive(Debug)]
 pub(super) struct Program {
     /// Opened once: an upgrade in its place changes nothing for this host.
-    pub(super) file: Arc<File>,
+    pub(super) file: File,
+    /// A wall that its processes lack.
+    pub(super) lacking: Option<String>,
     starts: mpsc::Sender<Request>,
 }
 
@@ -147,9 +149,18 @@ impl Program {
                 format!("the program of workers, {path}: {error}"),
             )
         })?;
-        let file = Arc::new(file);
+        let (program, lacking) = match rustix::process::geteuid().is_root() {
+            // Whoever else is root needs no way into its memory.
+            true => (file.try_clone()?, None),
+            false => match unreadable_program(&file) {
+                Ok(program) => (program, None),
+                Err(error) => (
+                    file.try_clone()?,
+                    Some(format!("hidden from its user from its start: {error}")),
+                ),
+            },
+        };
         let (starts, asked) = mpsc::channel::<Request>();
-        let program = Arc::clone(&file);
         std::thread::Builder::new()
             .name("strait-spawner".to_owned())
             .spawn(move || {
@@ -158,7 +169,11 @@ impl Program {
                     let _ = one.started.send(start(&program, &arguments, one.socket));
                 }
             })?;
-        Ok(Self { file, starts })
+        Ok(Self {
+            file,
+            lacking,
+            starts,
+        })
     }
 
     /// A process of it with that socket, and nothing else of the host's. What it writes on stderr is told in the log with `name`.
