@@ -129,6 +129,8 @@ pub struct WorkerSettings {
     pub compilers: usize,
     /// Run no kernel where a wall around worker processes is lacking; without it that is a warning.
     pub require_walls: bool,
+    /// Memory of its own that one may have; none: as its runs may need.
+    pub memory_bytes: Option<u64>,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -145,6 +147,7 @@ impl Default for WorkerSettings {
             idle_ms: 600_000,
             spare: true,
             require_walls: false,
+            memory_bytes: None,
             strikes: 3,
             strikes_ms: 600_000,
             compile_ms: 60_000,
@@ -380,6 +383,42 @@ impl Config {
             cache: self.cache(),
             idle_guests_max: 16,
         }
+    }
+
+    /// Runs of a worker process at a time.
+    #[must_use]
+    pub fn worker_lanes(&self) -> usize {
+        // One for each thread that waits, and one for a plugin that is loaded meanwhile.
+        self.workers() + 2
+    }
+
+    /// Memory of its own that a worker process may have.
+    #[must_use]
+    pub fn worker_memory(&self) -> u64 {
+        /// The process itself, and each of its threads.
+        const LEAST: u64 = 64 << 20;
+        const LANE_LEAST: u64 = 4 << 20;
+        /// With plugins and messages, whose largest are half as large.
+        const BASE: u64 = 1 << 30;
+        const LANE: u64 = 16 << 20;
+        /// All that a guest can address.
+        const GUEST: u64 = 4 << 30;
+        let lanes = self.worker_lanes() as u64;
+        let guest = self.limits.guest_bytes;
+        let guest = guest.saturating_add(self.limits.window_bytes).min(GUEST);
+        let needed = BASE.saturating_add(lanes.saturating_mul(LANE + guest));
+        let asked = self.workers.memory_bytes.unwrap_or(needed);
+        asked.max(LEAST.saturating_add(lanes.saturating_mul(LANE_LEAST)))
+    }
+
+    /// Descriptors that a worker process may have: a segment's for each input that it keeps warm, and what a run brings along.
+    #[must_use]
+    pub fn worker_files(&self) -> u64 {
+        const BASE: u64 = 64;
+        /// Its socket, its scrap memory and as many inputs as one message has.
+        const LANE: u64 = 258;
+        let lanes = (self.worker_lanes() as u64).saturating_mul(LANE);
+        self.segments_max().saturating_add(BASE + lanes)
     }
 
     /// Where warm mappings of inputs wait.

@@ -146,6 +146,12 @@ impl From<MemoryError> for Status {
             {
                 Self::no_descriptors(&message)
             }
+            MemoryError::System { source, .. }
+            | MemoryError::Park(ParkError::System { source, .. })
+                if source.kind() == std::io::ErrorKind::OutOfMemory =>
+            {
+                Self::new(Code::ResourceExhausted, Reason::NoMemory, message)
+            }
             MemoryError::Budget(exceeded) | MemoryError::Park(ParkError::TooMany(exceeded)) => {
                 Self::new(Code::ResourceExhausted, used_up(&exceeded), message)
             }

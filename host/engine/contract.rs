@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use strait_memory::MemoryError;
 use strait_tensor::{Column, TensorPlace};
 
 use super::abi::{self, types};
@@ -108,7 +109,13 @@ pub(super) fn reserve(instance: &mut Instance, asked: u64) -> Result<Range<usize
     }
     instance.allow(asked);
     memory.take_growths();
-    instance.call(STAGE, |guest, store| guest.call_reserve(store, asked))?;
+    memory.take_refusal();
+    let answered = instance.call(STAGE, |guest, store| guest.call_reserve(store, asked));
+    if let Some(refusal) = memory.take_refusal() {
+        // Whatever the guest made of that.
+        return Err(STAGE.broke(MemoryError::from(refusal)));
+    }
+    answered?;
     let growths = memory.take_growths();
     let [grown] = growths.as_slice() else {
         return Err(STAGE.broken_contract(format!(

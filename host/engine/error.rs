@@ -270,7 +270,15 @@ impl fmt::Display for Failed {
                 ),
             },
             Cause::Memory(status) => {
-                write!(f, "no memory for kernel `{kernel}`: {}", status.message)
+                let message = &status.message;
+                write!(f, "no memory for kernel `{kernel}`: {message}")?;
+                match self.stage {
+                    // A guest's addresses, which count before they are used.
+                    Stage::Reserve => f.write_str(
+                        "; a worker process has at most workers.memory_bytes of its own: raise that, or run fewer kernels at a time",
+                    ),
+                    _ => Ok(()),
+                }
             }
             Cause::Host(how) => {
                 write!(f, "the host failed while running kernel `{kernel}`: {how}")

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use parking_lot::Mutex;
-use strait_memory::{GuestSpace, GuestSpaces};
+use strait_memory::{GuestSpace, GuestSpaces, ParkError};
 use wasmtime::{LinearMemory, MemoryCreator, MemoryType};
 
 /// Address space of one wasm32 memory: no bounds check is needed below it.
@@ -42,6 +42,8 @@ pub(super) struct GuestMemory {
     space: Arc<GuestSpace>,
     size: AtomicUsize,
     growths: Mutex<Vec<Range<usize>>>,
+    /// Why the last growth came to nothing that Linux has refused.
+    refusal: Mutex<Option<ParkError>>,
 }
 
 impl GuestMemory {
@@ -63,6 +65,11 @@ impl GuestMemory {
     /// The growths since the last call, as ranges of guest addresses.
     pub(super) fn take_growths(&self) -> Vec<Range<usize>> {
         std::mem::take(&mut *self.growths.lock())
+    }
+
+    /// Why Linux has refused a growth since the last call, if it has.
+    pub(super) fn take_refusal(&self) -> Option<ParkError> {
+        self.refusal.lock().take()
     }
 }
 
@@ -107,6 +114,7 @@ unsafe impl MemoryCreator for Creator {
             space,
             size: minimum.into(),
             growths: Mutex::default(),
+            refusal: Mutex::default(),
         });
         MADE.with(|made| {
             if let Some(made) = made.borrow_mut().as_mut() {
@@ -136,10 +144,12 @@ unsafe impl LinearMemory for Linear {
                 self.capacity
             )));
         }
-        self.memory
-            .space
-            .make_accessible(old, new_size)
-            .map_err(|e| wasmtime::Error::msg(e.to_string()))?;
+        if let Err(error) = self.memory.space.make_accessible(old, new_size) {
+            // The guest is told that there is none, and may say anything about it.
+            let text = error.to_string();
+            *self.memory.refusal.lock() = Some(error);
+            return Err(wasmtime::Error::msg(text));
+        }
         self.memory.size.store(new_size, Ordering::Relaxed);
         self.memory.growths.lock().push(old..new_size);
         Ok(())

@@ -44,7 +44,7 @@ use crate::engine::{Engine, EngineConfig, Interruption, Runner};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Ended, Leases, LiveSegment, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
-use crate::worker::{CompilerSettings, CrewSettings, WorkerRunner, WorkerSettings};
+use crate::worker::{Bounds, CompilerSettings, CrewSettings, WorkerRunner, WorkerSettings};
 
 pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
@@ -428,10 +428,13 @@ fn runner(
         arguments: std::iter::once("worker".to_owned())
             .chain(options)
             .collect(),
-        // One for each thread that waits, and one for a plugin that is loaded meanwhile.
-        lanes: config.workers() + 2,
+        lanes: config.worker_lanes(),
         require_walls: config.workers.require_walls,
         grace: config.workers.grace(),
+        bounds: Bounds {
+            memory_bytes: config.worker_memory(),
+            files: config.worker_files(),
+        },
         crew: CrewSettings {
             max: config.workers.max,
             idle: Duration::from_millis(config.workers.idle_ms),

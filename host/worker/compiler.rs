@@ -292,10 +292,10 @@ impl Drop for Compiler {
 pub(super) fn obey(
     control: &mut Channel,
     work: Compile,
-    goes_first: io::Result<()>,
+    lacking: Vec<String>,
 ) -> Result<(), String> {
     let compiled = limited(&work).and_then(|()| {
-        for wall in confine::confine(goes_first, Confined::Compiler) {
+        for wall in confine::confine(lacking, Confined::Compiler) {
             tracing::warn!(wall, "a compiler process lacks a wall");
         }
         compile(&work.engine, work.plugin, work.bytes)

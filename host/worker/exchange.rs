@@ -26,7 +26,7 @@ const LOAD_GRACE: Duration = Duration::from_secs(2);
 
 /// What a run gives.
 pub(super) enum Given {
-    Done(Done),
+    Done(Box<Done>),
     Specs(Vec<(String, TensorSpec)>),
 }
 
@@ -317,11 +317,11 @@ impl<'a> Exchange<'a> {
                 self.declared(named).map_err(senseless)?;
                 let report = report.checked(self.job).map_err(senseless)?;
                 let outputs = self.outputs(filled)?;
-                Ok(Given::Done(Done {
+                Ok(Given::Done(Box::new(Done {
                     outputs,
                     report,
                     used: None,
-                }))
+                })))
             }
             Ok(_) => Err(senseless("it has not done what it was asked")),
         }

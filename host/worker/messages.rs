@@ -5,6 +5,7 @@ use serde_bytes::ByteBuf;
 use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
+use super::confine::Bounds;
 use crate::engine::{EngineConfig, Failed, InlineRoom, Input, Limits, LoadError, Report};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
@@ -14,6 +15,7 @@ pub(super) struct Start {
     pub(super) engine: EngineConfig,
     pub(super) parked_mappings_max: u64,
     pub(super) parked_bytes_max: u64,
+    pub(super) bounds: Bounds,
 }
 
 /// To the worker, on its control channel. The lanes' sockets are beside `Start`.

@@ -14,6 +14,7 @@
 //! (`F_SEAL_FUTURE_WRITE`). What a worker says is held against what it was asked (`exchange.rs`); it sends no descriptors.
 
 mod artifact;
+mod calls;
 mod channel;
 mod compiler;
 mod confine;
@@ -27,6 +28,7 @@ mod runner;
 mod serve;
 
 pub use compiler::CompilerSettings;
+pub use confine::Bounds;
 pub use crew::CrewSettings;
 pub use process::lacking_walls;
 pub use runner::{WorkerRunner, WorkerSettings};

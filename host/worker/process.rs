@@ -190,7 +190,8 @@ impl Process {
         drop(control);
         match started {
             Ok((Controlled::Started(started), _)) => {
-                let lacks = started.map_err(io::Error::other)?.into_iter();
+                let lacks = started.map_err(io::Error::other)?;
+                let lacks = recipe.program.lacking.iter().cloned().chain(lacks);
                 let lacks = lacks.map(|wall| text::one_line(wall, WALL_BYTES_MAX));
                 let lacks = process
                     .lacks

@@ -13,11 +13,18 @@ use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
 use rustix::process::{Signal, set_parent_process_death_signal};
-use strait_memory::FrameSocket;
+use strait_memory::{FrameSocket, unreadable_program};
 
+use super::confine::Bounds;
 use super::log;
 use super::messages::Start;
 use crate::engine::EngineConfig;
+
+/// A `describe` has 64 MiB for itself, and a compiled plugin is half a GiB at most.
+const DESCRIBER: Bounds = Bounds {
+    memory_bytes: 2 << 30,
+    files: 64,
+};
 
 /// How workers are started.
 #[derive(Debug)]
@@ -61,6 +68,7 @@ impl Recipe {
                 },
                 parked_mappings_max: 0,
                 parked_bytes_max: 0,
+                bounds: DESCRIBER,
             },
             census: Arc::default(),
         }
@@ -94,7 +102,9 @@ pub(super) struct Census {
 #[derive(Debug)]
 pub(super) struct Program {
     /// Opened once: an upgrade in its place changes nothing for this host.
-    pub(super) file: Arc<File>,
+    pub(super) file: File,
+    /// A wall that its processes lack.
+    pub(super) lacking: Option<String>,
     starts: mpsc::Sender<Request>,
 }
 
@@ -139,9 +149,18 @@ impl Program {
                 format!("the program of workers, {path}: {error}"),
             )
         })?;
-        let file = Arc::new(file);
+        let (program, lacking) = match rustix::process::geteuid().is_root() {
+            // Whoever else is root needs no way into its memory.
+            true => (file.try_clone()?, None),
+            false => match unreadable_program(&file) {
+                Ok(program) => (program, None),
+                Err(error) => (
+                    file.try_clone()?,
+                    Some(format!("hidden from its user from its start: {error}")),
+                ),
+            },
+        };
         let (starts, asked) = mpsc::channel::<Request>();
-        let program = Arc::clone(&file);
         std::thread::Builder::new()
             .name("strait-spawner".to_owned())
             .spawn(move || {
@@ -150,7 +169,11 @@ impl Program {
                     let _ = one.started.send(start(&program, &arguments, one.socket));
                 }
             })?;
-        Ok(Self { file, starts })
+        Ok(Self {
+            file,
+            lacking,
+            starts,
+        })
     }
 
     /// A process of it with that socket, and nothing else of the host's. What it writes on stderr is told in the log with `name`.

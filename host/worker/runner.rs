@@ -11,6 +11,7 @@ use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
 use super::compiler::{CompilerSettings, Compilers};
+use super::confine::Bounds;
 use super::crew::{Crew, CrewSettings, is_over};
 use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
@@ -34,6 +35,8 @@ pub struct WorkerSettings<'a> {
     pub require_walls: bool,
     /// What a run gets beyond its deadline, or after it was cancelled, to end by itself.
     pub grace: Duration,
+    /// What each of them may have.
+    pub bounds: Bounds,
     /// How many there are, and for how long.
     pub crew: CrewSettings,
     /// How kernels run there.
@@ -79,6 +82,7 @@ impl WorkerRunner {
                 },
                 parked_mappings_max: settings.parked_mappings_max,
                 parked_bytes_max: settings.parked_bytes_max,
+                bounds: settings.bounds,
             },
             census: Arc::default(),
         });
@@ -171,7 +175,7 @@ impl Runner for WorkerRunner {
 
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed> {
         match self.counted(|| self.run(job, &means, false))? {
-            Given::Done(done) => Ok(done),
+            Given::Done(done) => Ok(*done),
             Given::Specs(_) => Err(Failed::new(
                 &job.kernel.kernel().name,
                 Stage::Run,

@@ -48,7 +48,7 @@ const EARLY_MAX: usize = 1024;
 pub fn serve(control: OwnedFd) -> Result<(), String> {
     // Before it has anything to do: what comes later may keep it from seeing that the host is gone.
     program::end_with_host().map_err(|e| e.to_string())?;
-    let goes_first = confine::go_first();
+    let mut lacking = confine::go_first();
     process::set_not_dumpable().map_err(|e| e.to_string())?;
     let socket = FrameSocket::from(control);
     let mut control = Channel::new(socket).map_err(|e| e.to_string())?;
@@ -56,19 +56,21 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     let (first, lanes) = control
         .receive(ASK_BYTES_MAX, usize::MAX, None)
         .map_err(|e| e.to_string())?;
+    // No file can be opened later. There are no other threads yet.
+    process::keep_mappings_open().map_err(|e| e.to_string())?;
+    lacking.extend(confine::shut_out());
     let start = match first {
         Control::Start(start) => start,
-        Control::Compile(work) => return compiler::obey(&mut control, work, goes_first),
+        Control::Compile(work) => return compiler::obey(&mut control, work, lacking),
         // It may hold all of a plugin.
         _ => return Err("a worker begins with its settings, or with a plugin".to_owned()),
     };
-    // No file can be opened later.
-    process::keep_mappings_open().map_err(|e| e.to_string())?;
+    let bounds = start.bounds;
     let begun = Worker::begin(start, lanes);
     // All lanes are there. What a plugin brings along comes later.
     let told = begun
         .as_ref()
-        .map(|_| confine::confine(goes_first, Confined::Worker))
+        .map(|_| confine::confine(lacking, Confined::Worker(bounds)))
         .map_err(Clone::clone);
     let told = control.send(&Controlled::Started(told), &[]);
     let worker = begun?;

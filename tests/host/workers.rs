@@ -3,6 +3,9 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
@@ -12,8 +15,8 @@ use strait_memory::WriteMapping;
 
 use crate::guest;
 use crate::served::{
-    Frame, Holdings, PATIENCE, Random, Raw, Served, check_call, number, numbers, put, ramp, read,
-    scale_shift,
+    Frame, Holdings, PATIENCE, Random, Raw, Served, as_user, check_call, number, numbers, put,
+    ramp, read, scale_shift,
 };
 
 /// Above `move_min_bytes`: such a tensor becomes a window.
@@ -195,6 +198,16 @@ fn a_worker_is_confined_and_counted() {
         assert!(status.contains(line), "{status}");
     }
     assert_eq!(about("oom_score_adj").unwrap().trim(), "1000");
+    assert_eq!(about("environ").unwrap(), "");
+    assert!(status.contains("Umask:\t0777"), "{status}");
+    let limits = about("limits").unwrap();
+    for (name, most) in [("core file size", 0), ("file size", 2 << 20)] {
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix(&format!("Max {name} ")));
+        let words: Vec<_> = line.unwrap().split_whitespace().take(2).collect();
+        assert_eq!(words, [most.to_string(), most.to_string()], "{name}");
+    }
     assert!(!host.log().contains("lacks a wall"), "{}", host.log());
     let workers = |client: &mut Raw| client.ok(Op::Stats, json!({}))["workers"].clone();
     let before = workers(&mut client);
@@ -434,6 +447,88 @@ fn a_worker_of_another_user_than_root_has_all_walls() {
     }
     let host = Served::as_user(4242, &[ON]);
     assert!(!host.log().contains("lacks a wall"), "{}", host.log());
+}
+
+struct OnDrop<F: Fn()>(F);
+
+impl<F: Fn()> Drop for OnDrop<F> {
+    fn drop(&mut self) {
+        (self.0)();
+    }
+}
+
+/// Of the host's own user, while workers start again and again.
+#[test]
+fn nobody_gets_at_the_memory_of_a_worker_that_starts() {
+    const HOSTS: u32 = 4242;
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let host = Served::as_user(HOSTS, &[ON, NO_SPARE]);
+    let mut client = host.greeted();
+    put(&mut client, "x", MOVED);
+    let done = AtomicBool::new(false);
+    let opens = |pid: i32| {
+        let memory = fs::OpenOptions::new()
+            .write(true)
+            .open(format!("/proc/{pid}/mem"));
+        memory.is_ok()
+    };
+    let intruder = || {
+        let mut entered = Vec::new();
+        while !done.load(Ordering::Relaxed) {
+            let load = fs::read_to_string("/proc/loadavg").unwrap();
+            let last: i32 = load.split_whitespace().last().unwrap().parse().unwrap();
+            // Those that are about to be, too.
+            entered.extend((last - 2..last + 3).filter(|pid| opens(*pid)));
+        }
+        entered
+    };
+    let (entered, victims) = std::thread::scope(|scope| {
+        let intruder = scope.spawn(|| as_user(HOSTS, intruder));
+        // Also where this thread gives up.
+        let _end = OnDrop(|| done.store(true, Ordering::Relaxed));
+        let mut victims = Vec::new();
+        for _ in 0..20 {
+            // The first one may find a worker dying, and then runs in one of its own.
+            for _ in 0..2 {
+                check_call(&mut client, json!("x"), &ramp(MOVED));
+            }
+            let victim = worker(&host);
+            victims.push(victim.as_raw_nonzero().get());
+            kill(victim);
+        }
+        // That others of its user are no such matter.
+        let mut other = Command::new("sleep").arg("600").uid(HOSTS).spawn().unwrap();
+        let pid = i32::try_from(other.id()).unwrap();
+        assert!(as_user(HOSTS, || opens(pid)));
+        other.kill().unwrap();
+        other.wait().unwrap();
+        done.store(true, Ordering::Relaxed);
+        (intruder.join().unwrap(), victims)
+    });
+    let lost: Vec<_> = victims.iter().filter(|pid| entered.contains(pid)).collect();
+    assert!(
+        lost.is_empty(),
+        "{} of {}: {lost:?}",
+        lost.len(),
+        victims.len()
+    );
+}
+
+#[test]
+fn a_run_that_needs_more_than_its_worker_may_have_says_so() {
+    let (host, mut client) = host(&[ON, ("STRAIT__WORKERS__MEMORY_BYTES", "1")]);
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    let first = worker(&host);
+    put(&mut client, "large", 20_000_000);
+    let call = scale_shift(json!("large"), 2.0, 1.0);
+    let message = client
+        .ask(Op::Invoke, call)
+        .refused("RESOURCE_EXHAUSTED", "NO_MEMORY");
+    assert!(message.contains("workers.memory_bytes"), "{message}");
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    assert_eq!(worker(&host), first);
 }
 
 #[test]

@@ -67,12 +67,12 @@ const PIDFD: Subject = Subject::new(
 const SECCOMP: Subject = Subject::new(
     "linux",
     "seccomp",
-    "can confine a process that runs kernels; strait does not need it yet",
+    "bounds the system calls of worker processes; without it they lack a wall",
 );
 const LANDLOCK: Subject = Subject::new(
     "linux",
     "Landlock",
-    "can keep a process that runs kernels away from files; strait does not need it yet",
+    "keeps worker processes from files, TCP, and signals to others; without it, or before version 6, they lack a wall",
 );
 const CGROUPS: Subject = Subject::new(
     "linux",

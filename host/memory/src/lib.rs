@@ -67,6 +67,7 @@ pub use guest_space::{GuestSpace, GuestSpaces};
 pub use huge::HugeBirths;
 pub use lot::{Lot, LotStats};
 pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
+pub use memfd::unreadable_program;
 pub use moving::{Access, FaultRange, MoveRefused, Parked, Poisoned, Window};
 pub use pool::{Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
 pub use result_pages::ResultPages;

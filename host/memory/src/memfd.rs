@@ -1,8 +1,10 @@
 //! Memfds and the file descriptions that are open of them.
 
+use std::fs::File;
+use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{MemfdFlags, Mode, OFlags};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags};
 
 use crate::Inode;
 
@@ -34,6 +36,29 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> rustix::io::Result<O
     // Whoever gets it may take the flag for that of a socket.
     rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
     Ok(fd)
+}
+
+/// A copy of `program`, from where it is read next, that nobody can change and that can be run but not read: Linux makes no process
+/// of it dumpable, from its first instruction on.
+///
+/// # Errors
+/// Linux's. It may allow no memory to be run (`vm.memfd_noexec`).
+pub fn unreadable_program(mut program: &File) -> io::Result<File> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let create = |flags| rustix::fs::memfd_create("strait-program", flags);
+    let copy = match create(flags | MemfdFlags::EXEC) {
+        // Linux before 6.3 does not know EXEC.
+        Err(rustix::io::Errno::INVAL) => create(flags),
+        result => result,
+    }?;
+    let mut copy = File::from(copy);
+    io::copy(&mut program, &mut copy)?;
+    // What somebody has open for writing cannot be run.
+    let run = reopen_readonly(std::os::fd::AsFd::as_fd(&copy))?;
+    let fixed = SealFlags::WRITE | SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&copy, fixed)?;
+    rustix::fs::fchmod(&run, Mode::XUSR | Mode::XGRP | Mode::XOTH)?;
+    Ok(run.into())
 }
 
 /// A memfd of no bytes that takes seals.

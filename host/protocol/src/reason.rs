@@ -140,6 +140,8 @@ words! {
         LimitResultBytes = "LIMIT_RESULT_BYTES",
         /// Log lines together.
         LimitLogBytes = "LIMIT_LOG_BYTES",
+        /// Linux gives the process no more memory, or addresses.
+        NoMemory = "NO_MEMORY",
         /// More than 32-bit addresses reach.
         LimitWasm32 = "LIMIT_WASM32",
         /// A row that fits no Flight message.

@@ -13,7 +13,7 @@ use crate::served::{Raw, Served, check_call, numbers, put, ramp};
 use crate::workers::{MOVED, NO_SPARE, ON};
 
 /// The guest's functions and what they become: System V, with two registers more in front, as wasmtime calls within a module.
-const PRIMITIVES: [(&str, &[u8]); 4] = [
+const PRIMITIVES: [(&str, &[u8]); 5] = [
     (
         "primitive_call",
         &[
@@ -28,13 +28,28 @@ const PRIMITIVES: [(&str, &[u8]); 4] = [
             0xc3, // ret
         ],
     ),
+    (
+        "primitive_map",
+        &[
+            0xb8, 9, 0, 0, 0, // mov eax, mmap
+            0x31, 0xff, // xor edi, edi
+            0x48, 0x89, 0xd6, // mov rsi, rdx
+            0xba, 3, 0, 0, 0, // mov edx, PROT_READ | PROT_WRITE
+            0x49, 0x89, 0xca, // mov r10, rcx
+            0x49, 0xc7, 0xc0, 0xff, 0xff, 0xff, 0xff, // mov r8, -1
+            0x45, 0x31, 0xc9, // xor r9d, r9d
+            0x0f, 0x05, // syscall
+            0xc3, // ret
+        ],
+    ),
     ("primitive_load", &[0x48, 0x8b, 0x02, 0xc3]), // mov rax, [rdx]; ret
     ("primitive_store", &[0x48, 0x89, 0x0a, 0xc3]), // mov [rdx], rcx; ret
     ("primitive_stack", &[0x48, 0x89, 0xe0, 0xc3]), // mov rax, rsp; ret
 ];
 
 /// Words of the input: up to `CALLS` calls of eight words each (number, three arguments, mask of those arguments and of those
-/// data words that are offsets into the scratch), then the data that are put there. The fourth argument of a call is always 8. Number -1 is a load from the first argument.
+/// data words that are offsets into the scratch), then the data that are put there. The fourth argument of a call is always 8. Number -1 is a load from the first argument,
+/// -3 a new mapping of so many bytes with those flags.
 pub(super) const CALLS: usize = 4;
 const DATA: usize = 20;
 const WORDS: usize = 8 * CALLS + DATA;
@@ -56,6 +71,7 @@ fn placeholder(name: &str, parameters: &str, result: &str) -> String {
 fn placeholders() -> String {
     [
         placeholder("primitive_call", "i64 i64 i64 i64", "i64"),
+        placeholder("primitive_map", "i64 i64", "i64"),
         placeholder("primitive_load", "i64", "i64"),
         placeholder("primitive_store", "i64 i64", ""),
         placeholder("primitive_stack", "", "i64"),
@@ -106,6 +122,9 @@ fn plugin() -> Vec<u8> {
                     (call $argument (local.get $i) (i32.const 3) (local.get $s))))))
                 (if (i64.eq (call $word (local.get $i)) (i64.const -1)) (then
                   (local.set $answer (call $primitive_load (call $word (i32.add (local.get $i) (i32.const 1)))))))
+                (if (i64.eq (call $word (local.get $i)) (i64.const -3)) (then
+                  (local.set $answer (call $primitive_map (call $word (i32.add (local.get $i) (i32.const 1)))
+                    (call $word (i32.add (local.get $i) (i32.const 2)))))))
                 (i64.store (i32.add (i32.wrap_i64 (global.get $y)) (local.get $i)) (local.get $answer))
                 (br_if $calls (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 8))) (i32.const {calls}))))
               i32.const 0)
@@ -153,6 +172,11 @@ pub(super) struct Call(pub(super) i64, pub(super) [i64; 3], pub(super) i64);
 
 pub(super) const fn call(number: libc::c_long, arguments: [i64; 3]) -> Call {
     Call(number, arguments, 0)
+}
+
+/// A new mapping.
+pub(super) const fn map(bytes: i64, flags: libc::c_int) -> Call {
+    Call(-3, [bytes, flags as i64, 0], 0)
 }
 
 /// The first argument is an offset into the scratch.
@@ -216,7 +240,16 @@ impl Broken {
         Self::with(&[plugin()])
     }
 
+    /// With further settings.
+    pub(super) fn set(more: &[(&str, &str)]) -> Self {
+        Self::with_settings(&[plugin()], more)
+    }
+
     pub(super) fn with(plugins: &[Vec<u8>]) -> Self {
+        Self::with_settings(plugins, &[])
+    }
+
+    fn with_settings(plugins: &[Vec<u8>], more: &[(&str, &str)]) -> Self {
         let cache = TempDir::new().unwrap();
         let compiled = cache.path().join("compiled");
         let settings = [
@@ -226,6 +259,7 @@ impl Broken {
             ("STRAIT__WORKERS__GRACE_MS", "200"),
             ("STRAIT__WORKERS__STRIKES", "0"),
         ];
+        let settings = [&settings[..], more].concat();
         drop(Served::with_plugins(plugins, &settings));
         break_out(&compiled, plugins.len());
         let host = Served::with_plugins(plugins, &settings);

@@ -10,7 +10,7 @@ use strait_client::wire::Op;
 use crate::guest;
 use crate::served::{Holdings, check_call, numbers, put, ramp};
 use crate::workers::{all_children, worker};
-use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending};
+use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending, map};
 
 /// What the filter over a worker's calls answers.
 const REFUSED: [i64; 3] = [
@@ -205,6 +205,18 @@ fn what_reaches_beyond_the_worker_is_refused() {
         ),
         ("another user", with(libc::SYS_setuid, [1, 0, 0], 0, &zeros)),
         ("keys", with(libc::SYS_keyctl, [0; 3], 0, &zeros)),
+        (
+            "memory that is writable and executable",
+            with(libc::SYS_mprotect, [0, 4096, 7], FIRST, &zeros),
+        ),
+        (
+            "executable memory of a file",
+            with(libc::SYS_mmap, [0, 4096, 5], 0, &zeros),
+        ),
+        (
+            "the same by keys",
+            with(libc::SYS_pkey_mprotect, [0, 4096, 7], FIRST, &zeros),
+        ),
         ("reboot", with(libc::SYS_reboot, [0; 3], 0, &zeros)),
     ];
     for (what, attempt) in attempts {
@@ -275,6 +287,66 @@ fn no_descriptor_of_a_worker_makes_a_file_shorter() {
         assert!(answers.iter().all(|answer| *answer < 0), "{answers:?}");
     }
     broken.check("it is as long as it was");
+}
+
+#[test]
+fn memory_beyond_a_workers_own_limit_is_not_to_be_had() {
+    const GIB: i64 = 1 << 30;
+    let private = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS;
+    // That Linux promises no memory for it is not what stops it.
+    let lazy = private | libc::MAP_NORESERVE;
+    let limit = (2 * GIB).to_string();
+    let mut broken = Broken::set(&[("STRAIT__WORKERS__MEMORY_BYTES", &limit)]);
+    let attempt = |broken: &mut Broken, calls: &[Call]| broken.attempt(&Attempt::new(calls));
+    let full = -i64::from(libc::ENOMEM);
+    assert!(attempt(&mut broken, &[map(GIB / 16, lazy)]).unwrap()[0] > 0);
+    let large = attempt(&mut broken, &[map(8 * GIB, lazy)]);
+    assert_eq!(large, Ok(vec![full]));
+    let many = attempt(&mut broken, &[map(3 * GIB / 4, lazy); CALLS]).unwrap();
+    assert_eq!(many[CALLS - 1], full, "{many:?}");
+    // Its own kernels go on, or are told so, and everybody else's memory is there.
+    broken.check("the worker has nearly all that it may have");
+
+    // Memory that could be shared counts for no process.
+    let shared = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
+    let refused = -i64::from(libc::EACCES);
+    let attempts = [map(4096, shared), map(4096, private | libc::MAP_SHARED)];
+    let answers = attempt(&mut broken, &attempts);
+    assert_eq!(answers, Ok(vec![refused; 2]));
+    let named = |flags: libc::c_uint| {
+        let create = Call(libc::SYS_memfd_create, [0, i64::from(flags), 0], FIRST);
+        Attempt::with([create], b"large\0\0\0")
+    };
+    let huge = broken.attempt(&named(libc::MFD_HUGETLB | libc::MFD_CLOEXEC));
+    assert_eq!(huge, Ok(vec![refused]));
+    let file = broken.attempt(&named(libc::MFD_CLOEXEC)).unwrap()[0];
+    assert!(file > 0);
+    let longer = |bytes| call(libc::SYS_ftruncate, [file, bytes, 0]);
+    assert_eq!(attempt(&mut broken, &[longer(2 << 20)]), Ok(vec![0]));
+    // Beyond its limit Linux ends a process that does not want to hear of it.
+    let ended = worker(&broken.host);
+    let longest = attempt(&mut broken, &[longer(8 * GIB)]);
+    // The second time, in a worker that has no such file.
+    assert_eq!(longest, Ok(vec![-i64::from(libc::EBADF)]));
+    broken.check("the worker wanted a large file");
+    assert_ne!(worker(&broken.host), ended);
+}
+
+#[test]
+fn a_worker_has_only_as_many_descriptors_as_it_may_need() {
+    let mut broken = Broken::set(&[("STRAIT__MEMORY__SEGMENTS", "64")]);
+    let pid = worker(&broken.host).as_raw_nonzero();
+    let limits = std::fs::read_to_string(format!("/proc/{pid}/limits")).unwrap();
+    let most = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .and_then(|line| line.split_whitespace().next()?.parse::<i64>().ok())
+        .unwrap();
+    let duplicate = |least: i64| call(libc::SYS_fcntl, [0, 1030, least]);
+    let attempt = Attempt::new([duplicate(most - 1), duplicate(most - 1), duplicate(most)]);
+    let (full, beyond) = (-i64::from(libc::EMFILE), -i64::from(libc::EINVAL));
+    assert_eq!(broken.attempt(&attempt), Ok(vec![most - 1, full, beyond]));
+    broken.check("the worker has another descriptor");
 }
 
 /// On any of its sockets: a message that makes no sense, alone and with a descriptor.
