@@ -13,7 +13,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::io::AsyncWrite;
 
-/// What is gathered at most: all of it fits the second cache of the core, and a third of a socket's buffer.
+/// What is gathered at most, for each connection.
 const BYTES_MAX: usize = 256 << 10;
 /// Writes of this size are worth a system call of their own.
 const DIRECT_BYTES_MIN: usize = 64 << 10;
