@@ -20,6 +20,7 @@ use tonic::transport::server::Connected;
 
 use super::Peer;
 use super::authority::AuthorityRepair;
+use super::gather::Gathered;
 
 /// While the host ends: a connection on which nothing moves for so long, and for which the host
 /// does nothing, is not waited for.
@@ -115,6 +116,7 @@ impl Connections {
         Connection {
             stream,
             repair: AuthorityRepair::default(),
+            gathered: Gathered::default(),
             draining: Arc::clone(&self.draining),
             _place: place,
             farewell: None,
@@ -169,11 +171,12 @@ impl Connections {
     }
 }
 
-/// A connection whose incoming bytes are repaired, and whose times are noted.
+/// A connection whose incoming bytes are repaired, whose outgoing ones are gathered, and whose times are noted.
 #[derive(Debug)]
 pub(super) struct Connection<S> {
     stream: S,
     repair: AuthorityRepair,
+    gathered: Gathered,
     draining: Arc<AtomicBool>,
     /// Set once the host's side is closed at the host's end.
     farewell: Option<Pin<Box<Sleep>>>,
@@ -191,7 +194,7 @@ impl<S> Connection<S> {
         }
     }
 
-    fn wrote(&self, context: &Context<'_>, result: &Poll<io::Result<usize>>) {
+    fn wrote<T>(&self, context: &Context<'_>, result: &Poll<io::Result<T>>) {
         let mut times = self.state.times();
         match result {
             Poll::Pending => {
@@ -206,6 +209,27 @@ impl<S> Connection<S> {
     }
 }
 
+impl<S: AsyncWrite + Unpin> Connection<S> {
+    fn poll_drain(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.gathered.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
+        let stream = Pin::new(&mut self.stream);
+        let result = self.gathered.poll_drain(stream, context);
+        self.wrote(context, &result);
+        result
+    }
+
+    fn gather(&mut self, slices: &[io::IoSlice<'_>]) {
+        self.gathered.take(slices);
+        // The first one is h2's own buffer; messages follow it.
+        let of_messages: usize = slices.iter().skip(1).map(|slice| slice.len()).sum();
+        if let Ok(caller) = &self.peer.caller {
+            caller.host().inline_copied().add(of_messages as u64);
+        }
+    }
+}
+
 impl<S> Connected for Connection<S> {
     type ConnectInfo = Peer;
 
@@ -214,13 +238,17 @@ impl<S> Connected for Connection<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         self.check()?;
+        // HTTP/2 reads each time that it is woken: what was gathered the last time leaves now.
+        if let Poll::Ready(Err(error)) = self.poll_drain(context) {
+            return Poll::Ready(Err(error));
+        }
         let before = buffer.filled().len();
         let frames = self.repair.frames();
         let result = Pin::new(&mut self.stream).poll_read(context, buffer);
@@ -247,14 +275,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Connection<S> {
 
 impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     fn poll_write(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
-        self.check()?;
-        let result = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.wrote(context, &result);
-        result
+        self.poll_write_vectored(context, &[io::IoSlice::new(bytes)])
     }
 
     fn poll_write_vectored(
@@ -263,22 +288,38 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.check()?;
-        let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
-        self.wrote(context, &result);
-        result
+        let length = slices.iter().map(|slice| slice.len()).sum();
+        if Gathered::is_direct(length) {
+            ready!(self.poll_drain(context))?;
+            let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+            self.wrote(context, &result);
+            return result;
+        }
+        if !self.gathered.has_room(length) {
+            ready!(self.poll_drain(context))?;
+        }
+        self.gather(slices);
+        Poll::Ready(Ok(length))
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        true
     }
 
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
+    /// h2 flushes after each frame. What is gathered leaves when the connection's task is run again,
+    /// which is at once: until then the streams may add to it.
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.check()?;
+        if self.gathered.is_left_alone() {
+            context.waker().wake_by_ref();
+        }
+        Poll::Ready(Ok(()))
     }
 
     /// Closes the host's side. When the host ends it waits a moment for the peer's: a client that finds the
     /// socket gone when it acknowledges what it has read gives up all that it has not read yet.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_drain(context))?;
         let this = &mut *self;
         let farewell = match &mut this.farewell {
             Some(farewell) => farewell,

@@ -26,6 +26,7 @@ use tonic::codegen::{BoxFuture, http};
 use super::Peer;
 use super::call::{Call, REASON, REQUEST_ID};
 use super::info::bad_request;
+use super::lengths::Lengths;
 use super::refused::{Refused, foreign};
 use super::service::Service;
 use crate::error::{Code, Reason, Status};
@@ -92,7 +93,11 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
         let (mut parts, body) = request.into_parts();
         parts.extensions.insert(call.clone());
         parts.extensions.insert(refused.clone());
-        let body = Arriving::new(body, name == DO_PUT, &self.host, refused.clone());
+        let lengths = (name == DO_PUT).then(Lengths::default);
+        if let Some(lengths) = &lengths {
+            parts.extensions.insert(lengths.clone());
+        }
+        let body = Arriving::new(body, lengths, &self.host, refused.clone());
         let answer = self
             .flight
             .call(http::Request::from_parts(parts, Body::new(body)));
@@ -114,7 +119,8 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
 /// A request's body on its way to tonic.
 struct Arriving {
     body: Body,
-    is_upload: bool,
+    /// Of an upload.
+    lengths: Option<Lengths>,
     host: Arc<Host>,
     refused: Refused,
     prefix: [u8; PREFIX_BYTES],
@@ -132,15 +138,16 @@ struct Arriving {
 }
 
 impl Arriving {
-    fn new(body: Body, is_upload: bool, host: &Arc<Host>, refused: Refused) -> Self {
+    fn new(body: Body, lengths: Option<Lengths>, host: &Arc<Host>, refused: Refused) -> Self {
         let config = host.config();
+        let is_upload = lengths.is_some();
         let patience = match is_upload {
             true => config.stall(),
             false => config.request_time(),
         };
         Self {
             body,
-            is_upload,
+            lengths,
             host: Arc::clone(host),
             refused,
             prefix: [0; PREFIX_BYTES],
@@ -179,7 +186,9 @@ impl Arriving {
         self.left = length;
         self.messages += 1;
         self.charge = None;
-        if !self.is_upload {
+        if let Some(lengths) = &self.lengths {
+            lengths.put(length);
+        } else {
             if length > REQUEST_BYTES_MAX {
                 return Err(bad_request(format!(
                     "the request has {length} bytes; at most {REQUEST_BYTES_MAX} are taken: \
@@ -208,7 +217,7 @@ impl Arriving {
     }
 
     fn too_slow(&self) -> Status {
-        let (what, setting) = match self.is_upload {
+        let (what, setting) = match self.lengths.is_some() {
             true => ("nothing of the upload came for", "server.stall_ms"),
             false => (
                 "the request did not arrive whole within",
@@ -249,7 +258,7 @@ impl http_body::Body for Arriving {
         let this = self.get_mut();
         match Pin::new(&mut this.body).poll_frame(context) {
             Poll::Ready(Some(Ok(frame))) => {
-                if this.is_upload {
+                if this.lengths.is_some() {
                     this.since = None;
                 }
                 let passed = frame.data_ref().map_or(Ok(()), |data| this.pass(data));

@@ -1,7 +1,7 @@
 //! Arrow Flight: the same flights, kernels and invocations as the data socket, for stock clients.
 //!
 //! ```text
-//! serve ── accept ──▶ Connection (authority, times) ──▶ tonic ──▶ Front (a Call) ──▶ Service
+//! serve ── accept ──▶ Connection (authority, gathering, times) ──▶ tonic ──▶ Front (a Call) ──▶ Service
 //!                                                                   ├─▶ info    descriptors, FlightInfo, schemas
 //!                                                                   ├─▶ read    DoGet: a segment as messages
 //!                                                                   ├─▶ upload  DoPut: messages into a segment
@@ -15,7 +15,9 @@ mod authority;
 mod call;
 mod connection;
 mod front;
+mod gather;
 mod info;
+mod lengths;
 mod read;
 mod refused;
 mod service;
@@ -44,6 +46,8 @@ use service::Service;
 const WINDOW_BYTES: u32 = 16 << 20;
 /// What a connection may have under way to its reader; Linux cuts it to `net.core.wmem_max`.
 const SEND_BUFFER_BYTES: usize = 2 << 20;
+/// Longest frame that is taken: with the default of 16 KiB an upload is read in as many pieces.
+const FRAME_BYTES: u32 = 256 << 10;
 /// Calls at a time on one connection.
 const CALLS_MAX: u32 = 1024;
 /// Room for a message's metadata beside its longest body.
@@ -231,6 +235,7 @@ async fn serve_connections(
     let served = Server::builder()
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES)
         .max_concurrent_streams(CALLS_MAX)
         .serve_with_incoming_shutdown(Front::new(flight, Arc::clone(&host)), accepted, shutdown);
     let swept = async {

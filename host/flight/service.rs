@@ -17,6 +17,7 @@ use tracing::Instrument;
 
 use super::call::Call;
 use super::info::{self, Target, Wanted, bad_request, host_bug};
+use super::lengths::Lengths;
 use super::refused::Refused;
 use super::{action, read, upload};
 use crate::error::{Code, Reason, Status};
@@ -309,10 +310,12 @@ impl FlightService for Service {
         let errors = call.clone();
         let replace = replaces(&request);
         let refused = Refused::of(&request);
+        let lengths = Lengths::of(&request);
         let stored = async move {
             let _place = stream_place(&errors.caller).await?;
             let segment =
-                upload::receive(&errors, replace?, request.into_inner(), &refused).await?;
+                upload::receive(&errors, replace?, request.into_inner(), &lengths, &refused)
+                    .await?;
             Ok(PutResult {
                 app_metadata: match errors.remote {
                     true => Bytes::new(),

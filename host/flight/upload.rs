@@ -1,12 +1,13 @@
 //! DoPut: record batches into a new segment.
 //!
 //! ```text
-//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked, copied ──▶ end: rows are known
-//!                                                                             └─▶ segment, a second copy
+//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked ──▶ kept, or copied ──▶ end: rows are known
+//!                                                                                       └─▶ segment, a copy
 //! ```
-//! A batch's values are copied out of gRPC's buffer, so that an upload holds the bytes of its
-//! tensors, charged to its principal's budget, and never what else came in its messages. Every length
-//! is held against the bytes that there are; nothing is decoded.
+//! A long message that is nearly all values is kept as gRPC received it. Of every other the values are copied
+//! out, so that an upload holds the bytes of its tensors and at most a seventh more, all of it charged to its
+//! principal's budget, and never what else came in its messages. Every length is held against the bytes
+//! that there are; nothing is decoded.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -15,12 +16,14 @@ use std::sync::Arc;
 use arrow_flight::FlightData;
 use arrow_ipc::{KeyValue, MessageHeader};
 use arrow_schema::Schema;
+use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
 use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row, kept_schema};
 
 use super::call::Call;
 use super::info::{bad_request, host_bug};
+use super::lengths::Lengths;
 use super::refused::{Refused, malformed};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
@@ -52,17 +55,45 @@ struct ColumnPlan {
 /// Bytes that arrived. Given back on a thread of their own if they are many: an upload may be
 /// dropped on a thread of the runtime.
 #[derive(Debug, Default)]
-struct Values(Vec<u8>);
+struct Values {
+    /// Whole, one behind the other.
+    parts: Vec<Bytes>,
+    /// The last of them: short ones are put together.
+    gathered: Vec<u8>,
+}
+
+impl Values {
+    fn keep(&mut self, bytes: Bytes) {
+        if !self.gathered.is_empty() {
+            self.parts.push(std::mem::take(&mut self.gathered).into());
+        }
+        self.parts.push(bytes);
+    }
+
+    fn into_parts(mut self) -> impl Iterator<Item = Bytes> {
+        let gathered = std::mem::take(&mut self.gathered);
+        let parts = std::mem::take(&mut self.parts);
+        parts.into_iter().chain([gathered.into()])
+    }
+}
 
 impl Drop for Values {
     fn drop(&mut self) {
-        if self.0.len() > COPY_INLINE_BYTES_MAX
+        if (!self.parts.is_empty() || self.gathered.len() > COPY_INLINE_BYTES_MAX)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
-            let values = std::mem::take(&mut self.0);
+            let values = (
+                std::mem::take(&mut self.parts),
+                std::mem::take(&mut self.gathered),
+            );
             runtime.spawn_blocking(move || drop(values));
         }
     }
+}
+
+/// Whether a message of `length` bytes with so many bytes of values is kept as it is.
+fn is_kept(length: u64, values: u64) -> bool {
+    length > COPY_INLINE_BYTES_MAX as u64 && length - length / 8 <= values
 }
 
 impl ColumnPlan {
@@ -277,7 +308,8 @@ struct Arriving {
 }
 
 impl Arriving {
-    fn take(&mut self, data: &FlightData) -> Result<(), Status> {
+    /// The next message, which was `length` bytes long when it came.
+    fn take(&mut self, data: &FlightData, length: u64) -> Result<(), Status> {
         if data.data_header.is_empty() {
             if data.data_body.is_empty() {
                 return Ok(()); // application metadata alone
@@ -320,13 +352,23 @@ impl Arriving {
                     .checked_add(rows)
                     .ok_or_else(|| bad_tensor("more than 2^64 rows"))?;
                 let bytes = ranges.iter().map(|range| range.len() as u64).sum();
+                let is_kept = is_kept(length, bytes);
                 let account = self.upload.caller().account();
-                let charge = account.segments().try_reserve(bytes);
+                let held = if is_kept { length } else { bytes };
+                let charge = account.segments().try_reserve(held);
                 self.charge.absorb(charge.map_err(MemoryError::from)?);
                 for (plan, range) in columns.plans.iter_mut().zip(ranges) {
-                    plan.values.0.extend_from_slice(&data.data_body[range]);
+                    match is_kept {
+                        true => plan.values.keep(data.data_body.slice(range)),
+                        false => plan
+                            .values
+                            .gathered
+                            .extend_from_slice(&data.data_body[range]),
+                    }
                 }
-                self.host.uploads_copied().add(bytes);
+                if !is_kept {
+                    self.host.uploads_copied().add(bytes);
+                }
                 Ok(())
             }
             (MessageHeader::Schema, Some(_)) => {
@@ -355,8 +397,12 @@ impl Arriving {
         let layout = FileLayout::plan_as(&columns, &schema)?;
         let segment = self.upload.caller().allocate_to_fill(&layout)?;
         for (plan, place) in plans.iter_mut().zip(&layout.tensors) {
-            let values = std::mem::take(&mut plan.values.0);
-            segment.write_at(place.offset, &values, self.host.uploads_copied())?;
+            let mut offset = place.offset;
+            // Each goes as soon as it is in the segment.
+            for part in std::mem::take(&mut plan.values).into_parts() {
+                segment.write_at(offset, &part, self.host.uploads_copied())?;
+                offset += part.len() as u64;
+            }
         }
         self.upload.finish(segment, layout)
     }
@@ -424,6 +470,7 @@ pub(super) async fn receive(
     call: &Call,
     replace: bool,
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
+    lengths: &Lengths,
     refused: &Refused,
 ) -> Result<Arc<LiveSegment>, Status> {
     let host = Arc::clone(call.caller.host());
@@ -451,15 +498,18 @@ pub(super) async fn receive(
         rows: 0,
         charge,
     };
-    arriving.take(&first)?;
+    // Of a message of unknown length nothing is kept.
+    let length = || lengths.take().unwrap_or_default().into();
+    arriving.take(&first, length())?;
     drop(first);
     while let Some(message) = messages.next().await {
         let message = message.map_err(ended)?;
+        let length = length();
         if message.data_body.len() <= COPY_INLINE_BYTES_MAX {
-            arriving.take(&message)?;
+            arriving.take(&message, length)?;
         } else {
             arriving = off_the_runtime(move || {
-                arriving.take(&message)?;
+                arriving.take(&message, length)?;
                 Ok(arriving)
             })
             .await?;

@@ -469,6 +469,33 @@ async fn an_upload_that_pauses_too_long_is_ended() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn long_messages_are_kept_and_short_ones_gathered_in_their_order() {
+    let rig = Rig::new().await;
+    let used = rig.used();
+    let before = rig.host.stats(None).host.unwrap().copied["flight_in"];
+    let values: Vec<f64> = (0..MIB).map(|n| n as f64).collect();
+    // 8 MiB: short, 4 MiB, short, short, nearly 4 MiB.
+    let cuts = [0, 1000, 1000 + MIB / 2, 1001 + MIB / 2, 2000 + MIB / 2, MIB];
+    let mut sent = Vec::new();
+    for cut in cuts.windows(2) {
+        let part = Float64Array::from(values[cut[0]..cut[1]].to_vec());
+        let part = batch(vec![("x", Arc::new(part) as ArrayRef, HashMap::new())]);
+        let data = batches_to_flight_data(&part.schema(), [&part]).unwrap();
+        let skipped = usize::from(!sent.is_empty());
+        sent.extend(data.into_iter().skip(skipped));
+    }
+    sent[0].flight_descriptor = Some(path("x"));
+    rig.put_all("x", sent, &[]).await.unwrap();
+    assert_eq!(f64s(&rig.get("x").await.unwrap()), values);
+    let copied = rig.host.stats(None).host.unwrap().copied["flight_in"] - before;
+    let short = 1000 + 1 + 999;
+    assert_eq!(copied, 8 * (MIB + short) as u64);
+    rig.act("drop", "x").await.unwrap();
+    eventually("its bytes are free", || rig.used() == used).await;
+    rig.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn an_upload_holds_the_bytes_of_its_tensors() {
     let served = served::Served::start(&[]);
     let mut watcher = served.greeted();
