@@ -1,5 +1,5 @@
 # JULIA_LOAD_PATH="clients/julia:@stdlib" julia clients/julia/bench/calls.jl [ADDRESS]
-# Ratios of this client, each against its baseline in the same run: a small call against an empty round trip, filling a
+# Ratios of this client, each against its baseline in the same run: small calls against an empty round trip, filling a
 # new segment against filling a plain memfd, the first pass over a result against the second. Needs a host.
 
 using Strait
@@ -19,16 +19,17 @@ end
 
 "Small calls in turns with pings, so that whatever else the machine does meets both."
 function small_calls(s, count)
-    x = zeros(s, Float64, 128)
-    call_once() = release!(s, call(s, "scale-shift", x; a = 2))
-    foreach(_ -> (call_once(); Strait.ping(s)), 1:300)
-    calls, pings = Float64[], Float64[]
+    plain, x = zeros(128), zeros(s, Float64, 128)
+    in_frames() = call(s, "scale-shift", plain; a = 2)
+    in_segments() = release!(s, call(s, "scale-shift", x; a = 2, options = (inline_bytes = 0,)))
+    ping() = Strait.ping(s)
+    foreach(_ -> (in_frames(); in_segments(); ping()), 1:300)
+    framed, mapped, pings = Float64[], Float64[], Float64[]
     for _ in 1:count
-        push!(calls, seconds(call_once))
-        push!(pings, seconds(() -> Strait.ping(s)))
+        foreach((times, ask) -> push!(times, seconds(ask)), (framed, mapped, pings), (in_frames, in_segments, ping))
     end
-    for (name, part) in (("p50", 0.5), ("p99", 0.99))
-        report("call of 1 KiB and release, $name", 1e6, quantile(sort(calls), part), quantile(sort(pings), part), "a PING")
+    for (what, times) in (("in frames", framed), ("in segments, and release", mapped)), (name, part) in (("p50", 0.5), ("p99", 0.99))
+        report("call of 1 KiB $what, $name", 1e6, quantile(sort(times), part), quantile(sort(pings), part), "a PING")
     end
 end
 

@@ -39,6 +39,7 @@ include("mapped.jl")
 include("reaper.jl")
 include("kernels.jl")
 include("session.jl")
+include("inline.jl")
 include("call.jl")
 
 end

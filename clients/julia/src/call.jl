@@ -61,8 +61,8 @@ Base.show(io::IO, i::Invocation) = print(io, "Strait.Invocation(", join(("$port 
     call(session, kernel; x = a, m = b, parameters...)
     call(f, session, kernel, ...; parameters...)
 
-Runs a kernel and returns its output: an `Array` over the pages of the result, read-only; a `NamedTuple` of them by port
-if the kernel has several outputs, `nothing` if none was mapped.
+Runs a kernel and returns its output: an `Array` over the pages of the result, read-only, or, of a small result, an ordinary
+`Array`; a `NamedTuple` of them by port if the kernel has several outputs, `nothing` if none was mapped.
 
 ```julia
 x = zeros(s, Float64, 1000, 1000)       # an Array inside a segment
@@ -73,7 +73,8 @@ y = call(s, "zscore", x; axis = 1)      # no copy in either direction
 *Inputs* are arrays, numbers (0-dimensional), or names of flights (`"name"`, `"name#tensor"`). Given by position they
 belong to the kernel's input ports in order. An `Array` of this session (from `zeros(session, ...)`, `similar`, `call` or
 `fetch`) goes in as it is; of any other array, a view, range, sparse matrix or other wrapper, one dense copy is made of the
-elements that it shows, counted in [`stats`](@ref). An array with a `missing` in it is refused. Do not write to an input while
+elements that it shows, counted in [`stats`](@ref): into the request itself if it is small (`session.welcome["inline_bytes"]`,
+usually 32 KiB), else into a segment. An array with a `missing` in it is refused. Do not write to an input while
 the call runs.
 
 *Dimensions.* Tensors are row-major outside of Julia, `Array`s column-major. The same bytes are seen with the dimensions
@@ -90,7 +91,9 @@ and `UInt64` (beyond it is an `ArgumentError`); any other number as the nearest 
 cost: `options = (deadline_ms = 500,)`.
 
 *Lifetime.* A result's pages are given back when the `Array` is garbage, by [`release!`](@ref), or, with a function first,
-once that has been called with the output: `call(sum, s, "zscore", x; axis = 1)`; then keep nothing of it.
+once that has been called with the output: `call(sum, s, "zscore", x; axis = 1)`; then keep nothing of it. A small result
+came in the reply and is Julia's alone: it has no pages to give back, and is published by a copy. `options = (inline_bytes = 0,)`
+asks for a segment.
 
 Throws a [`RemoteError`](@ref) if the host refuses or the kernel fails.
 """
@@ -176,6 +179,8 @@ collections of `name => value` (named tuples, dictionaries, tuples of pairs). Op
 - `publish`: names for outputs, `(y = "name",)`; `replace = false`: whether they may take names from other flights
 - `seal = false`: outputs are sealed for good, so that not even the host can write to them again
 - `map = true`: whether the outputs are mapped here; if not, publish each
+- `inline_bytes`: results that cannot become larger than so many bytes come in the reply, as ordinary `Array`s, and are no
+  segments; 0: none does. Without it as large as the host allows (with `publish` or `seal` all are segments)
 - `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
 - `verify = false`: the host tells which pages the kernel saw
 - `idempotency_key`: a repeat of the same call with the same key within a minute gets the same results without another run;
@@ -186,7 +191,7 @@ collections of `name => value` (named tuples, dictionaries, tuples of pairs). Op
 An interrupt (an exception thrown into the calling task) cancels the kernel as well.
 """
 function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
-    deadline_ms = nothing, lease_ms = nothing, publish = nothing, replace::Bool = false, seal::Bool = false, map::Bool = true,
+    deadline_ms = nothing, lease_ms = nothing, publish = nothing, replace::Bool = false, seal::Bool = false, map::Bool = true, inline_bytes = nothing,
     limits = nothing, verify::Bool = false, idempotency_key = nothing, request_id = nothing, cancel::Union{Nothing,CancelToken} = nothing)
     c = ready!(s)
     given = named(inputs)
@@ -198,33 +203,47 @@ function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
     for (key, value, usual) in (("replace", replace, false), ("seal", seal, false), ("map", map, true), ("verify", verify, false))
         value == usual || (body[key] = value)
     end
-    merge!(body, Dict(String(key) => value for (key, value) in pairs(with_options(s, NamedTuple();
-        lease_ms = something(lease_ms, s.lease_ms, Some(nothing)), request_id = request_id))))
+    for (key, value) in pairs(with_options(s, NamedTuple(); lease_ms = something(lease_ms, s.lease_ms, Some(nothing)), request_id = request_id))
+        body[String(key)] = value
+    end
+    largest = inline_bytes === nothing ? s.inline_bytes : byte_count(inline_bytes, "inline_bytes")
+    # What is not to be here does not come in the reply either.
+    map && largest > 0 && (body["inline_bytes"] = largest)
     body["parameters"] = wire_parameters(s, kernel, named(parameters), given)
-    held = Any[]
+    inputs = Inputs()
     # The arrays are alive while the kernel runs.
     return GC.@preserve given begin
         reply = try
-            body["inputs"] = wire_inputs(s, given, held)
+            body["inputs"] = take_inputs!(inputs, s, given)
             Threads.atomic_add!(c.calls, 1)
-            invoke(c, body, cancel)
+            invoke(c, body, inputs.payload, cancel)
         catch e
             # An answered call does not look at its inputs any more; an interrupted one may for a while.
-            give_back!(s, held, e isa Union{RemoteError,LeaseExpired})
+            give_back!(s, inputs.held, e isa Union{RemoteError,LeaseExpired})
             rethrow()
         end
-        give_back!(s, held, true)
-        answered(c, reply, mapreduce(copy -> copy isa Array ? sizeof(copy) : 0, +, held; init = 0))
+        give_back!(s, inputs.held, true)
+        answered(c, reply, inputs.copied_bytes)
     end
 end
 
-"The inputs as the wire has them; what is to be given back after the call goes into `held`."
-function wire_inputs(s::Session, given::Vector{Pair{String,Any}}, held::Vector{Any})
+byte_count(value, what) = value isa Integer && !(value isa Bool) && 0 <= value <= typemax(Int) ? Int(value) :
+    throw(ArgumentError("$what is $(repr(value)); it is a number of bytes from 0 on"))
+
+"The inputs of one call on their way to the host."
+mutable struct Inputs
+    payload::Vector{UInt8}             # elements that travel in the frame
+    copied_bytes::Int
+    held::Vector{Any}                  # to be given back after the call: arrays that were copied to, and leases
+end
+Inputs() = Inputs(UInt8[], 0, Any[])
+
+"The inputs as the wire has them, by port."
+function take_inputs!(inputs::Inputs, s::Session, given::Vector{Pair{String,Any}})
     wires = Dict{String,Any}()
     for (port, value) in given
         haskey(wires, port) && throw(ArgumentError("input $(repr(port)) is given twice"))
-        wires[port], copy = wire_input(s, value)
-        copy === nothing || push!(held, copy)
+        wires[port] = wire_input!(inputs, s, value)
     end
     return wires
 end
@@ -239,48 +258,62 @@ function give_back!(s::Session, held::Vector{Any}, reusable::Bool)
     end
 end
 
-function invoke(c::Connection, body::Dict{String,Any}, cancel::Union{Nothing,CancelToken})
-    cancel === nothing && return request(c, INVOKE, body)
+function invoke(c::Connection, body::Dict{String,Any}, payload::Vector{UInt8}, cancel::Union{Nothing,CancelToken})
+    cancel === nothing && return request(c, INVOKE, body; payload = payload)
     begun(sequence) = lock(() -> (cancel.running = (c, sequence); cancel.cancelled), cancel.lock) &&
         tell(c, CANCEL, (sequence = sequence,))
     early = lock(() -> cancel.cancelled, cancel.lock)
     early && throw(RemoteError("CANCELLED", "CANCELLED", "the call of $(body["kernel"]) was cancelled before it was sent",
         get(body, "request_id", "-"), nothing, Dict{String,Any}()))
     try
-        return request(c, INVOKE, body; begun = begun)
+        return request(c, INVOKE, body; payload = payload, begun = begun)
     finally
         # A late cancel must not hit another call's sequence.
         lock(() -> cancel.running = nothing, cancel.lock)
     end
 end
 
-"An input as the wire has it, and what is to be given back after the call: an array that it was copied to, or a lease."
-function wire_input(s::Session, x::Array)
+"An input as the wire has it. What has to be copied is."
+function wire_input!(inputs::Inputs, s::Session, x::Array)
     found = find_tensor(s.connection, x)
-    found === nothing && return copied_input(s, x)
-    mapped, index = found
-    check_lease(s.connection, mapped.lease)
-    segment = (segment = mapped.mapping.segment,)
-    several = length(mapped.mapping.places) > 1
-    return ((; segment..., (several ? (tensor = mapped.mapping.places[index].spec.name,) : NamedTuple())...), nothing)
+    return found === nothing ? copied_input!(inputs, s, x) : segment_input(s.connection, found...)
 end
-wire_input(s::Session, x::AbstractArray) = copied_input(s, x)
-wire_input(s::Session, x::Number) = copied_input(s, fill(x))
-wire_input(::Session, name::AbstractString) = (String(name), nothing)
-wire_input(::Session, x) = refuse_input(x)
+wire_input!(inputs::Inputs, s::Session, x::AbstractArray) = copied_input!(inputs, s, x)
+wire_input!(inputs::Inputs, s::Session, x::Number) = copied_input!(inputs, s, fill(x))
+wire_input!(::Inputs, ::Session, name::AbstractString) = String(name)
+wire_input!(::Inputs, ::Session, x) = refuse_input(x)
 refuse_input(x) = throw(ArgumentError("an input cannot be a $(typeof(x)); it is an array, a number, or a flight's name"))
 
-function copied_input(s::Session, x::AbstractArray)
+function segment_input(c::Connection, mapped::Mapped, index::Int)
+    check_lease(c, mapped.lease)
+    segment = (segment = mapped.mapping.segment,)
+    several = length(mapped.mapping.places) > 1
+    return several ? (; segment..., tensor = mapped.mapping.places[index].spec.name) : segment
+end
+
+function copied_input!(inputs::Inputs, s::Session, x::AbstractArray)
     T = tensor_type(x)
-    isempty(x) && return empty_segment(s, T, size(x))
+    inline = put_inline!(inputs.payload, s, T, x)
+    if inline !== nothing
+        inputs.copied_bytes += inline.length
+        return (inline = inline,)
+    end
+    if isempty(x)
+        segment, lease = empty_segment(s, T, size(x))
+        push!(inputs.held, lease)
+        return segment
+    end
     array = take_scratch!(s, T, size(x))
-    try
-        return wire_input(s, fill!!(s, array, x))[1], array
+    wire = try
+        segment_input(s.connection, something(find_tensor(s.connection, fill!!(s, array, x)))...)
     catch
         # An array of somebody else's may throw as it is read.
         release!(s, array)
         rethrow()
     end
+    push!(inputs.held, array)
+    inputs.copied_bytes += sizeof(array)
+    return wire
 end
 
 function wire_parameters(s::Session, kernel, parameters::Vector{Pair{String,Any}}, inputs::Vector{Pair{String,Any}})
@@ -343,27 +376,35 @@ function wire_number(name, value::Real)
     return nearest > 0 ? "inf" : "-inf"
 end
 
-"A result as an INVOKE's reply tells of it; without a mapping if it is not to be mapped here."
+"A result as an INVOKE's reply tells of it: a segment to be mapped, a tensor in the payload, or neither if it is not to be here."
 struct Result
     port::String
     name::Union{Nothing,String}
     mapping::Union{Nothing,Mapping}
     lease::UInt64
     fd::Cint
+    inline::Union{Nothing,Place}
 end
 
-function Result(entry::Dict{String,Any}, fds::Vector{Cint})
+function Result(entry::Dict{String,Any}, reply::Reply)
     port, name = symbolic(entry, "port"), field(entry, "name", String, nothing)
-    get(entry, "lease", nothing) === nothing && return Result(port, name, nothing, 0, -1)
+    has(key) = get(entry, key, nothing) !== nothing
+    has("mapping") == has("inline") && throw(ProtocolError(
+        "result $(repr(port)) has $(has("mapping") ? "both a mapping and" : "neither a mapping nor") bytes in the payload"))
+    if has("inline")
+        has("lease") && throw(ProtocolError("result $(repr(port)) has a lease, and no segment"))
+        return Result(port, name, nothing, 0, -1, place(port, field(entry, "inline", Dict{String,Any}), "payload", length(reply.payload)))
+    end
+    has("lease") || return Result(port, name, nothing, 0, -1, nothing)
     mapping = Mapping(field(entry, "mapping", Dict{String,Any}))
     length(mapping.places) == 1 || throw(ProtocolError("result $(repr(port)) has $(length(mapping.places)) tensors"))
     index = size_field(entry, "fd")
-    index < length(fds) || throw(ProtocolError("result $(repr(port)) has descriptor $index of $(length(fds))"))
-    return Result(port, name, mapping, UInt64(entry["lease"]), fds[index+1])
+    index < length(reply.fds) || throw(ProtocolError("result $(repr(port)) has descriptor $index of $(length(reply.fds))"))
+    return Result(port, name, mapping, UInt64(entry["lease"]), reply.fds[index+1], nothing)
 end
 
 function results_of(reply::Reply)
-    results = Result[Result(entry, reply.fds) for entry in objects(reply.body, "results")]
+    results = Result[Result(entry, reply) for entry in objects(reply.body, "results")]
     allunique(result.port for result in results) || throw(ProtocolError("two results of one port"))
     taken = [result.fd for result in results if result.mapping !== nothing]
     allunique(taken) && length(taken) == length(reply.fds) ||
@@ -371,7 +412,7 @@ function results_of(reply::Reply)
     return results
 end
 
-"Maps what an INVOKE answered."
+"Maps, or takes out of its payload, what an INVOKE answered. `copied`: bytes that were copied for the request."
 function answered(c::Connection, reply::Reply, copied::Int)
     # All of it is read before anything is mapped.
     results, told = try
@@ -381,21 +422,26 @@ function answered(c::Connection, reply::Reply, copied::Int)
         signal_reaper()
         rethrow()
     end
-    mapped = [result for result in results if result.mapping !== nothing]
+    here = [result for result in results if result.mapping !== nothing || result.inline !== nothing]
     outputs = Any[]
-    for (index, result) in enumerate(mapped)
+    for (index, result) in enumerate(here)
         try
-            append!(outputs, map_reply!(c, result.mapping, result.lease, result.fd, false))
+            if result.inline === nothing
+                append!(outputs, map_reply!(c, result.mapping, result.lease, result.fd, false))
+            else
+                push!(outputs, take_inline(c, reply.payload, result.inline))
+                copied += result.inline.bytes
+            end
         catch
             # What is mapped already is garbage.
-            rest = mapped[index+1:end]
+            rest = [result for result in here[index+1:end] if result.mapping !== nothing]
             foreach(result -> close_fd(result.fd), rest)
             locked(() -> foreach(result -> end!(c.leases, result.lease), rest), c)
             signal_reaper()
             rethrow()
         end
     end
-    return Invocation(NamedTuple{Tuple(Symbol(result.port) for result in mapped)}(Tuple(outputs)),
+    return Invocation(NamedTuple{Tuple(Symbol(result.port) for result in here)}(Tuple(outputs)),
         Dict{String,String}(result.port => result.name for result in results if result.name !== nothing),
         told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.seconds, told.request_id)
 end
@@ -407,6 +453,14 @@ told_of(body::Dict{String,Any}) = (
     pages = [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
              for page in (haskey(body, "pages") ? objects(body, "pages") : Dict{String,Any}[])],
     minor_faults = size_field(body, "minor_faults", 0),
-    seconds = Dict{String,Float64}(key => Float64(value) for (key, value) in field(body, "seconds", Dict{String,Any}, Dict{String,Any}()) if value isa Real),
+    seconds = numbers(field(body, "seconds", Dict{String,Any}, Dict{String,Any}())),
     request_id = field(body, "request_id", String, "-"),
 )
+
+function numbers(body::Dict{String,Any})
+    found = Dict{String,Float64}()
+    for (key, value) in body
+        value isa Union{JSON.Whole,Float64} && (found[key] = value)
+    end
+    return found
+end

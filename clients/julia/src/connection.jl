@@ -28,6 +28,7 @@ end
 struct Reply
     op::Op
     body::Dict{String,Any}
+    payload::Vector{UInt8}
     fds::Vector{Cint}
 end
 
@@ -40,6 +41,7 @@ end
 mutable struct Connection
     owner::Cint                        # the process that connected
     fd::Cint                           # -1 once closed
+    payload_room::Int                  # bytes of small tensors that one request can carry
     watcher::FDWatcher
     changed::Threads.Condition         # its lock guards everything below but the atomics
     sequence::UInt32
@@ -71,10 +73,10 @@ const COLLECT_BYTES_MIN = 1 << 30
 now() = time_ns() / 1e9
 
 function Connection(fd::Cint; renew::Bool = true)
-    return Connection(getpid_now(), fd, FDWatcher(RawFD(fd), true, false), Threads.Condition(), 0, Dict(), false, 0,
+    return Connection(getpid_now(), fd, payload_room(send_buffer_bytes(fd)), FDWatcher(RawFD(fd), true, false), Threads.Condition(), 0, Dict(), false, 0,
         nothing, Leases(renew), nothing, Inf, Set{Mapped}(), Dict(), 0, COLLECT_BYTES_MIN, Inf,
         Threads.Atomic{Int}(0), 0, Threads.Atomic{Bool}(false), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0),
-        Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX))
+        Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX))
 end
 
 locked(f, c::Connection) = lock(f, c.changed)
@@ -83,12 +85,12 @@ check_owner(c::Connection) = (here = getpid_now(); here == c.owner || throw(Fork
 
 # ---- requests
 
-"Sends a request and waits for its reply's body and descriptors, which the caller owns. Throws what an ERROR says."
-function request(c::Connection, op::Op, body; begun = nothing)
+"Sends a request and waits for its reply, whose descriptors the caller owns. Throws what an ERROR says."
+function request(c::Connection, op::Op, body; payload::Vector{UInt8} = UInt8[], begun = nothing)
     check_owner(c)
     sequence, pending = expect!(c, op)
     try
-        transmit(c, encode_frame(op, sequence, body))
+        transmit(c, encode_frame(op, sequence, body; payload = payload))
         begun === nothing || begun(sequence)
         await(() -> pending.reply !== nothing, c)
         reply = pending.reply::Reply
@@ -276,8 +278,8 @@ function receive_undisturbed!(c::Connection)
         try
             flags & (MSG_TRUNC | MSG_CTRUNC) == 0 || throw(ProtocolError(
                 "a frame of more than $(length(c.buffer)) bytes, or with more than $FDS_MAX descriptors or more than this process may open"))
-            op, sequence, body = decode_frame(view(c.buffer, 1:count))
-            locked(() -> dispatch!(c, Reply(op, body, fds), sequence), c)
+            op, sequence, body, payload = decode_frame(c.buffer, count)
+            locked(() -> dispatch!(c, Reply(op, body, payload, fds), sequence), c)
         catch e
             foreach(close_fd, fds)
             e isa StraitError && return finish!(c, e)
@@ -304,6 +306,8 @@ function dispatch!(c::Connection, reply::Reply, sequence::UInt32)
             plan!(c, hold!(c.leases, lease, life / 1000, now()))
         end
         pending = get(c.waiting, sequence, nothing)
+        isempty(reply.payload) || pending === nothing || pending.op == INVOKE ||
+            throw(ProtocolError("$(length(reply.payload)) bytes of payload in the reply to $(pending.op)"))
         if pending !== nothing && pending.wanted && pending.reply === nothing
             pending.reply = reply
         else

@@ -92,11 +92,12 @@ function object!(r::Reader, depth::Int)
         blanks!(r)
         peek(r) == UInt8('"') || fail(r, "expected a key")
         key = string!(r)
-        haskey(found, key) && fail(r, "key $(repr(key)) a second time")
         blanks!(r)
         peek(r) == UInt8(':') || fail(r, "expected ':'")
         r.at += 1
+        known = length(found)
         found[key] = value!(r, depth + 1)
+        length(found) > known || fail(r, "key $(repr(key)) a second time")
         next!(r, UInt8('}')) || return found
     end
 end
@@ -130,7 +131,7 @@ function string!(r::Reader)
     end
     if peek(r) == UInt8('"')
         r.at += 1
-        return checked(r, r.bytes[from:r.at-2])
+        return checked(r, slice(r, from, r.at - 2))
     end
     out = IOBuffer()
     write(out, r.bytes[from:r.at-1])
@@ -140,7 +141,7 @@ function string!(r::Reader)
         c < 0x20 && fail(r, "a control character in a string")
         r.at += 1
         if c == UInt8('"')
-            return checked(r, take!(out))
+            return checked(r, String(take!(out)))
         elseif c == UInt8('\\')
             print(out, escape!(r))
         else
@@ -149,8 +150,10 @@ function string!(r::Reader)
     end
 end
 
-function checked(r::Reader, bytes::Vector{UInt8})
-    text = String(bytes)
+"Bytes as a string, in one copy."
+slice(r::Reader, from::Int, to::Int) = GC.@preserve r unsafe_string(pointer(r.bytes, from), to - from + 1)
+
+function checked(r::Reader, text::String)
     isvalid(text) || fail(r, "a string that is no UTF-8")
     return text
 end
@@ -221,7 +224,7 @@ function number!(r::Reader)
         peek(r) in (UInt8('+'), UInt8('-')) && (r.at += 1)
         digits!(r)
     end
-    text = String(r.bytes[from:r.at-1])
+    text = slice(r, from, r.at - 1)
     if whole
         integer = something(tryparse(Int64, text), tryparse(UInt64, text), Some(nothing))
         integer === nothing || return integer
@@ -253,6 +256,8 @@ encode(io::IO, value::Symbol) = encode(io, String(value))
 function encode(io::IO, value::AbstractString)
     isvalid(value) || throw(ArgumentError("$(repr(value)) is no UTF-8"))
     print(io, '"')
+    # Most have no character that needs an escape.
+    all(c -> c >= 0x20 && c != UInt8('"') && c != UInt8('\\'), codeunits(value)) && return print(io, value, '"')
     for c in value
         if c == '"' || c == '\\'
             print(io, '\\', c)

@@ -5,6 +5,7 @@ const SOCK_SEQPACKET = Cint(5)
 const SOCK_NONBLOCK = Cint(0o4000)
 const SOCK_CLOEXEC = Cint(0o2000000)
 const SOL_SOCKET = Cint(1)
+const SO_SNDBUF = Cint(7)
 const SCM_RIGHTS = Cint(1)
 const SHUT_RDWR = Cint(2)
 const MSG_CTRUNC = Cint(0x8)
@@ -88,6 +89,13 @@ function connect_seqpacket(path::String)
     end
     close_fd(fd)
     return (Cint(-1), Libc.EAGAIN)
+end
+
+"A socket's send buffer; 0 if Linux does not say."
+function send_buffer_bytes(fd::Cint)
+    bytes, size = Ref{Cint}(0), Ref{UInt32}(sizeof(Cint))
+    ccall(:getsockopt, Cint, (Cint, Cint, Cint, Ref{Cint}, Ref{UInt32}), fd, SOL_SOCKET, SO_SNDBUF, bytes, size)
+    return Int(bytes[])
 end
 
 "Sends one packet with descriptors beside it: 0, or the errno."

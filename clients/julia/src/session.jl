@@ -15,6 +15,7 @@ mutable struct Session
     connection::Connection
     directory::String
     welcome::Dict{String,Any}
+    inline_bytes::Int                             # largest tensor that may travel in a frame; 0: none
     request_id::Union{Nothing,String}
     lease_ms::Union{Nothing,Int}
     lock::ReentrantLock                           # guards the two below
@@ -66,7 +67,7 @@ function begin_session(fd::Cint, directory::String; renew::Bool = true, lease_ms
         hello = (protocol = PROTOCOL_VERSION, client = "strait-julia/$CLIENT_VERSION")
         welcome = ask(connection, HELLO, hello)
         field(welcome, "protocol", JSON.Whole) == PROTOCOL_VERSION || throw(ProtocolError("its WELCOME is of another version"))
-        session = Session(connection, directory, welcome, request_id === nothing ? nothing : String(request_id),
+        session = Session(connection, directory, welcome, size_field(welcome, "inline_bytes", 0), request_id === nothing ? nothing : String(request_id),
             lease_ms, ReentrantLock(), Dict(), Array[])
         # The connection lives on with arrays that came over it.
         abandoned = connection.abandoned
@@ -183,7 +184,7 @@ end
 
 Gives an array's segment back to the host now, not when the garbage collector finds it. Afterwards `y`, and whatever
 shares its elements, reads as zeros; using it in a call throws [`Released`](@ref). An array that is in no segment of
-this session is left alone, and of a flight of several tensors each has to be released. Returns `nothing`.
+this session, as a small result is, is left alone, and of a flight of several tensors each has to be released. Returns `nothing`.
 """
 function release!(s::Session, y::Array)
     check_owner(s.connection)
@@ -266,9 +267,15 @@ function tensor_type(x::AbstractArray{E}) where {E}
     return T
 end
 
-"Copies the elements that `x` shows into a segment's array, counted. Their indices, from whatever they begin, stay behind."
-function fill!!(s::Session, array::Array, x::AbstractArray)
+"Copies the elements that `x` shows. Their indices, from whatever they begin, stay behind."
+function copy_shown!(array::Array, x::AbstractArray)
     Base.has_offset_axes(x) ? foreach((n, value) -> array[n] = value, eachindex(array), x) : copyto!(array, x)
+    return array
+end
+
+"The same into a segment's array, counted."
+function fill!!(s::Session, array::Array, x::AbstractArray)
+    copy_shown!(array, x)
     Threads.atomic_add!(s.connection.copied_bytes, sizeof(array))
     return array
 end
@@ -283,7 +290,7 @@ without this program, until `delete!(session, name)`. Returns `x`.
 
 An array that was made by `zeros(session, ...)`, or came from `call` or `fetch`, is published as it is, with no copy. It
 can then no longer be written to, even if the host refuses the name: a write is a `ReadOnlyMemoryError`. Of any other
-array a dense copy is published, counted in [`stats`](@ref); one with a `missing` in it is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
+array, and of a small result of `call`, a dense copy is published, counted in [`stats`](@ref); one with a `missing` in it is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
 if there is such a flight and `replace` is false.
 """
 function publish!(s::Session, name::AbstractString, x::AbstractArray; replace::Bool = false)
@@ -434,8 +441,8 @@ end
     stats(session)
 
 Counts of this session and of its host:
-- `copied_bytes`: bytes of arrays that this session copied into segments, because they were in none (and of tensors of `bool8`
-  with other bytes than 0 and 1, from the first such on)
+- `copied_bytes`: bytes of arrays that this session copied into segments or frames, because they were in no segment, and of small
+  results that it copied out of frames (and of tensors of `bool8` with other bytes than 0 and 1, from the first such on)
 - `huge_bytes`: bytes of large arrays to fill (`zeros(session, ...)`, and copies) that were born in huge pages
 - `calls`: kernels that it called
 - `mappings`, `mapped_bytes`: segments that it has mapped now, and their bytes

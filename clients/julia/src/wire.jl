@@ -29,8 +29,9 @@ end
 
 const HEADER_BYTES = 48
 const BODY_BYTES_MAX = 61440
+const PAYLOAD_BYTES_MAX = 131072
 const PROTOCOL_VERSION = 2
-"Every tensor of a segment starts on a multiple of this, which is enough for each element type."
+"Every tensor of a segment or a payload starts on a multiple of this, which is enough for each element type."
 const ALIGN_BYTES = 64
 "More tensors in a segment, or dimensions in a tensor, no host has; types of unbounded size would be compiled for them."
 const TENSORS_MAX = 128
@@ -46,43 +47,71 @@ struct TraceContext
 end
 const NO_TRACE = TraceContext(ntuple(_ -> 0x00, 16), ntuple(_ -> 0x00, 8), 0x00)
 
+"A frame's first bytes, as they lie in memory: all integers are little-endian, as on x86-64."
+struct Header
+    magic::NTuple{2,UInt8}
+    version::UInt8
+    op::UInt8
+    sequence::UInt32
+    body_bytes::UInt32
+    payload_bytes::UInt32
+    trace::TraceContext
+    reserved::NTuple{3,UInt8}
+    flags::UInt32
+end
+const MAGIC = (UInt8('S'), UInt8('T'))
+
+"""
+Bytes of payload that a frame with the longest body can carry on a socket with a send buffer of so many bytes: Linux sends
+no longer packet than that, less what it needs itself.
+"""
+payload_room(send_buffer_bytes::Int) = clamp(send_buffer_bytes - 32 - HEADER_BYTES - BODY_BYTES_MAX, 0, PAYLOAD_BYTES_MAX)
+
 "One frame; throws `ArgumentError` if `body` does not fit into one."
-function encode_frame(op::Op, sequence::UInt32, body; trace::TraceContext = NO_TRACE)
-    json = codeunits(JSON.encode(body))
-    length(json) <= BODY_BYTES_MAX || throw(ArgumentError(
-        "a request of $(length(json)) bytes; at most $BODY_BYTES_MAX fit into a frame: shorten its lists or names"))
-    packet = IOBuffer(sizehint = HEADER_BYTES + length(json))
-    write(packet, UInt8('S'), UInt8('T'), UInt8(PROTOCOL_VERSION), UInt8(op), htol(sequence), htol(UInt32(length(json))), UInt32(0))
-    write(packet, trace.trace_id..., trace.parent_id..., trace.flags, 0x00, 0x00, 0x00, UInt32(0))
-    write(packet, json)
+function encode_frame(op::Op, sequence::UInt32, body; payload::Vector{UInt8} = UInt8[], trace::TraceContext = NO_TRACE)
+    packet = IOBuffer(sizehint = HEADER_BYTES + 1024 + length(payload))
+    header(bytes) = Ref(Header(MAGIC, PROTOCOL_VERSION, UInt8(op), sequence, bytes, length(payload), trace, (0x00, 0x00, 0x00), 0))
+    write(packet, header(0))
+    JSON.encode(packet, body)
+    bytes = position(packet) - HEADER_BYTES
+    bytes <= BODY_BYTES_MAX || throw(ArgumentError(
+        "a request of $bytes bytes; at most $BODY_BYTES_MAX fit into a frame: shorten its lists or names"))
+    write(packet, payload)
+    # How long the body is shows once it is written.
+    seekstart(packet)
+    write(packet, header(bytes))
     return take!(packet)
 end
 
-"A frame's op, sequence and body; throws [`ProtocolError`](@ref)."
-function decode_frame(packet::AbstractVector{UInt8})
+"""
+The op, sequence, body and payload of the frame that the first `count` bytes of `packet` are; throws [`ProtocolError`](@ref).
+"""
+function decode_frame(packet::Vector{UInt8}, count::Int = length(packet))
     wrong(what) = throw(ProtocolError(what))
     # What is of another version is told so, however long its header is.
-    if length(packet) > 2
-        packet[1] == UInt8('S') && packet[2] == UInt8('T') || wrong("a frame without the magic \"ST\"")
+    if count > 2
+        (packet[1], packet[2]) == MAGIC || wrong("a frame without the magic \"ST\"")
         packet[3] == PROTOCOL_VERSION || wrong("a frame of protocol version $(packet[3]); this client speaks version $PROTOCOL_VERSION")
     end
-    length(packet) >= HEADER_BYTES || wrong("a frame of $(length(packet)) bytes, less than a header")
-    word(at) = UInt32(packet[at]) | UInt32(packet[at+1]) << 8 | UInt32(packet[at+2]) << 16 | UInt32(packet[at+3]) << 24
-    bytes, payload, had = word(9), word(13), length(packet) - HEADER_BYTES
+    count >= HEADER_BYTES || wrong("a frame of $count bytes, less than a header")
+    header = GC.@preserve packet unsafe_load(Ptr{Header}(pointer(packet)))
+    bytes, payload, had = header.body_bytes, header.payload_bytes, count - HEADER_BYTES
     widen(bytes) + payload == had || wrong("a frame whose header says $bytes bytes of body and $payload of payload, and that has $had")
-    payload == 0 || wrong("a frame with $payload bytes of payload, which no op has")
-    all(iszero, @view packet[42:44]) || wrong("a frame with reserved bytes that are not 0")
-    word(45) == 0 || wrong("a frame with flags $(word(45))")
-    op = findfirst(op -> UInt8(op) == packet[4], instances(Op))
-    op === nothing && wrong("a frame with op $(packet[4])")
+    bytes <= BODY_BYTES_MAX && payload <= PAYLOAD_BYTES_MAX || wrong("a frame with $bytes bytes of body and $payload of payload; at most $BODY_BYTES_MAX and $PAYLOAD_BYTES_MAX are allowed")
+    all(iszero, header.reserved) || wrong("a frame with reserved bytes that are not 0")
+    header.flags == 0 || wrong("a frame with flags $(header.flags)")
+    op = findfirst(op -> UInt8(op) == header.op, instances(Op))
+    op === nothing && wrong("a frame with op $(header.op)")
+    payload == 0 || instances(Op)[op] in (INVOKE, OK) || wrong("a frame with $payload bytes of payload, which only INVOKE and the OK to it have")
+    behind = HEADER_BYTES + Int(bytes)
     body = try
-        bytes == 0 ? Dict{String,Any}() : JSON.decode(packet[HEADER_BYTES+1:end])
+        bytes == 0 ? Dict{String,Any}() : JSON.decode(packet[HEADER_BYTES+1:behind])
     catch e
         e isa JSON.ParseError || rethrow()
         wrong(sprint(showerror, e))
     end
     body isa Dict{String,Any} || wrong("a body that is no object")
-    return (instances(Op)[op], word(5), body)
+    return (instances(Op)[op], header.sequence, body, packet[behind+1:count])
 end
 
 "`body[key]`, which must be a `T`."
@@ -97,12 +126,12 @@ brief(value) = (text = repr(value); length(text) <= 80 ? text : first(text, 80) 
 field(body::Dict{String,Any}, key::String, ::Type{T}, default) where {T} =
     get(body, key, nothing) === nothing ? default : field(body, key, T)
 
-"A size or count: an integer from 0 to what an address can be."
-function sized(value, what)::Int
-    value isa JSON.Whole && 0 <= value <= typemax(Int) || throw(ProtocolError("$what is $(brief(value)), no size"))
+"A size or count: an integer from 0 to what an address can be. `what` it is, and `of` which name, is for the error."
+function sized(value, of::String, what::String = "")::Int
+    value isa JSON.Whole && 0 <= value <= typemax(Int) || throw(ProtocolError("$what$(repr(of)) is $(brief(value)), no size"))
     return Int(value)
 end
-size_field(body::Dict{String,Any}, key::String) = sized(get(body, key, nothing), repr(key))
+size_field(body::Dict{String,Any}, key::String) = sized(get(body, key, nothing), key)
 size_field(body::Dict{String,Any}, key::String, default) =
     get(body, key, nothing) === nothing ? default : size_field(body, key)
 
@@ -134,7 +163,7 @@ function symbolic(body::Dict{String,Any}, key::String)
     return name
 end
 
-"A tensor and where it lies in its segment: `bytes` from `offset` on."
+"A tensor and where it lies in its segment or payload: `bytes` from `offset` on."
 struct Place
     spec::TensorSpec
     offset::Int
@@ -155,26 +184,33 @@ function Mapping(body::Dict{String,Any})
     bytes = size_field(body, "bytes")
     tensors = field(body, "tensors", Vector{Any})
     length(tensors) <= TENSORS_MAX || throw(ProtocolError("a segment of $(length(tensors)) tensors, more than $TENSORS_MAX"))
-    places = Place[place(tensor, bytes) for tensor in tensors]
+    places = Place[place(tensor, "segment", bytes) for tensor in tensors]
     allunique(place.spec.name for place in places) || throw(ProtocolError("two tensors of a segment have one name"))
     return Mapping(field(body, "segment", String), bytes, field(body, "writers", String), places)
 end
 
-function place(body, segment_bytes::Int)
+function place(body, whole::String, whole_bytes::Int)
     body isa Dict{String,Any} || throw(ProtocolError("a tensor that is no object"))
-    name = symbolic(body, "name")
+    return place(symbolic(body, "name"), body, whole, whole_bytes)
+end
+
+"Where the tensor `name` lies in a segment or payload of `whole_bytes`, by what the host says of it."
+function place(name::String, body::Dict{String,Any}, whole::String, whole_bytes::Int)
     dtype = field(body, "dtype", String)
     T = get(TYPE_OF, dtype, nothing)
     T === nothing && throw(MappingError("tensor $(repr(name)) has dtype $(repr(dtype)), which this client does not know: use a newer one"))
     shape = field(body, "shape", Vector{Any})
     length(shape) <= RANK_MAX || throw(ProtocolError("tensor $(repr(name)) has $(length(shape)) dimensions, more than $RANK_MAX"))
-    dims = reverse!(Int[sized(n, "a size in the shape of $(repr(name))") for n in shape])
-    offset = sized(get(body, "offset", nothing), "the offset of $(repr(name))")
-    bytes = sized(get(body, "length", nothing), "the length of $(repr(name))")
-    expected = 0 in dims ? 0 : foldl((a, b) -> widemul(min(a, typemax(Int)), b), dims; init = widen(sizeof(T)))
+    dims = reverse!(Int[sized(n, name, "a size in the shape of ") for n in shape])
+    offset = sized(get(body, "offset", nothing), name, "the offset of ")
+    bytes = sized(get(body, "length", nothing), name, "the length of ")
+    # Julia makes no array whose other sizes overflow, not even one without elements.
+    product = foldl((a, b) -> widemul(min(a, typemax(Int)), b), filter(!iszero, dims); init = widen(sizeof(T)))
+    expected = 0 in dims ? 0 : product
     expected == bytes || throw(ProtocolError("tensor $(repr(name)) with shape $shape of $dtype has $expected bytes, not $bytes"))
-    widen(offset) + bytes <= segment_bytes ||
-        throw(ProtocolError("tensor $(repr(name)) has $bytes bytes at $offset, the segment $segment_bytes in all"))
+    product <= typemax(Int) || throw(ProtocolError("tensor $(repr(name)) has the shape $shape, whose sizes overflow"))
+    widen(offset) + bytes <= whole_bytes ||
+        throw(ProtocolError("tensor $(repr(name)) has $bytes bytes at $offset, the $whole $whole_bytes in all"))
     bytes == 0 || offset % ALIGN_BYTES == 0 ||
         throw(ProtocolError("tensor $(repr(name)) is at $offset, no multiple of $ALIGN_BYTES"))
     return Place(TensorSpec(name, T, dims), offset, bytes)

@@ -78,6 +78,8 @@ function results(entries...; fds = nothing, more...)
     given = Cint[fd for (_, fd) in entries]
     (OK, done(; results = [e for (e, _) in entries], notes = [], more...), fds === nothing ? given : fds(given))
 end
+"One result in a payload of two times 64 bytes."
+inline(tensor; payload = zeros(UInt8, 128), fds = Cint[], more...) = (OK, done(results = [(; port = "y", inline = tensor, more...)], notes = []), fds, payload)
 calls = Dict{String,Any}(
     "no results" => () -> (OK, done(notes = [])),
     "results of texts" => () -> (OK, done(results = ["y"], notes = [])),
@@ -96,6 +98,17 @@ calls = Dict{String,Any}(
     "a name of a number" => () -> results(entry(5; name = 7)),
     "notes of numbers" => () -> results(entry(5); notes = [1]), "no text" => () -> results(entry(5); notes = [(key = "k",)]),
     "pages that are negative" => () -> results(entry(5); pages = [(port = "x", device = -1, inode = 1)]), "faults beyond Int" => () -> results(entry(5); minor_faults = typemax(UInt64)),
+    "neither segment nor payload" => () -> (OK, done(results = [(port = "y",)], notes = [])),
+    "both segment and payload" => () -> results(entry(5; inline = tensor("y", "int8", [1], 0, 1))),
+    "a payload's tensor with a lease" => () -> inline(tensor("y", "int8", [1], 0, 1); lease = 5, expires_ms = 600_000), "a text" => () -> inline("y"),
+    "behind the payload" => () -> inline(tensor("y", "int8", [1], 128, 1)), "across its end" => () -> inline(tensor("y", "int8", [65], 64, 65)), "before it" => () -> inline(tensor("y", "int8", [1], -64, 1)),
+    "an end that overflows" => () -> inline(tensor("y", "int8", [64], typemax(Int) - 63, 64)), "an offset beyond Int" => () -> inline(tensor("y", "int8", [1], typemax(UInt64), 1)), "an offset that is no multiple of 64" => () -> inline(tensor("y", "float64", [1], 8, 8)),
+    "more bytes than elements" => () -> inline(tensor("y", "float64", [1], 0, 16)), "fewer bytes than elements" => () -> inline(tensor("y", "float64", [3], 0, 16)), "a payload's shape that overflows" => () -> inline(tensor("y", "int8", [2^62, 4, 2], 0, 0)),
+    "sizes that overflow beside a 0" => () -> inline(tensor("y", "int8", [0, 4, 2^62], 0, 0)), "a payload's tensor of 9 dimensions" => () -> inline(tensor("y", "int8", fill(1, 9), 0, 1)), "a payload's unknown dtype" => () -> inline(tensor("y", "float65", [1], 0, 8)),
+    "no payload" => () -> inline(tensor("y", "int8", [1], 0, 1); payload = UInt8[]), "a descriptor beside a payload" => () -> inline(tensor("y", "int8", [1], 0, 1); fds = Cint[x48()[1]]),
+    "two of a port, one of them in the payload" => () -> ((e, fd) = entry(5); (OK, done(results = [e, (port = "y", inline = tensor("y", "int8", [1], 0, 1))], notes = []), Cint[fd], zeros(UInt8, 1))),
+    "the payload's is good, the segment is not" => () -> ((e, fd) = entry(5, but(bytes = 4PAGE); port = "z"); (OK, done(results = [(port = "y", inline = tensor("y", "int8", [1], 0, 1)), e], notes = []), Cint[fd], zeros(UInt8, 1))),
+    "the segment is good, the payload's is not" => () -> ((e, fd) = entry(5; port = "z"); (OK, done(results = [e, (port = "y", inline = tensor("y", "int8", [2], 0, 2))], notes = []), Cint[fd], zeros(UInt8, 1))),
     "seconds of a list" => () -> results(entry(5); seconds = [1]),
 )
 with_peer(serve((op, body) -> op == KERNELS ? (OK, done(kernels = DECLARED, more = false)) : op == INVOKE ? calls[body["inputs"]["x"]]() : (OK, done()), log)) do s, peer
@@ -183,6 +196,11 @@ for frame in frames
     # The peer's own end is never closed.
     @test open_fds() == held + 1
 end
+# A payload in the reply to what has none.
+with_peer(serve((op, body) -> (OK, done(), Cint[], zeros(UInt8, 8)))) do s, peer
+    says(thrown(() -> Strait.ping(s), ProtocolError), "8 bytes of payload", "PING")
+    @test !isopen(s)
+end
 # More descriptors than a frame may have; two more than the room for 16.
 with_peer(peer -> (receive(peer); fds = [no_memory() for _ in 1:18]; Strait.send_packet(peer.fd, raw("{}"), fds); foreach(Strait.close_fd, fds); receive(peer))) do s, peer
     says(thrown(() -> Strait.ping(s), ProtocolError), "16 descriptors")
@@ -226,7 +244,7 @@ for script in (peer -> nothing, peer -> receive(peer), peer -> ((_, sequence, _,
     peer -> ((_, sequence, _, _) = receive(peer); answer(peer, WELCOME, sequence, done(protocol = true))), peer -> ((_, sequence, _, _) = receive(peer); answer(peer, OK, sequence, done())))
     ends = zeros(Cint, 2)
     systemerror("socketpair", ccall(:socketpair, Cint, (Cint, Cint, Cint, Ptr{Cint}), Strait.AF_UNIX, Strait.SOCK_SEQPACKET | Strait.SOCK_NONBLOCK, 0, ends) != 0)
-    peer = Peer(ends[2], zeros(UInt8, 65536), zeros(UInt8, 80))
+    peer = Peer(ends[2])
     @async (script(peer); hang_up(peer))
     @test thrown(() -> Strait.begin_session(ends[1], "/nowhere"), StraitError) isa Union{Disconnected,ProtocolError}
     @test ccall(:fcntl, Cint, (Cint, Cint), ends[1], 1) == -1

@@ -32,7 +32,8 @@ end
 connect(ARGS[1]) do s
     x = zeros(s, Float64, 100)
     x .= 1:100
-    plain = ones(50)
+    # Too large for a frame.
+    plain = ones(5000)
     for n in 1:4
         # Linux's signal goes to the task that ran last: that is to be one of the package's, once who renews, once the reaper.
         Strait.in_background(() -> (sleep(0.2); isodd(n) ? renew_all(s) : Strait.signal_reaper()))

@@ -92,6 +92,57 @@ with_host() do address, host
         @test i.outputs.y == [1, 2] && i.notes == ["dropped" => "1"]
     end
 
+    @testset "small tensors travel in frames" begin
+        told() = stats(s).host
+        framed() = (copied = told()["copied"]; (copied["frame_in"], copied["frame_out"]))
+        limit = s.inline_bytes
+        @test limit == s.welcome["inline_bytes"] > 0
+        small, larger = rand(limit ÷ 8), rand(limit ÷ 8 + 1)
+        before, held, own_copies = framed(), (told()["segments"], own(), Strait.client_stats(s).mappings), stats(s).copied_bytes
+        i = Strait.invocation(s, "scale-shift", (x = small,), (a = 2,))
+        y = i.outputs.y
+        @test y == 2 .* small && i.copied_bytes == i.client_copied_bytes == 2limit
+        @test framed() == before .+ limit && stats(s).copied_bytes == own_copies + 2limit
+        @test (told()["segments"], own(), Strait.client_stats(s).mappings) == held
+        # It is Julia's own: written to, left alone by release!, an input that travels as it came, published by a copy.
+        y .+= 1
+        @test release!(s, y) === nothing && y == 2 .* small .+ 1
+        @test call(s, "scale-shift", y; a = 1, b = -1) ≈ 2 .* small && framed() == before .+ 2limit
+        @test_throws ArgumentError Strait.renew!(s, y)
+        publish!(s, "small", y)
+        @test fetch(s, "small") == y && stats(s).copied_bytes == own_copies + 5limit
+        delete!(s, "small")
+        # A result is a segment if that is asked for, and what is larger than allowed always is.
+        between = framed()
+        i = Strait.invocation(s, "scale-shift", (x = small,), (a = 2,); inline_bytes = 0)
+        @test i.outputs.y == 2 .* small && i.client_copied_bytes == limit && framed() == between .+ (limit, 0)
+        @test_throws ReadOnlyMemoryError i.outputs.y[1] = 0
+        i = Strait.invocation(s, "scale-shift", (x = larger,), (a = 2,); inline_bytes = 1 << 40)
+        @test i.outputs.y == 2 .* larger && i.client_copied_bytes == sizeof(larger) && framed() == between .+ (limit, 0)
+        @test_throws ReadOnlyMemoryError i.outputs.y[1] = 0
+        i = Strait.invocation(s, "scale-shift", (x = small,), (a = 2,); publish = (y = "small",))
+        @test i.outputs.y == fetch(s, "small") == 2 .* small && Strait.find_tensor(s.connection, i.outputs.y) !== nothing
+        i = Strait.invocation(s, "scale-shift", (x = small,), (a = 2,); map = false)
+        @test isempty(i.outputs) && i.client_copied_bytes == limit
+        delete!(s, "small")
+        # Every type, by value: a Bool's bytes are 0 and 1.
+        for (_, T) in Strait.DTYPES
+            T <: Real && @test isequal(call(s, "cast", Float32[0, 1, 3]; to = T), T === Bool ? [false, true, true] : T.([0, 1, 3]))
+        end
+        @test call(s, "clip", fill(Float32(7)); hi = 3)[] === 3f0
+        # A socket that sends no long packets: what has no room goes into a segment.
+        fd, _ = Strait.connect_seqpacket(joinpath(s.directory, "data.sock"))
+        @test ccall(:setsockopt, Cint, (Cint, Cint, Cint, Ref{Cint}, UInt32), fd, Strait.SOL_SOCKET, Strait.SO_SNDBUF, Cint(40_000), 4) == 0
+        narrow = Strait.begin_session(fd, s.directory)
+        @test narrow.connection.payload_room == 80_000 - 32 - 48 - 61440
+        for (x, inside) in (rand(2310) => true, rand(2311) => false)
+            was = framed()
+            @test call(narrow, "scale-shift", x; a = 2) == 2 .* x
+            @test (framed() .- was)[1] == (inside ? sizeof(x) : 0)
+        end
+        close(narrow)
+    end
+
     @testset "integers arrive exactly" begin
         @test call(s, "clip", [2^53, 2^53 + 1, 2^53 + 2]; hi = 2^53 + 1) == [2^53, 2^53 + 1, 2^53 + 1]
         @test call(s, "clip", [-2^53 - 6, -2^53 - 1]; lo = -(2^53 + 1)) == [-2^53 - 1, -2^53 - 1]
@@ -103,20 +154,21 @@ with_host() do address, host
         held = own()["leases"]
         x = zeros(s, Float64, 100)
         x .= 1:100
-        round(n) = (tasks = [Threads.@spawn(sum(call(s, "scale-shift", x; a = k))) for k in 1:n]; [fetch(task) for task in tasks])
-        @test round(8) == 5050 .* (1:8)
+        segments = (inline_bytes = 0,)
+        round(n, options) = (tasks = [Threads.@spawn(sum(call(s, "scale-shift", x; a = k, options = options))) for k in 1:n]; [fetch(task) for task in tasks])
+        @test round(8, segments) == round(8, NamedTuple()) == 5050 .* (1:8)
         settled(n) = collect_until(() -> own()["leases"] <= n)
         @test settled(held + 1)
         counts() = (own()["leases"], open_fds(), count(_ -> true, eachline("/proc/self/maps")))
         GC.gc()
         before = counts()
         for n in 1:200
-            call(sum, s, "scale-shift", x; a = n)
+            call(sum, s, "scale-shift", x; a = n, options = segments)
         end
         @test collect_until(() -> all(counts() .<= before .+ (0, 0, 2)))
         # Without release! the collector does it.
         for n in 1:200
-            call(s, "scale-shift", x; a = n)
+            call(s, "scale-shift", x; a = n, options = segments)
         end
         @test settled(before[1])
     end
@@ -143,9 +195,10 @@ with_host() do address, host
     end
 
     @testset "the host dies" begin
-        x = zeros(s, Float64, 1000)
+        x = zeros(s, Float64, 10_000)
         x .= 3
         y = call(s, "scale-shift", x; a = 2)
+        @test Strait.find_tensor(s.connection, y) !== nothing
         kill(host, 9)
         wait(host)
         @test_throws Disconnected call(s, "scale-shift", x)

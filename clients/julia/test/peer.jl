@@ -7,16 +7,17 @@ struct Peer
     buffer::Vector{UInt8}
     control::Vector{UInt8}
 end
+Peer(fd::Cint) = Peer(fd, zeros(UInt8, 1 << 18), zeros(UInt8, 80))
 
-"A session, and the peer that answers it as `script(peer)` says, after the greeting."
-function with_peer(test, script; options...)
+"A session, and the peer that answers it as `script(peer)` says, after the greeting. Its host takes tensors in frames up to `inline_bytes`."
+function with_peer(test, script; inline_bytes = 0, options...)
     ends = zeros(Cint, 2)
     kind = Strait.SOCK_SEQPACKET | Strait.SOCK_NONBLOCK | Strait.SOCK_CLOEXEC
     systemerror("socketpair", ccall(:socketpair, Cint, (Cint, Cint, Cint, Ptr{Cint}), Strait.AF_UNIX, kind, 0, ends) != 0)
-    peer = Peer(ends[2], zeros(UInt8, 65536), zeros(UInt8, 80))
+    peer = Peer(ends[2])
     host = @async begin
         try
-            greet(peer)
+            greet(peer, inline_bytes)
             script(peer)
         finally
             # A script that failed leaves nobody waiting.
@@ -36,25 +37,25 @@ function with_peer(test, script; options...)
     fetch(host)
 end
 
-function greet(peer::Peer)
+function greet(peer::Peer, inline_bytes = 0)
     op, sequence, body, _ = receive(peer)
     @test op == HELLO && body["protocol"] == Strait.PROTOCOL_VERSION && startswith(body["client"], "strait-julia/")
-    answer(peer, WELCOME, sequence, (protocol = Strait.PROTOCOL_VERSION, host_id = "h", move_min_bytes = 524288, request_id = "r"))
+    answer(peer, WELCOME, sequence, (protocol = Strait.PROTOCOL_VERSION, host_id = "h", move_min_bytes = 524288, inline_bytes = inline_bytes, request_id = "r"))
 end
 
-"The next frame, or nothing once the session closed."
+"The next frame with its payload and descriptors, or nothing once the session closed."
 function receive(peer::Peer)
     while true
         count, fds, _ = Strait.receive_packet!(peer.buffer, peer.control, peer.fd)
         count in (0, -Int(Libc.ECONNRESET)) && return nothing
-        count > 0 && return (Strait.decode_frame(peer.buffer[1:count])..., fds)
+        count > 0 && return (Strait.decode_frame(peer.buffer, count)..., fds)
         count == -Int(Libc.EAGAIN) || error(Libc.strerror(-count))
         Strait.wait_until_ready(() -> wait(RawFD(peer.fd); readable = true))
     end
 end
 
-function answer(peer::Peer, op::Op, sequence, body, fds::Vector{Cint} = Cint[])
-    packet = Strait.encode_frame(op, UInt32(sequence), body)
+function answer(peer::Peer, op::Op, sequence, body, fds::Vector{Cint} = Cint[], payload::Vector{UInt8} = UInt8[])
+    packet = Strait.encode_frame(op, UInt32(sequence), body; payload = payload)
     # The session may have gone meanwhile.
     @test Strait.send_packet(peer.fd, packet, fds) in (0, Libc.EPIPE)
     foreach(Strait.close_fd, fds)

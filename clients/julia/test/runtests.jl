@@ -17,6 +17,7 @@ include("peer.jl")
     @testset "session" begin include("session.jl") end
     @testset "arrays" begin include("arrays.jl") end
     @testset "a hostile host" begin include("hostile.jl") end
+    @testset "inline" begin include("inline.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
     else

@@ -4,14 +4,15 @@ const PAGE = 65536
 done(; more...) = (; request_id = "r", more...)
 leased(lease, mapping; expires_ms = 600_000) = done(mapping = mapping, lease = lease, expires_ms = expires_ms)
 
-"Answers every request by `reply(op, body)`: an op, a body and descriptors; what came is put down in `log`."
-function serve(reply, log = Tuple{Op,Dict{String,Any}}[])
+"Answers every request by `reply(op, body)`: an op, a body, descriptors and a payload; what came is put down in `log` and `payloads`."
+function serve(reply, log = Tuple{Op,Dict{String,Any}}[], payloads = Vector{UInt8}[])
     return function (peer)
         while true
             frame = receive(peer)
             frame === nothing && return
-            op, sequence, body, _ = frame
+            op, sequence, body, payload, _ = frame
             push!(log, (op, body))
+            push!(payloads, payload)
             found = reply(op, body)
             found === nothing || answer(peer, found[1], sequence, found[2:end]...)
         end
@@ -574,7 +575,7 @@ end
     script = peer -> (serve((op, body) -> op == MAP ? result_of(1) : (OK, done()), log)(peer); ended[] = true)
     ends = zeros(Cint, 2)
     ccall(:socketpair, Cint, (Cint, Cint, Cint, Ptr{Cint}), Strait.AF_UNIX, Strait.SOCK_SEQPACKET | Strait.SOCK_NONBLOCK, 0, ends)
-    peer = Peer(ends[2], zeros(UInt8, 65536), zeros(UInt8, 80))
+    peer = Peer(ends[2])
     @async (greet(peer); script(peer))
     kept = Ref{Any}()
     apart(() -> kept[] = fetch(Strait.begin_session(ends[1], "/nowhere"), "x"))

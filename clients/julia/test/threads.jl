@@ -17,13 +17,15 @@ end
 function work(s, x, expected)
     kept = Any[]
     for n in 1:60
-        y = call(s, "scale-shift", x; a = n)
+        # A small result comes in the reply, unless it is not to.
+        y = call(s, "scale-shift", x; a = n, options = (isodd(n) ? (inline_bytes = 0,) : NamedTuple()))
         sum(y) == n * expected || error("a wrong sum")
         n % 3 == 0 && release!(s, y)
         n % 5 == 0 && push!(kept, view(y, 1:2))
         n % 20 == 0 && (GC.gc(); empty!(kept))
     end
-    sum(call(s, "scale-shift", fill(2.0, 7); a = 3)) == 42 || error("a wrong sum of a copy")
+    sum(call(s, "scale-shift", fill(2.0, 7); a = 3)) == 42 || error("a wrong sum of a copy in a frame")
+    sum(call(s, "scale-shift", fill(2.0, 7000); a = 3)) == 42000 || error("a wrong sum of a copy in a segment")
     return nothing
 end
 
@@ -46,7 +48,7 @@ connect(ARGS[1]) do s
     until(() -> all(counts() .<= before .+ (3, 3, 3, 3)), "no more is held than before")
     until(() -> all(counts()[1:3] .<= 6), "nothing of results is left")
     # A finalizer takes no lock: garbage may be collected by whoever holds one.
-    foreach(n -> call(s, "scale-shift", small; a = n), 1:20)
+    foreach(n -> call(s, "scale-shift", small; a = n, options = (inline_bytes = 0,)), 1:20)
     Strait.locked(() -> lock(() -> lock(GC.gc, Strait.REAPER.lock), s.lock), s.connection)
     until(() -> all(counts()[1:3] .<= 6), "what was found under the locks is given back")
     sum(small) == 5050 && sum(large) == length(large) || error("an input changed")

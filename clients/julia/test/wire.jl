@@ -3,8 +3,9 @@ using Strait: encode_frame, decode_frame, Mapping, Place, TensorSpec, parse_addr
 # Byte for byte.
 frame = encode_frame(PING, UInt32(0x01020304), NamedTuple())
 @test frame == vcat(UInt8['S', 'T', 2, 22, 4, 3, 2, 1, 2], zeros(UInt8, 39), UInt8['{', '}'])
-@test decode_frame(frame) == (PING, 0x01020304, Dict{String,Any}())
-@test decode_frame(frame[1:8] |> head -> vcat(head, zeros(UInt8, 40))) == (PING, 0x01020304, Dict{String,Any}())
+@test decode_frame(frame) == (PING, 0x01020304, Dict{String,Any}(), UInt8[])
+@test decode_frame(frame[1:8] |> head -> vcat(head, zeros(UInt8, 40))) == (PING, 0x01020304, Dict{String,Any}(), UInt8[])
+@test sizeof(Strait.Header) == Strait.HEADER_BYTES
 # The frames that every client's tests read.
 frames = joinpath(@__DIR__, "../../../tests/conformance/frames.json")
 if isfile(frames)
@@ -13,11 +14,11 @@ if isfile(frames)
     for good in table["frames"]
         op, sequence, text = Op(good["op"]), UInt32(good["sequence"]), good["body"]
         trace = Strait.TraceContext(Tuple(hex2bytes(good["trace_id"])), Tuple(hex2bytes(good["parent_id"])), UInt8(good["trace_flags"]))
-        body = Strait.JSON.decode(Vector{UInt8}(text))
+        body, payload = Strait.JSON.decode(Vector{UInt8}(text)), hex2bytes(get(good, "payload", ""))
         # A Dict has no order: its fields are compared, and the header byte for byte.
-        made, right = encode_frame(op, sequence, body; trace = trace), hex2bytes(good["hex"])
-        @test made[1:Strait.HEADER_BYTES] == right[1:Strait.HEADER_BYTES] && String(right[Strait.HEADER_BYTES+1:end]) == text
-        @test decode_frame(right) == (op, sequence, body) == decode_frame(made)
+        made, right = encode_frame(op, sequence, body; payload = payload, trace = trace), hex2bytes(good["hex"])
+        @test made[1:Strait.HEADER_BYTES] == right[1:Strait.HEADER_BYTES] && right[Strait.HEADER_BYTES+1:end] == vcat(codeunits(text), payload)
+        @test decode_frame(right) == (op, sequence, body, payload) == decode_frame(made)
     end
     for bad in table["refused"]
         says(thrown(() -> decode_frame(hex2bytes(bad["hex"])), ProtocolError), bad["says"]...)
@@ -31,6 +32,13 @@ for (packet, word) in (frame[1:47] => "47 bytes", changed(1, 0x00) => "magic", c
 end
 says(thrown(() -> decode_frame(encode_frame(OK, UInt32(1), [1])), ProtocolError), "no object")
 says(thrown(() -> encode_frame(PING, UInt32(1), (x = "a"^61440,)), ArgumentError), "at most 61440")
+# The longest frame, and one byte more of each part.
+longest(body, payload) = encode_frame(OK, UInt32(1), (x = "a"^(body - 8),); payload = zeros(UInt8, payload))
+@test length(decode_frame(longest(61440, 131072))[4]) == 131072 && length(longest(61440, 131072)) == 192560 == 48 + 61440 + 131072
+says(thrown(() -> decode_frame(longest(61440, 131073)), ProtocolError), "131073 of payload", "at most")
+says(thrown(() -> decode_frame(vcat(encode_frame(OK, UInt32(1), NamedTuple())[1:8], reinterpret(UInt8, [UInt32(61441)]), zeros(UInt8, 36), codeunits("{}" * " "^61439))), ProtocolError), "61441 bytes of body", "at most")
+# What fits beside the longest body into the send buffer that Linux gives by itself, and into smaller ones.
+@test [Strait.payload_room(bytes) for bytes in (212992, 192592, 192591, 61521, 61520, 4608, 0)] == [131072, 131072, 131071, 1, 0, 0, 0]
 
 # Mappings: the host's word is held against itself.
 body(tensors...; bytes = 1 << 17, version = 1) = Strait.JSON.decode(Strait.JSON.encode(
@@ -48,6 +56,7 @@ for (given, E, word) in (
     (body(tensor("x", "float64", [1.5], 0, 8)), ProtocolError, "no size"),
     (body(tensor("x", "float64", [typemax(Int), typemax(Int)], 0, 8)), ProtocolError, "not 8"),
     (body(tensor("x", "float64", [1 << 32, 1 << 32, 1 << 32], 0, 0)), ProtocolError, "not 0"),
+    (body(tensor("x", "int8", [0, 4, 1 << 62], 0, 0)), ProtocolError, "overflow"),
     (body(tensor("x", "decimal", [1], 0, 8)), MappingError, "decimal"),
     (body(; version = 2), ProtocolError, "version 2"),
     (body(; bytes = "many"), ProtocolError, "bytes"),

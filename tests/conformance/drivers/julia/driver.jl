@@ -74,7 +74,7 @@ function connect!(d::Driver, request)
     d.session === nothing || close(d.session)
     d.session = nothing
     s = d.session = connect(request["address"]; renew = something(option(request, "renew"), true))
-    return (host_id = s.welcome["host_id"], move_min_bytes = s.welcome["move_min_bytes"])
+    return (host_id = s.welcome["host_id"], move_min_bytes = s.welcome["move_min_bytes"], inline_bytes = s.welcome["inline_bytes"])
 end
 
 function make(d::Driver, request)
@@ -119,7 +119,7 @@ plain(value) = value
 
 function call_once(d::Driver, request, inputs, given)
     keywords = Dict{Symbol,Any}()
-    for key in ("deadline_ms", "lease_ms", "verify", "replace", "publish", "request_id")
+    for key in ("deadline_ms", "lease_ms", "verify", "replace", "publish", "request_id", "inline_bytes")
         option(request, key) === nothing || (keywords[Symbol(key)] = request[key])
     end
     after = option(request, "cancel_after_ms")
