@@ -172,7 +172,7 @@ impl<'a, C> Call<'a, C> {
         for (port, TensorSpec { dtype, shape }, bytes) in elements {
             let length = bytes.len() as u64;
             self.session.count_copied(length);
-            let input = if length <= each && bytes.len() <= room - payload.len() {
+            let input = if each > 0 && length <= each && bytes.len() <= room - payload.len() {
                 let offset = payload.len() as u64;
                 payload.extend_from_slice(bytes);
                 let inline = InlineTensor {
@@ -306,7 +306,7 @@ fn cancelled(invoke: &Invoke) -> Failure {
 /// How a result came.
 enum Came {
     Segment(wire::Mapping, Lease, Option<usize>),
-    Inline(Option<wire::InlineResult>),
+    Inline(wire::InlineResult),
 }
 
 /// What a kernel gave back.
@@ -349,9 +349,17 @@ impl CallResult {
                 fd,
                 name,
             } = entry;
-            let Some(mapping) = mapping else {
-                held.push((port, Came::Inline(inline)));
-                continue;
+            let mapping = match (mapping, inline) {
+                (Some(mapping), None) => mapping,
+                (None, Some(inline)) => {
+                    held.push((port, Came::Inline(inline)));
+                    continue;
+                }
+                (Some(_), Some(_)) | (None, None) => {
+                    return Err(Error::Protocol(format!(
+                        "result {port:?} has neither a mapping nor bytes, or both"
+                    )));
+                }
             };
             if let Some(name) = name {
                 published.push(Flight {
@@ -368,9 +376,6 @@ impl CallResult {
             let (mapping, lease, fd) = match came {
                 Came::Segment(mapping, lease, fd) => (mapping, lease, fd),
                 Came::Inline(inline) => {
-                    let inline = inline.ok_or_else(|| {
-                        Error::Protocol(format!("result {port:?} has neither a mapping nor bytes"))
-                    })?;
                     let tensor = output::InlineTensor::new(&port, inline, &payload)?;
                     session.count_copied(tensor.bytes().len() as u64);
                     results.push((port, Output::Inline(tensor)));
