@@ -1,6 +1,7 @@
 //! Settings: flag > environment (`STRAIT__SECTION__KEY`) > file (TOML) > default.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -131,6 +132,8 @@ pub struct WorkerSettings {
     pub require_walls: bool,
     /// Memory of its own that one may have; none: as its runs may need.
     pub memory_bytes: Option<u64>,
+    /// Users for worker and compiler processes, `FIRST-LAST`: each has one of its own. The host must be root. None: they have the host's.
+    pub uids: Option<String>,
     /// The `strait` program for it; none: the one that the host runs.
     pub program: Option<PathBuf>,
     /// Its options; for whoever starts a host, not a setting.
@@ -148,6 +151,7 @@ impl Default for WorkerSettings {
             spare: true,
             require_walls: false,
             memory_bytes: None,
+            uids: None,
             strikes: 3,
             strikes_ms: 600_000,
             compile_ms: 60_000,
@@ -392,6 +396,37 @@ impl Config {
         self.workers() + 2
     }
 
+    /// The users of worker processes.
+    ///
+    /// # Errors
+    /// The setting is no range of users, or this process cannot give others.
+    pub fn worker_uids(&self) -> Result<Option<RangeInclusive<u32>>, String> {
+        // 65534 is whoever has no name here, and the last one stands for none.
+        const NOBODY: [u32; 2] = [65_534, u32::MAX];
+        let Some(text) = &self.workers.uids else {
+            return Ok(None);
+        };
+        let bad = |what: &str| Err(format!("workers.uids is `{text}`: {what}"));
+        let range = text.split_once('-').and_then(|(first, last)| {
+            Some(first.trim().parse::<u32>().ok()?..=last.trim().parse().ok()?)
+        });
+        let Some(range) = range.filter(|range| !range.is_empty()) else {
+            return bad("it is to be FIRST-LAST, such as 300000-300063");
+        };
+        if range.end() - range.start() >= 65_536 {
+            return bad("more than 65536 users are never needed");
+        }
+        if range.contains(&0) || NOBODY.iter().any(|uid| range.contains(uid)) {
+            return bad("0, 65534 and 4294967295 are nobody's to give");
+        }
+        if !rustix::process::geteuid().is_root() {
+            return bad(
+                "only a host that is root can give its processes other users; leave it out",
+            );
+        }
+        Ok(Some(range))
+    }
+
     /// Memory of its own that a worker process may have.
     #[must_use]
     pub fn worker_memory(&self) -> u64 {
@@ -459,5 +494,43 @@ impl Config {
     pub fn workers(&self) -> usize {
         let cpus = || std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         self.engine.workers.unwrap_or_else(cpus)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_of_workers_are_a_range_that_is_there_to_be_given() {
+        let uids = |text: &str| {
+            let mut config = Config::default();
+            config.workers.uids = Some(text.to_owned());
+            config.worker_uids()
+        };
+        for (text, says) in [
+            ("", "FIRST-LAST"),
+            ("5", "FIRST-LAST"),
+            ("6-5", "FIRST-LAST"),
+            ("-1-5", "FIRST-LAST"),
+            ("a-b", "FIRST-LAST"),
+            ("1-4294967296", "FIRST-LAST"),
+            ("0-5", "nobody's to give"),
+            ("60000-70000", "nobody's to give"),
+            ("4294967290-4294967295", "nobody's to give"),
+            ("100000-165536", "more than 65536"),
+        ] {
+            let refused = uids(text).expect_err(text);
+            assert!(
+                refused.contains(says) && refused.contains(text),
+                "{refused}"
+            );
+        }
+        let fine = uids("300000 - 365535");
+        match rustix::process::geteuid().is_root() {
+            true => assert_eq!(fine, Ok(Some(300_000..=365_535))),
+            false => assert!(fine.expect_err("not root").contains("root")),
+        }
+        assert_eq!(Config::default().worker_uids(), Ok(None));
     }
 }

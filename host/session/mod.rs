@@ -435,6 +435,7 @@ fn runner(
             memory_bytes: config.worker_memory(),
             files: config.worker_files(),
         },
+        uids: config.worker_uids().map_err(anyhow::Error::msg)?,
         crew: CrewSettings {
             max: config.workers.max,
             idle: Duration::from_millis(config.workers.idle_ms),

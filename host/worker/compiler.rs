@@ -11,7 +11,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Child, ExitStatus};
+use std::process::ExitStatus;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
@@ -25,7 +25,7 @@ use super::channel::{Channel, ReceiveError};
 use super::confine::{self, Confined};
 use super::messages::{Answer, Ask, Compile, Control, Controlled};
 use super::process::Process;
-use super::program::{Program, Recipe};
+use super::program::{Program, Recipe, Spawned};
 use crate::engine::{
     ArtifactKey, Cache, Cause, EngineConfig, Failed, Interruption, LoadError, Stage, compile,
 };
@@ -157,6 +157,7 @@ impl Compilers {
         let mut process = Compiler(self.program.spawn(its, "compiler").map_err(host)?);
         let mut channel = Channel::new(own).map_err(host)?;
         let work = Control::Compile(Compile {
+            uid: process.0.uid(),
             engine: self.engine.clone(),
             seconds: self.settings.seconds,
             bytes: self.settings.bytes.max(BYTES_MIN),
@@ -262,14 +263,14 @@ impl Drop for Turn<'_> {
 }
 
 /// A process that compiles. It is gone when this has dropped.
-struct Compiler(Child);
+struct Compiler(Spawned);
 
 impl Compiler {
     /// How one has ended that has closed its socket; none if it lives on for [`END_MAX`], which nothing honest does.
     fn end(&mut self) -> io::Result<Option<ExitStatus>> {
         let until = Instant::now() + END_MAX;
         loop {
-            match self.0.try_wait()? {
+            match self.0.child.try_wait()? {
                 None if Instant::now() < until => std::thread::sleep(END_LOOK),
                 ended => return Ok(ended),
             }
@@ -280,8 +281,8 @@ impl Compiler {
 impl Drop for Compiler {
     fn drop(&mut self) {
         // It may have ended, and been waited for.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = self.0.child.kill();
+        let _ = self.0.child.wait();
     }
 }
 

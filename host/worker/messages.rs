@@ -15,6 +15,8 @@ pub(super) struct Start {
     pub(super) engine: EngineConfig,
     pub(super) parked_mappings_max: u64,
     pub(super) parked_bytes_max: u64,
+    /// The user that it is to become; none: it keeps the host's.
+    pub(super) uid: Option<u32>,
     pub(super) bounds: Bounds,
 }
 
@@ -36,6 +38,8 @@ pub(super) enum Control {
 /// A plugin to compile, and what that may cost.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Compile {
+    /// As in [`Start`].
+    pub(super) uid: Option<u32>,
     pub(super) engine: EngineConfig,
     /// Of CPU.
     pub(super) seconds: u64,

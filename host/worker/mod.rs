@@ -26,6 +26,7 @@ mod process;
 mod program;
 mod runner;
 mod serve;
+mod users;
 
 pub use compiler::CompilerSettings;
 pub use confine::Bounds;

@@ -2,9 +2,9 @@
 
 use std::collections::{HashMap, HashSet};
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -13,8 +13,8 @@ use parking_lot::{Condvar, Mutex};
 use strait_memory::{Filler, FrameSocket, KeepsMappings};
 
 use super::channel::{Channel, ReceiveError};
-use super::messages::{Answer, Ask, Control, Controlled, Counts, Totals};
-use super::program::{Census, Program, Recipe};
+use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
+use super::program::{Census, Program, Recipe, Spawned};
 use crate::engine::{EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
@@ -38,8 +38,12 @@ pub(super) type Needs = Mutex<HashMap<(PluginHash, usize, bool), Vec<u64>>>;
 ///
 /// # Errors
 /// It does not start.
-pub fn lacking_walls(program: Option<&Path>, engine: EngineConfig) -> io::Result<Vec<String>> {
-    let program = Program::open(program, vec!["worker".to_owned()])?;
+pub fn lacking_walls(
+    program: Option<&Path>,
+    engine: EngineConfig,
+    uids: Option<RangeInclusive<u32>>,
+) -> io::Result<Vec<String>> {
+    let program = Program::open(program, vec!["worker".to_owned()], uids)?;
     let recipe = Recipe::describer(Arc::new(program), engine, false);
     let process = Process::start(&recipe, || false)?;
     process.end_here();
@@ -57,7 +61,7 @@ pub(super) struct Process {
     /// Walls that this Linux lacks, as it told when it started.
     lacks: OnceLock<Vec<String>>,
     fds: u64,
-    child: Mutex<Option<Child>>,
+    child: Mutex<Option<Spawned>>,
     /// For what is answered: held until it is.
     control: Mutex<Channel>,
     /// The same socket, for what is not: nobody who cancels waits for an answer to something else. What is sent after
@@ -148,12 +152,16 @@ impl Process {
         let lanes = lanes.into_iter().map(Channel::new);
         let lanes = lanes.collect::<io::Result<_>>()?;
         let child = recipe.program.spawn(its, name)?;
+        let start = Start {
+            uid: child.uid(),
+            ..recipe.start.clone()
+        };
         recipe.census.living.fetch_add(1, Ordering::Relaxed);
         recipe.census.fds.fetch_add(recipe.fds(), Ordering::Relaxed);
         let process = Arc::new_cyclic(|process| Self {
             number,
             name: Arc::clone(name),
-            pid: child.id(),
+            pid: child.child.id(),
             started: Instant::now(),
             lacks: OnceLock::new(),
             fds: recipe.fds(),
@@ -175,7 +183,7 @@ impl Process {
         });
         let fds: Vec<_> = theirs.iter().map(AsFd::as_fd).collect();
         let mut control = process.control.lock();
-        control.send(&Control::Start(recipe.start.clone()), &fds)?;
+        control.send(&Control::Start(start), &fds)?;
         drop(fds);
         drop(theirs);
         let until = Instant::now() + START_MAX;
@@ -239,7 +247,7 @@ impl Process {
     /// Looks whether it has ended by itself, or by somebody's hand.
     pub(super) fn has_ended(&self) -> bool {
         let ended = match &mut *self.child.lock() {
-            Some(child) => !matches!(child.try_wait(), Ok(None)),
+            Some(spawned) => !matches!(spawned.child.try_wait(), Ok(None)),
             None => true,
         };
         if ended {
@@ -262,8 +270,9 @@ impl Process {
     /// Ends it, whatever it does, and returns when it is no more: for one that has nothing large mapped.
     pub(super) fn end_here(&self) {
         self.gone.store(true, Ordering::Release);
-        if let Some(mut child) = self.killed() {
-            let _ = child.wait();
+        if let Some(mut spawned) = self.killed() {
+            let _ = spawned.child.wait();
+            drop(spawned);
             self.burial.end();
         }
     }
@@ -279,16 +288,16 @@ impl Process {
     }
 
     /// The process, killed, for who is the first to end it.
-    fn killed(&self) -> Option<Child> {
-        let mut child = self.child.lock().take()?;
+    fn killed(&self) -> Option<Spawned> {
+        let mut spawned = self.child.lock().take()?;
         self.census.living.fetch_sub(1, Ordering::Relaxed);
         // It may have ended by itself.
-        let _ = child.kill();
-        Some(child)
+        let _ = spawned.child.kill();
+        Some(spawned)
     }
 
     fn put_down(&self) {
-        let Some(mut child) = self.killed() else {
+        let Some(mut spawned) = self.killed() else {
             return;
         };
         // Linux takes gigabytes apart before it lets go of it. Without a thread it is reaped when the host ends.
@@ -296,9 +305,12 @@ impl Process {
         let _ = std::thread::Builder::new()
             .name("strait-reaper".to_owned())
             .spawn(move || {
+                let child = &mut spawned.child;
                 if let Ok(status) = child.wait() {
                     tracing::debug!(pid = child.id(), %status, "a worker process has ended");
                 }
+                // The next one may have its user.
+                drop(spawned);
                 burial.end();
             });
     }

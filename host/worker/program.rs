@@ -1,10 +1,11 @@
 //! How workers and compilers are started: the program that they run, and the thread that starts them.
 //!
-//! Linux ends such a process when the thread that started it ends, if it has asked for that ([`end_with_host`]): so that thread has to
+//! Linux ends such a process when the thread that started it ends, if it has asked for that ([`super::users::end_with_host`]): so that thread has to
 //! be there for as long as the host.
 
 use std::fs::File;
 use std::io;
+use std::ops::RangeInclusive;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -12,12 +13,12 @@ use std::process::{Child, Command, Stdio};
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, mpsc};
 
-use rustix::process::{Signal, set_parent_process_death_signal};
 use strait_memory::{FrameSocket, unreadable_program};
 
 use super::confine::Bounds;
 use super::log;
 use super::messages::Start;
+use super::users::{User, Users};
 use crate::engine::EngineConfig;
 
 /// A `describe` has 64 MiB for itself, and a compiled plugin is half a GiB at most.
@@ -69,6 +70,7 @@ impl Recipe {
                 parked_mappings_max: 0,
                 parked_bytes_max: 0,
                 bounds: DESCRIBER,
+                uid: None,
             },
             census: Arc::default(),
         }
@@ -105,6 +107,8 @@ pub(super) struct Program {
     pub(super) file: File,
     /// A wall that its processes lack.
     pub(super) lacking: Option<String>,
+    /// Users for them; none: they have the host's.
+    users: Option<Arc<Users>>,
     starts: mpsc::Sender<Request>,
 }
 
@@ -112,14 +116,6 @@ pub(super) struct Program {
 struct Request {
     socket: FrameSocket,
     started: mpsc::Sender<io::Result<Child>>,
-}
-
-/// Has Linux end this process when its host ends, however that does and whatever this process is about.
-///
-/// # Errors
-/// Linux's.
-pub(super) fn end_with_host() -> io::Result<()> {
-    Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
 }
 
 fn start(file: &File, arguments: &[String], socket: FrameSocket) -> io::Result<Child> {
@@ -140,7 +136,11 @@ impl Program {
     ///
     /// # Errors
     /// It cannot be opened, or Linux gives no thread.
-    pub(super) fn open(path: Option<&Path>, arguments: Vec<String>) -> io::Result<Self> {
+    pub(super) fn open(
+        path: Option<&Path>,
+        arguments: Vec<String>,
+        uids: Option<RangeInclusive<u32>>,
+    ) -> io::Result<Self> {
         let path = path.unwrap_or(Path::new("/proc/self/exe"));
         let file = File::open(path).map_err(|error| {
             let path = path.display();
@@ -172,6 +172,7 @@ impl Program {
         Ok(Self {
             file,
             lacking,
+            users: uids.map(Users::new),
             starts,
         })
     }
@@ -180,7 +181,8 @@ impl Program {
     ///
     /// # Errors
     /// Linux gives none.
-    pub(super) fn spawn(&self, socket: FrameSocket, name: &str) -> io::Result<Child> {
+    pub(super) fn spawn(&self, socket: FrameSocket, name: &str) -> io::Result<Spawned> {
+        let user = self.users.as_ref().map(Users::take).transpose()?;
         let gone = || io::Error::other("the thread that starts worker processes has ended");
         let (started, answer) = mpsc::channel();
         self.starts
@@ -197,6 +199,19 @@ impl Program {
             let _ = child.wait();
             return Err(error);
         }
-        Ok(child)
+        Ok(Spawned { child, user })
+    }
+}
+
+/// A process, and the user that it is to become.
+#[derive(Debug)]
+pub(super) struct Spawned {
+    pub(super) child: Child,
+    user: Option<User>,
+}
+
+impl Spawned {
+    pub(super) fn uid(&self) -> Option<u32> {
+        self.user.as_ref().map(|user| user.uid)
     }
 }

@@ -1,6 +1,7 @@
 //! The [`Runner`] that has kernels run in a worker process.
 
 use std::io;
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -37,6 +38,8 @@ pub struct WorkerSettings<'a> {
     pub grace: Duration,
     /// What each of them may have.
     pub bounds: Bounds,
+    /// Users for them, and for compilers; none: they have the host's.
+    pub uids: Option<RangeInclusive<u32>>,
     /// How many there are, and for how long.
     pub crew: CrewSettings,
     /// How kernels run there.
@@ -67,7 +70,7 @@ impl WorkerRunner {
     /// # Errors
     /// The program cannot be opened.
     pub fn new(settings: WorkerSettings<'_>, pool: Arc<ResultPool>) -> io::Result<Self> {
-        let program = Program::open(settings.program, settings.arguments)?;
+        let program = Program::open(settings.program, settings.arguments, settings.uids)?;
         let cache = Cache::open(settings.engine.cache.as_deref());
         let recipe = Arc::new(Recipe {
             role: Role::Worker,
@@ -83,6 +86,7 @@ impl WorkerRunner {
                 parked_mappings_max: settings.parked_mappings_max,
                 parked_bytes_max: settings.parked_bytes_max,
                 bounds: settings.bounds,
+                uid: None,
             },
             census: Arc::default(),
         });

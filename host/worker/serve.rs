@@ -27,7 +27,7 @@ use super::messages::{
     Answer, Ask, Control, Controlled, Counts, Ended, Filled, FilledIn, Grant, Load, Outcome, Run,
     RunSource, Start, Totals,
 };
-use super::program;
+use super::users;
 use crate::engine::{
     CancelToken, Cause, Engine, Failed, FilledBody, Input, Job, LoadError, Results,
     Source as Supply, Stage, Supplies, Used,
@@ -47,7 +47,7 @@ const EARLY_MAX: usize = 1024;
 /// Why it cannot begin.
 pub fn serve(control: OwnedFd) -> Result<(), String> {
     // Before it has anything to do: what comes later may keep it from seeing that the host is gone.
-    program::end_with_host().map_err(|e| e.to_string())?;
+    users::end_with_host().map_err(|e| e.to_string())?;
     let mut lacking = confine::go_first();
     process::set_not_dumpable().map_err(|e| e.to_string())?;
     let socket = FrameSocket::from(control);
@@ -59,9 +59,19 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     // No file can be opened later. There are no other threads yet.
     process::keep_mappings_open().map_err(|e| e.to_string())?;
     lacking.extend(confine::shut_out());
+    let become_user = |uid: Option<u32>| {
+        uid.map_or(Ok(()), users::become_user)
+            .map_err(|e| format!("it cannot become the user that it is to be: {e}"))
+    };
     let start = match first {
-        Control::Start(start) => start,
-        Control::Compile(work) => return compiler::obey(&mut control, work, lacking),
+        Control::Start(start) => {
+            become_user(start.uid)?;
+            start
+        }
+        Control::Compile(work) => {
+            become_user(work.uid)?;
+            return compiler::obey(&mut control, work, lacking);
+        }
         // It may hold all of a plugin.
         _ => return Err("a worker begins with its settings, or with a plugin".to_owned()),
     };

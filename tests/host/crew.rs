@@ -390,3 +390,80 @@ fn the_command_line_shows_them() {
         );
     }
 }
+
+/// What Linux says of a process: the numbers behind a word of its status.
+fn status(pid: Pid, word: &str) -> Vec<u64> {
+    let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(word));
+    let words = line.unwrap().split_ascii_whitespace();
+    words.map(|n| u64::from_str_radix(n, 10).unwrap()).collect()
+}
+
+#[test]
+fn each_worker_may_have_a_user_of_its_own() {
+    let uids = ("STRAIT__WORKERS__UIDS", "300000-300007");
+    let Some((host, mut client)) = shared_host(&[uids]) else {
+        return;
+    };
+    let mut other = user(&host, OTHER);
+    check(&mut client);
+    check(&mut other);
+    let spare = spare(&mut client);
+    let seen = workers(&mut client);
+    let mut users = BTreeSet::new();
+    for worker in [pid(of(&seen, "uid:0")), pid(of(&seen, "uid:4242")), spare] {
+        let uids = status(worker, "Uid:");
+        assert!((300_000..300_008).contains(&uids[0]), "{uids:?}");
+        assert_eq!(uids, [uids[0]; 4]);
+        assert_eq!(status(worker, "Gid:"), uids);
+        assert!(status(worker, "Groups:").is_empty());
+        for capabilities in ["CapInh:", "CapPrm:", "CapEff:", "CapAmb:"] {
+            assert_eq!(status(worker, capabilities), [0], "{capabilities}");
+        }
+        assert!(users.insert(uids[0]), "two are of user {}", uids[0]);
+    }
+    // What it maps, makes and gives is as it is with the host's user.
+    let mut sealed = scale_shift(json!("x"), 2.0, 1.0);
+    sealed["seal"] = json!(true);
+    let reply = other.ask(Op::Invoke, sealed);
+    assert_eq!(numbers(&reply).len(), ramp(MOVED).len());
+    let first = pid(of(&seen, "uid:0"));
+    kill(first);
+    check(&mut client);
+    check(&mut client);
+    assert_ne!(pid(of(&workers(&mut client), "uid:0")), first);
+    let lacking = |worker: &Value| worker["lacks"].as_array().unwrap().clone();
+    let lacks: Vec<Value> = workers(&mut client).iter().flat_map(lacking).collect();
+    let is_landlock = |wall: &Value| wall.as_str().unwrap().starts_with("Landlock");
+    assert!(lacks.iter().all(is_landlock), "{lacks:?}");
+}
+
+#[test]
+fn a_worker_that_finds_no_user_is_not_started() {
+    let settings = [("STRAIT__WORKERS__UIDS", "300000-300000"), NO_SPARE];
+    let Some((host, mut client)) = shared_host(&settings) else {
+        return;
+    };
+    let mut other = user(&host, OTHER);
+    check(&mut client);
+    let message = other
+        .ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0))
+        .refused("INTERNAL", "HOST");
+    for part in ["workers.uids (300000-300000)", "workers.max"] {
+        assert!(message.contains(part), "{message}");
+    }
+    check(&mut client);
+    kill(pid(of(&workers(&mut client), "uid:0")));
+    eventually(&mut client, "it is gone", |seen| seen.is_empty());
+    // Its user is free once Linux has taken it apart.
+    let begin = Instant::now();
+    while other
+        .ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0))
+        .op()
+        == Op::Error
+    {
+        assert!(begin.elapsed() < PATIENCE, "the user is not free");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    check(&mut other);
+}

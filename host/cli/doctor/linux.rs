@@ -94,7 +94,12 @@ pub(super) fn walls(config: &Config) -> Check {
         }
         false => "run the host where Linux, or the container around it, has them",
     };
-    match worker::lacking_walls(config.workers.program.as_deref(), config.engine()) {
+    let program = config.workers.program.as_deref();
+    let lacking = config
+        .worker_uids()
+        .map_err(std::io::Error::other)
+        .and_then(|uids| worker::lacking_walls(program, config.engine(), uids));
+    match lacking {
         Ok(lacks) if lacks.is_empty() => WALLS.ok("all stand"),
         Ok(lacks) if config.workers.enabled && config.workers.require_walls => {
             WALLS.fail(lacks.join("; "), change)
