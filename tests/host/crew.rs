@@ -396,7 +396,7 @@ fn status(pid: Pid, word: &str) -> Vec<u64> {
     let text = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap();
     let line = text.lines().find_map(|line| line.strip_prefix(word));
     let words = line.unwrap().split_ascii_whitespace();
-    words.map(|n| u64::from_str_radix(n, 10).unwrap()).collect()
+    words.map(|n| n.parse().unwrap()).collect()
 }
 
 #[test]
