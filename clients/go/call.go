@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-// Input is what goes into a kernel or under a name: a *Tensor or TensorOf (no copy), a Name, an
-// *Adopted, or a Slice, Scalar or Raw (one copy).
+// Input is what goes into a kernel or under a name: a *Tensor or TensorOf (no copy, but for a small result), a
+// Name, an *Adopted, or a Slice, Scalar or Raw (one copy).
 type Input interface {
-	// input is how INVOKE names it, and what to do once that is answered or given up.
-	input(ctx context.Context, c *Client) (any, func(answered bool), error)
+	// input is how the call names it, and what to do once that is answered or given up. What is small goes along.
+	input(ctx context.Context, c *Client, call *invokeRequest) (any, func(answered bool), error)
 	// tensor is what PUBLISH can name, and whether the caller is to release it.
 	tensor(ctx context.Context, c *Client, name string) (*Tensor, bool, error)
 }
@@ -24,15 +24,18 @@ type Inputs map[string]Input
 // Name is a flight as an input: "x", or "x#tensor" if it has several.
 type Name string
 
-func (n Name) input(context.Context, *Client) (any, func(bool), error) {
-	return string(n), func(bool) {}, checkText("a flight's name", string(n))
+func (n Name) input(context.Context, *Client, *invokeRequest) (any, func(bool), error) {
+	return string(n), nothing, checkText("a flight's name", string(n))
 }
 
 func (n Name) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
 	return nil, false, argumentError("%q is a flight already; Fetch it and publish that", string(n))
 }
 
-func (t *Tensor) input(_ context.Context, c *Client) (any, func(bool), error) {
+// nothing is to be done for an input that is only named.
+func nothing(bool) {}
+
+func (t *Tensor) input(ctx context.Context, c *Client, call *invokeRequest) (any, func(bool), error) {
 	h, err := t.begin()
 	if err != nil {
 		return nil, nil, err
@@ -42,6 +45,10 @@ func (t *Tensor) input(_ context.Context, c *Client) (any, func(bool), error) {
 		done(false)
 		return nil, nil, err
 	}
+	if h.segment.lease == 0 {
+		defer done(false)
+		return h.copied().input(ctx, c, call)
+	}
 	asked := segmentInput{Segment: h.segment.mapping.Segment}
 	if len(h.segment.mapping.Tensors) > 1 {
 		asked.Tensor = h.place.Name
@@ -49,18 +56,34 @@ func (t *Tensor) input(_ context.Context, c *Client) (any, func(bool), error) {
 	return asked, done, nil
 }
 
-func (t *Tensor) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
-	return t, false, nil
+func (t *Tensor) tensor(ctx context.Context, c *Client, _ string) (*Tensor, bool, error) {
+	h, err := t.begin()
+	if err != nil {
+		return nil, false, err
+	}
+	defer h.segment.drop()
+	if h.segment.lease != 0 {
+		return t, false, nil
+	}
+	if err := c.usable(h); err != nil {
+		return nil, false, err
+	}
+	return h.copied().tensor(ctx, c, h.place.Name)
 }
 
-func (a *Adopted) input(_ context.Context, c *Client) (any, func(bool), error) {
+// copied is the elements of a tensor that has no segment.
+func (h *handle) copied() Copied {
+	return Copied{dtype: h.place.DType, shape: h.place.Shape, bytes: h.segment.bytes(h)}
+}
+
+func (a *Adopted) input(_ context.Context, c *Client, _ *invokeRequest) (any, func(bool), error) {
 	switch {
 	case a.released.Load():
 		return nil, nil, fmt.Errorf("strait: %w: an adopted file", ErrReleased)
 	case a.conn != c.conn:
 		return nil, nil, argumentError("an adopted file belongs to another client")
 	}
-	return segmentInput{Segment: a.mapping.Segment}, func(bool) {}, a.conn.leaseError(a.lease)
+	return segmentInput{Segment: a.mapping.Segment}, nothing, a.conn.leaseError(a.lease)
 }
 
 func (a *Adopted) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
@@ -68,7 +91,7 @@ func (a *Adopted) tensor(context.Context, *Client, string) (*Tensor, bool, error
 }
 
 // CallOption changes one call: Param, PublishAs, Replace, Seal, Deadline, LeaseFor, WithoutResults,
-// Limits, Verify, IdempotencyKey.
+// InlineBytes, Limits, Verify, IdempotencyKey.
 type CallOption interface {
 	call(*invokeRequest) error
 }
@@ -142,7 +165,21 @@ func Deadline(after time.Duration) CallOption {
 
 // WithoutResults maps no outputs: every one of them must be published.
 func WithoutResults() CallOption {
-	return plainOption(func(r *invokeRequest) { r.Map = new(bool) })
+	return plainOption(func(r *invokeRequest) { r.Map, r.InlineBytes = new(bool), 0 })
+}
+
+// InlineBytes sets the size of the largest output that comes in the reply, which is a copy on this side but the
+// quicker way for a small one. By default, and at most, it is Welcome.InlineBytes. With 0 all outputs are segments:
+// for one that is to be published or go into many calls without a copy. Outputs of a call with PublishAs or Seal
+// always are. The Call fails with ErrArgument if most is less than 0.
+func InlineBytes(most int64) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		if most < 0 {
+			return argumentError("outputs of at most %d bytes in the reply; 0 asks for none", most)
+		}
+		r.InlineBytes = most
+		return nil
+	})
 }
 
 // Limits of one call, each lower than the host's own; 0 leaves it at that.
@@ -196,7 +233,8 @@ type Result struct {
 	// Published is the outputs that got a name.
 	Published []Flight
 	Notes     []Note
-	// CopiedBytes of this call's tensors, by the host.
+	// CopiedBytes of this call's tensors, by the host: into and out of the kernel's memory, for those that were not
+	// moved there.
 	CopiedBytes int64
 	// Pages is empty without Verify.
 	Pages []PortPages
@@ -237,7 +275,7 @@ func (r *Result) Release() {
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
 // if an input can no longer be used; ErrDisconnected if the connection ended.
 func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
-	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease)}
+	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease), InlineBytes: c.welcome.InlineBytes}
 	if err := checkText("a kernel's name", kernel); err != nil {
 		return nil, err
 	}
@@ -251,7 +289,7 @@ func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options
 		if input == nil {
 			return nil, argumentError("input %q is nil", port)
 		}
-		said, done, err := input.input(ctx, c)
+		said, done, err := input.input(ctx, c, asked)
 		if err != nil {
 			return nil, fmt.Errorf("input %q: %w", port, err)
 		}
@@ -269,16 +307,16 @@ func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options
 	}
 	c.conn.calls.Add(1)
 	var reply invokeReply
-	fds, err := c.conn.request(ctx, opInvoke, asked, nil, &reply)
+	came, err := c.conn.request(ctx, opInvoke, asked, beside{payload: asked.payload}, &reply)
 	answered = err == nil || errors.As(err, new(*RemoteError))
 	if err != nil {
 		return nil, err
 	}
-	return c.results(&reply, fds)
+	return c.results(&reply, came)
 }
 
-// results takes over the descriptors and leases of a reply to INVOKE.
-func (c *Client) results(reply *invokeReply, fds []int) (*Result, error) {
+// results takes over the descriptors, the payload and the leases of a reply to INVOKE.
+func (c *Client) results(reply *invokeReply, came beside) (*Result, error) {
 	r := &Result{
 		Notes:       reply.Notes,
 		CopiedBytes: reply.CopiedBytes,
@@ -297,34 +335,63 @@ func (c *Client) results(reply *invokeReply, fds []int) (*Result, error) {
 		RequestID: reply.RequestID,
 	}
 	var failed error
-	for _, result := range reply.Results {
-		if result.Name != "" {
-			r.Published = append(r.Published, Flight{result.Name, result.Mapping})
-		}
-		if result.Lease == 0 {
-			continue
-		}
-		if failed == nil && (result.FD == nil || *result.FD < 0 || *result.FD >= len(fds) || fds[*result.FD] < 0) {
-			failed = protocolError("output %q has a lease but no descriptor of its own", result.Port)
+	for i := range reply.Results {
+		result := &reply.Results[i]
+		if failed == nil {
+			failed = result.check(came.fds)
 		}
 		if failed != nil {
-			c.conn.later([]uint64{result.Lease}, nil)
+			if result.Lease != 0 {
+				c.conn.later([]uint64{result.Lease}, nil)
+			}
 			continue
 		}
-		fd := fds[*result.FD]
-		fds[*result.FD] = -1
-		tensors, err := c.conn.open(&mappedReply{result.Mapping, result.Lease, result.ExpiresMS}, fd, false)
-		if r.Tensors = append(r.Tensors, tensors...); err == nil && (len(tensors) != 1 || tensors[0].Name() != result.Port) {
-			err = protocolError("output %q is a segment with %d tensors and not the one of that name", result.Port, len(tensors))
+		if result.Name != "" {
+			r.Published = append(r.Published, Flight{result.Name, *result.Mapping})
 		}
-		failed = err
+		var tensors []*Tensor
+		tensors, failed = c.conn.output(result, came)
+		r.Tensors = append(r.Tensors, tensors...)
 	}
-	closeAll(slices.DeleteFunc(fds, func(fd int) bool { return fd < 0 }))
+	closeAll(slices.DeleteFunc(came.fds, func(fd int) bool { return fd < 0 }))
 	if failed != nil {
 		r.Release()
 		return nil, failed
 	}
 	return r, nil
+}
+
+// check says whether an output came in one way, with what belongs to that.
+func (r *resultEntry) check(fds []int) error {
+	switch {
+	case r.Mapping == nil && r.Inline == nil:
+		return protocolError("output %q has neither a mapping nor bytes in the payload", r.Port)
+	case r.Mapping != nil && r.Inline != nil:
+		return protocolError("output %q has both a mapping and bytes in the payload", r.Port)
+	case r.Inline != nil && (r.Lease != 0 || r.Name != "" || r.FD != nil):
+		return protocolError("output %q has bytes in the payload, which need no lease, name or descriptor", r.Port)
+	case r.Lease != 0 && (r.FD == nil || *r.FD < 0 || *r.FD >= len(fds) || fds[*r.FD] < 0):
+		return protocolError("output %q has a lease but no descriptor of its own", r.Port)
+	}
+	return nil
+}
+
+// output makes the tensor of an output that was checked; none of one that was only published. What it takes of the
+// descriptors is -1 afterwards.
+func (c *conn) output(result *resultEntry, came beside) ([]*Tensor, error) {
+	switch {
+	case result.Inline != nil:
+		return c.unframe(result.Port, result.Inline, came.payload)
+	case result.Lease == 0:
+		return nil, nil
+	}
+	fd := came.fds[*result.FD]
+	came.fds[*result.FD] = -1
+	tensors, err := c.open(&mappedReply{*result.Mapping, result.Lease, result.ExpiresMS}, fd, false)
+	if err == nil && (len(tensors) != 1 || tensors[0].Name() != result.Port) {
+		err = protocolError("output %q is a segment with %d tensors and not the one of that name", result.Port, len(tensors))
+	}
+	return tensors, err
 }
 
 func seconds(s float64) time.Duration { return time.Duration(s * float64(time.Second)) }

@@ -42,7 +42,10 @@ type Welcome struct {
 	// Flight is where the host serves Arrow Flight.
 	Flight string `json:"flight"`
 	// MoveMinBytes is the size from which tensors are moved into a kernel and not copied.
-	MoveMinBytes      int64 `json:"move_min_bytes"`
+	MoveMinBytes int64 `json:"move_min_bytes"`
+	// InlineBytes is the size up to which a Slice, and a result, travels in the frame of a call and has no
+	// segment; 0: none does.
+	InlineBytes       int64 `json:"inline_bytes"`
 	LeaseMSDefault    int64 `json:"lease_ms_default"`
 	LeaseMSMax        int64 `json:"lease_ms_max"`
 	DeadlineMSDefault int64 `json:"deadline_ms_default"`
@@ -159,11 +162,11 @@ func (c *Client) Create(ctx context.Context, specs ...Spec) ([]*Tensor, error) {
 		asked[i] = Spec{spec.Name, spec.DType, append([]int{}, spec.Shape...)}
 	}
 	var made mappedReply
-	fds, err := c.conn.request(ctx, opCreate, &createRequest{Tensors: asked, LeaseMS: milliseconds(c.lease)}, nil, &made)
+	came, err := c.conn.request(ctx, opCreate, &createRequest{Tensors: asked, LeaseMS: milliseconds(c.lease)}, beside{}, &made)
 	if err != nil {
 		return nil, err
 	}
-	tensors, err := c.open(&made, fds, true)
+	tensors, err := c.open(&made, came.fds, true)
 	if err == nil && !slices.EqualFunc(asked, made.Mapping.Tensors, Spec.is) {
 		releaseAll(tensors)
 		return nil, protocolError("a segment with %d tensors that are not the %d that were asked for", len(tensors), len(specs))
@@ -234,11 +237,11 @@ func (c *Client) FetchAll(ctx context.Context, name string, options ...FetchOpti
 		return nil, err
 	}
 	var mapped mappedReply
-	fds, err := c.conn.request(ctx, opMap, &asked, nil, &mapped)
+	came, err := c.conn.request(ctx, opMap, &asked, beside{}, &mapped)
 	if err != nil {
 		return nil, err
 	}
-	return c.open(&mapped, fds, false)
+	return c.open(&mapped, came.fds, false)
 }
 
 // Flight is a name and what it stands for.
@@ -328,9 +331,9 @@ func (c *Client) Adopt(ctx context.Context, file *os.File, places []Place, name 
 	}
 	var requestErr error
 	err = raw.Control(func(fd uintptr) {
-		var fds []int
-		fds, requestErr = c.conn.request(ctx, opAdopt, &asked, []int{int(fd)}, &adopted)
-		closeAll(fds)
+		var came beside
+		came, requestErr = c.conn.request(ctx, opAdopt, &asked, beside{fds: []int{int(fd)}}, &adopted)
+		closeAll(came.fds)
 	})
 	if err := errors.Join(err, requestErr); err != nil {
 		return nil, err

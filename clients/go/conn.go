@@ -30,6 +30,8 @@ type conn struct {
 	socket *net.UnixConn
 	raw    syscall.RawConn
 	log    *slog.Logger
+	// Of elements beside one request.
+	payloadRoom int
 	// Held to write one frame. A channel, so that a context can end the wait for it.
 	writing chan struct{}
 
@@ -66,7 +68,7 @@ type waiter struct {
 type reply struct {
 	op   op
 	body []byte
-	fds  []int
+	beside
 	// This process may open no more descriptors, so that some were lost.
 	lost bool
 }
@@ -76,15 +78,19 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("strait: a socket without a descriptor: %w", err), socket.Close())
 	}
+	sendBuffer := 0
+	// If Linux does not say, no tensor travels in frames.
+	_ = raw.Control(func(fd uintptr) { sendBuffer, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) })
 	c := &conn{
-		socket:  socket,
-		raw:     raw,
-		log:     log,
-		writing: make(chan struct{}, 1),
-		waiting: map[uint32]*waiter{},
-		leases:  newLeases(renew),
-		done:    make(chan struct{}),
-		wake:    make(chan struct{}, 1),
+		socket:      socket,
+		raw:         raw,
+		log:         log,
+		payloadRoom: payloadRoom(sendBuffer),
+		writing:     make(chan struct{}, 1),
+		waiting:     map[uint32]*waiter{},
+		leases:      newLeases(renew),
+		done:        make(chan struct{}),
+		wake:        make(chan struct{}, 1),
 	}
 	go c.read()
 	go c.upkeep()
@@ -92,21 +98,21 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 }
 
 // request sends body and reads the reply into into (a pointer, or nil). The descriptors that came
-// with the reply are the caller's to close.
+// with the reply are the caller's to close, a payload is its own.
 //
 // When ctx ends, a running INVOKE is cancelled and its end waited for; other requests are abandoned.
-func (c *conn) request(ctx context.Context, op op, body request, fds []int, into any) ([]int, error) {
-	answer, err := c.exchange(ctx, op, body, fds)
+func (c *conn) request(ctx context.Context, op op, body request, with beside, into any) (beside, error) {
+	answer, err := c.exchange(ctx, op, body, with)
 	if err != nil {
-		return nil, err
+		return beside{}, err
 	}
 	if answer.op == opError {
 		closeAll(answer.fds)
 		remote := &RemoteError{}
 		if err := decodeBody(answer.body, remote); err != nil {
-			return nil, err
+			return beside{}, err
 		}
-		return nil, remote
+		return beside{}, remote
 	}
 	err = answer.check(op)
 	if err == nil && into != nil {
@@ -114,15 +120,18 @@ func (c *conn) request(ctx context.Context, op op, body request, fds []int, into
 	}
 	if err != nil {
 		c.giveBack(answer)
-		return nil, err
+		return beside{}, err
 	}
-	return answer.fds, nil
+	return answer.beside, nil
 }
 
 // check says whether a reply that is no error can be one to asked.
 func (r *reply) check(asked op) error {
 	if greeting := r.op == opWelcome; greeting != (asked == opHello) {
 		return protocolError("op %d answers op %d", r.op, asked)
+	}
+	if len(r.payload) != 0 && asked != opInvoke {
+		return protocolError("%d payload bytes answer op %d; only the OK to INVOKE carries a payload", len(r.payload), asked)
 	}
 	if r.lost {
 		return fmt.Errorf("strait: a reply's descriptor could not be received: %w: release tensors, or raise the limit (ulimit -n)", unix.EMFILE)
@@ -132,12 +141,12 @@ func (r *reply) check(asked op) error {
 
 // ask is request for a reply without descriptors.
 func (c *conn) ask(ctx context.Context, op op, body request, into any) error {
-	fds, err := c.request(ctx, op, body, nil, into)
-	closeAll(fds)
+	came, err := c.request(ctx, op, body, beside{}, into)
+	closeAll(came.fds)
 	return err
 }
 
-func (c *conn) exchange(ctx context.Context, op op, body request, fds []int) (reply, error) {
+func (c *conn) exchange(ctx context.Context, op op, body request, with beside) (reply, error) {
 	if err := ended(ctx); err != nil {
 		return reply{}, err
 	}
@@ -150,7 +159,7 @@ func (c *conn) exchange(ctx context.Context, op op, body request, fds []int) (re
 	if err != nil {
 		return reply{}, err
 	}
-	if err := c.send(ctx, op, sequence, body, fds); err != nil {
+	if err := c.send(ctx, op, sequence, body, with); err != nil {
 		c.forget(sequence)
 		return reply{}, err
 	}
@@ -231,7 +240,7 @@ func (c *conn) tell(ctx context.Context, op op, body request) error {
 	if err != nil {
 		return err
 	}
-	if err := c.send(ctx, op, sequence, body, nil); err != nil {
+	if err := c.send(ctx, op, sequence, body, beside{}); err != nil {
 		c.forget(sequence)
 		return err
 	}
@@ -303,14 +312,14 @@ func (c *conn) giveBack(answer reply) {
 
 // send writes one frame. A SEQPACKET socket takes all of it or nothing, so a context that ends the
 // wait leaves the connection whole.
-func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, fds []int) error {
-	frame, err := encodeFrame(header{op: op, sequence: sequence}, body)
+func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, with beside) error {
+	frame, err := encodeFrame(header{op: op, sequence: sequence}, body, with.payload)
 	if err != nil {
 		return err
 	}
 	var rights []byte
-	if len(fds) > 0 {
-		rights = unix.UnixRights(fds...)
+	if len(with.fds) > 0 {
+		rights = unix.UnixRights(with.fds...)
 	}
 	select {
 	case c.writing <- struct{}{}:
@@ -369,7 +378,7 @@ func (c *conn) post(op op, body request) bool {
 		// The connection is over, and what was to be told with it.
 		return true
 	}
-	frame, err := encodeFrame(header{op: op, sequence: sequence}, body)
+	frame, err := encodeFrame(header{op: op, sequence: sequence}, body, nil)
 	if err == nil {
 		select {
 		case c.writing <- struct{}{}:
@@ -390,7 +399,7 @@ func (c *conn) post(op op, body request) bool {
 // read hands every reply to whoever waits for it, until the connection is over.
 func (c *conn) read() {
 	// One byte more than a frame may have, so that a longer one is noticed.
-	packet := make([]byte, headerBytes+bodyBytesMax+1)
+	packet := make([]byte, frameBytesMax+1)
 	control := make([]byte, unix.CmsgSpace(4*fdsMax))
 	for {
 		n, controlled, flags, _, err := c.socket.ReadMsgUnix(packet, control)
@@ -403,7 +412,7 @@ func (c *conn) read() {
 		case rightsErr != nil:
 			err = rightsErr
 		case flags&unix.MSG_TRUNC != 0 || flags&unix.MSG_CTRUNC != 0 && len(fds) == fdsMax:
-			err = protocolError("a frame of more than %d bytes, or with more than %d descriptors", headerBytes+bodyBytesMax, fdsMax)
+			err = protocolError("a frame of more than %d bytes, or with more than %d descriptors", frameBytesMax, fdsMax)
 		default:
 			err = c.dispatch(packet[:n], fds, flags&unix.MSG_CTRUNC != 0)
 		}
@@ -442,7 +451,7 @@ func closeAll(fds []int) {
 
 // dispatch takes over fds unless it returns an error, which ends the connection.
 func (c *conn) dispatch(packet []byte, fds []int, lost bool) error {
-	h, body, err := decodeFrame(packet)
+	h, body, payload, err := decodeFrame(packet)
 	if err != nil {
 		return err
 	}
@@ -472,7 +481,7 @@ func (c *conn) dispatch(packet []byte, fds []int, lost bool) error {
 		}
 		return protocolError("it refused a frame: %w", &remote)
 	case op == opOK || op == opWelcome || op == opError:
-		return c.deliver(sequence, reply{op, append([]byte(nil), body...), fds, lost})
+		return c.deliver(sequence, reply{op, append([]byte(nil), body...), beside{aligned(payload), fds}, lost})
 	default:
 		return protocolError("op %d is not for clients", op)
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +28,7 @@ type packet struct {
 	op       op
 	sequence uint32
 	body     map[string]any
+	payload  []byte
 }
 
 // unixPair is two connected SEQPACKET sockets.
@@ -56,7 +58,7 @@ func scripted(t *testing.T, options ...DialOption) (*Client, *peer) {
 	p := &peer{t, far}
 	go func() {
 		hello := p.receive()
-		p.send(opWelcome, hello.sequence, `{"protocol":2,"host_id":"h","move_min_bytes":524288,"deadline_ms_max":600000,"new":{}}`)
+		p.send(opWelcome, hello.sequence, `{"protocol":2,"host_id":"h","move_min_bytes":524288,"inline_bytes":32768,"deadline_ms_max":600000,"new":{}}`)
 	}()
 	c, err := greet(context.Background(), near, options)
 	if err != nil {
@@ -68,7 +70,7 @@ func scripted(t *testing.T, options ...DialOption) (*Client, *peer) {
 
 func (p *peer) receive() packet {
 	p.t.Helper()
-	buffer := make([]byte, 1<<16)
+	buffer := make([]byte, frameBytesMax)
 	if err := p.socket.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
 		p.t.Error(err)
 	}
@@ -77,11 +79,11 @@ func (p *peer) receive() packet {
 		p.t.Error("the peer reads:", err)
 		return packet{}
 	}
-	h, body, err := decodeFrame(buffer[:n])
+	h, body, payload, err := decodeFrame(buffer[:n])
 	if err != nil {
 		p.t.Error(err)
 	}
-	got := packet{op: h.op, sequence: h.sequence}
+	got := packet{op: h.op, sequence: h.sequence, payload: slices.Clone(payload)}
 	if err := json.Unmarshal(body, &got.body); err != nil {
 		p.t.Error(err)
 	}
@@ -90,7 +92,12 @@ func (p *peer) receive() packet {
 
 func (p *peer) send(op op, sequence uint32, body string, fds ...int) {
 	p.t.Helper()
-	frame, err := encodeFrame(header{op: op, sequence: sequence}, json.RawMessage(body))
+	p.sendBeside(op, sequence, body, nil, fds...)
+}
+
+func (p *peer) sendBeside(op op, sequence uint32, body string, payload []byte, fds ...int) {
+	p.t.Helper()
+	frame, err := encodeFrame(header{op: op, sequence: sequence}, json.RawMessage(body), payload)
 	if err != nil {
 		p.t.Error(err)
 	}

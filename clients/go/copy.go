@@ -9,8 +9,9 @@ import (
 	"strait/internal/shm"
 )
 
-// Copied is data of the Go heap as an input: each use copies it into shared memory, once, and
-// ClientStats counts the bytes. Slice, Scalar and Raw make it.
+// Copied is data of the Go heap as an input: each use copies it once, and ClientStats counts the bytes. Up to
+// Welcome.InlineBytes it goes along with the call itself, above that, and for Publish, into shared memory. Slice,
+// Scalar and Raw make it.
 type Copied struct {
 	dtype DType
 	shape []int
@@ -59,9 +60,12 @@ func (d Copied) create(ctx context.Context, c *Client, name string) (*Tensor, er
 	return tensors[0], nil
 }
 
-func (d Copied) input(ctx context.Context, c *Client) (any, func(bool), error) {
+func (d Copied) input(ctx context.Context, c *Client, call *invokeRequest) (any, func(bool), error) {
 	if d.err != nil {
 		return nil, nil, argumentError("%w", d.err)
+	}
+	if said, fits := d.inline(c, call); fits {
+		return said, nothing, nil
 	}
 	t := c.copies.take(d)
 	// A cached one whose lease is over is of no use any more.

@@ -51,7 +51,7 @@ const (
 	writersHost    = "host"
 	writersCreator = "creator"
 	writersAnyone  = "anyone"
-	// Tensors start on page boundaries. This much of it is enough for every element type.
+	// Tensors start on page boundaries, in a payload on multiples of this. It is enough for every element type.
 	alignBytes = 64
 )
 
@@ -61,33 +61,42 @@ func (m *Mapping) check() error {
 		return protocolError("mapping of segment %s: its version is %d, known is 1", m.Segment, m.Version)
 	}
 	for _, place := range m.Tensors {
-		bytes, err := byteSize(place.DType, place.Shape)
-		switch {
-		case err != nil:
+		if err := place.check(m.Bytes); err != nil {
 			return protocolError("tensor %q of segment %s: %w", place.Name, m.Segment, err)
-		case bytes != place.Length:
-			return protocolError("tensor %q of segment %s is %s with %d bytes, not %d", place.Name, m.Segment,
-				spec(place.DType, place.Shape), bytes, place.Length)
-		case place.Offset < 0 || place.Offset > m.Bytes || place.Length > m.Bytes-place.Offset:
-			return protocolError("tensor %q of segment %s has %d bytes at %d, the segment %d in all", place.Name, m.Segment,
-				place.Length, place.Offset, m.Bytes)
-		case place.Length > 0 && place.Offset%alignBytes != 0:
-			return protocolError("tensor %q of segment %s is at %d, no multiple of %d", place.Name, m.Segment, place.Offset, alignBytes)
 		}
 	}
 	return nil
 }
 
-// segment is shared memory that this process maps, and the lease that holds it. Its tensors have a
-// handle each.
+// check is for a place among so many bytes.
+func (p *Place) check(had int64) error {
+	bytes, err := byteSize(p.DType, p.Shape)
+	switch {
+	case err != nil:
+		return err
+	case bytes != p.Length:
+		return fmt.Errorf("%s has %d bytes, not %d", spec(p.DType, p.Shape), bytes, p.Length)
+	case p.Offset < 0 || p.Offset > had || p.Length > had-p.Offset:
+		return fmt.Errorf("it has %d bytes at %d of %d in all", p.Length, p.Offset, had)
+	case p.Length > 0 && p.Offset%alignBytes != 0:
+		return fmt.Errorf("it is at %d, no multiple of %d", p.Offset, alignBytes)
+	}
+	return nil
+}
+
+// segment is shared memory that this process maps, and the lease that holds it; or, without a lease, the payload
+// of a reply, which is of the Go heap and read-only by the same rules. Its tensors have a handle each.
 type segment struct {
-	conn  *conn
+	conn *conn
+	// 0 for a payload.
 	lease uint64
-	// What the host said last; replaced by Publish.
+	// What the host said. Of a payload it has the places only.
 	mapping Mapping
 
 	mu    sync.Mutex
 	pages shm.Pages
+	// The pages, or the payload.
+	memory []byte
 	// The descriptor to map anew from, as long as the segment can be written to; else -1.
 	fd int
 	// Fills of the client's own under way, which freeze would make crash.
@@ -121,6 +130,7 @@ func (c *conn) open(reply *mappedReply, fd int, write bool) ([]*Tensor, error) {
 		c.release(reply.Lease)
 		return nil, err
 	}
+	s.memory = s.pages.Bytes()
 	c.mappings.Add(1)
 	s.holders = len(s.mapping.Tensors)
 	tensors := make([]*Tensor, 0, s.holders)
@@ -152,11 +162,12 @@ func (s *segment) drop() {
 	last := s.holders == 0
 	var err error
 	if last {
+		s.memory = nil
 		err = s.pages.Unmap()
 		s.closeFD()
 	}
 	s.mu.Unlock()
-	if !last {
+	if !last || s.lease == 0 {
 		return
 	}
 	defer s.conn.mappings.Add(-1)
@@ -228,5 +239,5 @@ func (s *segment) bytes(h *handle) []byte {
 		s.conn.hugeBytes.Add(s.pages.Collapse(place.Offset, place.Length))
 	}
 	// Clipped, so that no append writes into what lies behind.
-	return slices.Clip(s.pages.Bytes()[place.Offset : place.Offset+place.Length])
+	return slices.Clip(s.memory[place.Offset : place.Offset+place.Length])
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"runtime"
 	"slices"
 	"sync/atomic"
@@ -14,6 +15,10 @@ import (
 
 // Tensor is elements in shared memory: of a tensor to fill, of a flight or of a result. It is
 // contiguous and row-major. Any number of goroutines may use it at once.
+//
+// A small result is an exception that need not concern its user: it came in the reply (see InlineBytes), its elements
+// are of the Go heap and have no segment, but the rules and the methods are the same. It costs nobody anything when it
+// is forgotten.
 //
 // Its memory is not the Go heap's. Bytes, As and TensorOf.Data lend a slice of it, and Go cannot see
 // who still has that slice. So the rules are:
@@ -45,6 +50,9 @@ type handle struct {
 
 func newTensor(s *segment, place *Place) *Tensor {
 	t := &Tensor{handle: &handle{segment: s, place: place}}
+	if s.lease == 0 {
+		return t
+	}
 	// Only queued: the cleanup goroutine is for everybody's and must not wait for a socket.
 	t.cleanup = runtime.AddCleanup(t, func(h *handle) { s.conn.later(nil, h) }, t.handle)
 	return t
@@ -126,9 +134,10 @@ func (t *Tensor) place() *Place {
 	return t.handle.place
 }
 
-// Mapping is what the host said about the tensor's segment when it was made or fetched.
+// Mapping is what the host said about the tensor's segment when it was made or fetched; empty for a small result,
+// which has none.
 func (t *Tensor) Mapping() Mapping {
-	if t == nil || t.handle == nil {
+	if t == nil || t.handle == nil || t.handle.segment.lease == 0 {
 		return Mapping{}
 	}
 	mapping := t.handle.segment.mapping
@@ -257,7 +266,7 @@ func areTruths(bytes []byte) bool {
 
 // Renew gives the tensor's lease a new life, counted from now; 0 asks for the host's default. It
 // returns the life that the host granted. Unless the client was dialled WithoutRenewal, leases are
-// renewed without it.
+// renewed without it. A small result has no lease and lasts: for the longest Duration there is.
 func (t *Tensor) Renew(ctx context.Context, life time.Duration) (time.Duration, error) {
 	h, err := t.begin()
 	if err != nil {
@@ -266,6 +275,9 @@ func (t *Tensor) Renew(ctx context.Context, life time.Duration) (time.Duration, 
 	defer h.segment.drop()
 	if err := h.segment.conn.leaseError(h.segment.lease); err != nil {
 		return 0, err
+	}
+	if h.segment.lease == 0 {
+		return math.MaxInt64, nil
 	}
 	return h.segment.conn.renew(ctx, []uint64{h.segment.lease}, life)
 }

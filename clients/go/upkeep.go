@@ -38,12 +38,15 @@ func (c *conn) release(leases ...uint64) {
 	}
 }
 
-// leaseError says whether, and why, a lease is over, or the connection.
+// leaseError says whether, and why, a lease is over, or the connection. Without a lease (0) there is none to end.
 func (c *conn) leaseError(lease uint64) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.err != nil {
 		return c.err
+	}
+	if lease == 0 {
+		return nil
 	}
 	if why, gone := c.leases.why(lease); gone {
 		return fmt.Errorf("strait: %w: lease %d (%s); its pages stay readable until Release, for anything else fetch the flight again",

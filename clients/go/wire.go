@@ -36,6 +36,7 @@ const (
 	protocolVersion = 2
 	headerBytes     = 48
 	bodyBytesMax    = 61440
+	frameBytesMax   = headerBytes + bodyBytesMax + payloadBytesMax
 	fdsMax          = 16
 )
 
@@ -53,8 +54,14 @@ type traceContext struct {
 	flags    byte
 }
 
+// beside is what goes with a frame's JSON: elements of small tensors, and descriptors.
+type beside struct {
+	payload []byte
+	fds     []int
+}
+
 // encodeFrame is the packet of a request.
-func encodeFrame(h header, body any) ([]byte, error) {
+func encodeFrame(h header, body any, payload []byte) ([]byte, error) {
 	text, err := json.Marshal(body)
 	if err != nil {
 		return nil, argumentError("a request that JSON cannot express: %w", err)
@@ -62,20 +69,21 @@ func encodeFrame(h header, body any) ([]byte, error) {
 	if len(text) > bodyBytesMax {
 		return nil, argumentError("a request of %d bytes; at most %d fit into a frame: shorten its lists or names", len(text), bodyBytesMax)
 	}
-	frame := make([]byte, headerBytes, headerBytes+len(text))
+	frame := make([]byte, headerBytes, headerBytes+len(text)+len(payload))
 	frame[0], frame[1], frame[2], frame[3] = 'S', 'T', protocolVersion, byte(h.op)
 	binary.LittleEndian.PutUint32(frame[4:], h.sequence)
 	binary.LittleEndian.PutUint32(frame[8:], uint32(len(text)))
+	binary.LittleEndian.PutUint32(frame[12:], uint32(len(payload)))
 	copy(frame[16:], h.trace.traceID[:])
 	copy(frame[32:], h.trace.parentID[:])
 	frame[40] = h.trace.flags
-	return append(frame, text...), nil
+	return append(append(frame, text...), payload...), nil
 }
 
-// decodeFrame takes a packet apart; the body is part of it.
-func decodeFrame(packet []byte) (header, []byte, error) {
-	refuse := func(format string, args ...any) (header, []byte, error) {
-		return header{}, nil, protocolError(format, args...)
+// decodeFrame takes a packet apart: body and payload are parts of it.
+func decodeFrame(packet []byte) (h header, body, payload []byte, err error) {
+	refuse := func(format string, args ...any) (header, []byte, []byte, error) {
+		return header{}, nil, nil, protocolError(format, args...)
 	}
 	// What is of another version is told so, however long its header is.
 	if len(packet) > 2 {
@@ -89,13 +97,19 @@ func decodeFrame(packet []byte) (header, []byte, error) {
 	if len(packet) < headerBytes {
 		return refuse("a frame of %d bytes is shorter than its header of %d", len(packet), headerBytes)
 	}
-	body, payload := binary.LittleEndian.Uint32(packet[8:]), binary.LittleEndian.Uint32(packet[12:])
+	bodyBytes, payloadBytes := binary.LittleEndian.Uint32(packet[8:]), binary.LittleEndian.Uint32(packet[12:])
 	had := len(packet) - headerBytes
-	if uint64(body)+uint64(payload) != uint64(had) || body > bodyBytesMax {
-		return refuse("a header says %d body bytes of at most %d and %d of payload, the packet has %d", body, bodyBytesMax, payload, had)
+	if uint64(bodyBytes)+uint64(payloadBytes) != uint64(had) || bodyBytes > bodyBytesMax || payloadBytes > payloadBytesMax {
+		return refuse("a header says %d body bytes of at most %d and %d payload bytes of at most %d, the packet has %d",
+			bodyBytes, bodyBytesMax, payloadBytes, payloadBytesMax, had)
 	}
-	if payload != 0 {
-		return refuse("%d payload bytes; no op of version %d carries a payload", payload, protocolVersion)
+	h = header{
+		op:       op(packet[3]),
+		sequence: binary.LittleEndian.Uint32(packet[4:]),
+		trace:    traceContext{[16]byte(packet[16:32]), [8]byte(packet[32:40]), packet[40]},
+	}
+	if payloadBytes != 0 && h.op != opInvoke && h.op != opOK {
+		return refuse("%d payload bytes after op %d; only INVOKE and the OK to it carry a payload", payloadBytes, h.op)
 	}
 	if reserved := packet[41:44]; reserved[0]|reserved[1]|reserved[2] != 0 {
 		return refuse("reserved bytes %x in a header; they are 0", reserved)
@@ -103,11 +117,8 @@ func decodeFrame(packet []byte) (header, []byte, error) {
 	if flags := binary.LittleEndian.Uint32(packet[44:]); flags != 0 {
 		return refuse("flags %#x in a header; none is known", flags)
 	}
-	return header{
-		op:       op(packet[3]),
-		sequence: binary.LittleEndian.Uint32(packet[4:]),
-		trace:    traceContext{[16]byte(packet[16:32]), [8]byte(packet[32:40]), packet[40]},
-	}, packet[headerBytes:], nil
+	body, payload = packet[headerBytes:headerBytes+bodyBytes], packet[headerBytes+bodyBytes:]
+	return h, body, payload, nil
 }
 
 // decodeBody reads a reply's JSON; an empty body stands for {}.
@@ -202,10 +213,17 @@ type invokeRequest struct {
 	Seal           bool              `json:"seal,omitempty"`
 	DeadlineMS     int64             `json:"deadline_ms,omitempty"`
 	LeaseMS        int64             `json:"lease_ms,omitempty"`
+	InlineBytes    int64             `json:"inline_bytes,omitempty"`
 	Map            *bool             `json:"map,omitempty"`
 	Limits         *Limits           `json:"limits,omitempty"`
 	Verify         bool              `json:"verify,omitempty"`
 	IdempotencyKey string            `json:"idempotency_key,omitempty"`
+	// Goes behind the JSON.
+	payload []byte
+}
+
+type inlineInput struct {
+	Inline inlineTensor `json:"inline"`
 }
 
 type segmentInput struct {
@@ -241,19 +259,23 @@ type renewReply struct {
 	ExpiresMS int64 `json:"expires_ms"`
 }
 
+// resultEntry has either a mapping or bytes in the payload.
+type resultEntry struct {
+	Port      string        `json:"port"`
+	Mapping   *Mapping      `json:"mapping"`
+	Inline    *inlineTensor `json:"inline"`
+	Lease     uint64        `json:"lease"`
+	ExpiresMS int64         `json:"expires_ms"`
+	FD        *int          `json:"fd"`
+	Name      string        `json:"name"`
+}
+
 type invokeReply struct {
-	Results []struct {
-		Port      string  `json:"port"`
-		Mapping   Mapping `json:"mapping"`
-		Lease     uint64  `json:"lease"`
-		ExpiresMS int64   `json:"expires_ms"`
-		FD        *int    `json:"fd"`
-		Name      string  `json:"name"`
-	} `json:"results"`
-	Notes       []Note      `json:"notes"`
-	CopiedBytes int64       `json:"copied_bytes"`
-	Pages       []PortPages `json:"pages"`
-	MinorFaults int64       `json:"minor_faults"`
+	Results     []resultEntry `json:"results"`
+	Notes       []Note        `json:"notes"`
+	CopiedBytes int64         `json:"copied_bytes"`
+	Pages       []PortPages   `json:"pages"`
+	MinorFaults int64         `json:"minor_faults"`
 	Seconds     struct {
 		Queue       float64 `json:"queue"`
 		Instantiate float64 `json:"instantiate"`

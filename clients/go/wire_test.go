@@ -17,6 +17,7 @@ type frames struct {
 		Op         op
 		Sequence   uint32
 		Body       string
+		Payload    string
 		TraceID    string `json:"trace_id"`
 		ParentID   string `json:"parent_id"`
 		TraceFlags byte   `json:"trace_flags"`
@@ -61,23 +62,23 @@ func TestFramesAreByteExact(t *testing.T) {
 		given := header{want.Op, want.Sequence, traceContext{
 			[16]byte(unhex(t, want.TraceID)), [8]byte(unhex(t, want.ParentID)), want.TraceFlags,
 		}}
-		frame, err := encodeFrame(given, json.RawMessage(want.Body))
+		frame, err := encodeFrame(given, json.RawMessage(want.Body), unhex(t, want.Payload))
 		if err != nil {
 			t.Fatal(want.Name, err)
 		}
 		if got := hex.EncodeToString(frame); got != want.Hex {
 			t.Errorf("%s: %s\nis not\n%s", want.Name, got, want.Hex)
 		}
-		read, body, err := decodeFrame(unhex(t, want.Hex))
-		if err != nil || read != given || string(body) != want.Body {
-			t.Error(want.Name, read, string(body), err)
+		read, body, payload, err := decodeFrame(unhex(t, want.Hex))
+		if err != nil || read != given || string(body) != want.Body || hex.EncodeToString(payload) != want.Payload {
+			t.Error(want.Name, read, string(body), payload, err)
 		}
 	}
 }
 
 func TestBadFramesAreNamed(t *testing.T) {
 	for _, bad := range readFrames(t).Refused {
-		_, _, err := decodeFrame(unhex(t, bad.Hex))
+		_, _, _, err := decodeFrame(unhex(t, bad.Hex))
 		if !errors.Is(err, ErrProtocol) {
 			t.Errorf("%s: %v", bad.Name, err)
 			continue
@@ -88,7 +89,7 @@ func TestBadFramesAreNamed(t *testing.T) {
 			}
 		}
 	}
-	if _, err := encodeFrame(header{op: opLookup, sequence: 1}, &nameRequest{Name: strings.Repeat("x", bodyBytesMax)}); !errors.Is(err, ErrArgument) {
+	if _, err := encodeFrame(header{op: opLookup, sequence: 1}, &nameRequest{Name: strings.Repeat("x", bodyBytesMax)}, nil); !errors.Is(err, ErrArgument) {
 		t.Error("a body that fits no frame:", err)
 	}
 }

@@ -84,6 +84,7 @@ type request struct {
 	Inputs   map[string]any    `json:"inputs"`
 	Deadline *int64            `json:"deadline_ms"`
 	Cancel   int64             `json:"cancel_after_ms"`
+	Inline   *int64            `json:"inline_bytes"`
 	ID       string            `json:"request_id"`
 	Params   map[string]any    `json:"parameters"`
 	Files    map[string]string `json:"files"`
@@ -202,7 +203,7 @@ func (d *driver) connect(ctx context.Context, r *request) (answer, error) {
 	}
 	d.client = client
 	welcome := client.Welcome()
-	return answer{"host_id": welcome.HostID, "move_min_bytes": welcome.MoveMinBytes}, nil
+	return answer{"host_id": welcome.HostID, "move_min_bytes": welcome.MoveMinBytes, "inline_bytes": welcome.InlineBytes}, nil
 }
 
 func (d *driver) make(ctx context.Context, r *request) (answer, error) {
@@ -503,6 +504,9 @@ func (r *request) options() []strait.CallOption {
 	}
 	if r.LeaseMS != 0 {
 		options = append(options, strait.LeaseFor(time.Duration(r.LeaseMS)*time.Millisecond))
+	}
+	if r.Inline != nil {
+		options = append(options, strait.InlineBytes(*r.Inline))
 	}
 	return options
 }
