@@ -28,13 +28,13 @@ class Peer:
 
     def expect(self, op):
         """The next request, which must have this op: its sequence and body."""
-        got, sequence, body = _wire.decode(self.socket.recv(70000))
+        got, sequence, body, self.payload = _wire.decode(self.socket.recv(_wire.FRAME_BYTES_MAX))
         assert got == op, (got, body)
         return sequence, body
 
-    def say(self, op, sequence, body, fds=()):
+    def say(self, op, sequence, body, fds=(), payload=b""):
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-        self.socket.sendmsg([_wire.encode(op, sequence, body)], rights)
+        self.socket.sendmsg([_wire.encode(op, sequence, body, payload=payload)], rights)
 
     def answer(self, op, body, fds=()):
         sequence, asked = self.expect(op)
@@ -268,7 +268,8 @@ def test_a_timeout_leaves_the_call_running(peer, connection):
         with pytest.raises(TimeoutError):
             call.result(timeout=0.01)
     assert not call.done()
-    answer = {"results": [{"port": "y", "name": "n"}], "notes": [], "copied_bytes": 3, "pages": [], "minor_faults": 0}
+    results = [{"port": "y", "mapping": {}, "name": "n"}]
+    answer = {"results": results, "notes": [], "copied_bytes": 3, "pages": [], "minor_faults": 0}
     peer.say(Op.OK, sequence, {**answer, "seconds": {}})
     assert call.done()
     assert len(call.result()) == 0 and call.result().info.published == {"y": "n"}

@@ -99,7 +99,7 @@ def test_views_outlive_the_release(session):
 
 
 def test_what_is_dropped_is_given_back(session):
-    kept = [session.call("scale-shift", filled(session, 10)) for _ in range(5)]
+    kept = [session.call("scale-shift", filled(session, 10), inline_bytes=0) for _ in range(5)]
     assert session.client_stats().mappings == 5
     loop = [kept]
     loop.append(loop)
@@ -156,7 +156,7 @@ def test_inputs_that_no_kernel_could_take(session):
 
 def test_an_array_of_another_session(session, address):
     x = filled(session, 10)
-    y = session.call("scale-shift", x)
+    y = session.call("scale-shift", x, inline_bytes=0)
     with strait.connect(address) as other:
         with pytest.raises(ValueError, match="another session"):
             other.call("scale-shift", y)
@@ -352,7 +352,7 @@ def test_arrow_and_dlpack_see_the_same_pages(session, name):
 
 def test_copies_and_pickles(session):
     x = filled(session, (3, 4))
-    y = session.call("scale-shift", x, a=2)
+    y = session.call("scale-shift", x, a=2, inline_bytes=0)
     session.put("columns", {"a": x, "b": [1.0, 2.0, 3.0]})
     columns = session.get("columns")
     mappings = session.client_stats().mappings
@@ -400,7 +400,7 @@ def test_any_byte_but_zero_is_true(session):
 
 def test_arrow_outlives_the_array(session):
     x = filled(session, 1000)
-    column = session.call("scale-shift", x, a=2).arrow()
+    column = session.call("scale-shift", x, a=2, inline_bytes=0).arrow()
     gc.collect()
     assert session.client_stats().mappings == 2
     np.testing.assert_array_equal(column.to_numpy(), 2 * x)
@@ -475,15 +475,16 @@ def test_many_flights_are_listed_page_by_page(session):
 
 def test_leases_without_renewal_end(address):
     with strait.connect(address, renew=False, lease=0.1) as session:
-        y = session.call("scale-shift", [1.0, 2.0])
+        large = np.ones(100_000)
+        y = session.call("scale-shift", large)
         time.sleep(0.4)
         with pytest.raises(strait.LeaseExpiredError):
             y.renew()
         with pytest.raises(strait.LeaseExpiredError):
             session.call("scale-shift", y)
-        np.testing.assert_array_equal(y, [1.0, 2.0])
+        np.testing.assert_array_equal(y, large)
         # A copy goes into a new segment, for that of the first call has ended.
-        np.testing.assert_array_equal(session.call("scale-shift", [3.0, 4.0]), [3.0, 4.0])
+        np.testing.assert_array_equal(session.call("scale-shift", large, a=2), 2 * large)
 
 
 def test_arrays_after_the_session(address):
@@ -645,7 +646,7 @@ def test_a_forked_child_has_the_values_and_not_the_session(session):
 
 
 def test_a_forked_child_unmaps_what_it_lets_go_of(session):
-    x, y = filled(session, 1000), session.call("scale-shift", np.ones(1000))
+    x, y = filled(session, 1000), session.call("scale-shift", np.ones(1000), inline_bytes=0)
     held = [x, y]
     del x, y
 

@@ -22,7 +22,7 @@ from strait._wire import milliseconds
 def test_frames_byte_by_byte():
     frame = _wire.encode(_wire.Op.LOOKUP, 0x01020304, {"name": "ä"})
     assert frame == b"ST\x02\x06\x04\x03\x02\x01" + b"\x0d\0\0\0" + bytes(36) + '{"name":"ä"}'.encode()
-    assert _wire.decode(frame) == (6, 0x01020304, {"name": "ä"})
+    assert _wire.decode(frame) == (6, 0x01020304, {"name": "ä"}, b"")
     assert _wire.encode(_wire.Op.PING, 1, {}) == b"ST\x02\x16\x01" + bytes(43)
 
 
@@ -40,9 +40,9 @@ def test_headers_are_those_of_every_client():
     for good in conformance_frames("frames"):
         trace = _wire.TraceContext(bytes.fromhex(good["trace_id"]), bytes.fromhex(good["parent_id"]), good["trace_flags"])
         body = json.loads(good["body"])
-        frame = bytes.fromhex(good["hex"])
-        assert _wire.encode(good["op"], good["sequence"], body, trace) == frame, good["name"]
-        assert _wire.decode(frame) == (good["op"], good["sequence"], body), good["name"]
+        frame, payload = bytes.fromhex(good["hex"]), bytes.fromhex(good.get("payload", ""))
+        assert _wire.encode(good["op"], good["sequence"], body, trace, payload) == frame, good["name"]
+        assert _wire.decode(frame) == (good["op"], good["sequence"], body, payload), good["name"]
 
 
 def test_headers_that_every_client_refuses():
@@ -60,15 +60,18 @@ def test_frames_are_those_of_the_protocol():
     frames = re.findall(r"```frame client (\w+)[^\n]*\n([0-9a-f \n]+)\n(.*?)```", document.read_text(), re.DOTALL)
     assert len(frames) > 10
     for op, header, body in frames:
-        text = re.sub(r"<segment:(\d)>", lambda found: found[1] * 32, body.strip())
+        body, _, payload = body.strip().partition("\n")
+        text = re.sub(r"<segment:(\d)>", lambda found: found[1] * 32, body)
         header = bytes.fromhex(header).ljust(_wire.HEADER.size, b"\0")
-        if op in ("PREPARE", "CALL", "STREAM") or header[2] != _wire.PROTOCOL or any(header[12:16] + header[41:48]):
+        out_of_place = any(header[12:16]) and op != "INVOKE"
+        if op in ("PREPARE", "CALL", "STREAM") or header[2] != _wire.PROTOCOL or out_of_place or any(header[41:48]):
             # An example of what is refused: a reserved op, another version, a payload, flags.
             continue
-        number, sequence, fields = _wire.decode(header + text.encode())
-        assert number == _wire.Op[op]
+        payload = bytes.fromhex(payload)
+        number, sequence, fields, carried = _wire.decode(header + text.encode() + payload)
+        assert number == _wire.Op[op] and carried == payload
         trace = _wire.TraceContext(header[16:32], header[32:40], header[40])
-        assert _wire.encode(number, sequence, fields, trace) == header + text.encode()
+        assert _wire.encode(number, sequence, fields, trace, payload) == header + text.encode() + payload
 
 
 @pytest.mark.parametrize(
@@ -248,7 +251,7 @@ def test_bounds_of_parameters_are_exact():
     bounds = {"default": 2**64 - 1, "minimum": -(2**63), "maximum": 1.5}
     parameter = {"name": "p", "kind": "integer", **bounds, "choices": [], "doc": ""}
     kernel = {"name": "k", "plugin": "p", "version": "1", "doc": "", "inputs": [], "outputs": [], "parameters": [parameter]}
-    _, _, body = _wire.decode(_wire.encode(_wire.Op.OK, 1, kernel))
+    _, _, body, _ = _wire.decode(_wire.encode(_wire.Op.OK, 1, kernel))
     (read,) = strait.Kernel.read(body).parameters
     assert (read.default, read.minimum, read.maximum) == (2**64 - 1, -(2**63), 1.5)
     assert [type(value) for value in (read.default, read.minimum, read.maximum)] == [int, int, float]

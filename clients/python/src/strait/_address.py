@@ -1,8 +1,9 @@
-"""Finding the host: from an address or the environment to the directory of `data.sock`."""
+"""Finding the host: from an address or the environment to the directory of `data.sock`, and there."""
 
 from __future__ import annotations
 
 import os
+import socket
 import stat
 from pathlib import Path
 from typing import List, Mapping, Optional
@@ -65,3 +66,16 @@ def _owned(place: Path, uid: int) -> Path:
         f"{place} belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}; a host's directory there "
         f"belongs to uid {uid} and only it can write to it: remove it, or name the host's directory by an address"
     )
+
+
+def connect(sock: socket.socket, path: str) -> None:
+    """Connects to the socket at `path`, however long that is."""
+    if len(os.fsencode(path)) < 108:
+        sock.connect(path)
+        return
+    # A socket's address has room for 107 bytes.
+    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
+    finally:
+        os.close(directory)

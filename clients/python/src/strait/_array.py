@@ -1,8 +1,9 @@
-"""Tensors in mapped segments: what calls and `Session.get` return."""
+"""Tensors in mapped segments, and small ones that a reply brought: what calls and `Session.get` return."""
 
 from __future__ import annotations
 
 import copy
+import math
 import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Tuple
@@ -60,9 +61,6 @@ class Segment:
         for tensor in mapping.tensors:
             placed.tensors[pages.address + tensor.offset] = (self, tensor)
 
-    def count_copy(self, size: int) -> None:
-        self._placed.copied_bytes += size
-
     def leaving(self) -> None:
         for tensor in self.mapping.tensors:
             self._placed.tensors.pop(self.pages.address + tensor.offset, None)
@@ -104,15 +102,21 @@ def address(array: "np.ndarray[Any, Any]") -> int:
 
 
 class Array(NDArrayOperatorsMixin):
-    """A tensor in a segment that this process has mapped, read-only.
+    """A tensor in a segment that this process has mapped, or a call's small result in its own memory; read-only.
 
     It acts as a numpy array in expressions and functions, without a copy. `release`, or the end of a `with` block,
     lets go of it; used after that it raises `ReleasedError`. The pages and the lease stay for as long as a view
     lives (`numpy`, `arrow`, a DLPack consumer), so a view is never pulled from under its user. A forked child sees the
     same values; the lease is its parent's.
+
+    A small result that came in the reply has neither pages of a segment nor a lease, so it never expires, and any session takes it.
     """
 
-    def __init__(self, segment: Segment, tensor: Tensor, memory: memoryview, info: Optional[LazyInfo] = None) -> None:
+    def __init__(
+        self, placed: Placed, segment: Optional[Segment], tensor: Tensor, memory: memoryview, info: Optional[LazyInfo] = None
+    ) -> None:
+        self._placed = placed
+        # None: its elements are in `memory` alone, as the reply brought them.
         self._segment = segment
         self._tensor = tensor
         self._memory: Optional[memoryview] = memory
@@ -165,7 +169,7 @@ class Array(NDArrayOperatorsMixin):
         return self._memory is None
 
     def numpy(self) -> "np.ndarray[Any, Any]":
-        """The numpy array over the mapped pages; not writable, and no copy.
+        """The numpy array over its memory; not writable, and no copy.
 
         Only booleans that are stored as bytes other than 0 and 1 are copied, since numpy does not treat all of those
         as true everywhere; the copy is counted.
@@ -176,7 +180,7 @@ class Array(NDArrayOperatorsMixin):
             if view.dtype == np.bool_ and view.size and view.view(np.uint8).max() > 1:
                 view = view.view(np.uint8) != 0
                 view.flags.writeable = False
-                self._segment.count_copy(view.nbytes)
+                self._placed.copied_bytes += view.nbytes
             self._numpy = view
         return self._numpy
 
@@ -250,9 +254,11 @@ class Array(NDArrayOperatorsMixin):
         """Gives its lease a new life of that many seconds, or the host's default, and returns what was granted.
 
         Raises `LeaseExpiredError` if the lease is over. A session renews leases by itself unless it was made with
-        `renew=False`.
+        `renew=False`. What came in a reply has no lease and is granted `inf`.
         """
         self._usable()
+        if self._segment is None:
+            return math.inf
         return self._segment.connection.renew([self._segment.lease], lease)
 
     def release(self) -> None:
@@ -265,7 +271,7 @@ class Array(NDArrayOperatorsMixin):
 
     def __copy__(self) -> "Array":
         """Another array over the same pages, which is released by itself."""
-        return Array(self._segment, self._tensor, self._usable(), self._info)
+        return Array(self._placed, self._segment, self._tensor, self._usable(), self._info)
 
     def __deepcopy__(self, _: Any) -> "np.ndarray[Any, Any]":
         """A numpy array of this process's own memory."""
@@ -273,8 +279,8 @@ class Array(NDArrayOperatorsMixin):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            f"{self!r} is mapped pages of this process, which cannot be pickled; send a name (s.publish(name, y) here, "
-            "s.get(name) there), which copies nothing, or a copy (y.numpy())"
+            f"{self!r} is memory of this process, mapped as a rule, and cannot be pickled; send a name (s.publish(name, y) here, "
+            "s.get(name) there), which does not copy what is mapped, or a copy (y.numpy())"
         )
 
     def __enter__(self) -> "Array":

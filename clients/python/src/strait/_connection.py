@@ -25,9 +25,9 @@ import time
 import weakref
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
-from . import _leases, _pages, _wire
+from . import _address, _leases, _pages, _wire
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -84,9 +84,11 @@ class Connection:
         self._rung = False
         self._bell: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
         self._keeper_due: Optional[float] = None
-        self._buffer = bytearray(_wire.HEADER.size + _wire.BODY_BYTES_MAX + 1)
+        self._buffer = bytearray(_wire.FRAME_BYTES_MAX + 1)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
+        #: Bytes of small tensors that one request has room for.
+        self.payload_room = _wire.payload_room(sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
         reply = self.call(Op.HELLO, {"protocol": _wire.PROTOCOL, "client": name})
         if reply.op != Op.WELCOME:
             raise ProtocolError(f"HELLO was answered by op {reply.op}")
@@ -100,7 +102,7 @@ class Connection:
         path = str(directory / "data.sock")
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            _connect(sock, path)
+            _address.connect(sock, path)
             return cls(sock, name, renew)
         except OSError as error:
             sock.close()
@@ -122,7 +124,9 @@ class Connection:
         """Sends a request and waits for its OK. ERROR is raised as `RemoteError`."""
         return self.wait(self.request(op, body))
 
-    def request(self, op: Op, body: Mapping[str, Any], abandoned: bool = False) -> Pending:
+    def request(
+        self, op: Op, body: Mapping[str, Any], abandoned: bool = False, payload: Union[bytes, bytearray] = b""
+    ) -> Pending:
         """Sends a request; its reply is to be waited for, or abandoned."""
         self.check()
         many = len(self._dropped) >= _DROPPED_COUNT_MAX or self._dropped_bytes >= _DROPPED_BYTES_MAX
@@ -132,7 +136,7 @@ class Connection:
             pending = self._expect(op, abandoned)
         frame = None
         try:
-            frame = _wire.encode(op, pending.sequence, body)
+            frame = _wire.encode(op, pending.sequence, body, payload=payload)
             with self._sending:
                 self._send(frame)
         except BaseException:
@@ -337,14 +341,14 @@ class Connection:
             try:
                 if cut & _CUT_FLAGS:
                     raise ProtocolError("a frame that is longer, or has more descriptors, than the protocol allows")
-                op, sequence, body = _wire.decode(self._buffer, length)
+                op, sequence, body, payload = _wire.decode(self._buffer, length)
             except ProtocolError as error:
                 # A frame, and perhaps somebody's reply, is lost: no later one could be trusted.
                 incoming.clear()
                 Reply(Op.ERROR, {}, fds).close()
                 self._finish(error)
                 return False
-            self._deliver(op, sequence, body, fds)
+            self._deliver(op, sequence, body, payload, fds)
             return True
         except BlockingIOError:
             return False
@@ -352,7 +356,7 @@ class Connection:
             self._finish(_lost(error))
             return False
 
-    def _deliver(self, op: int, sequence: int, body: Dict[str, Any], fds: List[int]) -> None:
+    def _deliver(self, op: int, sequence: int, body: Dict[str, Any], payload: bytes, fds: List[int]) -> None:
         if sequence == 0:
             self._pushed(op, body)
             self._incoming.clear()
@@ -361,7 +365,7 @@ class Connection:
         with self._lock:
             pending = self._pending.get(sequence)
             if pending is not None and not pending.abandoned:
-                reply = Reply(op, body, [])
+                reply = Reply(op, body, [], payload)
                 # No interrupt comes between these three: else it would be handed on twice.
                 reply.fds = fds
                 pending.reply = reply
@@ -565,18 +569,6 @@ _GONE_TEXT = (
 
 def _lost(error: OSError) -> DisconnectedError:
     return DisconnectedError(f"{_GONE_TEXT} ({error})")
-
-
-def _connect(sock: socket.socket, path: str) -> None:
-    if len(os.fsencode(path)) < 108:
-        sock.connect(path)
-        return
-    # A socket's address has room for 107 bytes.
-    directory = os.open(os.path.dirname(path), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
-    finally:
-        os.close(directory)
 
 
 def _keep(reference: "weakref.ref[Connection]", bell: "queue.SimpleQueue[Optional[str]]") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -16,8 +16,8 @@ from ._connection import Connection
 from ._errors import ProtocolError, RemoteError
 from ._pages import HUGE_MIN_BYTES, Pages
 from ._parameters import parameter
-from ._reply import Pending, Reply
-from ._wire import Flight, Kernel, Op, SegmentMapping, Tensor, leases_in, milliseconds
+from ._reply import Grant, Pending, Reply
+from ._wire import ALIGN_BYTES, Flight, Kernel, Op, SegmentMapping, Tensor, milliseconds
 
 VERSION = "0.1.0"
 #: Segments that are kept for the next array that has to be copied in: at most so many, of so many bytes in all.
@@ -35,7 +35,8 @@ _STILL_WRITABLE_INTERVAL = 0.002
 class ClientStats:
     """What this side of a session counted."""
 
-    #: Tensor bytes that were copied into segments because they were not in one, or out of one to be numpy's truth values.
+    #: Tensor bytes that were copied: into segments or frames because they were not in a segment, out of frames, or to be numpy's
+    #: truth values.
     copied_bytes: int
     #: Calls that were sent.
     calls: int
@@ -50,6 +51,14 @@ class _Scratch:
     key: Tuple[str, Tuple[int, ...]]
     segment: Segment
     array: "np.ndarray[Any, Any]"
+
+
+@dataclass
+class _Copies:
+    """What a call copies of its inputs: small ones into its frame, others into segments."""
+
+    payload: bytearray = field(default_factory=bytearray)
+    scratch: List[_Scratch] = field(default_factory=list)
 
 
 def connect(
@@ -96,6 +105,11 @@ class Session:
     def move_min_bytes(self) -> int:
         """From this size on a kernel works on a tensor's own pages; smaller tensors are copied by the host, which is faster."""
         return int(self._connection.welcome.get("move_min_bytes", 0))
+
+    @property
+    def inline_bytes(self) -> int:
+        """Up to this size a call's ordinary arrays and results travel in its frames and need no segments; 0: none do."""
+        return int(self._connection.welcome.get("inline_bytes", 0))
 
     @property
     def draining(self) -> Optional[float]:
@@ -147,9 +161,9 @@ class Session:
     def _create(
         self, tensors: Sequence[Tuple[str, str, Tuple[int, ...]]]
     ) -> Tuple[Segment, List["np.ndarray[Any, Any]"]]:
-        wanted = [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in tensors]
-        reply = self._connection.call(Op.CREATE, self._with_lease({"tensors": wanted}, None))
-        with _Grant(self._connection, reply) as grant:
+        wanted = {"tensors": [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in tensors]}
+        reply = self._connection.call(Op.CREATE, self._with_lease(wanted, None))
+        with Grant(self._connection, reply) as grant:
             segment, memory = self._place(grant, reply.body, 0, writable=True)
         for tensor in segment.mapping.tensors:
             if tensor.length >= HUGE_MIN_BYTES:
@@ -160,9 +174,7 @@ class Session:
         segment.filling = [weakref.ref(array) for array in arrays]
         return segment, arrays
 
-    def _place(
-        self, grant: "_Grant", granted: Mapping[str, Any], index: Any, writable: bool
-    ) -> Tuple[Segment, memoryview]:
+    def _place(self, grant: Grant, granted: Mapping[str, Any], index: Any, writable: bool) -> Tuple[Segment, memoryview]:
         """Maps a segment that a reply grants, of the descriptor with that index."""
         mapping = SegmentMapping.read(granted.get("mapping"))
         lease, expires_ms = granted.get("lease"), granted.get("expires_ms")
@@ -189,7 +201,7 @@ class Session:
     def put(self, name: str, x: Any, *, replace: bool = False) -> None:
         """Makes `x` a flight: other programs find it by that name, and it lives on without this session.
 
-        An array of `empty` or a call's result is published as it is (`publish`); any other array is copied once. A
+        An array of `empty` or a call's result in a segment is published as it is (`publish`); any other array is copied once. A
         table (pyarrow, pandas, polars) or a mapping from names to arrays becomes a flight with a tensor for each column
         or entry; `"name#tensor"` names one of them.
 
@@ -209,21 +221,27 @@ class Session:
             columns = found
             if not columns:
                 raise ValueError(f"table {name!r} has no columns; a flight has at least one")
-        wanted = [(column, _dtypes.to_name(values.dtype), values.shape) for column, values in columns]
-        segment, arrays = self._create(wanted)
-        for array, (_, values) in zip(arrays, columns):
+        self._put(name, [(column, _dtypes.to_name(values.dtype), values) for column, values in columns], replace)
+
+    def _put(self, name: str, tensors: Sequence[Tuple[str, str, "np.ndarray[Any, Any]"]], replace: bool) -> None:
+        """Publishes copies of these, each with its name and dtype."""
+        segment, arrays = self._create([(tensor, dtype, values.shape) for tensor, dtype, values in tensors])
+        for array, (_, _, values) in zip(arrays, tensors):
             self._copy(array, values)
         self._publish(name, segment, replace)
 
     def publish(self, name: str, x: Union[Array, "np.ndarray[Any, Any]"], *, replace: bool = False) -> None:
-        """`put` without a copy, for an array of `empty` or a call's result.
+        """`put` without a copy, for an array of `empty` or a call's result. (One that came in the reply is copied, and counted.)
 
         From then on the array of `empty` is read-only. A writable view that was taken of it before no longer writes to
         the flight.
         """
         if isinstance(x, Array):
-            x._usable()
-            self._publish(name, x._segment, replace)
+            memory = x._usable()
+            if x._segment is not None:
+                self._publish(name, x._segment, replace)
+            else:
+                self._put(name, [(x.name, x.dtype_name, view_of(memory, x._tensor))], replace)
             return
         found = self._placed.find(_foreign.as_numpy(x, f"tensor {name!r}"))
         if found is None:
@@ -260,14 +278,14 @@ class Session:
         """
         flight, _, tensor = name.partition("#")
         reply = self._connection.call(Op.MAP, self._with_lease({"name": flight}, lease))
-        with _Grant(self._connection, reply) as grant:
+        with Grant(self._connection, reply) as grant:
             segment, memory = self._place(grant, reply.body, 0, writable=False)
         tensors = segment.mapping.tensors
         if tensor:
-            return Array(segment, segment.mapping.tensor(tensor), memory)
+            return Array(self._placed, segment, segment.mapping.tensor(tensor), memory)
         if len(tensors) == 1:
-            return Array(segment, tensors[0], memory)
-        return Arrays([(tensor.name, Array(segment, tensor, memory)) for tensor in tensors])
+            return Array(self._placed, segment, tensors[0], memory)
+        return Arrays([(tensor.name, Array(self._placed, segment, tensor, memory)) for tensor in tensors])
 
     def lookup(self, name: str) -> Flight:
         """What a flight is, without mapping it; `RemoteError` with `FLIGHT_NOT_FOUND` if there is none."""
@@ -319,6 +337,7 @@ class Session:
         deadline: Optional[float] = None,
         lease: Optional[float] = None,
         limits: Optional[Mapping[str, int]] = None,
+        inline_bytes: Optional[int] = None,
         verify: bool = False,
         request_id: Optional[str] = None,
         idempotency_key: Optional[str] = None,
@@ -327,16 +346,18 @@ class Session:
         """Sends a call and returns at once; `Call.result` waits for it, `Call.cancel` ends it.
 
         Inputs, by position or by port in `inputs`: an array of `empty` or a result (no copy), a flight's name
-        (`"x"`, `"x#tensor"`), or any other array or list of numbers (one copy, counted in `client_stats`).
+        (`"x"`, `"x#tensor"`), or any other array or list of numbers (one copy, counted in `client_stats`: up to
+        `Session.inline_bytes` into the request itself).
 
         Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
         are listed. `axis` is 0-based and row-major, as numpy's, and not negative.
 
         `publish`: names for outputs, by port; `replace`: even if other flights have them. `seal`: outputs are sealed for good.
-        `map`: whether outputs are mapped here; if not, publish them all. `deadline`: seconds from the host's receipt.
-        `lease`: life of the outputs' leases in seconds. `limits`: lower than the host's own. `verify`: fill
-        `CallInfo.pages`. `request_id`: id of the call in the host's log. `idempotency_key`: a repeat within a minute
-        gets the same results without another run.
+        `map`: whether outputs in segments are mapped here; if not, publish them all. `deadline`: seconds from the host's
+        receipt. `lease`: life of the outputs' leases in seconds. `limits`: lower than the host's own. `inline_bytes`: the
+        largest output that may come in the reply and not in a segment, `Session.inline_bytes` if None; 0: none may. `verify`:
+        fill `CallInfo.pages`. `request_id`: id of the call in the host's log. `idempotency_key`: a repeat within a
+        minute gets the same results without another run.
 
         Raises `TypeError` or `ValueError` for arguments that no kernel could take; `RemoteError`s come with the result.
         """
@@ -344,9 +365,9 @@ class Session:
         given = dict(inputs or {})
         if args:
             given.update(self._by_position(kernel, args, given))
-        scratch: List[_Scratch] = []
+        copies = _Copies()
         body: Dict[str, Any] = {"kernel": kernel}
-        body["inputs"] = {port: self._input(port, value, scratch) for port, value in given.items()}
+        body["inputs"] = {port: self._input(port, value, copies) for port, value in given.items()}
         both = {**(parameters or {}), **more_parameters}
         if both:
             body["parameters"] = {key: parameter(key, value) for key, value in both.items()}
@@ -361,14 +382,17 @@ class Session:
             body["deadline_ms"] = milliseconds(deadline)
         if limits:
             body["limits"] = dict(limits)
+        inline_bytes = self.inline_bytes if inline_bytes is None else int(inline_bytes)
+        if inline_bytes:
+            body["inline_bytes"] = inline_bytes
         if request_id is not None:
             body["request_id"] = request_id
         if idempotency_key is not None:
             body["idempotency_key"] = idempotency_key
-        pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease))
+        pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease), payload=copies.payload)
         with self._lock:
             self._calls += 1
-        return Call(self, kernel, pending, given, scratch)
+        return Call(self, kernel, pending, given, copies.scratch)
 
     def _by_position(self, kernel: str, args: Sequence[Any], given: Mapping[str, Any]) -> Dict[str, Any]:
         ports = self._ports.get(kernel)
@@ -389,12 +413,14 @@ class Session:
             raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given by position and by name")
         return dict(zip(ports, args))
 
-    def _input(self, port: str, value: Any, scratch: List[_Scratch]) -> Any:
+    def _input(self, port: str, value: Any, copies: _Copies) -> Any:
         if isinstance(value, str):
             return value
         if isinstance(value, Array):
-            value._usable()
-            return self._by_segment(value._segment, value._tensor)
+            memory = value._usable()
+            if value._segment is not None:
+                return self._by_segment(value._segment, value._tensor)
+            return self._copied(value.dtype_name, view_of(memory, value._tensor), copies)
         # What is in a segment has a dtype that tensors have.
         found = self._placed.find(value) if type(value) is np.ndarray else None
         if found is None:
@@ -402,8 +428,18 @@ class Session:
             found = self._placed.find(array)
         if found is not None:
             return self._by_segment(*found)
-        copy = self._take_scratch(_dtypes.to_name(array.dtype), array.shape)
-        scratch.append(copy)
+        return self._copied(_dtypes.to_name(array.dtype), array, copies)
+
+    def _copied(self, dtype: str, array: "np.ndarray[Any, Any]", copies: _Copies) -> Dict[str, Any]:
+        payload, length = copies.payload, array.nbytes
+        offset = -(-len(payload) // ALIGN_BYTES) * ALIGN_BYTES
+        if length <= self.inline_bytes and offset + length <= self._connection.payload_room:
+            payload += bytes(offset - len(payload))
+            payload += array.astype(_dtypes.to_numpy(dtype), copy=False).tobytes()
+            self._count_copied(length)
+            return {"inline": {"dtype": dtype, "shape": array.shape, "offset": offset, "length": length}}
+        copy = self._take_scratch(dtype, array.shape)
+        copies.scratch.append(copy)
         self._copy(copy.array, array)
         return {"segment": copy.segment.mapping.segment}
 
@@ -417,8 +453,11 @@ class Session:
 
     def _copy(self, into: "np.ndarray[Any, Any]", array: "np.ndarray[Any, Any]") -> None:
         np.copyto(into, array, casting="equiv")
+        self._count_copied(into.nbytes)
+
+    def _count_copied(self, size: int) -> None:
         with self._lock:
-            self._copied_bytes += into.nbytes
+            self._copied_bytes += size
 
     def _take_scratch(self, dtype: str, shape: Tuple[int, ...]) -> _Scratch:
         key = (dtype, shape)
@@ -446,13 +485,23 @@ class Session:
     def _results(self, reply: Reply) -> Union[Array, Arrays]:
         info = LazyInfo(reply.body)
         arrays: List[Tuple[str, Array]] = []
-        with _Grant(self._connection, reply) as grant:
+        with Grant(self._connection, reply) as grant:
             for result in reply.body["results"]:
-                if result.get("fd") is None:
+                port, inline = str(result["port"]), result.get("inline")
+                if (inline is None) == (result.get("mapping") is None):
+                    raise ProtocolError(f"result {port!r} is to be in a segment or in the reply: {result!r}")
+                segment: Optional[Segment] = None
+                if inline is not None:
+                    tensor, memory = Tensor.read_inline(port, inline, reply.payload), memoryview(reply.payload)
+                    # Out of the frame.
+                    self._count_copied(tensor.length)
+                elif result.get("fd") is not None:
+                    segment, memory = self._place(grant, result, result["fd"], writable=False)
+                    tensor = segment.mapping.tensor(port)
+                else:
+                    # Published, and not mapped.
                     continue
-                segment, memory = self._place(grant, result, result["fd"], writable=False)
-                tensor = segment.mapping.tensor(str(result["port"]))
-                arrays.append((tensor.name, Array(segment, tensor, memory, info)))
+                arrays.append((port, Array(self._placed, segment, tensor, memory, info)))
         return arrays[0][1] if len(arrays) == 1 else Arrays(arrays, info)
 
 
@@ -542,33 +591,6 @@ class Call:
         """Asks the host to end the call, from any thread; returns at once. Without effect once it is answered."""
         if not self.done():
             self._session._connection.cancel(self._pending)
-
-
-class _Grant:
-    """A reply's descriptors and leases: at the end of the `with` block, those that nobody took are closed and given back."""
-
-    def __init__(self, connection: Connection, reply: Reply) -> None:
-        self._connection = connection
-        self._reply = reply
-        self.leases = set(leases_in(reply.body))
-
-    def fd(self, index: Any) -> int:
-        """The descriptor of that index; it stays the reply's."""
-        if not isinstance(index, int) or not 0 <= index < len(self._reply.fds):
-            raise ProtocolError(f"descriptor {index!r} of a reply that has {len(self._reply.fds)}")
-        return self._reply.fds[index]
-
-    def keep(self, index: int) -> int:
-        """The descriptor of that index; it is the caller's from now on."""
-        fd, self._reply.fds[index] = self._reply.fds[index], -1
-        return fd
-
-    def __enter__(self) -> "_Grant":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._reply.close()
-        self._connection.drop(list(self.leases))
 
 
 def _kernel_key(entry: Mapping[str, Any]) -> str:

@@ -16,9 +16,14 @@ PROTOCOL = 2
 HEADER = struct.Struct("<2sBBIII16s8sB3sI")
 MAGIC = b"ST"
 BODY_BYTES_MAX = 61440
+PAYLOAD_BYTES_MAX = 131072
+FRAME_BYTES_MAX = HEADER.size + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX
 FDS_MAX = 16
-#: Tensors start on page boundaries; this much of it is enough for every element type.
+#: Tensors start on multiples of this, in segments (where it is a whole page) and in payloads.
 ALIGN_BYTES = 64
+AXES_MAX = 8
+#: Of a socket's buffer, what Linux needs itself: no packet is longer than the rest.
+_SOCKET_OWN_BYTES = 32
 
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, check_circular=False, separators=(",", ":"))
 _DECODE = json.JSONDecoder().raw_decode
@@ -62,18 +67,29 @@ class TraceContext(NamedTuple):
 NO_TRACE = TraceContext()
 
 
-def encode(op: int, sequence: int, body: Mapping[str, Any], trace: TraceContext = NO_TRACE) -> bytes:
+def payload_room(send_buffer_bytes: int) -> int:
+    """Bytes of payload that a frame with the longest body has room for, on a socket with such a send buffer."""
+    return max(0, min(PAYLOAD_BYTES_MAX, send_buffer_bytes - _SOCKET_OWN_BYTES - HEADER.size - BODY_BYTES_MAX))
+
+
+def encode(
+    op: int, sequence: int, body: Mapping[str, Any], trace: TraceContext = NO_TRACE, payload: Union[bytes, bytearray] = b""
+) -> bytes:
     """A whole frame; `ValueError` if the body does not fit into one."""
     text = _ENCODER.encode(body).encode() if body else b""
     if len(text) > BODY_BYTES_MAX:
         raise ValueError(
             f"a request of {len(text)} bytes; at most {BODY_BYTES_MAX} fit into a frame: shorten its lists or names"
         )
-    return HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), 0, *trace, b"", 0) + text
+    header = HEADER.pack(MAGIC, PROTOCOL, op, sequence, len(text), len(payload), *trace, b"", 0)
+    return b"".join((header, text, payload))
 
 
-def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tuple[int, int, Dict[str, Any]]:
-    """Op, sequence and body of a frame, which may be the first `length` bytes of more; `ProtocolError` if it is malformed."""
+def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tuple[int, int, Dict[str, Any], bytes]:
+    """Op, sequence, body and payload of a frame, which may be the first `length` bytes of more.
+
+    Raises `ProtocolError` if it is malformed.
+    """
     length = len(frame) if length is None else length
     # What is of another version is told so, however long its header is.
     if length > 2 and (frame[:2] != MAGIC or frame[2] != PROTOCOL):
@@ -89,16 +105,23 @@ def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tupl
             f"a frame whose header says {body_bytes} bytes of body and {payload_bytes} of payload, "
             f"and that has {length - HEADER.size}"
         )
-    if payload_bytes or flags or reserved != bytes(3):
+    if body_bytes > BODY_BYTES_MAX or payload_bytes > PAYLOAD_BYTES_MAX:
         raise ProtocolError(
-            f"a frame with {payload_bytes} bytes of payload, reserved bytes {reserved!r} and flags {flags:#x}; "
-            f"all of them are 0 in version {PROTOCOL}"
+            f"a frame with {body_bytes} bytes of body and {payload_bytes} of payload; at most {BODY_BYTES_MAX} and "
+            f"{PAYLOAD_BYTES_MAX} are allowed"
         )
+    if payload_bytes and op not in (Op.INVOKE, Op.OK):
+        raise ProtocolError(f"a frame of op {op} with {payload_bytes} bytes of payload; only INVOKE and the OK to it have any")
+    if flags or reserved != bytes(3):
+        raise ProtocolError(
+            f"a frame with reserved bytes {reserved!r} and flags {flags:#x}; all of them are 0 in version {PROTOCOL}"
+        )
+    body_end = HEADER.size + body_bytes
     body: Any = {}
     if body_bytes:
         try:
             # `json.loads` without its search for another encoding and for white space around.
-            text = frame[HEADER.size : length].decode()
+            text = frame[HEADER.size : body_end].decode()
             body, end = _DECODE(text)
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"a frame whose body is not JSON: {error!r}") from None
@@ -106,18 +129,18 @@ def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tupl
             raise ProtocolError(f"a frame whose body is not JSON: it has {len(text) - end} characters behind its end")
     if not isinstance(body, dict):
         raise ProtocolError(f"a frame whose body is {type(body).__name__}, not an object")
-    return op, sequence, body
+    return op, sequence, body, memoryview(frame)[body_end:length].tobytes() if payload_bytes else b""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies in its segment; row-major and contiguous."""
+    """Where a tensor lies in its segment, or in the payload of a frame; row-major and contiguous."""
 
     name: str
     #: The protocol's name: `"float64"`.
     dtype: str
     shape: Tuple[int, ...]
-    #: Bytes from the start of the segment.
+    #: Bytes from the start of the segment or payload.
     offset: int
     #: Bytes.
     length: int
@@ -127,6 +150,33 @@ class Tensor:
         return cls(
             str(body["name"]), str(body["dtype"]), tuple(map(int, body["shape"])), int(body["offset"]), int(body["length"])
         )
+
+    @classmethod
+    def read_inline(cls, port: str, body: Any, payload: bytes) -> "Tensor":
+        """What the host says about a result in a payload, held against that."""
+        try:
+            tensor = cls.read({**body, "name": port})
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ProtocolError(f"malformed inline result {port!r}: {error!r}") from None
+        wrong = tensor.misfit(len(payload))
+        if wrong is not None:
+            raise ProtocolError(f"inline result {port!r}: {wrong}")
+        return tensor
+
+    def misfit(self, size: int) -> Optional[str]:
+        """Why it cannot lie in a segment or payload of so many bytes."""
+        itemsize = _dtypes.SIZES.get(self.dtype)
+        if itemsize is None:
+            return f"its dtype {self.dtype!r} is not known"
+        if len(self.shape) > AXES_MAX:
+            return f"it has {len(self.shape)} axes, at most {AXES_MAX} are allowed"
+        if min(self.shape, default=0) < 0 or self.length != math.prod(self.shape) * itemsize:
+            return f"{self.dtype} {list(self.shape)} is not {self.length} bytes long"
+        if self.offset < 0 or self.offset + self.length > size:
+            return f"{self.length} bytes at {self.offset}, where there are {size} in all"
+        if self.length and self.offset % ALIGN_BYTES:
+            return f"it is at {self.offset}, no multiple of {ALIGN_BYTES}"
+        return None
 
 
 @dataclass(frozen=True)
@@ -147,27 +197,15 @@ class SegmentMapping:
             mapping = cls(
                 str(body["segment"]), int(body["bytes"]), str(body["writers"]), tuple(map(Tensor.read, body["tensors"]))
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ProtocolError(f"malformed mapping: {error!r}") from None
         if version != 1:
             raise ProtocolError(f"mapping of segment {mapping.segment}: its version is {version}, known is 1")
         for tensor in mapping.tensors:
-            mapping._check(tensor)
+            wrong = tensor.misfit(mapping.bytes)
+            if wrong is not None:
+                raise ProtocolError(f"tensor {tensor.name!r} of segment {mapping.segment}: {wrong}")
         return mapping
-
-    def _check(self, tensor: Tensor) -> None:
-        wrong = None
-        size = _dtypes.SIZES.get(tensor.dtype)
-        if size is None:
-            wrong = f"its dtype {tensor.dtype!r} is not known"
-        elif min(tensor.shape, default=0) < 0 or tensor.length != math.prod(tensor.shape) * size:
-            wrong = f"{tensor.dtype} {list(tensor.shape)} is not {tensor.length} bytes long"
-        elif tensor.offset < 0 or tensor.offset + tensor.length > self.bytes:
-            wrong = f"{tensor.length} bytes at {tensor.offset}, the segment has {self.bytes} in all"
-        elif tensor.length and tensor.offset % ALIGN_BYTES:
-            wrong = f"it is at {tensor.offset}, no multiple of {ALIGN_BYTES}"
-        if wrong is not None:
-            raise ProtocolError(f"tensor {tensor.name!r} of segment {self.segment}: {wrong}")
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of that name; `KeyError` with those that there are."""

@@ -25,7 +25,7 @@ class Driver:
     def connect(self, address, renew=True):
         self.close()
         self.session = strait.connect(address, renew=renew)
-        return {"host_id": self.session.host_id, "move_min_bytes": self.session.move_min_bytes}
+        return {"host_id": self.session.host_id, "move_min_bytes": self.session.move_min_bytes, "inline_bytes": self.session.inline_bytes}
 
     def close(self):
         if self.session is not None:
@@ -63,7 +63,7 @@ class Driver:
         session = self.session
         keep = fields.pop("as", {})
         given = {port: self.handles[x["handle"]] if isinstance(x, dict) else x for port, x in inputs.items()}
-        options = {key: fields[key] for key in ("parameters", "replace", "verify", "request_id") if key in fields}
+        options = {key: fields[key] for key in ("parameters", "replace", "verify", "request_id", "inline_bytes") if key in fields}
         options.update(deadline=seconds(fields.get("deadline_ms")), lease=seconds(fields.get("lease_ms")))
         before = session.client_stats().copied_bytes
         times, result, call = [], None, None
