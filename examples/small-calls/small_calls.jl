@@ -5,7 +5,7 @@ using Strait
 const ELEMENTS = 128
 const WARM_CALLS = 200
 
-"One whole cycle: the kernel, its result mapped, read and given back."
+"One whole cycle: the kernel, its result read and given back."
 function cycle(session, x, i)
     begun = time_ns()
     x[1] = i

@@ -13,7 +13,7 @@ WARM_CALLS = 200
 
 
 def cycle(session: strait.Session, x: "np.ndarray[Any, Any]", i: int) -> float:
-    """One whole cycle: the kernel, its result mapped, read and given back. Answers microseconds."""
+    """One whole cycle: the kernel, its result read and given back. Answers microseconds."""
     begun = time.perf_counter_ns()
     x[0] = i
     with session.call("scale-shift", x, a=2, b=1) as y:

@@ -301,7 +301,8 @@ def test_small_tensors_travel_in_frames(driver, bench, dtype):
         assert place(answer["outputs"]["y"]) == (0, 0), "a small result has a segment"
         assert answer["client_copied_bytes"] == 2 * x.nbytes, "into a frame and out of one"
         assert framed(driver) == (before[0] + x.nbytes, before[1] + x.nbytes)
-        assert driver.do("stats")["stats"]["segments"] == segments, "a small call made a segment"
+        # What earlier tests let go of may end meanwhile.
+        assert driver.do("stats")["stats"]["segments"] <= segments, "a small call made a segment"
 
         # It goes on in a frame, and is published by a copy.
         first = answer["handles"]["y"]

@@ -1,20 +1,12 @@
-"""Small tensors that travel in the frames, against a real host and against a scripted one that lies."""
+"""Small tensors that travel in the frames, against a real host."""
 
 import copy
-import gc
 import math
-import os
-import threading
 
 import numpy as np
 import pytest
 
 import strait
-from strait import _wire
-from strait._connection import Connection
-from strait._session import Session
-from strait._wire import Op
-from test_connection import Peer
 
 pa = pytest.importorskip("pyarrow")
 
@@ -37,7 +29,7 @@ def test_a_small_call_makes_no_segment(session):
     assert session.client_stats() == strait.ClientStats(copied_bytes=3 * 2 * 1024, calls=3, mappings=0, huge_bytes=0)
 
 
-def test_what_is_larger_goes_into_segments(session):
+def test_what_is_larger_goes_into_segments(session, address):
     most = session.inline_bytes
     assert most > 0
     for size, mappings in [(most, 0), (most + 8, 2)]:
@@ -47,7 +39,7 @@ def test_what_is_larger_goes_into_segments(session):
         assert session.client_stats().mappings == mappings
     small = np.ones(4)
     for asked, mappings in [(32, 0), (31, 1), (0, 1), (np.int64(32), 0)]:
-        with strait.connect(f"unix://{os.path.dirname(session._connection._socket.getpeername())}") as other:
+        with strait.connect(address) as other:
             y = other.call("scale-shift", small, inline_bytes=asked)
             np.testing.assert_array_equal(y, small)
             assert other.client_stats().mappings == mappings
@@ -107,15 +99,3 @@ def test_a_small_result_is_published_by_a_copy(session):
     named = session.call("scale-shift", [1.0, 2.0], publish={"y": "named"})
     assert session.client_stats().mappings == 1 and named.info.published == {"y": "named"}
     session.delete("named")
-
-
-def scripted(send_buffer_bytes=None, **welcome):
-    ours, theirs = __import__("socket").socketpair(__import__("socket").AF_UNIX, __import__("socket").SOCK_SEQPACKET)
-    if send_buffer_bytes is not None:
-        ours.setsockopt(1, 7, send_buffer_bytes)
-    peer = Peer(theirs)
-    hello = threading.Thread(target=lambda: peer.say(Op.WELCOME, peer.expect(Op.HELLO)[0], welcome))
-    hello.start()
-    session = Session(Connection(ours, "test/1", True), None)
-    hello.join()
-    return peer, session

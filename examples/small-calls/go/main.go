@@ -66,7 +66,7 @@ type figures struct {
 	P99    float64 `json:"p99_us"`
 }
 
-// call is one whole cycle: the kernel, its result mapped, read and given back.
+// call is one whole cycle: the kernel, its result read and given back.
 func call(ctx context.Context, c *strait.Client, x strait.TensorOf[float64]) error {
 	result, err := c.Call(ctx, "scale-shift", strait.Inputs{"x": x}, strait.Param("a", 2), strait.Param("b", 1))
 	if err != nil {

@@ -98,9 +98,10 @@ fn small_elements_go_into_the_frame_and_come_in_it() {
 
 /// Grants a segment and its name.
 fn published(peer: &Peer, what: &str) {
-    let made = segment("a1", "name", &[0.0, 0.0], "anyone");
+    let made = segment("a1", what, &[0.0, 0.0], "anyone");
     let asked = peer.expect(Op::Create);
     assert_eq!(asked.body["tensors"][0]["shape"], json!([2]), "{what}");
+    assert_eq!(asked.body["tensors"][0]["name"], what);
     peer.grant(&asked, &made, 3, 60_000);
     let asked = peer.expect(Op::Publish);
     let mut mapping = made.mapping.clone();

@@ -38,7 +38,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// One whole cycle: the kernel, its result mapped, read and given back.
+/// One whole cycle: the kernel, its result read and given back.
 fn cycle(client: &Client, x: &mut OpenSegment, first: f64) -> Result<Duration, Box<dyn Error>> {
     let begun = Instant::now();
     x.tensor_mut::<f64>("x")?[0] = first;
