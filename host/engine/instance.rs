@@ -30,6 +30,8 @@ const INSTANTIATED: &str = "there is no instance without its regions";
 pub(super) struct Made {
     guest: Guest,
     store: Store<State>,
+    /// Of its memory, in its first state.
+    bytes: u64,
 }
 
 impl Made {
@@ -58,8 +60,10 @@ impl Made {
         let memory = made
             .pop()
             .ok_or_else(|| STAGE.broken_contract("the plugin has no linear memory of its own"))?;
+        let bytes = memory.size() as u64;
         store.data_mut().regions = Some(Regions::new(memory));
         Ok(Self {
+            bytes,
             guest: plugin.strait_kernel_kernels().clone(),
             store,
         })
@@ -67,8 +71,7 @@ impl Made {
 
     /// Bytes of its memory.
     pub(super) fn memory_bytes(&self) -> u64 {
-        let regions = self.store.data().regions.as_ref();
-        regions.expect(INSTANTIATED).memory().size() as u64
+        self.bytes
     }
 
     /// The same for a call that has `state`, and that `leash` ends.
@@ -167,6 +170,11 @@ impl Instance {
             )));
         }
         Ok(refused(failure.error, failure.diagnostic))
+    }
+
+    /// Bytes that its memory had before anybody called it.
+    pub(super) fn first_bytes(&self) -> u64 {
+        self.made.memory_bytes()
     }
 
     pub(super) fn regions(&self) -> &Regions {

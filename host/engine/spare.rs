@@ -22,6 +22,8 @@ use crate::plugin::PluginHash;
 /// Of one plugin, and of all: more calls at a time make their own.
 const EACH_MAX: usize = 4;
 const ALL_MAX: usize = 16;
+/// Memory of all of them, in bytes: it counts with what the calls of this process may have.
+const BYTES_MAX: u64 = 16 << 20;
 /// An instance that took longer is made by the call that needs it, which its deadline ends.
 const SECONDS_MAX: f64 = 0.002;
 /// What making one may take, if against expectation it takes long.
@@ -55,12 +57,16 @@ impl Spares {
     fn put(&self, plugin: PluginHash, made: Made) {
         let mut ready = self.ready.lock();
         ready.push_back((plugin, made));
-        let oldest = match ready.len() > ALL_MAX {
-            true => ready.pop_front(),
-            false => None,
-        };
+        let mut bytes: u64 = ready.iter().map(|(_, made)| made.memory_bytes()).sum();
+        let mut oldest = Vec::new();
+        while (ready.len() > ALL_MAX || bytes > BYTES_MAX)
+            && let Some((_, made)) = ready.pop_front()
+        {
+            bytes -= made.memory_bytes();
+            oldest.push(made);
+        }
         drop(ready);
-        // Not under the lock: it is the end of an instance.
+        // Not under the lock: it is the end of instances.
         drop(oldest);
     }
 }
@@ -91,8 +97,9 @@ impl Engine {
             limits,
             seconds,
         } = used;
+        let bytes = instance.first_bytes();
         drop(instance);
-        if seconds > SECONDS_MAX || !self.spares.wants(&plugin) {
+        if seconds > SECONDS_MAX || bytes > BYTES_MAX || !self.spares.wants(&plugin) {
             return;
         }
         match self.make_spare(&compiled, limits) {

@@ -69,6 +69,8 @@ impl Caller {
         answer: Answer,
     ) -> Call {
         let begun = self.host.deadline(&invoke).and_then(|deadline| {
+            // Not only by `check`, which a repeat never comes to.
+            self.inline_room(framed, &invoke)?;
             let key = invoke.idempotency_key.take();
             if let Some(key) = &key {
                 check_id("idempotency_key", key)?;

@@ -148,7 +148,7 @@ impl Caller {
     }
 
     /// Which results are to be bytes in the reply.
-    fn inline_room(
+    pub(super) fn inline_room(
         &self,
         framed: Option<Framed<'_>>,
         invoke: &wire::Invoke,

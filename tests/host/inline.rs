@@ -1,5 +1,7 @@
 //! Small tensors that travel in the frames: no segment, no descriptor, no lease.
 
+use arrow_flight::FlightDescriptor;
+use arrow_flight::flight_service_client::FlightServiceClient;
 use serde_json::{Value, json};
 use strait_client::wire::{self, Op};
 
@@ -317,4 +319,24 @@ fn what_waits_in_the_host_is_charged() {
     host.eventually(&mut watcher, "nothing is charged", |stats| {
         number(stats, "/account/bytes") == 0
     });
+}
+
+#[test]
+fn a_repeat_over_flight_is_refused_what_comes_in_frames() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    let mut keyed = call(json!("x"), 64);
+    keyed["idempotency_key"] = json!("k");
+    let reply = client.ask(Op::Invoke, keyed.clone());
+    assert_eq!(result(&reply), shifted(&ramp(3)));
+    let socket = format!("unix:{}", host.directory().join("flight.sock").display());
+    let refused = tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let endpoint = tonic::transport::Endpoint::from_shared(socket).unwrap();
+        let mut flight = FlightServiceClient::new(endpoint.connect_lazy());
+        let descriptor = FlightDescriptor::new_cmd(keyed.to_string());
+        flight.get_flight_info(descriptor).await
+    });
+    let status = refused.expect_err("Flight has no frames");
+    assert!(status.message().contains("`inline_bytes`"), "{status}");
 }

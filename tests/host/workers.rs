@@ -566,3 +566,32 @@ fn what_a_guest_logs_is_told_by_the_host_as_one_line() {
         assert!(line.contains(part), "{part} in {line}");
     }
 }
+
+#[test]
+fn instances_that_wait_take_no_memory_that_a_run_needs() {
+    // Any two of them at a time have room, and no more.
+    let text = format!(
+        "(memory (export \"memory\") {})\n{}",
+        (24 << 20) / (64 << 10),
+        fs::read_to_string("tests/guests/copies.wat").unwrap()
+    );
+    let names = ["a", "b", "c", "d"];
+    let plugins = names.map(|name| guest::component(name, &text));
+    let settings = [
+        ON,
+        NO_SPARE,
+        ("STRAIT__WORKERS__MEMORY_BYTES", "1"),
+        ("STRAIT__ENGINE__WORKERS", "1"),
+    ];
+    let host = Served::with_plugins(&plugins, &settings);
+    let mut client = host.greeted();
+    put(&mut client, "x", 10);
+    for name in names {
+        let call = json!({"kernel": format!("{name}/k"), "inputs": {"x": "x"}});
+        for _ in 0..2 {
+            client.ask(Op::Invoke, call.clone()).accepted();
+        }
+    }
+    let stats = client.ok(Op::Stats, json!({}));
+    assert_eq!(number(&stats, "/workers/lost"), 0);
+}
