@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
+use super::imports::Log;
 use super::instance::{Instance, Made};
 use super::leash::{Leash, Until};
 use super::limits::{Limits, State};
@@ -109,12 +110,10 @@ impl Engine {
     }
 
     fn make_spare(&self, compiled: &Compiled, limits: Limits) -> Option<Made> {
+        let nobody = Arc::from("-");
+        let mut state = State::new(limits, Arc::clone(&nobody), nobody);
         // A line of its start function would be a call's.
-        let limits = Limits {
-            log_bytes: 0,
-            ..limits
-        };
-        let state = State::new(limits, Arc::from("-"), Arc::from("-"));
+        state.log = Log::nobodys();
         let until = Until {
             deadline: Instant::now() + Duration::from_millis(DEADLINE_MS),
             deadline_ms: DEADLINE_MS,

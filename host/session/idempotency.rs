@@ -77,7 +77,7 @@ impl Fingerprint {
                 ("publish", hash(&invoke.publish)),
                 ("replace", hash(&invoke.replace)),
                 ("seal", hash(&invoke.seal)),
-                ("inline_bytes", hash(&invoke.inline_bytes)),
+                ("inline_bytes", hash(&invoke.inline_bytes.unwrap_or(0))),
                 ("limits", hash(&invoke.limits.unwrap_or_default())),
                 ("verify", hash(&invoke.verify)),
             ],

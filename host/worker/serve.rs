@@ -220,7 +220,8 @@ impl Worker {
                 return;
             }
             if let Some(used) = used {
-                self.engine.renew(used);
+                // As above: it has reported itself, and the lane goes on.
+                let _ = catch_unwind(AssertUnwindSafe(|| self.engine.renew(used)));
             }
         }
     }

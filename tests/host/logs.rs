@@ -2,7 +2,11 @@
 
 use std::process::Command;
 
+use serde_json::json;
+use strait_client::wire::Op;
+
 use crate::guest;
+use crate::served::{Served, put};
 
 /// The log of `strait run` with the guest `forges`.
 fn log_of_a_forger(arguments: &[&str]) -> String {
@@ -54,4 +58,29 @@ fn a_guest_cannot_forge_a_line() {
         .filter(|c| c.is_control() && *c != '\n')
         .collect();
     assert!(controls.is_empty(), "{controls:?} in {log}");
+}
+
+#[test]
+fn what_a_plugin_tells_at_its_start_is_told_of_each_call() {
+    let text = r#"
+(import "strait:kernel/log-sink@0.1.0" "progress" (func $progress (param i64 i64)))
+(start $begin)
+(func $begin (call $progress (i64.const 1) (i64.const 2)))
+(func $run (param i32) (result i32) i32.const 0)"#;
+    let host = Served::with_plugin(&guest::component("begins", text), &[]);
+    let mut client = host.greeted();
+    put(&mut client, "x", 3);
+    for call in ["first-call", "second-call", "third-call"] {
+        let invoke = json!({"kernel": "begins/k", "inputs": {"x": "x"}, "request_id": call});
+        client.ask(Op::Invoke, invoke).accepted();
+        // A worker's lines take a moment.
+        host.eventually(&mut client, "it is told", |_| {
+            let log = host.log();
+            let mut lines = log.lines().filter(|line| line.contains("progress"));
+            lines.any(|line| line.contains(call))
+        });
+    }
+    let log = host.log();
+    let nobodys = log.lines().find(|line| line.contains("request_id=\"-\""));
+    assert_eq!(nobodys, None, "{log}");
 }

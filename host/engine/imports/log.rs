@@ -21,6 +21,8 @@ pub(in super::super) struct Log {
     bytes: u64,
     bytes_max: u64,
     progress_told: Option<Instant>,
+    /// Nobody has asked for anything yet, so that nobody could be told.
+    is_nobodys: bool,
 }
 
 impl Log {
@@ -33,6 +35,15 @@ impl Log {
             bytes: 0,
             bytes_max,
             progress_told: None,
+            is_nobodys: false,
+        }
+    }
+
+    /// Takes no line at all, also about progress.
+    pub(in super::super) fn nobodys() -> Self {
+        Self {
+            is_nobodys: true,
+            ..Self::new(Arc::from("-"), Arc::from("-"), 0)
         }
     }
 
@@ -73,6 +84,10 @@ impl log_sink::Host for State {
 
     fn progress(&mut self, done: u64, total: u64) -> wasmtime::Result<()> {
         let log = &mut self.log;
+        if log.is_nobodys {
+            let (asked, limit) = (LINE_BYTES, 0);
+            return Err(Stop::LogBytes { asked, limit }.into());
+        }
         if log
             .progress_told
             .is_some_and(|told| told.elapsed() < PROGRESS_EVERY)
