@@ -57,7 +57,8 @@ impl Making {
         let mut taken = taken.into_iter();
         let made = planned.into_iter().map(|(column, layout)| Self {
             port: column.name.clone(),
-            room: match layout.zip(taken.next()) {
+            // Pages are taken only for what has a file.
+            room: match layout.and_then(|layout| Some((layout, taken.next()?))) {
                 Some((layout, pages)) => Room::Pages(layout, pages),
                 None => Room::Inline(TensorPlace {
                     name: column.name,

@@ -2,11 +2,13 @@
 
 use arrow_flight::FlightDescriptor;
 use arrow_flight::flight_service_client::FlightServiceClient;
+use std::os::fd::AsFd;
+
 use serde_json::{Value, json};
 use strait_client::wire::{self, Op};
 
 use crate::guest;
-use crate::served::{Frame, Raw, Served, number, numbers, put, ramp, scale_shift};
+use crate::served::{Frame, Raw, Served, number, numbers, put, ramp, read, scale_shift};
 
 const INLINE_BYTES: u64 = 32 << 10;
 
@@ -339,4 +341,64 @@ fn a_repeat_over_flight_is_refused_what_comes_in_frames() {
     });
     let status = refused.expect_err("Flight has no frames");
     assert!(status.message().contains("`inline_bytes`"), "{status}");
+}
+
+/// Copies `x` to `y`, and the first element of `x2` to `y2`; each output has the shape of its input.
+const TWO: &str = "
+(global $shape2 (mut i32) (i32.const 0))
+(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
+  (global.set $shape (i32.load offset=4 (local.get 4)))
+  (global.set $rank (i32.load offset=8 (local.get 4)))
+  (global.set $shape2 (i32.load offset=16 (local.get 4)))
+  (i32.store8 (i32.const 512) (i32.const 0))
+  (i32.store (i32.const 516) (local.get 4))
+  (i32.store (i32.const 520) (local.get 5))
+  i32.const 512)
+(func $extents (result i32)
+  (i32.store (i32.const 560) (global.get $shape))
+  (i32.store (i32.const 564) (global.get $rank))
+  (i32.store (i32.const 568) (global.get $shape2))
+  (i32.store (i32.const 572) (global.get $rank))
+  (i32.store (i32.const 552) (i32.const 560))
+  (i32.store (i32.const 556) (i32.const 2))
+  i32.const 552)
+(func $run (param i32) (result i32)
+  (memory.copy (i32.wrap_i64 (global.get $y)) (i32.wrap_i64 (global.get $x)) (i32.wrap_i64 (global.get $bytes)))
+  (f64.store (i32.wrap_i64 (global.get $y2)) (f64.load (i32.wrap_i64 (global.get $x2))))
+  i32.const 0)";
+
+#[test]
+fn of_several_results_some_come_in_the_reply_whichever_is_first() {
+    let host = Served::with_plugin(&guest::component("two", TWO), &[]);
+    let mut client = host.greeted();
+    let big = ramp(8192);
+    put(&mut client, "big", 8192);
+    let small = inline(2, 0);
+    // Twice each: in a worker the second time finds segments granted ahead.
+    for small_is_first in [true, false, true, false] {
+        let (x, x2) = match small_is_first {
+            true => (small.clone(), json!("big")),
+            false => (json!("big"), small.clone()),
+        };
+        let call =
+            json!({"kernel": "two/k", "inputs": {"x": x, "x2": x2}, "inline_bytes": INLINE_BYTES});
+        let reply = client.ask_inline(Op::Invoke, &call, &bytes(&[4.0, 5.0]));
+        let results = reply.accepted()["results"].clone();
+        let (of_small, of_big) = match small_is_first {
+            true => (&results[0], &results[1]),
+            false => (&results[1], &results[0]),
+        };
+        assert_eq!(number(of_small, "/inline/length"), 16, "{results}");
+        assert_eq!(of_small.get("mapping"), None, "{results}");
+        assert_eq!(of_big.get("inline"), None, "{results}");
+        assert_eq!((&of_big["fd"], reply.fds.len()), (&json!(0), 1));
+        let place = &of_big["mapping"]["tensors"][0];
+        let there = read(reply.fds[0].as_fd(), number(place, "/offset"), 8192);
+        let came = floats(&reply.payload);
+        match small_is_first {
+            true => assert_eq!((came, there[0]), (vec![4.0, 5.0], big[0])),
+            false => assert_eq!((came[0], there), (4.0, big.clone())),
+        }
+        client.ok(Op::Release, json!({"leases": [of_big["lease"]]}));
+    }
 }
