@@ -15,6 +15,7 @@ use super::prepare::{Found, Resolved};
 use super::run::{Call, Run};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Principal, SegmentId};
+use crate::plugin::hex;
 
 /// How long an answer is kept for repeats.
 const KEPT: Duration = Duration::from_secs(60);
@@ -56,7 +57,7 @@ impl Fingerprint {
                         Some((Found::Inline(bytes), _)) => Sha256::digest(bytes),
                         Some((Found::Segment(_), _)) | None => Sha256::digest(b""),
                     };
-                    let elements = (&inline.dtype, &inline.shape, hex(&bytes));
+                    let elements = (&inline.dtype, &inline.shape, hex(&bytes.into()));
                     ("inline", Cow::from(hex(&hash(&elements))), None)
                 }
             };
@@ -107,16 +108,6 @@ fn hash(value: &impl Serialize) -> [u8; 32] {
     // Maps are sorted and all of these came as JSON, so equal values are equal bytes.
     let bytes = serde_json::to_vec(value).unwrap_or_default();
     Sha256::digest(bytes).into()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(2 * bytes.len());
-    for byte in bytes {
-        // A String takes everything.
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 #[derive(Debug)]
@@ -239,10 +230,20 @@ mod tests {
         };
         let invoke = serde_json::json!({"kernel": "k", "inputs": each("x"), "publish": each("y")});
         let invoke = serde_json::from_value(invoke).expect("an INVOKE");
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut config = crate::config::Config::default();
+        config.engine.cache = Some(std::path::PathBuf::new());
+        let host = super::super::Host::start(config, directory.path()).expect("a host");
+        let tensors = serde_json::json!([{"name": "x", "dtype": "int8", "shape": [1]}]);
+        let tensors = serde_json::from_value(tensors).expect("tensors");
+        let (segment, _fd) = host.own_caller().create(tensors).expect("made");
+        let place = segment.tensors()[0].clone();
+        let found = || Ok((Found::Segment(Arc::clone(&segment)), place.clone()));
+        let found: Resolved = (0..COUNT).map(|n| (n.to_string(), found())).collect();
         let begin = Instant::now();
-        let fingerprint = Fingerprint::of(&invoke, &Resolved::new());
+        let fingerprint = Fingerprint::of(&invoke, &found);
         let took = begin.elapsed();
-        assert!(fingerprint.named.is_empty(), "nothing was found");
+        assert_eq!(fingerprint.named.len(), COUNT);
         assert!(took < Duration::from_secs(2), "{took:?}");
     }
 }

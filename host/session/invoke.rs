@@ -69,15 +69,19 @@ impl Caller {
         answer: Answer,
     ) -> Call {
         let begun = self.host.deadline(&invoke).and_then(|deadline| {
-            // Not only by `check`, which a repeat never comes to.
-            self.inline_room(framed, &invoke)?;
+            // Before anything is repeated: a repeat, too, is refused what cannot travel to it.
+            let room = self.inline_room(framed, &invoke)?;
             let key = invoke.idempotency_key.take();
             if let Some(key) = &key {
                 check_id("idempotency_key", key)?;
             }
-            Ok((deadline, key.map(|key| (self.principal().clone(), key))))
+            Ok((
+                deadline,
+                room,
+                key.map(|key| (self.principal().clone(), key)),
+            ))
         });
-        let (mut deadline, key) = match begun {
+        let (mut deadline, room, key) = match begun {
             Ok(begun) => begun,
             Err(status) => {
                 answer.give(Err(status));
@@ -116,7 +120,7 @@ impl Caller {
         });
         let ending = Ending { run, keep };
         match self.check(
-            framed,
+            room,
             invoke,
             inputs,
             deadline,
@@ -173,7 +177,8 @@ impl Caller {
         let inputs = self.resolve_all(None, &invoke);
         let cancel = run.cancel_token();
         let ending = Ending { run, keep: None };
-        match self.check(None, invoke, inputs, deadline, request_id, cancel) {
+        let room = self.inline_room(None, &invoke);
+        match room.and_then(|room| self.check(room, invoke, inputs, deadline, request_id, cancel)) {
             Ok(checked) => {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, deadline, move |_| {

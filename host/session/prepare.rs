@@ -176,7 +176,7 @@ impl Caller {
 
     pub(super) fn check(
         &self,
-        framed: Option<Framed<'_>>,
+        inline: Option<InlineRoom>,
         invoke: wire::Invoke,
         resolved: Resolved,
         deadline: Deadline,
@@ -221,7 +221,6 @@ impl Caller {
             self.host.config.limits.limits(),
             invoke.limits.unwrap_or_default(),
         )?;
-        let inline = self.inline_room(framed, &invoke)?;
         let mut in_frame = 0;
         let (inputs, sources) = declared
             .inputs

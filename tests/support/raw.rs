@@ -108,11 +108,14 @@ impl Raw {
 
     /// Sends a request without waiting; answers its sequence.
     pub fn begin(&mut self, op: Op, body: &Value, fds: &[BorrowedFd<'_>]) -> u32 {
+        self.begin_with(op, body, &[], fds)
+    }
+
+    fn begin_with(&mut self, op: Op, body: &Value, payload: &[u8], fds: &[BorrowedFd<'_>]) -> u32 {
         self.sequence += 1;
-        self.send(
-            &packet(op as u8, self.sequence, body.to_string().as_bytes()),
-            fds,
-        );
+        let body = body.to_string();
+        let packet = packet_with(op as u8, self.sequence, body.as_bytes(), payload);
+        self.send(&packet, fds);
         self.sequence
     }
 
@@ -172,11 +175,7 @@ impl Raw {
 
     /// Sends a request with a payload without waiting; answers its sequence.
     pub fn begin_inline(&mut self, op: Op, body: &Value, payload: &[u8]) -> u32 {
-        self.sequence += 1;
-        let body = body.to_string();
-        let packet = packet_with(op as u8, self.sequence, body.as_bytes(), payload);
-        self.send(&packet, &[]);
-        self.sequence
+        self.begin_with(op, body, payload, &[])
     }
 
     pub fn ask(&mut self, op: Op, body: Value) -> Frame {

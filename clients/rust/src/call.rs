@@ -19,7 +19,7 @@ use crate::segment::{MappedSegment, OpenSegment};
 use crate::session::{Session, check_request_id, milliseconds};
 use crate::tensor::TensorView;
 use crate::wire::{
-    self, Failure, Flight, InlineTensor, Input, Invoke, Limits, NewTensor, Note, Op, Pages, Seconds,
+    self, Failure, Flight, InlineTensor, Input, Invoke, Limits, Note, Op, Pages, Seconds,
 };
 
 /// A call to be sent: [`Client::call`](crate::Client::call) or
@@ -169,12 +169,13 @@ impl<'a, C> Call<'a, C> {
         }
         let each = self.session.welcome().inline_bytes;
         let room = self.session.connection().payload_room();
-        for (port, TensorSpec { dtype, shape }, bytes) in elements {
+        for (port, spec, bytes) in elements {
             let length = bytes.len() as u64;
-            self.session.count_copied(length);
             let input = if each > 0 && length <= each && bytes.len() <= room - payload.len() {
                 let offset = payload.len() as u64;
                 payload.extend_from_slice(bytes);
+                self.session.count_copied(length);
+                let TensorSpec { dtype, shape } = spec;
                 let inline = InlineTensor {
                     dtype,
                     shape,
@@ -183,13 +184,7 @@ impl<'a, C> Call<'a, C> {
                 };
                 Input::Inline { inline }
             } else {
-                let tensor = NewTensor {
-                    name: port.clone(),
-                    dtype,
-                    shape,
-                };
-                let mut segment = self.session.create(&[tensor]).await?;
-                segment.bytes_mut(&port)?.copy_from_slice(bytes);
+                let segment = self.session.filled(&port, &spec, bytes).await?;
                 let id = segment.mapping().segment.clone();
                 segments.push(segment);
                 Input::Segment {

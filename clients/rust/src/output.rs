@@ -7,7 +7,7 @@ use crate::error::Error;
 use crate::segment::MappedSegment;
 use crate::session::Session;
 use crate::tensor::{TensorView, range};
-use crate::wire::{Flight, InlineResult, NewTensor};
+use crate::wire::{Flight, InlineResult};
 
 /// A call's result: pages that this process maps or, of a small one, its elements as the reply brought them.
 #[derive(Debug)]
@@ -114,18 +114,10 @@ impl Session {
         match output {
             Output::Mapped(segment) => self.publish_result(segment, name, replace).await,
             Output::Inline(tensor) => {
-                let TensorSpec { dtype, shape } = tensor.spec().clone();
                 // As of one that has a segment: its tensor is named as the port.
-                let tensor_name = tensor.place.name.clone();
-                let made = NewTensor {
-                    name: tensor_name.clone(),
-                    dtype,
-                    shape,
-                };
-                let mut segment = self.create(&[made]).await?;
-                let bytes = tensor.bytes();
-                segment.bytes_mut(&tensor_name)?.copy_from_slice(bytes);
-                self.count_copied(bytes.len() as u64);
+                let place = &tensor.place;
+                let filled = self.filled(&place.name, &place.spec, tensor.bytes());
+                let mut segment = filled.await?;
                 self.publish(&mut segment, name, replace).await
             }
         }

@@ -94,16 +94,27 @@ impl Session {
                 given,
             });
         }
+        let mut segment = self.filled(name, spec, data).await?;
+        self.publish(&mut segment, name, replace).await
+    }
+
+    /// A segment with a copy of `data`, which is as long as `spec` says, as its one tensor.
+    pub(crate) async fn filled(
+        &self,
+        tensor: &str,
+        spec: &TensorSpec,
+        data: &[u8],
+    ) -> Result<OpenSegment, Error> {
         let TensorSpec { dtype, shape } = spec.clone();
-        let tensor = NewTensor {
-            name: name.to_owned(),
+        let made = NewTensor {
+            name: tensor.to_owned(),
             dtype,
             shape,
         };
-        let mut segment = self.create(&[tensor]).await?;
-        segment.bytes_mut(name)?.copy_from_slice(data);
-        self.count_copied(given);
-        self.publish(&mut segment, name, replace).await
+        let mut segment = self.create(&[made]).await?;
+        segment.bytes_mut(tensor)?.copy_from_slice(data);
+        self.count_copied(data.len() as u64);
+        Ok(segment)
     }
 
     pub(crate) async fn adopt(
