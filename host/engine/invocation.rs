@@ -175,7 +175,9 @@ impl<'a> Opened<'a> {
         let kernel = job.kernel.kernel();
         let of_inputs = job.inputs.iter().map(|input| &input.place.spec);
         let of_outputs = results.iter().map(|making| &making.bound().spec);
+        let rows = call.engine.config.chunk_rows;
         let chunk = Chunk::new(
+            rows.filter(|_| kernel.streaming),
             kernel.inputs.iter().zip(of_inputs),
             kernel.outputs.iter().zip(of_outputs),
         );
