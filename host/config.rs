@@ -1,6 +1,7 @@
 //! Settings: flag > environment (`STRAIT__SECTION__KEY`) > file (TOML) > default.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -260,6 +261,8 @@ impl Quota {
 pub struct EngineSettings {
     /// Tensors from this size on are moved into the guest, smaller ones copied.
     pub move_min_bytes: u64,
+    /// Rows that a kernel gets at a time if it streams; none: all at once.
+    pub chunk_rows: Option<NonZeroU64>,
     /// Check for deadlines and cancels inside kernels that run in the host's own process.
     pub epoch_interruption: bool,
     /// Where compiled plugins are kept; empty: nowhere; none: `strait` in `$XDG_CACHE_HOME` or `~/.cache`.
@@ -274,6 +277,7 @@ impl Default for EngineSettings {
     fn default() -> Self {
         Self {
             move_min_bytes: 512 << 10,
+            chunk_rows: None,
             epoch_interruption: true,
             cache: None,
             workers: None,
@@ -380,6 +384,7 @@ impl Config {
     pub fn engine(&self) -> EngineConfig {
         EngineConfig {
             move_min_bytes: self.engine.move_min_bytes,
+            chunk_rows: self.engine.chunk_rows,
             interruption: match self.engine.epoch_interruption {
                 true => Interruption::Checks,
                 false => Interruption::None,

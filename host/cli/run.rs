@@ -1,6 +1,7 @@
 //! `run`: a kernel on files, on a host of this process's own that nobody else can reach.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -36,6 +37,9 @@ pub(super) struct RunArgs {
     /// Milliseconds that the kernel may take [default: as in the settings, else 30 s].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     deadline_ms: Option<u64>,
+    /// Rows that the kernel gets at a time, if it streams [default: all].
+    #[arg(long, value_name = "ROWS")]
+    chunk_rows: Option<NonZeroU64>,
     /// Settings in TOML, as for `serve`.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -55,6 +59,7 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
     // Who runs it is who set the limit.
     let limits = &mut config.limits;
     limits.deadline_ms_max = limits.deadline_ms_max.max(args.deadline_ms.unwrap_or(0));
+    config.engine.chunk_rows = args.chunk_rows.or(config.engine.chunk_rows);
     let host = private_host(config)?;
     let request_id = host.request_id(args.request_id.as_deref())?;
     on(&host, args, &request_id).map_err(|failure| failure.of_request(&request_id))

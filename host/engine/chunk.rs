@@ -1,6 +1,8 @@
 //! What one `run` sees of each tensor, and what the guest says it did with it: the chunk records of
 //! `wit/kernel.wit` as numbers, without the memory that they lie in.
 
+use std::num::NonZeroU64;
+
 use strait_tensor::TensorSpec;
 
 use crate::plugin::Port;
@@ -20,6 +22,8 @@ struct Track<'a> {
     row_bytes: u64,
     /// Rows consumed or written so far.
     moved: u64,
+    /// Rows up to the end of this chunk; of an output and of what is whole all.
+    there: u64,
 }
 
 impl<'a> Track<'a> {
@@ -37,13 +41,19 @@ impl<'a> Track<'a> {
                 .iter()
                 .fold(spec.dtype.size(), |bytes, size| bytes.saturating_mul(*size)),
             moved: 0,
+            there: rows,
         }
+    }
+
+    /// Whether it comes chunk by chunk.
+    fn is_cut(&self) -> bool {
+        !self.output && !self.whole
     }
 
     fn record(&self) -> [u8; RECORD_BYTES] {
         let offset = self.moved.saturating_mul(self.row_bytes);
         let mut record = [0; RECORD_BYTES];
-        let words = [self.moved, self.rows - self.moved, offset];
+        let words = [self.moved, self.there - self.moved, offset];
         for (to, word) in record.chunks_exact_mut(8).zip(words) {
             to.copy_from_slice(&word.to_le_bytes());
         }
@@ -54,7 +64,7 @@ impl<'a> Track<'a> {
     fn step(&mut self, record: &[u8]) -> Result<u64, String> {
         let mut word = [0; 8];
         word.copy_from_slice(&record[MOVED_AT..MOVED_AT + 8]);
-        let (moved, room) = (u64::from_le_bytes(word), self.rows - self.moved);
+        let (moved, room) = (u64::from_le_bytes(word), self.there - self.moved);
         if moved > room {
             let port = self.port;
             return Err(if self.output {
@@ -71,17 +81,21 @@ impl<'a> Track<'a> {
     }
 }
 
-/// Tensors that come whole: one chunk, which is the last, in one or more steps.
+/// What is there of each tensor, in one or more steps: all of it, or one chunk after the other. Room there is for all
+/// results from the start.
 #[derive(Debug)]
 pub(super) struct Chunk<'a> {
     /// Inputs, then outputs.
     tracks: Vec<Track<'a>>,
     inputs: usize,
+    /// New rows of each input with each chunk; none: all rows are one chunk.
+    rows: Option<NonZeroU64>,
 }
 
 impl<'a> Chunk<'a> {
-    /// The chunk of these inputs and outputs, each in the order of the kernel's ports.
+    /// The first chunk of these inputs and outputs, each in the order of the kernel's ports.
     pub(super) fn new<'s>(
+        rows: Option<NonZeroU64>,
         inputs: impl Iterator<Item = (&'a Port, &'s TensorSpec)>,
         outputs: impl Iterator<Item = (&'a Port, &'s TensorSpec)>,
     ) -> Self {
@@ -90,9 +104,28 @@ impl<'a> Chunk<'a> {
             .collect();
         let count = tracks.len();
         tracks.extend(outputs.map(|(port, spec)| Track::new(port, true, spec)));
+        if let Some(rows) = rows {
+            for track in tracks.iter_mut().filter(|track| track.is_cut()) {
+                track.there = track.rows.min(rows.get());
+            }
+        }
         Self {
             tracks,
             inputs: count,
+            rows,
+        }
+    }
+
+    /// Whether no rows come after it.
+    pub(super) fn is_last(&self) -> bool {
+        self.tracks.iter().all(|track| track.there == track.rows)
+    }
+
+    /// Goes on to the next chunk: what was not consumed, and the next rows.
+    pub(super) fn advance(&mut self) {
+        let rows = self.rows.map_or(u64::MAX, NonZeroU64::get);
+        for track in self.tracks.iter_mut().filter(|track| track.is_cut()) {
+            track.there = track.rows.min(track.there.saturating_add(rows));
         }
     }
 
@@ -185,6 +218,7 @@ mod tests {
         let (x, taps, y) = (port("x", false), port("taps", true), port("y", false));
         let (of_x, of_taps, of_y) = (spec(&[10, 3]), spec(&[4]), spec(&[7]));
         let mut chunk = Chunk::new(
+            None,
             [(&x, &of_x), (&taps, &of_taps)].into_iter(),
             [(&y, &of_y)].into_iter(),
         );
@@ -197,13 +231,58 @@ mod tests {
         let (seen, went) = step(&mut chunk, &[0, 0, 5], false);
         assert_eq!(seen[0], [10, 0, 240, 0]);
         assert_eq!((went, chunk.written(0)), (Ok(()), 7));
+        assert!(chunk.is_last());
+    }
+
+    #[test]
+    fn chunks_go_through_the_rows() {
+        let ports = [port("x", false), port("taps", true), port("z", false)];
+        let (y, of_y) = (port("y", false), spec(&[7]));
+        let specs = [spec(&[10, 3]), spec(&[9]), spec(&[3])];
+        let mut chunk = Chunk::new(
+            NonZeroU64::new(4),
+            ports.iter().zip(&specs),
+            [(&y, &of_y)].into_iter(),
+        );
+        let (seen, went) = step(&mut chunk, &[3, 0, 3, 1], false);
+        assert_eq!(
+            seen,
+            [[0, 4, 0, 0], [0, 9, 0, 0], [0, 3, 0, 0], [0, 7, 0, 0]]
+        );
+        assert_eq!((went, chunk.is_last()), (Ok(()), false));
+        chunk.advance();
+        // The one that was not consumed comes again.
+        let (seen, went) = step(&mut chunk, &[6, 9, 0, 0], false);
+        assert_eq!(
+            seen,
+            [[3, 5, 72, 0], [0, 9, 0, 0], [3, 0, 24, 0], [1, 6, 8, 0]]
+        );
+        let lie = went.expect_err("more than the chunk has");
+        assert!(lie.contains("consumed 6 rows of input `x`, whose chunk had 5"));
+        chunk.advance();
+        let (seen, _) = step(&mut chunk, &[0, 0, 0, 6], false);
+        assert_eq!(seen[0], [3, 7, 72, 0]);
+        assert!(chunk.is_last());
+        assert_eq!(chunk.written(0), 7);
+    }
+
+    #[test]
+    fn no_rows_are_one_chunk() {
+        let (x, y, none) = (port("x", false), port("y", false), spec(&[0]));
+        let chunk = Chunk::new(
+            NonZeroU64::new(4),
+            [(&x, &none)].into_iter(),
+            [(&y, &none)].into_iter(),
+        );
+        assert!(chunk.is_last());
     }
 
     #[test]
     fn lies_are_told_apart() {
         let (x, y) = (port("x", false), port("y", false));
         let scalar = spec(&[]);
-        let fresh = || Chunk::new([(&x, &scalar)].into_iter(), [(&y, &scalar)].into_iter());
+        let (inputs, outputs) = ([(&x, &scalar)], [(&y, &scalar)]);
+        let fresh = || Chunk::new(None, inputs.into_iter(), outputs.into_iter());
         let refused = |moved: [u64; 2], more| {
             let mut chunk = fresh();
             step(&mut chunk, &moved, more).1.expect_err("refused")

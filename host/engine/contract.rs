@@ -165,20 +165,20 @@ pub(super) fn bind(
         .map_err(|error| STAGE.broke(refused(error, Vec::new())))
 }
 
-/// Calls `run` until it is done with the chunk, which is the last; its last answer.
+/// Calls `run` until it is done with the last chunk; its last answer.
 pub(super) fn run(
     instance: &mut Instance,
     chunk: &mut Chunk<'_>,
     records: Range<usize>,
 ) -> Result<u32, Broken> {
     const STAGE: Stage = Stage::Run;
-    const LAST: u32 = 1;
     loop {
         instance
             .regions_mut()
             .with_mut(records.clone(), |records| chunk.write(records))
             .map_err(|e| STAGE.broke(e))?;
-        let answer = instance.call(STAGE, |guest, store| guest.call_run(store, LAST))?;
+        let mode = u32::from(chunk.is_last());
+        let answer = instance.call(STAGE, |guest, store| guest.call_run(store, mode))?;
         let more = answer == MORE;
         if !more && answer != DONE {
             return Ok(answer);
@@ -189,8 +189,12 @@ pub(super) fn run(
             .map_err(|e| STAGE.broke(e))?
             .map_err(|lie| STAGE.broken_contract(lie))?;
         // After a store into an input there is nothing to go on with; the caller tells of it.
-        if !more || instance.faults().any_written() {
+        let over = !more && chunk.is_last();
+        if over || instance.faults().any_written() {
             return Ok(answer);
+        }
+        if !more {
+            chunk.advance();
         }
     }
 }

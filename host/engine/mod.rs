@@ -53,6 +53,7 @@ mod windows;
 
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -97,6 +98,8 @@ pub enum Interruption {
 pub struct EngineConfig {
     /// Tensors from this size on are moved into the guest, smaller ones copied.
     pub move_min_bytes: u64,
+    /// Rows that a kernel gets at a time if it streams; none: all at once.
+    pub chunk_rows: Option<NonZeroU64>,
     /// How kernels are ended that do not end by themselves.
     pub interruption: Interruption,
     /// Where compiled plugins are kept; none: nowhere.

@@ -11,6 +11,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod chunks;
 mod compilers;
 mod guest_exports;
 mod guest_modules;

@@ -151,10 +151,11 @@ impl Data {
 }
 
 /// A description with the kernel `k`; its record is the first thing in the segment.
-fn description(plugin: &str, ports: usize) -> Vec<u8> {
+fn description(plugin: &str, ports: usize, streams: bool) -> Vec<u8> {
     // The canonical ABI's sizes.
     const DESCRIPTION_BYTES: usize = 40;
     const KERNEL_BYTES: usize = 104;
+    const STREAMING_AT: usize = 88;
     let mut data = Data {
         base: 1024,
         bytes: vec![0; DESCRIPTION_BYTES],
@@ -169,8 +170,9 @@ fn description(plugin: &str, ports: usize) -> Vec<u8> {
     kernel.extend(data.text("a kernel of the tests"));
     kernel.extend(data.list(&x, ports));
     kernel.extend(data.list(&y, ports));
-    // Parameters, signature, split axis, combine, streaming and in-place, cost hint: none.
+    // Parameters, signature, split axis, combine, in-place, cost hint: none.
     kernel.resize(KERNEL_BYTES, 0);
+    kernel[STREAMING_AT] = u8::from(streams);
     let mut record = Vec::new();
     record.extend(1_u32.to_le_bytes());
     record.extend(data.text(plugin));
@@ -186,7 +188,7 @@ fn description(plugin: &str, ports: usize) -> Vec<u8> {
 /// The core module of a guest file's text, as text. `plugin` is the name that it gives itself.
 pub fn module(plugin: &str, text: &str) -> String {
     let ports = 1 + usize::from(text.contains("$x2"));
-    let escaped: String = description(plugin, ports)
+    let escaped: String = description(plugin, ports, text.contains(";; It streams."))
         .iter()
         .map(|b| format!("\\{b:02x}"))
         .collect();

@@ -34,6 +34,7 @@ impl Kernel for Cast {
     const OUTPUTS: &[Port] = &[Port::new("y", dtypes::ALL, "Shape of x, dtype `to`.")];
     const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
+    const STREAMING: Streaming = Streaming::Rows;
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;
 

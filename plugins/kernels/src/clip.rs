@@ -28,6 +28,7 @@ impl Kernel for Clip {
     const OUTPUTS: &[Port] = &[Port::new("y", dtypes::REALS, "Dtype and shape of x.")];
     const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
+    const STREAMING: Streaming = Streaming::Rows;
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;
 

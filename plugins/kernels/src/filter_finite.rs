@@ -4,7 +4,9 @@ use strait_plugin::prelude::*;
 
 /// The finite elements in their order. The note `dropped` says how many were not.
 #[derive(Debug)]
-pub struct FilterFinite;
+pub struct FilterFinite {
+    dropped: usize,
+}
 
 impl Kernel for FilterFinite {
     const NAME: &str = "filter-finite";
@@ -17,11 +19,12 @@ impl Kernel for FilterFinite {
     )
     .rank(1, 1)];
     const SIGNATURE: &str = "(n)->(m)";
+    const STREAMING: Streaming = Streaming::Rows;
     const COST_HINT: f64 = 1.0;
     type Parameters = ();
 
     fn open((): (), inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
-        Ok((Self, inputs.to_vec()))
+        Ok((Self { dropped: 0 }, inputs.to_vec()))
     }
 
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
@@ -29,10 +32,14 @@ impl Kernel for FilterFinite {
             let x = call.input::<T>(0)?;
             let mut y = call.output::<T>(0)?;
             let kept = T::filter(&x, &mut y);
-            call.set_shape(0, &[kept as u64])?;
-            call.note("dropped", format!("{}", x.len() - kept));
-            Ok(())
+            self.dropped += x.len() - kept;
+            call.wrote(0, kept)
         })
+    }
+
+    fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        call.note("dropped", format!("{}", self.dropped));
+        Ok(())
     }
 }
 

@@ -8,15 +8,40 @@
 
 mod cast;
 mod clip;
+mod columns;
+mod cumsum;
 mod filter_finite;
+mod fir;
+mod histogram;
 mod moments;
+mod rolling_mean;
 mod scale_shift;
 mod zscore;
+mod zscore_running;
 
 pub use cast::Cast;
 pub use clip::Clip;
+pub use cumsum::CumSum;
 pub use filter_finite::FilterFinite;
+pub use fir::Fir;
+pub use histogram::Histogram;
+pub use rolling_mean::RollingMean;
 pub use scale_shift::ScaleShift;
 pub use zscore::ZScore;
+pub use zscore_running::ZScoreRunning;
 
-strait_plugin::export!("standard", [ScaleShift, Clip, ZScore, Cast, FilterFinite]);
+strait_plugin::export!(
+    "standard",
+    [
+        ScaleShift,
+        Clip,
+        ZScore,
+        Cast,
+        FilterFinite,
+        CumSum,
+        RollingMean,
+        Fir,
+        ZScoreRunning,
+        Histogram,
+    ]
+);

@@ -33,6 +33,7 @@ impl Kernel for ScaleShift {
     )];
     const SIGNATURE: &str = "()->()";
     const SPLIT_AXIS: Option<u32> = Some(0);
+    const STREAMING: Streaming = Streaming::Rows;
     const COST_HINT: f64 = 1.0;
     type Parameters = Parameters;
 

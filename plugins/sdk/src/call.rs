@@ -1,162 +1,66 @@
 //! Windows as slices, for the length of one `run`.
 
-use crate::{Dtype, Element, Error, Note, Spec};
+use crate::window::Window;
+use crate::{Dtype, Element, Error, Note, Spec, Streaming};
 use alloc::{format, string::String, vec::Vec};
-use core::ops::{Deref, DerefMut, Range};
+use core::ops::{Deref, DerefMut};
 
-/// Where one tensor will lie. Made by [`Window::new`] only, so its fields fit each other.
-#[derive(Debug)]
-pub(crate) struct Window {
-    port: &'static str,
-    address: usize,
-    elements: usize,
-    control: usize,
-    spec: Spec,
-}
-
-/// Size of a chunk record.
-pub(crate) const CONTROL_BYTES: usize = 64;
 /// Most bytes that a failing kernel hands to the host.
 const DIAGNOSTIC_BYTES_MAX: usize = 4096;
 
-/// What stands in a chunk record: index of the first row, rows, bytes from the tensor's address to the first row, and
-/// rows that the kernel consumed or wrote.
-type Record = [u64; 4];
-
-impl Window {
-    /// # Panics
-    /// If the host's answer is not what it promised: the address is no multiple of 64, the record's none of 8,
-    /// either lies outside `reserved`, or the size is not that of `spec`. Going on would let a kernel
-    /// write into its own heap.
-    pub(crate) fn new(
-        port: &'static str,
-        (address, bytes, control): (u64, u64, u64),
-        spec: Spec,
-        reserved: &Range<usize>,
-    ) -> Self {
-        let elements = spec
-            .elements()
-            .expect("`open` refuses specs that are too large");
-        let expected = elements as u64 * spec.dtype.bytes();
-        assert!(
-            bytes == expected,
-            "{port}: bound {bytes} bytes, its spec has {expected}"
-        );
-        assert!(
-            address.is_multiple_of(64),
-            "{port}: address {address} is no multiple of 64"
-        );
-        assert!(
-            control.is_multiple_of(8),
-            "{port}: control {control} is no multiple of 8"
-        );
-        let inside = |start: u64, bytes: u64| {
-            let end = start.checked_add(bytes)?;
-            let start = usize::try_from(start).ok()?;
-            (reserved.start <= start && end <= reserved.end as u64).then_some(start)
-        };
-        let address = inside(address, bytes)
-            .unwrap_or_else(|| panic!("{port}: {address} + {bytes} is outside {reserved:?}"));
-        let control = inside(control, CONTROL_BYTES as u64)
-            .unwrap_or_else(|| panic!("{port}: control {control} is outside {reserved:?}"));
-        Self {
-            port,
-            address,
-            elements,
-            control,
-            spec,
-        }
-    }
-
-    pub(crate) fn spec(&self) -> &Spec {
-        &self.spec
-    }
-
-    pub(crate) fn tensor_range(&self) -> Range<usize> {
-        self.address
-            ..self.address + self.elements * usize::try_from(self.spec.dtype.bytes()).unwrap_or(0)
-    }
-
-    pub(crate) fn control_range(&self) -> Range<usize> {
-        self.control..self.control + CONTROL_BYTES
-    }
-
-    fn rows(&self) -> u64 {
-        self.spec.shape.first().copied().unwrap_or(1)
-    }
-
-    /// Whether this chunk is the whole tensor.
-    #[expect(
-        unsafe_code,
-        reason = "the record lies in memory that only the host and `Window` use"
-    )]
-    pub(crate) fn is_whole(&self) -> bool {
-        let record = core::ptr::with_exposed_provenance::<Record>(self.control);
-        // SAFETY: `new` checked alignment and that 64 bytes from `control` lie in the reserved range, which
-        // is never given to the allocator; `Instance::bind` checked that no window meets it.
-        let [first, rows, offset, _] = unsafe { record.read() };
-        (first, rows, offset) == (0, self.rows(), 0)
-    }
-
-    /// Says that of a chunk which is the whole tensor so many rows were consumed or written.
-    #[expect(
-        unsafe_code,
-        reason = "the record lies in memory that only the host and `Window` use"
-    )]
-    fn moved(&self, rows: u64) {
-        let record = core::ptr::with_exposed_provenance_mut::<Record>(self.control);
-        // SAFETY: as in `is_whole`.
-        unsafe { record.write([0, self.rows(), 0, rows]) }
-    }
-
-    #[inline(never)]
-    fn check(&self, asked: Dtype) -> Result<(), Error> {
-        if self.spec.dtype == asked {
-            return Ok(());
-        }
-        let (port, is, asked) = (self.port, self.spec.dtype.name(), asked.name());
-        Err(Error::failed(format!(
-            "{port} is {is}, the kernel asks for {asked}"
-        )))
-    }
+/// What a kernel said in one call about rows.
+#[derive(Debug, Default)]
+pub(crate) struct Said {
+    /// Rows of each input that it is done with.
+    pub(crate) taken: Vec<u64>,
+    /// Rows of each output that it wrote.
+    pub(crate) wrote: Vec<u64>,
+    /// It has more to give than there was room for.
+    pub(crate) more: bool,
 }
 
-/// The tensors of one `run`.
+/// What a call can leave behind.
+#[derive(Debug)]
+pub(crate) struct Leaves<'w> {
+    pub(crate) said: &'w mut Said,
+    pub(crate) extents: &'w mut [Vec<u64>],
+    pub(crate) notes: &'w mut Vec<Note>,
+    pub(crate) diagnostic: &'w mut Vec<u8>,
+}
+
+/// The tensors of one `run`, or what this chunk has of them.
 #[derive(Debug)]
 pub struct Call<'w> {
     inputs: &'w [Window],
     outputs: &'w [Window],
-    extents: &'w mut [Vec<u64>],
-    notes: &'w mut Vec<Note>,
-    diagnostic: &'w mut Vec<u8>,
+    streaming: Streaming,
+    leaves: Leaves<'w>,
     /// Bit i: output i was handed out.
-    taken: u64,
+    handed_out: u64,
 }
 
 impl<'w> Call<'w> {
     /// # Safety
-    /// Until `'w` ends each window's range is mapped, initialised memory; nothing but the slices made here
-    /// uses the outputs' ranges, which meet no other range; and nothing in this instance writes the inputs'.
+    /// Until `'w` ends each window's piece is mapped, initialised memory; nothing but the slices made here
+    /// uses the outputs' pieces, which meet no other piece; and nothing in this instance writes the inputs'.
     #[expect(unsafe_code, reason = "the promise that input() and output() rely on")]
     pub(crate) unsafe fn new(
         inputs: &'w [Window],
         outputs: &'w [Window],
-        extents: &'w mut [Vec<u64>],
-        notes: &'w mut Vec<Note>,
-        diagnostic: &'w mut Vec<u8>,
+        streaming: Streaming,
+        leaves: Leaves<'w>,
     ) -> Self {
         assert!(outputs.len() <= 64, "a kernel has at most 64 outputs");
         Self {
             inputs,
             outputs,
-            extents,
-            notes,
-            diagnostic,
-            taken: 0,
+            streaming,
+            leaves,
+            handed_out: 0,
         }
     }
 
-    /// Spec of input `index`.
+    /// Spec of input `index`: the whole tensor's.
     ///
     /// # Panics
     /// If there is no such port.
@@ -165,7 +69,7 @@ impl<'w> Call<'w> {
         self.inputs[index].spec()
     }
 
-    /// Spec of output `index`: what [`Kernel::open`](crate::Kernel::open) answered.
+    /// Spec of output `index`: the whole tensor's, as [`Kernel::open`](crate::Kernel::open) answered it.
     ///
     /// # Panics
     /// If there is no such port.
@@ -174,7 +78,7 @@ impl<'w> Call<'w> {
         self.outputs[index].spec()
     }
 
-    /// The elements of input `index`, row-major. Writing to them ends the invocation.
+    /// The elements of input `index`, row-major: of a stream those of this chunk. Writing to them ends the invocation.
     ///
     /// # Errors
     /// [`Error::Failed`] if the input's dtype is not `T`'s.
@@ -184,25 +88,26 @@ impl<'w> Call<'w> {
     #[expect(unsafe_code, reason = "a window becomes a slice")]
     pub fn input<T: Element>(&self, index: usize) -> Result<Input<'w, T>, Error> {
         let window = &self.inputs[index];
-        window.check(T::DTYPE)?;
-        if window.elements == 0 {
-            return Ok(Input {
-                elements: &[],
-                shape: &window.spec.shape,
-            });
+        check(window, T::DTYPE)?;
+        let piece = window.piece();
+        let mut input = Input {
+            elements: &[],
+            shape: &piece.shape,
+            lead: index_of(piece.lead),
+            first: piece.first,
+        };
+        if piece.elements > 0 {
+            let address = core::ptr::with_exposed_provenance::<T>(piece.address);
+            // SAFETY: not null (the reserved range does not start at 0) and aligned (a multiple of 64, and whole
+            // rows of `T`); `elements` of `T`'s size lie in the piece (`Window`); mapped, and not written by this
+            // instance while `'w` lasts (`Call::new`).
+            input.elements = unsafe { core::slice::from_raw_parts(address, piece.elements) };
         }
-        let address = core::ptr::with_exposed_provenance::<T>(window.address);
-        // SAFETY: not null (the reserved range does not start at 0) and aligned (a multiple of 64);
-        // `elements` of `T`'s size lie in the range (`Window::new`); mapped, and not written by this
-        // instance while `'w` lasts (`Call::new`).
-        let elements = unsafe { core::slice::from_raw_parts(address, window.elements) };
-        Ok(Input {
-            elements,
-            shape: &window.spec.shape,
-        })
+        Ok(input)
     }
 
-    /// The elements of output `index`, row-major, with arbitrary values in them. Once for each `run`.
+    /// The elements of output `index`, row-major, with arbitrary values in them: of a stream what there is room for
+    /// in this chunk. Once for each `run`.
     ///
     /// # Errors
     /// [`Error::Failed`] if the output's dtype is not `T`'s, or if it was handed out already.
@@ -211,60 +116,122 @@ impl<'w> Call<'w> {
     /// If there is no such port.
     #[expect(unsafe_code, reason = "a window becomes a slice")]
     pub fn output<T: Element>(&mut self, index: usize) -> Result<Output<'w, T>, Error> {
-        let window = self.take_output(index, T::DTYPE)?;
-        if window.elements == 0 {
-            return Ok(Output {
-                elements: &mut [],
-                shape: &window.spec.shape,
-            });
+        let piece = self.hand_out(index, T::DTYPE)?.piece();
+        let mut output = Output {
+            elements: &mut [],
+            shape: &piece.shape,
+        };
+        if piece.elements > 0 {
+            let address = core::ptr::with_exposed_provenance_mut::<T>(piece.address);
+            // SAFETY: as in `input`; and this is the only reference to the piece: it meets no other
+            // (`Call::new`), and `hand_out` lets it be made once.
+            output.elements = unsafe { core::slice::from_raw_parts_mut(address, piece.elements) };
         }
-        let address = core::ptr::with_exposed_provenance_mut::<T>(window.address);
-        // SAFETY: as in `input`; and this is the only reference to the range: it meets no other
-        // (`Call::new`), and `take_output` lets it be made once.
-        let elements = unsafe { core::slice::from_raw_parts_mut(address, window.elements) };
-        Ok(Output {
-            elements,
-            shape: &window.spec.shape,
-        })
+        Ok(output)
     }
 
     #[inline(never)]
-    fn take_output(&mut self, index: usize, asked: Dtype) -> Result<&'w Window, Error> {
+    fn hand_out(&mut self, index: usize, asked: Dtype) -> Result<&'w Window, Error> {
         let window = &self.outputs[index];
-        window.check(asked)?;
-        if self.taken & (1 << index) != 0 {
+        check(window, asked)?;
+        if self.handed_out & (1 << index) != 0 {
             return Err(Error::failed(format!(
                 "{} was handed out already",
-                window.port
+                window.port()
             )));
         }
-        self.taken |= 1 << index;
+        self.handed_out |= 1 << index;
         Ok(window)
     }
 
-    /// Says that output `index` is smaller than `open` answered; its elements are the first ones.
+    /// Says that output `index` is smaller than `open` answered; its elements are the first ones. Of a stream only
+    /// the number of rows can be less, and it is that of this chunk: see [`wrote`](Self::wrote).
     ///
     /// # Errors
-    /// [`Error::Failed`] if the shape has another rank, or a dimension larger than in the output's spec.
+    /// [`Error::Failed`] if the shape has another rank, or a dimension larger than the output's.
     ///
     /// # Panics
     /// If there is no such port.
     pub fn set_shape(&mut self, index: usize, shape: &[u64]) -> Result<(), Error> {
         let window = &self.outputs[index];
-        let bound = &window.spec.shape;
-        if shape.len() != bound.len() || shape.iter().zip(bound).any(|(size, bound)| size > bound) {
+        let bound = &window.piece().shape;
+        let fits = match self.streaming {
+            Streaming::Whole => shape.iter().zip(bound).all(|(size, bound)| size <= bound),
+            // Where a row lies was said before the first one was written.
+            Streaming::Rows | Streaming::Free => {
+                shape.first() <= bound.first() && shape.get(1..) == bound.get(1..)
+            }
+        };
+        if shape.len() != bound.len() || !fits {
             return Err(Error::failed(format!(
                 "{}: {shape:?} is not within {bound:?}",
-                window.port
+                window.port()
             )));
         }
-        self.extents[index] = shape.into();
+        self.leaves.extents[index] = shape.into();
+        self.leaves.said.wrote[index] = shape.first().copied().unwrap_or(1);
         Ok(())
+    }
+
+    /// Says how many rows of output `index` hold something now: the first ones of what there was room for.
+    ///
+    /// If a kernel does not say: with [`Streaming::Whole`] and [`Streaming::Rows`] all of them, else none.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] if there was not room for so many.
+    ///
+    /// # Panics
+    /// If there is no such port.
+    pub fn wrote(&mut self, index: usize, rows: usize) -> Result<(), Error> {
+        let window = &self.outputs[index];
+        let room = window.piece_rows();
+        let rows = rows as u64;
+        if rows > room {
+            let port = window.port();
+            return Err(Error::failed(format!(
+                "{port}: {rows} rows written, there was room for {room}"
+            )));
+        }
+        if let Some(size) = self.leaves.extents[index].first_mut() {
+            *size = rows;
+        }
+        self.leaves.said.wrote[index] = rows;
+        Ok(())
+    }
+
+    /// Says how many rows of input `index` the kernel is done with; the others come again before the next ones. If it does
+    /// not say: all.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] if there are not so many, or the kernel is not [`Streaming::Free`].
+    ///
+    /// # Panics
+    /// If there is no such port.
+    pub fn took(&mut self, index: usize, rows: usize) -> Result<(), Error> {
+        let window = &self.inputs[index];
+        let (port, there, rows) = (window.port(), window.piece_rows(), rows as u64);
+        if self.streaming != Streaming::Free || window.is_whole() {
+            return Err(Error::failed(format!(
+                "{port}: only a kernel with Streaming::Free says what it took, of inputs that are not whole"
+            )));
+        }
+        if rows > there {
+            return Err(Error::failed(format!(
+                "{port}: {rows} rows taken, there were {there}"
+            )));
+        }
+        self.leaves.said.taken[index] = rows;
+        Ok(())
+    }
+
+    /// Says that there is more to give than there was room for: the host calls again.
+    pub fn more(&mut self) {
+        self.leaves.said.more = true;
     }
 
     /// Adds a warning or a figure to the result's metadata.
     pub fn note(&mut self, key: impl Into<String>, text: impl Into<String>) {
-        self.notes.push(Note {
+        self.leaves.notes.push(Note {
             key: key.into(),
             text: text.into(),
         });
@@ -273,20 +240,27 @@ impl<'w> Call<'w> {
     /// Bytes for whoever looks into the failure that `run` is about to answer: the block that could not be
     /// converted, for example. The first 4096 are kept.
     pub fn diagnose(&mut self, bytes: &[u8]) {
-        self.diagnostic.clear();
+        self.leaves.diagnostic.clear();
         let kept = bytes.len().min(DIAGNOSTIC_BYTES_MAX);
-        self.diagnostic.extend_from_slice(&bytes[..kept]);
+        self.leaves.diagnostic.extend_from_slice(&bytes[..kept]);
     }
+}
 
-    /// Writes the chunk records: everything was consumed, and this many rows were written.
-    pub(crate) fn finish(&self) {
-        for window in self.inputs {
-            window.moved(window.rows());
-        }
-        for (window, extent) in self.outputs.iter().zip(&*self.extents) {
-            window.moved(extent.first().copied().unwrap_or(1));
-        }
+#[inline(never)]
+fn check(window: &Window, asked: Dtype) -> Result<(), Error> {
+    let is = window.spec().dtype;
+    if is == asked {
+        return Ok(());
     }
+    let (port, is, asked) = (window.port(), is.name(), asked.name());
+    Err(Error::failed(format!(
+        "{port} is {is}, the kernel asks for {asked}"
+    )))
+}
+
+/// A number of rows that lie in memory.
+fn index_of(rows: u64) -> usize {
+    usize::try_from(rows).unwrap_or(usize::MAX)
 }
 
 /// An input's elements.
@@ -296,10 +270,12 @@ impl<'w> Call<'w> {
 pub struct Input<'w, T> {
     elements: &'w [T],
     shape: &'w [u64],
+    lead: usize,
+    first: u64,
 }
 
 impl<'w, T> Input<'w, T> {
-    /// The dimensions, slowest first.
+    /// The dimensions of what is here, slowest first.
     #[must_use]
     pub fn shape(&self) -> &'w [u64] {
         self.shape
@@ -309,6 +285,24 @@ impl<'w, T> Input<'w, T> {
     #[must_use]
     pub fn as_slice(&self) -> &'w [T] {
         self.elements
+    }
+
+    /// How many of the first rows the kernel has seen before: see [`Kernel::history`](crate::Kernel::history).
+    #[must_use]
+    pub fn lead(&self) -> usize {
+        self.lead
+    }
+
+    /// Index in the whole tensor of the first row after the [`lead`](Self::lead).
+    #[must_use]
+    pub fn first_row(&self) -> u64 {
+        self.first
+    }
+
+    /// Elements of one row: of what one index of axis 0 holds.
+    #[must_use]
+    pub fn row_len(&self) -> usize {
+        row_len(self.shape)
     }
 }
 
@@ -328,10 +322,16 @@ pub struct Output<'w, T> {
 }
 
 impl<'w, T> Output<'w, T> {
-    /// The dimensions that `open` answered, slowest first.
+    /// The dimensions of what there is room for, slowest first.
     #[must_use]
     pub fn shape(&self) -> &'w [u64] {
         self.shape
+    }
+
+    /// Elements of one row: of what one index of axis 0 holds.
+    #[must_use]
+    pub fn row_len(&self) -> usize {
+        row_len(self.shape)
     }
 }
 
@@ -347,4 +347,9 @@ impl<T> DerefMut for Output<'_, T> {
     fn deref_mut(&mut self) -> &mut [T] {
         self.elements
     }
+}
+
+fn row_len(shape: &[u64]) -> usize {
+    let rest = shape.get(1..).unwrap_or_default();
+    index_of(rest.iter().fold(1, |n: u64, size| n.saturating_mul(*size)))
 }

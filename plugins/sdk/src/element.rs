@@ -125,6 +125,12 @@ impl Spec {
         }
     }
 
+    /// Rows: what one index of axis 0 holds each; a tensor without axes is one row.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.shape.first().copied().unwrap_or(1)
+    }
+
     /// Number of elements; `None` if it, or the size in bytes, does not fit this machine's addresses.
     #[must_use]
     pub fn elements(&self) -> Option<usize> {

@@ -1,13 +1,15 @@
 //! What a plugin author implements.
 
 use crate::bindings::strait::kernel::types::{self, Combine, Parameter};
-use crate::{Call, Dtype, Error, Parameters, Role, Spec};
-use alloc::{boxed::Box, vec::Vec};
+use crate::steps::Run;
+use crate::{Call, Dtype, Error, Parameters, Role, Spec, Streaming};
+use alloc::{boxed::Box, format, vec::Vec};
 
 /// One function over tensors.
 ///
 /// A value of the type is one invocation that was opened: its parameters and whatever [`open`](Self::open)
-/// prepared. [`run`](Self::run) may be called more than once on it and must give the same each time.
+/// prepared. Of a stream it is also what is carried from one chunk to the next; without one, [`run`](Self::run) may be
+/// called more than once on it and must give the same each time.
 pub trait Kernel: Sized + 'static {
     /// Lower case, words joined by `-`.
     const NAME: &'static str;
@@ -23,6 +25,8 @@ pub trait Kernel: Sized + 'static {
     const SIGNATURE: &'static str = "";
     /// The axis along which the host may cut all inputs and outputs, with the same result bit for bit.
     const SPLIT_AXIS: Option<u32> = None;
+    /// Whether `run` may be called for each chunk of rows, and how.
+    const STREAMING: Streaming = Streaming::Whole;
     /// Rough nanoseconds for each input element; 0 says nothing.
     const COST_HINT: f64 = 0.0;
     /// A struct declared by [`parameters!`](crate::parameters), or `()`.
@@ -36,11 +40,30 @@ pub trait Kernel: Sized + 'static {
     /// [`Error::bad_argument`] for what the declaration cannot express.
     fn open(parameters: Self::Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error>;
 
+    /// How many rows before each new one [`run`](Self::run) must see again, with [`Streaming::Rows`]: an
+    /// [`Input`](crate::Input) has that many at its start, or as many as there have been ([`lead`](crate::Input::lead)).
+    /// They are in the tensor itself, or the SDK keeps a copy of them between chunks.
+    fn history(&self) -> usize {
+        0
+    }
+
     /// Reads the inputs and fills the outputs, all of them: they hold arbitrary values before.
     ///
     /// # Errors
     /// [`Error::failed`] if there is no result.
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error>;
+
+    /// After the last row of a stream: gives what was held back, or a result that needs all rows, and makes the notes.
+    /// The inputs have no new rows, or those that a [`Streaming::Free`] kernel did not take. [`Call::wrote`] says how
+    /// many rows there are; if there is not room for all, [`Call::more`] has it called again. Not called with
+    /// [`Streaming::Whole`].
+    ///
+    /// # Errors
+    /// [`Error::failed`] if there is no result.
+    fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        let _ = call;
+        Ok(())
+    }
 }
 
 /// One input or output of a kernel.
@@ -101,6 +124,10 @@ impl Port {
         }
     }
 
+    pub(crate) const fn is_whole(&self) -> bool {
+        self.whole
+    }
+
     /// The name that callers use.
     #[must_use]
     pub const fn name(&self) -> &'static str {
@@ -114,22 +141,21 @@ impl Port {
             let (given, names) = (spec.dtype.name(), names.join(", "));
             return Err(Error::bad_argument(
                 self.name,
-                alloc::format!("it takes {names}; given: {given}"),
+                format!("it takes {names}; given: {given}"),
             ));
         }
         if rank < self.rank_min as usize || rank > self.rank_max as usize {
             let (minimum, maximum) = (self.rank_min, self.rank_max);
-            let reason =
-                alloc::format!("it takes tensors of {minimum} to {maximum} axes; given: {rank}");
+            let reason = format!("it takes tensors of {minimum} to {maximum} axes; given: {rank}");
             return Err(Error::bad_argument(self.name, reason));
         }
         if spec.role != self.role {
-            let reason = alloc::format!("it takes role {:?}; given: {:?}", self.role, spec.role);
+            let reason = format!("it takes role {:?}; given: {:?}", self.role, spec.role);
             return Err(Error::bad_argument(self.name, reason));
         }
         if spec.elements().is_none() {
             let (shape, dtype) = (&spec.shape, spec.dtype.name());
-            let reason = alloc::format!("{shape:?} of {dtype} is more than a plugin can address");
+            let reason = format!("{shape:?} of {dtype} is more than a plugin can address");
             return Err(Error::bad_argument(self.name, reason));
         }
         Ok(())
@@ -164,12 +190,13 @@ pub struct Entry {
     pub(crate) name: &'static str,
     pub(crate) inputs: &'static [Port],
     pub(crate) outputs: &'static [Port],
+    pub(crate) streaming: Streaming,
     pub(crate) describe: fn() -> types::Kernel,
     pub(crate) open: fn(Vec<Parameter>, &[Spec]) -> Result<OpenedKernel, Error>,
 }
 
-/// A kernel that was opened, and its outputs' specs.
-pub(crate) type OpenedKernel = (Box<dyn Run>, Vec<Spec>);
+/// A kernel that was opened, its outputs' specs, and its [`Kernel::history`].
+pub(crate) type OpenedKernel = (Box<dyn Run>, Vec<Spec>, usize);
 
 impl Entry {
     /// The entry for `K`.
@@ -179,23 +206,67 @@ impl Entry {
             name: K::NAME,
             inputs: K::INPUTS,
             outputs: K::OUTPUTS,
+            streaming: K::STREAMING,
             describe: describe::<K>,
             open: |parameters, inputs| {
                 let (kernel, outputs) = K::open(K::Parameters::read(parameters)?, inputs)?;
-                Ok((Box::new(kernel), outputs))
+                let history = kernel.history();
+                Ok((Box::new(kernel), outputs, history))
             },
         }
     }
 }
 
-/// An opened kernel whose type is forgotten.
-pub(crate) trait Run {
-    fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error>;
-}
-
 impl<K: Kernel> Run for K {
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         Kernel::run(self, call)
+    }
+
+    fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
+        Kernel::finish(self, call)
+    }
+}
+
+impl Entry {
+    /// Whether tensors of these specs can go through the kernel as it streams.
+    pub(crate) fn check_streams(
+        &self,
+        history: usize,
+        inputs: &[Spec],
+        outputs: &[Spec],
+    ) -> Result<(), Error> {
+        if self.streaming != Streaming::Rows {
+            return match history {
+                0 => Ok(()),
+                _ => Err(Error::failed(format!(
+                    "{} has a history, which only Streaming::Rows keeps",
+                    self.name
+                ))),
+            };
+        }
+        let inputs = self.inputs.iter().zip(inputs);
+        let mut streamed = inputs.filter(|(port, _)| !port.whole);
+        let Some((first, spec)) = streamed.next() else {
+            return Err(Error::failed(format!(
+                "{} gives a row for a row, and all its inputs are whole",
+                self.name
+            )));
+        };
+        let (rows, first) = (spec.rows(), first.name);
+        if let Some((port, spec)) = streamed.find(|(_, spec)| spec.rows() != rows) {
+            let reason = format!("it has {} rows, {first} has {rows}", spec.rows());
+            return Err(Error::bad_argument(port.name, reason));
+        }
+        let mut outputs = self.outputs.iter().zip(outputs);
+        match outputs.find(|(_, spec)| spec.rows() != rows) {
+            Some((port, spec)) => Err(Error::failed(format!(
+                "{}: `open` answered {} rows for {}, which gives a row for a row and has {rows}",
+                self.name,
+                spec.rows(),
+                port.name
+            ))),
+            None => Ok(()),
+        }
     }
 }
 
@@ -213,8 +284,8 @@ fn describe<K: Kernel>() -> types::Kernel {
         } else {
             Combine::None
         },
-        // This SDK hands a kernel whole tensors, and gives it no slice that is input and output at once.
-        streaming: false,
+        streaming: !matches!(K::STREAMING, Streaming::Whole),
+        // This SDK gives a kernel no slice that is input and output at once.
         in_place: false,
         cost_hint: K::COST_HINT,
     }

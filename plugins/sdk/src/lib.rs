@@ -50,7 +50,8 @@
 //! ```text
 //! export!  ──▶ abi ──▶ instance ──▶ kernel, parameter, number   describe, open, bind, run, extents, notes
 //!              │        │
-//!              │        └─▶ call ──▶ element, float       windows as slices, element types
+//!              │        └─▶ steps ──▶ kept                chunks of any size to calls; earlier rows
+//!              │             └─▶ call ──▶ window, element, float   windows as slices, element types
 //!              └─▶ bindings (generated from wit/)          └─▶ map: loops that become wide SIMD code
 //! ```
 //!
@@ -85,6 +86,7 @@ mod call;
 mod element;
 mod float;
 mod instance;
+mod kept;
 mod kernel;
 #[cfg(feature = "log")]
 pub mod log;
@@ -94,8 +96,11 @@ mod panic;
 mod parameter;
 #[cfg(all(target_arch = "wasm32", feature = "runtime"))]
 mod runtime;
+mod steps;
+mod streaming;
 #[cfg(not(target_arch = "wasm32"))]
 pub mod testing;
+mod window;
 
 pub use bindings::strait::kernel::types::{
     BadArgument, Dtype, Error, Failure, Note, Number, ParameterKind, Role, Spec, Value,
@@ -108,6 +113,7 @@ pub use kernel::{Entry, Kernel, Plugin, Port};
 pub use map::map;
 pub use panic::record_panic;
 pub use parameter::{Axis, AxisSplit, ParameterType, Parameters};
+pub use streaming::Streaming;
 
 #[doc(hidden)]
 pub mod macro_support {
@@ -123,7 +129,8 @@ pub mod prelude {
     pub use crate::testing::{self, Tensor};
     pub use crate::{
         Axis, Bf16, Bool8, Call, Complex, Dtype, Element, Error, F8E4m3fn, F8E5m2, F16, Input,
-        Kernel, Number, Output, Port, Real, Spec, Value, dispatch, dtypes, map, parameters,
+        Kernel, Number, Output, Port, Real, Spec, Streaming, Value, dispatch, dtypes, map,
+        parameters,
     };
     pub use alloc::{boxed::Box, format, string::String, vec, vec::Vec};
 }

@@ -1,8 +1,8 @@
-//! Runs kernels natively, through the same checks as in a host: for tests.
+//! Runs kernels natively, through the same checks as in a host, at once or in chunks: for tests.
 
 use crate::bindings::strait::kernel::types::{self, Parameter};
-use crate::call::CONTROL_BYTES;
-use crate::{Dtype, Element, Entry, Error, Instance, Kernel, Note, Spec, Value};
+use crate::window::CONTROL_BYTES;
+use crate::{Dtype, Element, Entry, Error, Instance, Kernel, Note, Spec, Streaming, Value};
 use alloc::{string::ToString, vec, vec::Vec};
 
 /// A tensor with its bytes.
@@ -72,10 +72,95 @@ pub struct Outcome {
     pub notes: Vec<Note>,
 }
 
-/// Memory that starts on a multiple of 64.
-#[derive(Clone)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+/// How a test cuts the rows of a stream, and how much room there is for what comes out.
+#[derive(Clone, Debug)]
+pub struct Cuts {
+    /// None: all rows at once, and room for all.
+    random: Option<Random>,
+}
+
+#[derive(Clone, Debug)]
+struct Random {
+    state: u64,
+    /// Most rows of a chunk.
+    rows_max: u64,
+    /// Most rows that there is room for.
+    room_max: u64,
+}
+
+impl Cuts {
+    /// None: everything is there at once.
+    #[must_use]
+    pub fn none() -> Self {
+        Self { random: None }
+    }
+
+    /// Chunks of random sizes, among them empty ones and single rows; the same for the same seed.
+    #[must_use]
+    pub fn random(seed: u64) -> Self {
+        const SIZES: [u64; 5] = [1, 2, 7, 40, 1000];
+        let mut random = Random {
+            state: seed,
+            rows_max: 0,
+            room_max: 0,
+        };
+        random.rows_max = *random.one_of(&SIZES);
+        random.room_max = *random.one_of(&SIZES);
+        Self {
+            random: Some(random),
+        }
+    }
+
+    /// Rows to go on with, of those that are left.
+    fn rows(&mut self, left: u64) -> u64 {
+        self.random.as_mut().map_or(left, |random| {
+            let most = random.rows_max.min(left);
+            random.below(most + 1)
+        })
+    }
+
+    /// Rows to make room for, of those that are left: at least one of them.
+    fn room(&mut self, left: u64) -> u64 {
+        self.random.as_mut().map_or(left, |random| {
+            let most = random.room_max.min(left);
+            most.min(1 + random.below(most.max(1)))
+        })
+    }
+
+    /// Whether the chunk with the last rows says that it is the last: an empty one may come after it.
+    fn says_last(&mut self) -> bool {
+        self.random
+            .as_mut()
+            .is_none_or(|random| random.below(2) == 0)
+    }
+
+    /// Which of the places where a chunk can lie it takes; first: where it does in the whole tensor.
+    fn place(&mut self, at: u64, places: u64) -> u64 {
+        self.random
+            .as_mut()
+            .map_or(at, |random| random.below(places))
+    }
+}
+
+impl Random {
+    /// SplitMix64 (Steele, Lea, Flood 2014).
+    fn next(&mut self) -> u64 {
+        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    fn one_of<'a, T>(&mut self, of: &'a [T]) -> &'a T {
+        let index = self.below(of.len() as u64);
+        &of[usize::try_from(index).unwrap_or(0)]
+    }
+}
 
 /// Opens, binds and runs kernel `K`.
 ///
@@ -85,92 +170,272 @@ pub fn invoke<K: Kernel>(
     parameters: &[(&str, Value)],
     inputs: &[Tensor],
 ) -> Result<Outcome, Error> {
-    invoke_entry(const { &[Entry::of::<K>()] }, K::NAME, parameters, inputs)
+    invoke_in_chunks::<K>(parameters, inputs, Cuts::none())
 }
 
-#[expect(unsafe_code, reason = "this is the host's part")]
-fn invoke_entry(
-    kernels: &'static [Entry],
-    name: &str,
+/// As [`invoke`], chunk by chunk: each is there only while the kernel runs on it, and lies somewhere else.
+///
+/// # Errors
+/// The kernel's or the SDK's.
+///
+/// # Panics
+/// If the kernel breaks the contract: it goes on and gets nowhere, for example.
+pub fn invoke_in_chunks<K: Kernel>(
     parameters: &[(&str, Value)],
     inputs: &[Tensor],
+    cuts: Cuts,
 ) -> Result<Outcome, Error> {
-    let mut instance = Instance::new(kernels);
-    let given = parameters.iter().map(|(name, value)| Parameter {
-        name: (*name).to_string(),
-        value: value.clone(),
-    });
-    let input_specs: Vec<Spec> = inputs
-        .iter()
-        .map(|tensor| Spec::new(tensor.dtype, tensor.shape.clone()))
-        .collect();
-    let output_specs = instance.open(name, given.collect(), input_specs.clone())?;
+    Stream::open(const { &[Entry::of::<K>()] }, parameters, inputs)?.run(cuts)
+}
 
-    // One line for each record, then each tensor on its own lines.
-    let specs: Vec<&Spec> = input_specs.iter().chain(&output_specs).collect();
-    let mut lines = specs.len();
-    let starts: Vec<usize> = specs
-        .iter()
-        .map(|spec| {
+/// Checks that what `K` gives does not depend on how its rows are cut, bit for bit, by some hundred random ways to cut
+/// them.
+///
+/// # Panics
+/// If it does; the message has the seed for [`Cuts::random`] and the output.
+pub fn assert_streams<K: Kernel>(parameters: &[(&str, Value)], inputs: &[Tensor]) {
+    assert!(
+        K::STREAMING != Streaming::Whole,
+        "{} does not stream",
+        K::NAME
+    );
+    let name = K::NAME;
+    let at_once = invoke::<K>(parameters, inputs)
+        .unwrap_or_else(|error| panic!("{name}: {error:?} of the whole tensors"));
+    for seed in 0..100 {
+        let cut = invoke_in_chunks::<K>(parameters, inputs, Cuts::random(seed))
+            .unwrap_or_else(|error| panic!("{name}, seed {seed}: {error:?}"));
+        for (index, (cut, at_once)) in cut.outputs.iter().zip(&at_once.outputs).enumerate() {
+            assert_eq!(
+                cut.shape, at_once.shape,
+                "{name}, seed {seed}: output {index}"
+            );
+            let differs = cut.bytes.iter().zip(&at_once.bytes);
+            let differs = differs.take_while(|(a, b)| a == b).count();
+            assert!(
+                differs == at_once.bytes.len(),
+                "{name}, seed {seed}: output {index} differs from byte {differs} of {} on",
+                at_once.bytes.len()
+            );
+        }
+        assert_eq!(
+            format_notes(&cut),
+            format_notes(&at_once),
+            "{name}, seed {seed}"
+        );
+    }
+}
+
+fn format_notes(outcome: &Outcome) -> Vec<(&str, &str)> {
+    let notes = outcome.notes.iter();
+    notes.map(|note| (&*note.key, &*note.text)).collect()
+}
+
+/// Memory that starts on a multiple of 64.
+#[derive(Clone)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// What an untouched byte holds.
+const POISON: u8 = 0xA5;
+
+/// An invocation, with the host's part of it.
+struct Stream<'t> {
+    instance: Instance,
+    inputs: &'t [Tensor],
+    /// Whether an input comes whole.
+    whole: Vec<bool>,
+    /// Inputs, then outputs.
+    specs: Vec<Spec>,
+    /// The lines where each tensor starts.
+    starts: Vec<usize>,
+    /// A line for each record, then each tensor on lines of its own.
+    memory: Vec<Line>,
+}
+
+impl<'t> Stream<'t> {
+    #[expect(unsafe_code, reason = "this is the host's part")]
+    fn open(
+        kernels: &'static [Entry],
+        parameters: &[(&str, Value)],
+        inputs: &'t [Tensor],
+    ) -> Result<Self, Error> {
+        let mut instance = Instance::new(kernels);
+        let given = parameters.iter().map(|(name, value)| Parameter {
+            name: (*name).to_string(),
+            value: value.clone(),
+        });
+        let mut specs: Vec<Spec> = inputs
+            .iter()
+            .map(|tensor| Spec::new(tensor.dtype, tensor.shape.clone()))
+            .collect();
+        let outputs = instance.open(kernels[0].name, given.collect(), specs.clone())?;
+        specs.extend(outputs);
+        let mut lines = specs.len();
+        let place = |spec: &Spec| {
             let start = lines;
             lines += bytes_of(spec).div_ceil(64);
             start
-        })
-        .collect();
-    // 0xA5: outputs hold arbitrary values before a run.
-    let mut memory = vec![Line([0xA5; 64]); lines];
-    for (record, spec) in memory.iter_mut().zip(&specs) {
-        let rows = spec.shape.first().copied().unwrap_or(1);
-        record.0.fill(0);
-        record.0[8..16].copy_from_slice(&rows.to_le_bytes());
+        };
+        let starts = specs.iter().map(place).collect();
+        let mut stream = Self {
+            instance,
+            inputs,
+            whole: kernels[0].inputs.iter().map(|p| p.is_whole()).collect(),
+            specs,
+            starts,
+            memory: vec![Line([POISON; 64]); lines],
+        };
+        let address = stream.memory.as_mut_ptr().expose_provenance();
+        // SAFETY: `memory` is used for windows and records only, and never while the instance runs.
+        unsafe { stream.instance.set_reserved(address..address + lines * 64) };
+        let tensor = |index: usize| types::Tensor {
+            address: (address + stream.starts[index] * 64) as u64,
+            bytes: bytes_of(&stream.specs[index]) as u64,
+            control: (address + index * CONTROL_BYTES) as u64,
+            spec: stream.specs[index].clone(),
+        };
+        let (of_inputs, of_outputs) = (0..inputs.len(), inputs.len()..stream.specs.len());
+        let (of_inputs, of_outputs) = (of_inputs.map(tensor), of_outputs.map(tensor));
+        let (of_inputs, of_outputs) = (of_inputs.collect(), of_outputs.collect());
+        stream.instance.bind(of_inputs, of_outputs)?;
+        Ok(stream)
     }
-    let base = memory.as_mut_ptr();
-    let address = base.expose_provenance();
-    for (tensor, &start) in inputs.iter().zip(&starts) {
-        // SAFETY: `start` counts lines of `memory`.
-        let target = unsafe { base.add(start) }.cast::<u8>();
-        // SAFETY: the tensor's lines hold its bytes; `memory` is an allocation of its own.
-        unsafe { target.copy_from_nonoverlapping(tensor.bytes.as_ptr(), tensor.bytes.len()) };
+
+    #[expect(unsafe_code, reason = "this is the host's part")]
+    fn run(mut self, mut cuts: Cuts) -> Result<Outcome, Error> {
+        let count = self.specs.len();
+        let rows: Vec<u64> = self.specs.iter().map(Spec::rows).collect();
+        let (mut there, mut moved) = (vec![0; count], vec![0; count]);
+        let mut written = vec![Vec::new(); count - self.inputs.len()];
+        let (mut again, mut last) = (false, false);
+        loop {
+            for index in 0..self.inputs.len() {
+                if self.whole[index] {
+                    there[index] = rows[index];
+                } else if !again {
+                    there[index] += cuts.rows(rows[index] - there[index]);
+                }
+            }
+            let given = there.iter().zip(&rows).take(self.inputs.len());
+            last |= given.fold(true, |all, (a, b)| all & (a == b)) && cuts.says_last();
+            for index in self.inputs.len()..count {
+                there[index] = moved[index] + cuts.room(rows[index] - moved[index]);
+            }
+            let places = self.lay(&mut cuts, &there, &moved);
+            // It was written to by other ways since the instance was told of it.
+            self.memory.as_mut_ptr().expose_provenance();
+            // SAFETY: all windows lie in `memory`, which nothing else uses during the call.
+            let answer = unsafe { self.instance.run(u32::from(last)) };
+            if answer == 1 {
+                return Err(self.instance.last_error().error);
+            }
+            let mut stands = true;
+            for index in 0..count {
+                let (record, start) = (self.bytes(index, 24..32), places[index]);
+                let step = u64::from_le_bytes(record.try_into().expect("8 bytes"));
+                let room = there[index] - moved[index];
+                assert!(step <= room, "{step} rows moved, there were {room}");
+                if self.whole.get(index) == Some(&true) {
+                    continue;
+                }
+                moved[index] += step;
+                stands &= step == 0;
+                let bytes = row_bytes(&self.specs[index]);
+                let laid = self.tensor(index, start..start + bytes * as_index(room));
+                if let Some(output) = index.checked_sub(count - written.len()) {
+                    written[output].extend_from_slice(&laid[..bytes * as_index(step)]);
+                }
+                laid.fill(POISON);
+            }
+            assert!(answer == 0 || answer == 2, "`run` answered {answer}");
+            again = answer == 2;
+            assert!(!again || !stands, "it wants to go on and nothing moved");
+            if last && !again {
+                return Ok(self.outcome(written, &moved));
+            }
+        }
     }
-    // SAFETY: `memory` is used for windows and records only, until it is read below.
-    unsafe { instance.set_reserved(address..address + lines * 64) };
-    let tensor = |index: usize| types::Tensor {
-        address: (address + starts[index] * 64) as u64,
-        bytes: bytes_of(specs[index]) as u64,
-        control: (address + index * CONTROL_BYTES) as u64,
-        spec: specs[index].clone(),
-    };
-    let (inputs_bound, outputs_bound) = (0..inputs.len(), inputs.len()..specs.len());
-    instance.bind(
-        inputs_bound.map(tensor).collect(),
-        outputs_bound.clone().map(tensor).collect(),
-    )?;
-    // SAFETY: all windows lie in `memory`, which nothing else uses during the call.
-    if unsafe { instance.run(1) } != 0 {
-        return Err(instance.last_error().error);
+
+    /// Lays out what there is between `moved` and `there`; the bytes from each tensor's start to it.
+    fn lay(&mut self, cuts: &mut Cuts, there: &[u64], moved: &[u64]) -> Vec<usize> {
+        let mut places = Vec::new();
+        for index in 0..self.specs.len() {
+            let whole = self.whole.get(index) == Some(&true);
+            let spec = &self.specs[index];
+            let (bytes, all) = (row_bytes(spec), spec.rows());
+            let first = if whole { 0 } else { moved[index] };
+            let rows = there[index] - first;
+            let place = match whole {
+                true => 0,
+                false => cuts.place(first, all - rows + 1),
+            };
+            let place = as_index(place) * bytes;
+            let record = [first, rows, place as u64, 0, 0, 0, 0, 0];
+            let record: Vec<u8> = record.iter().flat_map(|word| word.to_le_bytes()).collect();
+            self.memory[index].0.copy_from_slice(&record);
+            if let Some(tensor) = self.inputs.get(index) {
+                let from = as_index(first) * bytes;
+                let length = as_index(rows) * bytes;
+                let bytes = &tensor.bytes[from..from + length];
+                self.tensor(index, place..place + length)
+                    .copy_from_slice(bytes);
+            }
+            places.push(place);
+        }
+        places
     }
-    let outputs = outputs_bound
-        .zip(instance.extents())
-        .map(|(index, extent)| {
-            let bytes = bytes_of(&Spec::new(specs[index].dtype, extent.shape.clone()));
-            // SAFETY: as above, within `memory`.
-            let source = unsafe { base.add(starts[index]) }.cast::<u8>();
-            // SAFETY: the extent is at most the spec's size; all bytes of `memory` are initialised.
-            let bytes = unsafe { core::slice::from_raw_parts(source, bytes) }.to_vec();
+
+    fn outcome(&self, written: Vec<Vec<u8>>, moved: &[u64]) -> Outcome {
+        let first = self.inputs.len();
+        let extents = self.instance.extents().into_iter().zip(written);
+        let outputs = extents.enumerate().map(|(index, (extent, mut bytes))| {
+            let spec = Spec::new(self.specs[first + index].dtype, extent.shape.clone());
+            assert_eq!(spec.rows(), moved[first + index], "rows of its records");
+            // Only where all is there at once can rows be shorter than announced: then they lie at the start.
+            bytes.truncate(bytes_of(&spec));
             Tensor {
-                dtype: specs[index].dtype,
+                dtype: spec.dtype,
                 shape: extent.shape,
                 bytes,
             }
-        })
-        .collect();
-    Ok(Outcome {
-        outputs,
-        notes: instance.notes(),
-    })
+        });
+        Outcome {
+            outputs: outputs.collect(),
+            notes: self.instance.notes(),
+        }
+    }
+
+    fn bytes(&mut self, record: usize, range: core::ops::Range<usize>) -> &[u8] {
+        &self.memory[record].0[range]
+    }
+
+    fn tensor(&mut self, index: usize, range: core::ops::Range<usize>) -> &mut [u8] {
+        let start = self.starts[index] * 64;
+        &mut self.memory_bytes()[start + range.start..start + range.end]
+    }
+
+    #[expect(unsafe_code, reason = "lines are seen as bytes")]
+    fn memory_bytes(&mut self) -> &mut [u8] {
+        let length = self.memory.len() * 64;
+        // SAFETY: a `Line` is 64 initialised bytes without padding.
+        unsafe { core::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<u8>(), length) }
+    }
+}
+
+fn as_index(number: u64) -> usize {
+    usize::try_from(number).expect("a test's tensors are small")
+}
+
+fn row_bytes(spec: &Spec) -> usize {
+    let rest = spec.shape.get(1..).unwrap_or_default();
+    let row = Spec::new(spec.dtype, rest);
+    match spec.rows() {
+        0 => 0,
+        _ => bytes_of(&row),
+    }
 }
 
 fn bytes_of(spec: &Spec) -> usize {
-    spec.elements().expect("a test's tensors are small")
-        * usize::try_from(spec.dtype.bytes()).expect("at most 16")
+    spec.elements().expect("a test's tensors are small") * as_index(spec.dtype.bytes())
 }
