@@ -18,13 +18,11 @@ impl Lines {
     fn hold(&mut self, bytes: usize, port: &str) -> Result<(), Error> {
         let lines = bytes.div_ceil(64);
         if lines > self.0.len() {
-            self.0
-                .try_reserve_exact(lines - self.0.len())
-                .map_err(|_| {
-                    Error::failed(format!(
-                        "{port}: no memory for {bytes} bytes of earlier rows"
-                    ))
-                })?;
+            self.0.try_reserve(lines - self.0.len()).map_err(|_| {
+                Error::failed(format!(
+                    "{port}: no memory for {bytes} bytes of earlier rows"
+                ))
+            })?;
             self.0.resize(lines, Line([0; 64]));
         }
         Ok(())
