@@ -74,6 +74,17 @@ def expected(kernel, parameters, x, dtype):
             axis = int(numbers["axis"])
             scores = (wide - wide.mean(axis, keepdims=True)) / wide.std(axis, keepdims=True) if x.size else wide
             return scores, dtype if x.dtype.kind not in "iub" else "float64", {}
+        if kernel == "cumsum":
+            if x.dtype.kind in "iub":
+                sums = np.cumsum(x, axis=0)
+                return sums, sums.dtype.name, {}
+            return _cast(np.cumsum(x.astype(np.float64), axis=0), "float64", dtype), dtype, {}
+        if kernel == "rolling-mean":
+            window, wide = numbers["window"], x.astype(np.longdouble)
+            means = np.full(x.shape, np.nan, np.longdouble)
+            for row in range(window - 1, len(x)):
+                means[row] = wide[row + 1 - window : row + 1].mean(axis=0)
+            return means, dtype if x.dtype.kind not in "iub" else "float64", {}
     raise ValueError(f"no reference for kernel {kernel!r}")
 
 

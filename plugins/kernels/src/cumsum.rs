@@ -9,6 +9,7 @@ use strait_plugin::prelude::*;
 /// kept in f64 and added to in the order of the rows, one addition a row, and each y is that sum rounded once: the same
 /// bits as numpy's for float64, more exact than numpy's for the narrower ones. What is not a number stays one from there
 /// on: NaN, or infinities of both signs; it is written as the positive quiet NaN. A sum of nothing but -0.0 is -0.0.
+/// The state is one row of 64-bit sums.
 #[derive(Debug)]
 pub struct CumSum(Sums);
 

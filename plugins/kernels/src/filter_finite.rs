@@ -33,7 +33,7 @@ impl Kernel for FilterFinite {
             let mut y = call.output::<T>(0)?;
             let kept = T::filter(&x, &mut y);
             self.dropped += x.len() - kept;
-            call.wrote(0, kept)
+            call.written(0, kept)
         })
     }
 

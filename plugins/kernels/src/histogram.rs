@@ -78,7 +78,7 @@ impl Kernel for Histogram {
             let rows = left.len().min(y.len());
             y[..rows].copy_from_slice(&left[..rows]);
             *given += rows;
-            call.wrote(index, rows)?;
+            call.written(index, rows)?;
             if rows < left.len() {
                 call.more();
             }

@@ -27,8 +27,8 @@ pub struct RollingMean {
     /// The window in rows; none: there is no row whose window is full.
     rows: Option<usize>,
     width: usize,
-    /// Row p of the block: from where this block has come to on, the sums of the block before from its row p to its end, and one
-    /// of nothing; above, this block's x.
+    /// window+1 rows. Above the place that this block has come to: its x. From there on: the sums of the block before,
+    /// from each of its rows to its end. The last row is [`NOTHING`].
     block: Vec<f64>,
     /// The sums of this block, so far.
     start: Vec<f64>,

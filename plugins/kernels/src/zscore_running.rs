@@ -11,7 +11,7 @@ use strait_plugin::sqrt;
 /// deviations go on from row to row as Welford has it (Technometrics 4, 1962): d = x - mean, mean += d / n,
 /// squares += d * (x - mean), each operation rounded; y = (x - mean) / sqrt(squares / n). Where all values up to a row are equal,
 /// as in row 0, y is 0/0, NaN. A NaN or an infinity makes all y of its column NaN from there on; a NaN is written as the
-/// positive quiet one.
+/// positive quiet one. The state is two rows of f64.
 #[derive(Debug)]
 pub struct ZScoreRunning {
     mean: Vec<f64>,

@@ -12,9 +12,9 @@ const DIAGNOSTIC_BYTES_MAX: usize = 4096;
 #[derive(Debug, Default)]
 pub(crate) struct Said {
     /// Rows of each input that it is done with.
-    pub(crate) taken: Vec<u64>,
-    /// Rows of each output that it wrote.
-    pub(crate) wrote: Vec<u64>,
+    pub(crate) consumed: Vec<u64>,
+    /// Rows of each output that it has written.
+    pub(crate) written: Vec<u64>,
     /// It has more to give than there was room for.
     pub(crate) more: bool,
 }
@@ -145,7 +145,7 @@ impl<'w> Call<'w> {
     }
 
     /// Says that output `index` is smaller than `open` answered; its elements are the first ones. Of a stream only
-    /// the number of rows can be less, and it is that of this chunk: see [`wrote`](Self::wrote).
+    /// the number of rows can be less, and it is that of this chunk: see [`written`](Self::written).
     ///
     /// # Errors
     /// [`Error::Failed`] if the shape has another rank, or a dimension larger than the output's.
@@ -169,7 +169,7 @@ impl<'w> Call<'w> {
             )));
         }
         self.leaves.extents[index] = shape.into();
-        self.leaves.said.wrote[index] = shape.first().copied().unwrap_or(1);
+        self.leaves.said.written[index] = shape.first().copied().unwrap_or(1);
         Ok(())
     }
 
@@ -182,7 +182,7 @@ impl<'w> Call<'w> {
     ///
     /// # Panics
     /// If there is no such port.
-    pub fn wrote(&mut self, index: usize, rows: usize) -> Result<(), Error> {
+    pub fn written(&mut self, index: usize, rows: usize) -> Result<(), Error> {
         let window = &self.outputs[index];
         let room = window.piece_rows();
         let rows = rows as u64;
@@ -195,7 +195,7 @@ impl<'w> Call<'w> {
         if let Some(size) = self.leaves.extents[index].first_mut() {
             *size = rows;
         }
-        self.leaves.said.wrote[index] = rows;
+        self.leaves.said.written[index] = rows;
         Ok(())
     }
 
@@ -207,20 +207,20 @@ impl<'w> Call<'w> {
     ///
     /// # Panics
     /// If there is no such port.
-    pub fn took(&mut self, index: usize, rows: usize) -> Result<(), Error> {
+    pub fn consumed(&mut self, index: usize, rows: usize) -> Result<(), Error> {
         let window = &self.inputs[index];
         let (port, there, rows) = (window.port(), window.piece_rows(), rows as u64);
         if self.streaming != Streaming::Free || window.is_whole() {
             return Err(Error::failed(format!(
-                "{port}: only a kernel with Streaming::Free says what it took, of inputs that are not whole"
+                "{port}: only a kernel with Streaming::Free says what it consumed, of inputs that are not whole"
             )));
         }
         if rows > there {
             return Err(Error::failed(format!(
-                "{port}: {rows} rows taken, there were {there}"
+                "{port}: {rows} rows consumed, there were {there}"
             )));
         }
-        self.leaves.said.taken[index] = rows;
+        self.leaves.said.consumed[index] = rows;
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! Rows that a kernel looks at again: the last ones of what it has taken, outside the windows.
+//! Rows that a kernel looks at again: the last ones of what it has consumed, outside the windows.
 
 use crate::Error;
 use crate::window::{Chunk, Window};
@@ -18,13 +18,11 @@ impl Lines {
     fn hold(&mut self, bytes: usize, port: &str) -> Result<(), Error> {
         let lines = bytes.div_ceil(64);
         if lines > self.0.len() {
-            self.0
-                .try_reserve_exact(lines - self.0.len())
-                .map_err(|_| {
-                    Error::failed(format!(
-                        "{port}: no memory for {bytes} bytes of earlier rows"
-                    ))
-                })?;
+            self.0.try_reserve(lines - self.0.len()).map_err(|_| {
+                Error::failed(format!(
+                    "{port}: no memory for {bytes} bytes of earlier rows"
+                ))
+            })?;
             self.0.resize(lines, Line([0; 64]));
         }
         Ok(())
@@ -64,7 +62,7 @@ impl Lines {
     }
 }
 
-/// The last rows of one input that was taken, at most `most` of them.
+/// The last rows of one input that was consumed, at most `most` of them.
 #[derive(Debug, Default)]
 pub(crate) struct Kept {
     most: u64,
@@ -83,20 +81,20 @@ impl Kept {
         }
     }
 
-    /// Rows after `taken` ones of the chunk that can be shown at once, of `rows`: fewer where rows from before the chunk
+    /// Rows after `consumed` ones of the chunk that can be shown at once, of `rows`: fewer where rows from before the chunk
     /// come first.
-    pub(crate) fn at_once(&self, taken: u64, rows: u64) -> u64 {
-        match taken < self.lead(taken) {
-            true => rows.min(self.most - taken),
+    pub(crate) fn at_once(&self, consumed: u64, rows: u64) -> u64 {
+        match consumed < self.lead(consumed) {
+            true => rows.min(self.most - consumed),
             false => rows,
         }
     }
 
-    fn lead(&self, taken: u64) -> u64 {
-        self.most.min(self.rows.saturating_add(taken))
+    fn lead(&self, consumed: u64) -> u64 {
+        self.most.min(self.rows.saturating_add(consumed))
     }
 
-    /// Shows `rows` rows of the chunk after `taken` ones, with those before them, as many as are kept.
+    /// Shows `rows` rows of the chunk after `consumed` ones, with those before them, as many as are kept.
     ///
     /// # Errors
     /// [`Error::Failed`] if there is no memory.
@@ -108,18 +106,18 @@ impl Kept {
         &mut self,
         window: &mut Window,
         chunk: Chunk,
-        taken: u64,
+        consumed: u64,
         rows: u64,
     ) -> Result<(), Error> {
-        let (first, lead) = (chunk.first + taken, self.lead(taken));
-        if lead <= taken {
-            let address = chunk.address + window.bytes_of(taken - lead);
+        let (first, lead) = (chunk.first + consumed, self.lead(consumed));
+        if lead <= consumed {
+            let address = chunk.address + window.bytes_of(consumed - lead);
             window.show(address, first, lead, rows);
             return Ok(());
         }
         // Those that are kept come first.
-        let earlier = lead - taken;
-        let (before, after) = (window.bytes_of(earlier), window.bytes_of(taken + rows));
+        let earlier = lead - consumed;
+        let (before, after) = (window.bytes_of(earlier), window.bytes_of(consumed + rows));
         self.seam.hold(before + after, window.port())?;
         let kept = self.lines.address() + window.bytes_of(self.rows - earlier);
         // SAFETY: `earlier` rows of the kept ones, which are memory of their own.
@@ -130,7 +128,7 @@ impl Kept {
         Ok(())
     }
 
-    /// Keeps the last rows of what was there, now that `taken` rows of the chunk were taken.
+    /// Keeps the last rows of what was there, now that `consumed` rows of the chunk were consumed.
     ///
     /// # Errors
     /// [`Error::Failed`] if there is no memory.
@@ -142,19 +140,19 @@ impl Kept {
         &mut self,
         window: &Window,
         chunk: Chunk,
-        taken: u64,
+        consumed: u64,
     ) -> Result<(), Error> {
-        if self.most == 0 || taken == 0 {
+        if self.most == 0 || consumed == 0 {
             return Ok(());
         }
-        let rows = self.lead(taken);
-        let fresh = taken.min(rows);
+        let rows = self.lead(consumed);
+        let fresh = consumed.min(rows);
         let stay = rows - fresh;
         let (before, after) = (window.bytes_of(stay), window.bytes_of(fresh));
         self.lines.hold(before + after, window.port())?;
         self.lines
             .drop_front(window.bytes_of(self.rows - stay), before);
-        let source = chunk.address + window.bytes_of(taken - fresh);
+        let source = chunk.address + window.bytes_of(consumed - fresh);
         // SAFETY: rows of the chunk: the caller's promise. A window is no memory of the allocator's.
         unsafe { self.lines.copy_in(before, source, after) };
         self.rows = rows;

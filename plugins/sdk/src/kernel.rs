@@ -54,7 +54,7 @@ pub trait Kernel: Sized + 'static {
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error>;
 
     /// After the last row of a stream: gives what was held back, or a result that needs all rows, and makes the notes.
-    /// The inputs have no new rows, or those that a [`Streaming::Free`] kernel did not take. [`Call::wrote`] says how
+    /// The inputs have no new rows, or those that a [`Streaming::Free`] kernel did not consume. [`Call::written`] says how
     /// many rows there are; if there is not room for all, [`Call::more`] has it called again. Not called with
     /// [`Streaming::Whole`].
     ///

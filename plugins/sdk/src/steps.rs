@@ -35,8 +35,8 @@ pub(crate) struct Steps {
     streaming: Streaming,
     history: u64,
     /// Rows consumed of each input, rows written to each output.
-    taken: Vec<u64>,
-    wrote: Vec<u64>,
+    consumed: Vec<u64>,
+    written: Vec<u64>,
     kept: Vec<Kept>,
     said: Said,
     began: bool,
@@ -53,8 +53,8 @@ struct Step<'s> {
     inputs: Vec<Chunk>,
     outputs: Vec<Chunk>,
     last: bool,
-    taken: Vec<u64>,
-    wrote: Vec<u64>,
+    consumed: Vec<u64>,
+    written: Vec<u64>,
 }
 
 impl Steps {
@@ -63,8 +63,8 @@ impl Steps {
             name,
             streaming,
             history: history as u64,
-            taken: Vec::new(),
-            wrote: Vec::new(),
+            consumed: Vec::new(),
+            written: Vec::new(),
             kept: Vec::new(),
             said: Said::default(),
             began: false,
@@ -101,10 +101,10 @@ impl Steps {
             each.map(|(window, moved)| window.chunk(*moved)).collect()
         };
         let mut step = Step {
-            inputs: chunks(&bound.inputs, &self.taken),
-            outputs: chunks(&bound.outputs, &self.wrote),
-            taken: vec![0; bound.inputs.len()],
-            wrote: vec![0; bound.outputs.len()],
+            inputs: chunks(&bound.inputs, &self.consumed),
+            outputs: chunks(&bound.outputs, &self.written),
+            consumed: vec![0; bound.inputs.len()],
+            written: vec![0; bound.outputs.len()],
             last,
             bound,
             diagnostic,
@@ -133,8 +133,8 @@ impl Steps {
     fn begin(&mut self, bound: &Bound) {
         self.began = true;
         self.over = false;
-        self.taken = vec![0; bound.inputs.len()];
-        self.wrote = vec![0; bound.outputs.len()];
+        self.consumed = vec![0; bound.inputs.len()];
+        self.written = vec![0; bound.outputs.len()];
         let keep = |window: &Window| match window.is_whole() {
             true => Kept::default(),
             false => Kept::new(self.history.min(window.rows())),
@@ -164,8 +164,8 @@ impl Steps {
         step.show_outputs(None);
         // SAFETY: the caller's promise.
         unsafe { self.call(step, true, &mut |call| kernel.run(call)) }?;
-        step.taken = step.inputs.iter().map(|chunk| chunk.rows).collect();
-        step.wrote.clone_from(&self.said.wrote);
+        step.consumed = step.inputs.iter().map(|chunk| chunk.rows).collect();
+        step.written.clone_from(&self.said.written);
         Ok(())
     }
 
@@ -176,24 +176,24 @@ impl Steps {
             .filter(|index| !step.bound.inputs[*index].is_whole())
             .collect();
         step.show_inputs();
-        let mut taken = 0;
+        let mut consumed = 0;
         let left = loop {
             let there = streamed.iter().map(|index| step.inputs[*index].rows);
-            let left = there.min().unwrap_or(0) - taken;
+            let left = there.min().unwrap_or(0) - consumed;
             let room = step.room().min().unwrap_or(u64::MAX);
             let rows = streamed.iter().fold(left.min(room), |rows, index| {
-                self.kept[*index].at_once(taken, rows)
+                self.kept[*index].at_once(consumed, rows)
             });
             // SAFETY: the caller's promise.
-            unsafe { self.show(step, &streamed, taken, rows) }?;
+            unsafe { self.show(step, &streamed, consumed, rows) }?;
             if rows == 0 {
                 break left;
             }
             step.show_outputs(Some(rows));
             // SAFETY: the caller's promise.
             unsafe { self.call(step, true, &mut |call| kernel.run(call)) }?;
-            taken += rows;
-            step.add(&self.said.wrote);
+            consumed += rows;
+            step.add(&self.said.written);
             if self.said.more {
                 return Err(Error::failed(format!(
                     "{} gives a row for a row, and cannot have more in `run`",
@@ -202,7 +202,7 @@ impl Steps {
             }
         };
         for index in &streamed {
-            step.taken[*index] = taken;
+            step.consumed[*index] = consumed;
         }
         if left > 0 {
             // There was no room; without a row that moved now the host cannot be asked again.
@@ -212,19 +212,19 @@ impl Steps {
         unsafe { self.finish(kernel, step) }
     }
 
-    /// Shows `rows` rows of each input after `taken` ones, with those before them.
+    /// Shows `rows` rows of each input after `consumed` ones, with those before them.
     #[expect(unsafe_code, reason = "see `step`")]
     unsafe fn show(
         &mut self,
         step: &mut Step<'_>,
         streamed: &[usize],
-        taken: u64,
+        consumed: u64,
         rows: u64,
     ) -> Result<(), Error> {
         for index in streamed {
             let (window, chunk) = (&mut step.bound.inputs[*index], step.inputs[*index]);
             // SAFETY: the caller's promise.
-            unsafe { self.kept[*index].show(window, chunk, taken, rows) }?;
+            unsafe { self.kept[*index].show(window, chunk, consumed, rows) }?;
         }
         Ok(())
     }
@@ -236,8 +236,8 @@ impl Steps {
         step.show_outputs(None);
         // SAFETY: the caller's promise.
         unsafe { self.call(step, false, &mut |call| kernel.run(call)) }?;
-        step.taken.clone_from(&self.said.taken);
-        step.add(&self.said.wrote);
+        step.consumed.clone_from(&self.said.consumed);
+        step.add(&self.said.written);
         if self.said.more {
             return Ok(true);
         }
@@ -255,7 +255,7 @@ impl Steps {
         step.show_outputs(None);
         // SAFETY: the caller's promise.
         unsafe { self.call(step, false, &mut |call| kernel.finish(call)) }?;
-        step.add(&self.said.wrote);
+        step.add(&self.said.written);
         Ok(self.said.more)
     }
 
@@ -269,8 +269,8 @@ impl Steps {
         function: Function<'_>,
     ) -> Result<(), Error> {
         let rows = |windows: &[Window]| windows.iter().map(Window::piece_rows).collect();
-        self.said.taken = rows(&step.bound.inputs);
-        self.said.wrote = match fills {
+        self.said.consumed = rows(&step.bound.inputs);
+        self.said.written = match fills {
             true => rows(&step.bound.outputs),
             false => vec![0; step.bound.outputs.len()],
         };
@@ -292,10 +292,10 @@ impl Steps {
     #[expect(unsafe_code, reason = "see `step`")]
     unsafe fn end(&mut self, step: Step<'_>) -> Result<(), Error> {
         for (index, window) in step.bound.inputs.iter().enumerate() {
-            let rows = step.taken[index];
+            let rows = step.consumed[index];
             // A whole input has all of its rows in every chunk.
             if !window.is_whole() {
-                self.taken[index] += rows;
+                self.consumed[index] += rows;
             }
             if !self.over {
                 // SAFETY: the caller's promise.
@@ -304,11 +304,11 @@ impl Steps {
             window.moved(rows);
         }
         for (index, window) in step.bound.outputs.iter().enumerate() {
-            self.wrote[index] += step.wrote[index];
+            self.written[index] += step.written[index];
             if let Some(size) = self.extents[index].first_mut() {
-                *size = self.wrote[index];
+                *size = self.written[index];
             }
-            window.moved(step.wrote[index]);
+            window.moved(step.written[index]);
         }
         Ok(())
     }
@@ -317,20 +317,20 @@ impl Steps {
 impl Step<'_> {
     /// Whether nothing of a tensor has moved.
     fn stands(&self) -> bool {
-        let inputs = self.bound.inputs.iter().zip(&self.taken);
-        let taken = inputs.filter(|(window, _)| !window.is_whole());
-        let mut moved = taken.map(|(_, rows)| rows).chain(&self.wrote);
+        let inputs = self.bound.inputs.iter().zip(&self.consumed);
+        let consumed = inputs.filter(|(window, _)| !window.is_whole());
+        let mut moved = consumed.map(|(_, rows)| rows).chain(&self.written);
         moved.all(|rows| *rows == 0)
     }
 
     /// Rows that each output has room for.
     fn room(&self) -> impl Iterator<Item = u64> {
-        let outputs = self.outputs.iter().zip(&self.wrote);
-        outputs.map(|(chunk, wrote)| chunk.rows - wrote)
+        let outputs = self.outputs.iter().zip(&self.written);
+        outputs.map(|(chunk, written)| chunk.rows - written)
     }
 
-    fn add(&mut self, wrote: &[u64]) {
-        for (sum, rows) in self.wrote.iter_mut().zip(wrote) {
+    fn add(&mut self, written: &[u64]) {
+        for (sum, rows) in self.written.iter_mut().zip(written) {
             *sum += rows;
         }
     }
@@ -342,12 +342,12 @@ impl Step<'_> {
         }
     }
 
-    /// Shows what was not taken.
+    /// Shows what was not consumed.
     fn show_rest(&mut self) {
         let windows = self.bound.inputs.iter_mut().zip(&self.inputs);
-        for ((window, chunk), taken) in windows.zip(&self.taken) {
+        for ((window, chunk), consumed) in windows.zip(&self.consumed) {
             if !window.is_whole() {
-                window.show_chunk(*chunk, *taken, chunk.rows - taken);
+                window.show_chunk(*chunk, *consumed, chunk.rows - consumed);
             }
         }
     }
@@ -355,9 +355,9 @@ impl Step<'_> {
     /// Shows the room that is left, at most that of `rows` rows.
     fn show_outputs(&mut self, rows: Option<u64>) {
         let windows = self.bound.outputs.iter_mut().zip(&self.outputs);
-        for ((window, chunk), wrote) in windows.zip(&self.wrote) {
-            let room = chunk.rows - wrote;
-            window.show_chunk(*chunk, *wrote, rows.map_or(room, |rows| rows.min(room)));
+        for ((window, chunk), written) in windows.zip(&self.written) {
+            let room = chunk.rows - written;
+            window.show_chunk(*chunk, *written, rows.map_or(room, |rows| rows.min(room)));
         }
     }
 }

@@ -10,10 +10,11 @@ pub enum Streaming {
     /// A row for a row. [`Kernel::run`](crate::Kernel::run) sees as many new rows of each input as there is room for in each output, at
     /// least one, after up to [`Kernel::history`](crate::Kernel::history) rows that it has seen before; all inputs that are not
     /// [whole](crate::Port::whole), and all outputs, have the same number of rows. It may write fewer than there are
-    /// ([`Call::wrote`](crate::Call::wrote)), and [`Kernel::finish`](crate::Kernel::finish) more.
+    /// ([`Call::written`](crate::Call::written)), and [`Kernel::finish`](crate::Kernel::finish) more.
     Rows,
-    /// As the kernel will. [`Kernel::run`](crate::Kernel::run) sees the chunk as it is, perhaps of no rows, and says how many rows of it it
-    /// took ([`Call::took`](crate::Call::took); all, if it does not say) and wrote ([`Call::wrote`](crate::Call::wrote); none), and whether there was too little
-    /// room ([`Call::more`](crate::Call::more)).
+    /// As the kernel will. [`Kernel::run`](crate::Kernel::run) sees the chunk as it is, perhaps of no rows, and says how
+    /// many rows of it it consumed ([`Call::consumed`](crate::Call::consumed); if it does not say, all), how many it has
+    /// written ([`Call::written`](crate::Call::written); none), and whether there was too little room
+    /// ([`Call::more`](crate::Call::more)).
     Free,
 }

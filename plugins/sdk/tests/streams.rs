@@ -130,7 +130,7 @@ impl Kernel for Ahead {
         for (index, y) in y[..rows * width].iter_mut().enumerate() {
             *y = x[start + index + lag] - x[start + index];
         }
-        call.wrote(0, rows)
+        call.written(0, rows)
     }
 
     fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
@@ -145,7 +145,7 @@ impl Kernel for Ahead {
         if rows < left {
             call.more();
         }
-        call.wrote(0, rows)
+        call.written(0, rows)
     }
 }
 
@@ -188,22 +188,22 @@ impl Kernel for Repeat {
         let mut y = call.output::<f64>(0)?;
         let (rows, width) = (usize::try_from(x.shape()[0]).unwrap(), x.row_len());
         let room = usize::try_from(y.shape()[0]).unwrap();
-        let (mut row, mut wrote) = (0, 0);
+        let (mut row, mut written) = (0, 0);
         while row < rows {
             if self.given == self.times {
                 self.given = 0;
                 row += 1;
-            } else if wrote < room {
-                y[wrote * width..][..width].copy_from_slice(&x[row * width..][..width]);
+            } else if written < room {
+                y[written * width..][..width].copy_from_slice(&x[row * width..][..width]);
                 self.given += 1;
-                wrote += 1;
+                written += 1;
             } else {
                 call.more();
                 break;
             }
         }
-        call.took(0, row)?;
-        call.wrote(0, wrote)
+        call.consumed(0, row)?;
+        call.written(0, written)
     }
 }
 
@@ -220,7 +220,7 @@ fn more_rows_than_there_were() {
     assert_eq!(y.outputs[0].values::<f64>(), [1.0, 1.0, 2.0, 2.0]);
 }
 
-/// The sum of each `count` rows, and of what is left: rows that are too few yet are not taken.
+/// The sum of each `count` rows, and of what is left: rows that are too few yet are not consumed.
 struct Groups(usize);
 
 impl Groups {
@@ -245,9 +245,9 @@ impl Groups {
             call.more();
         }
         if whole {
-            call.took(0, groups * self.0)?;
+            call.consumed(0, groups * self.0)?;
         }
-        call.wrote(0, groups)
+        call.written(0, groups)
     }
 }
 
@@ -317,7 +317,7 @@ impl Kernel for Chosen {
             }
         }
         self.0 += chosen as u64;
-        call.wrote(0, chosen)
+        call.written(0, chosen)
     }
 
     fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
@@ -342,7 +342,7 @@ fn several_inputs_and_a_size_that_the_data_decide() {
     }
     let unequal = [Tensor::new(&[1.0, 2.0]), by, Tensor::new(&[1.0])];
     let Err(Error::BadArgument(bad)) = invoke::<Chosen>(&[], &unequal) else {
-        panic!("2 and 1 rows were taken")
+        panic!("2 and 1 rows were accepted")
     };
     assert_eq!((&*bad.name, &*bad.reason), ("z", "it has 1 rows, x has 2"));
 }
@@ -370,7 +370,7 @@ impl Kernel for Rows {
 
     fn finish(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         call.output::<f64>(0)?[0] = self.0;
-        call.wrote(0, 1)
+        call.written(0, 1)
     }
 }
 
@@ -404,12 +404,12 @@ impl Kernel for Wrong {
 
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
         match self.0 {
-            0 => call.wrote(0, 4),
-            1 => call.took(0, 4),
+            0 => call.written(0, 4),
+            1 => call.consumed(0, 4),
             2 => call.set_shape(0, &[4]),
             _ => {
                 call.more();
-                call.took(0, 0)
+                call.consumed(0, 0)
             }
         }
     }
@@ -420,7 +420,7 @@ fn what_cannot_be_is_an_error() {
     let x = Tensor::new(&[1.0, 2.0, 3.0]);
     let reasons = [
         "y: 4 rows written, there was room for 3",
-        "x: 4 rows taken, there were 3",
+        "x: 4 rows consumed, there were 3",
         "y: [4] is not within [3]",
         "wrong wants to go on, and there is no room for a row of it or nothing to go on with",
         "wrong has a history, which only Streaming::Rows keeps",

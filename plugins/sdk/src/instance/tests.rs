@@ -347,6 +347,12 @@ fn a_stream_step_by_step() {
         failure(&bench.instance.last_error().error),
         "run: echo has had its last chunk: open it again"
     );
+    let spec = Spec::new(Dtype::Uint8, [100]);
+    let opened = bench.instance.open("echo", vec![], vec![spec]);
+    opened.expect("valid");
+    let (x, y) = (bench.tensor(128, 0), bench.tensor(256, 64));
+    bench.bind(x, y).expect("all in place");
+    assert_eq!(bench.chunk([0, 100, 0], [0, 100, 0], 1), (0, 100, 100));
 }
 
 #[test]
