@@ -143,12 +143,12 @@ pub(super) fn respond(
             }
             Err(status) => asked.refused(&status, None),
         },
-        Op::Call => {
-            let message = "CALL goes over the socket that the OK to PREPARE brings";
+        Op::Call | Op::Chunk | Op::Last => {
+            let message = format!("{op:?} goes over the socket that the OK to PREPARE brings");
             let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
             asked.refused(&status, None)
         }
-        Op::Stream | Op::Chunk => {
+        Op::Stream => {
             let message = format!("{op:?} is reserved for a later version; use INVOKE");
             let status = Status::new(Code::Unimplemented, Reason::UnsupportedOp, message);
             asked.refused(&status, None)

@@ -7,6 +7,8 @@
 //! A call then has two switches of threads and no more: the client's to this thread, and back.
 
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,7 +24,7 @@ use super::frames::{Outgoing, encode, failure};
 use super::trace_span;
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::{Called, Prepared, Preparing, Session};
+use crate::session::{Called, ChunkEdge, ChunkFrame, Prepared, Preparing, Session};
 
 /// One prepared kernel's socket, as the connection that asked for it sees it.
 #[derive(Debug)]
@@ -64,95 +66,241 @@ impl Lane {
     }
 
     fn serve(&self, prepared: &Prepared) {
-        let request = usize::try_from(prepared.request_bytes()).unwrap_or(0);
-        // What is longer is truncated, and noticed.
-        let bytes = wire::HEADER_BYTES + request + 1;
-        let mut frame = Arc::new(vec![0; bytes]);
+        let mut incoming = Incoming::new(&self.socket, prepared);
         loop {
-            // Nobody has the one before any more, unless an input of it is still on its way somewhere.
-            let buffer = match Arc::get_mut(&mut frame) {
-                Some(buffer) => buffer,
-                None => {
-                    frame = Arc::new(vec![0; bytes]);
-                    continue;
-                }
-            };
-            let Ok(received) = self.socket.recv(buffer) else {
-                return;
-            };
-            if received.bytes == 0 {
-                return;
-            }
-            let packet = &buffer[..received.bytes];
-            let fds = received.fds.len();
-            // Before anything is answered.
-            drop(received.fds);
-            let header = match received.truncated {
-                true => Err(format!(
-                    "a frame with more than the {request} bytes of payload of this PREPARE, or with descriptors"
-                )),
-                false => call_header(packet, fds),
-            };
-            let header = match header {
-                Ok(header) => header,
-                Err(message) => {
-                    let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
-                    let refused = failure(Header::sequence_of(packet), &status, "-");
+            let asked = match incoming.next() {
+                Ok(Some(asked)) => asked,
+                Ok(None) => return,
+                Err((sequence, status)) => {
+                    let refused = failure(sequence, &status, "-");
                     if refused.send(&self.socket).is_err() {
                         return;
                     }
                     continue;
                 }
             };
-            let payload = wire::HEADER_BYTES..received.bytes;
-            let span = trace_span(&header);
+            let span = trace_span(&asked.header);
             let _in_span = span.enter();
-            let mut unsent = None;
-            let cancel = self.token();
-            prepared.call(&frame, payload, &cancel, |result| {
-                let answer = Answered::new(&header, prepared, result);
-                // A client that does not read keeps its own turn from ending no longer than it takes to notice.
-                match answer.send_now(&self.socket) {
-                    Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                        unsent = Some(answer);
-                    }
-                    // The next `recv` sees the end.
-                    Ok(()) | Err(_) => {}
-                }
-            });
-            if let Some(answer) = unsent
-                && answer.send(&self.socket).is_err()
-            {
-                return;
+            let goes_on = match prepared.streams() {
+                true => self.stream(prepared, &mut incoming, asked),
+                false => self.call(prepared, &asked),
+            };
+            if !goes_on {
+                return incoming.discard();
             }
+        }
+    }
+
+    /// False if nobody is there any more.
+    fn call(&self, prepared: &Prepared, asked: &Asked) -> bool {
+        let mut unsent = None;
+        let cancel = self.token();
+        prepared.call(&asked.frame, asked.payload.clone(), &cancel, |result| {
+            let answer = Answered::new(&asked.header, prepared, result);
+            // A client that does not read keeps its own turn from ending no longer than it takes to notice.
+            match answer.send_now(&self.socket) {
+                Err(error) if error.kind() == ErrorKind::WouldBlock => unsent = Some(answer),
+                // The next `recv` sees the end.
+                Ok(()) | Err(_) => {}
+            }
+        });
+        unsent.is_none_or(|answer| answer.send(&self.socket).is_ok())
+    }
+
+    /// From the first chunk to the last. False if the stream has failed: then what is still on its way belongs to nothing.
+    fn stream(&self, prepared: &Prepared, incoming: &mut Incoming<'_>, asked: Asked) -> bool {
+        let cancel = self.token();
+        let (header, first) = asked.into_chunk();
+        let mut edge = Edge {
+            socket: &self.socket,
+            incoming,
+            header,
+            unsent: None,
+        };
+        let ended = prepared.stream(first, &cancel, &mut edge);
+        let (goes_on, asked, sent) = (ended.is_ok(), edge.header, edge.flush());
+        sent && Answered::new(&asked, prepared, ended)
+            .send(&self.socket)
+            .is_ok()
+            && goes_on
+    }
+}
+
+/// A frame that came, of the right kind.
+struct Asked {
+    header: Header,
+    frame: Arc<Vec<u8>>,
+    payload: Range<usize>,
+}
+
+impl Asked {
+    fn into_chunk(self) -> (Header, ChunkFrame) {
+        let chunk = ChunkFrame {
+            frame: self.frame,
+            payload: self.payload,
+            last: self.header.op == Op::Last,
+        };
+        (self.header, chunk)
+    }
+}
+
+/// What comes on the socket of one PREPARE.
+struct Incoming<'a> {
+    socket: &'a FrameSocket,
+    /// Bytes of each payload.
+    payload: usize,
+    /// What the frames are.
+    ops: &'static [Op],
+    frame: Arc<Vec<u8>>,
+}
+
+impl<'a> Incoming<'a> {
+    fn new(socket: &'a FrameSocket, prepared: &Prepared) -> Self {
+        Self {
+            socket,
+            payload: usize::try_from(prepared.request_bytes()).unwrap_or(0),
+            ops: match prepared.streams() {
+                true => &[Op::Chunk, Op::Last],
+                false => &[Op::Call],
+            },
+            frame: Arc::default(),
+        }
+    }
+
+    /// Waits for the next one; none at the end.
+    ///
+    /// # Errors
+    /// What is answered to one that is wrong, and its sequence.
+    fn next(&mut self) -> Result<Option<Asked>, (u32, Status)> {
+        // What is longer is truncated, and noticed.
+        let bytes = wire::HEADER_BYTES + self.payload + 1;
+        // Nobody has the one before any more, unless an input of it is still on its way somewhere.
+        if Arc::get_mut(&mut self.frame).is_none_or(|frame| frame.len() != bytes) {
+            self.frame = Arc::new(vec![0; bytes]);
+        }
+        let Some(buffer) = Arc::get_mut(&mut self.frame) else {
+            return Ok(None);
+        };
+        let Ok(received) = self.socket.recv(buffer) else {
+            return Ok(None);
+        };
+        if received.bytes == 0 {
+            return Ok(None);
+        }
+        let packet = &buffer[..received.bytes];
+        let fds = received.fds.len();
+        // Before anything is answered.
+        drop(received.fds);
+        let header = match received.truncated {
+            true => Err(format!(
+                "a frame with more than the {} bytes of payload of this PREPARE, or with descriptors",
+                self.payload
+            )),
+            false => header_of(packet, fds, self.ops),
+        };
+        let header = header.map_err(|message| {
+            let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
+            (Header::sequence_of(packet), status)
+        })?;
+        Ok(Some(Asked {
+            header,
+            frame: Arc::clone(&self.frame),
+            payload: wire::HEADER_BYTES..received.bytes,
+        }))
+    }
+}
+
+impl Incoming<'_> {
+    /// Nothing more is answered. What comes is thrown away until the client closes its end: a socket that is closed with
+    /// something unread looks reset, and the client would not receive what was sent last.
+    fn discard(&self) {
+        if self.socket.shutdown_sending().is_ok() {
+            let mut nothing = [0; wire::HEADER_BYTES];
+            while self
+                .socket
+                .recv(&mut nothing)
+                .is_ok_and(|received| received.bytes > 0)
+            {}
         }
     }
 }
 
-/// The header of a CALL, or what is wrong with the packet.
-fn call_header(packet: &[u8], fds: usize) -> Result<Header, String> {
+/// The header of a packet that is one of `ops`, or what is wrong with that.
+fn header_of(packet: &[u8], fds: usize, ops: &[Op]) -> Result<Header, String> {
     let (header, body, _) = Header::decode(packet).map_err(|error| error.to_string())?;
-    if header.op != Op::Call {
+    if !ops.contains(&header.op) {
+        let takes = match ops {
+            [only] => format!("it takes {only:?} only"),
+            _ => "it streams, and takes Chunk and Last".to_owned(),
+        };
         return Err(format!(
-            "{:?} on the socket of a PREPARE; it takes CALL only, and other requests go over the connection",
+            "{:?} on the socket of a PREPARE; {takes}: other requests go over the connection",
             header.op
         ));
     }
     if !body.is_empty() || fds > 0 {
         return Err(format!(
-            "a CALL has neither a body nor descriptors, this one has {} bytes and {fds}",
+            "such a frame has neither a body nor descriptors, this one has {} bytes and {fds}",
             body.len()
         ));
     }
     Ok(header)
 }
 
-/// OK or ERROR to CALL.
+/// The client's side of a stream.
+struct Edge<'a, 'b> {
+    socket: &'a FrameSocket,
+    incoming: &'a mut Incoming<'b>,
+    /// Of the chunk that was received last.
+    header: Header,
+    unsent: Option<Answered>,
+}
+
+impl ChunkEdge for Edge<'_, '_> {
+    fn receive(&mut self) -> Result<Option<ChunkFrame>, Status> {
+        let asked = self.incoming.next().map_err(|(sequence, status)| {
+            self.header.sequence = sequence;
+            status
+        })?;
+        Ok(asked.map(|asked| {
+            let (header, chunk) = asked.into_chunk();
+            self.header = header;
+            chunk
+        }))
+    }
+
+    fn send(&mut self, payload: Vec<Vec<u8>>, done: bool) -> bool {
+        if !self.flush() {
+            return false;
+        }
+        let op = if done { Op::Ok } else { Op::Chunk };
+        let answer = Answered::parts(op, &self.header, payload, Vec::new());
+        match answer.send_now(self.socket) {
+            Ok(()) => true,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                self.unsent = Some(answer);
+                true
+            }
+            Err(_) => false,
+        }
+    }
+
+    fn is_full(&self) -> bool {
+        self.unsent.is_some()
+    }
+
+    fn flush(&mut self) -> bool {
+        let unsent = self.unsent.take();
+        unsent.is_none_or(|answer| answer.send(self.socket).is_ok())
+    }
+}
+
+/// What is answered on the socket of a PREPARE.
 enum Answered {
     Ok {
         header: Header,
         body: Vec<u8>,
-        called: Called,
+        payload: Vec<Vec<u8>>,
     },
     Error(Outgoing),
 }
@@ -188,18 +336,21 @@ impl Answered {
                 body.body
             }
         };
-        let payload: usize = called.payload.iter().map(Vec::len).sum();
+        Self::parts(Op::Ok, asked, called.payload, body)
+    }
+
+    fn parts(op: Op, asked: &Header, payload: Vec<Vec<u8>>, body: Vec<u8>) -> Self {
         let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
         Self::Ok {
             header: Header {
-                op: Op::Ok,
+                op,
                 sequence: asked.sequence,
                 body_bytes: length(body.len()),
-                payload_bytes: length(payload),
+                payload_bytes: length(payload.iter().map(Vec::len).sum()),
                 trace: asked.trace,
             },
             body,
-            called,
+            payload,
         }
     }
 
@@ -216,11 +367,11 @@ impl Answered {
             Self::Ok {
                 header,
                 body,
-                called,
+                payload,
             } => {
                 let header = header.encode();
                 let mut parts = vec![&header[..], &body[..]];
-                parts.extend(called.payload.iter().map(Vec::as_slice));
+                parts.extend(payload.iter().map(Vec::as_slice));
                 send(&parts)
             }
             Self::Error(outgoing) => send(&[&outgoing.header(), &outgoing.body]),

@@ -10,7 +10,7 @@ use crate::plugin::Port;
 /// Size of a chunk record in guest memory, in bytes.
 pub(super) const RECORD_BYTES: usize = 64;
 /// Where in a record the guest says what it consumed or wrote.
-const MOVED_AT: usize = 24;
+pub(super) const MOVED_AT: usize = 24;
 
 /// One port's tensor on its way through `run`.
 #[derive(Debug)]

@@ -20,7 +20,7 @@ use crate::plugin::{Port, Role};
 /// What `run` answers.
 pub(super) const DONE: u32 = 0;
 pub(super) const FAILED: u32 = 1;
-const MORE: u32 = 2;
+pub(super) const MORE: u32 = 2;
 
 /// Whether inputs, or inputs and outputs, of together `asked` bytes may be in the guest's memory.
 pub(super) fn windows_fit(job: &Job, asked: u64) -> Result<(), Broken> {

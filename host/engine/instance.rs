@@ -214,6 +214,11 @@ impl Instance {
         &self.made.store.data().faults
     }
 
+    /// From now on it runs until `deadline`.
+    pub(super) fn extend(&self, deadline: Instant) {
+        self.ticking.leash().extend(deadline);
+    }
+
     /// Lets the memory grow by `bytes` beyond what the guest may have for itself.
     pub(super) fn allow(&mut self, bytes: u64) {
         self.made.store.data_mut().allowance = bytes;

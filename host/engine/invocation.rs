@@ -27,6 +27,7 @@ use super::limits::State;
 use super::placement::{self, Placement, Spot};
 use super::results::Making;
 use super::spare::Used;
+use super::stream::{Batches, Stream};
 use super::windows::Windows;
 use super::{Compiled, Engine};
 
@@ -88,6 +89,23 @@ pub(super) fn start_over(
         .enter()?
         .run()?
         .publish()
+}
+
+/// Runs what has waited with batch after batch, to its end; what the kernel had to say, and its guest.
+///
+/// # Errors
+/// [`Broken`]; what was given before stays given.
+pub(super) fn stream(
+    engine: &Engine,
+    job: &Job,
+    supplies: &Supplies,
+    (plan, made): (&Plan, Made),
+    batches: &mut dyn Batches,
+) -> Result<(Vec<(String, String)>, Made), Broken> {
+    Bound::resume(engine, job, supplies, (plan, made))?
+        .enter_with(false)?
+        .stream(batches)?
+        .told()
 }
 
 /// What a guest that waits was told.
@@ -404,6 +422,11 @@ impl<'a> Bound<'a> {
 
     /// Brings the inputs' and results' pages in.
     fn enter(self) -> Result<Running<'a>, Broken> {
+        self.enter_with(true)
+    }
+
+    /// The same, with or without the elements of inputs in frames.
+    fn enter_with(self, inline: bool) -> Result<Running<'a>, Broken> {
         const STAGE: Stage = Stage::Place;
         let Self {
             mut call,
@@ -413,7 +436,9 @@ impl<'a> Bound<'a> {
         let (engine, job, sources) = (call.engine, call.job, &call.supplies.inputs);
         // Copies first: from the first window on, this memory has ranges that nobody may touch.
         for ((input, source), spot) in job.inputs.iter().zip(sources).zip(&placed.spots) {
-            if let Spot::Copy { at, bytes } = *spot {
+            if let Spot::Copy { at, bytes } = *spot
+                && (inline || !source.is_inline())
+            {
                 let (offset, copied) = (input.place.offset, &call.copied);
                 let fill = |into: &mut [u8]| match source {
                     Source::Segment(source) => source.read_at(offset, into, copied),
@@ -458,12 +483,40 @@ impl<'a> Running<'a> {
         if self.call.job.verify {
             self.call.report.pages = self.pages();
         }
+        self.watched(|instance, placed, _| {
+            contract::run(instance, &mut placed.chunk, placed.records.clone())
+        })
+    }
+
+    /// The same with batch after batch.
+    fn stream(self, batches: &mut dyn Batches) -> Result<Finished<'a>, Broken> {
+        let (job, copies) = (self.call.job, &self.call.engine.copies);
+        self.watched(|instance, placed, results| {
+            let kernel = job.kernel.kernel();
+            let of_inputs = job.inputs.iter().map(|input| &input.place.spec);
+            let of_outputs = results.iter().map(|making| &making.bound().spec);
+            let mut stream = Stream::new(
+                kernel.inputs.iter().zip(of_inputs),
+                kernel.outputs.iter().zip(of_outputs),
+                &placed.spots,
+                placed.records.clone(),
+            );
+            stream.run(instance, batches, copies)
+        })
+    }
+
+    /// Has `steps` call `run`, and brings the windows home whatever came of it.
+    fn watched(
+        mut self,
+        steps: impl FnOnce(&mut Instance, &mut Placed<'a>, &[Making]) -> Result<u32, Broken>,
+    ) -> Result<Finished<'a>, Broken> {
         self.call.lap = Instant::now();
         let (compiled, placed) = (Arc::clone(&self.call.compiled), &mut self.placed);
         let read_only = self.windows.read_only();
+        let results = self.windows.results();
         let instance = &mut self.call.instance;
         let ended = instance.watched(&compiled, read_only, |instance| {
-            contract::run(instance, &mut placed.chunk, placed.records.clone())
+            steps(instance, placed, results)
         });
         self.call.report.seconds.run = self.call.lap();
         let written = self.written(&ended);
@@ -539,6 +592,12 @@ struct Finished<'a> {
 }
 
 impl Finished<'_> {
+    /// What the kernel has to say, and its guest: there are no results beyond those that were given.
+    fn told(mut self) -> Result<(Vec<(String, String)>, Made), Broken> {
+        let notes = contract::notes(&mut self.call.instance)?;
+        Ok((notes, self.call.instance.rest()))
+    }
+
     /// Makes files of the results: all of them, or none.
     fn publish(self) -> Result<Filled, Broken> {
         let Self {

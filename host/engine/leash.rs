@@ -14,6 +14,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Once, OnceLock};
 use std::time::Instant;
 
+use parking_lot::Mutex;
+
 use super::fault::{Faults, REG_RIP};
 use super::job::CancelToken;
 use super::limits::Stop;
@@ -34,7 +36,8 @@ pub(super) struct Until {
 /// One guest's, on the thread that made it.
 #[derive(Debug)]
 pub(super) struct Leash {
-    until: Until,
+    // Never held over anything but an assignment or a look. The handler does not look at it.
+    until: Mutex<Until>,
     faults: Arc<Faults>,
     sites: Arc<TrapSites>,
     thread: libc::pthread_t,
@@ -55,7 +58,7 @@ impl Leash {
     /// For a guest that this thread will run.
     pub(super) fn new(until: Until, faults: Arc<Faults>, sites: Arc<TrapSites>) -> Arc<Self> {
         Arc::new(Self {
-            until,
+            until: Mutex::new(until),
             faults,
             sites,
             // SAFETY: it has no preconditions.
@@ -71,10 +74,16 @@ impl Leash {
         if self.faults.any_written() {
             return Some(Stop::InputWritten);
         }
-        if self.until.cancel.is_cancelled() {
+        let until = self.until.lock();
+        if until.cancel.is_cancelled() {
             return Some(Stop::Cancelled);
         }
-        (Instant::now() >= self.until.deadline).then_some(Stop::Deadline(self.until.deadline_ms))
+        (Instant::now() >= until.deadline).then_some(Stop::Deadline(until.deadline_ms))
+    }
+
+    /// From now on it runs until `deadline`.
+    pub(super) fn extend(&self, deadline: Instant) {
+        self.until.lock().deadline = deadline;
     }
 
     /// Sends the guest to a trap, if it must end and can be. Its thread lives: the clock forgets a guest before its thread goes on.

@@ -9,6 +9,7 @@
 //!   ├ instance         a guest that can be called ── limits, imports, ticker, leash, fault
 //!   │  └ spare         the next one, made while nobody waits
 //!   ├ prepared         a job that is run again and again, bound ahead
+//!   ├ stream           one whose tensors come and go in batches
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -47,6 +48,7 @@ mod regions;
 mod results;
 mod runner;
 mod spare;
+mod stream;
 mod ticker;
 mod traps;
 mod windows;
@@ -78,6 +80,7 @@ pub use panicked::Panic;
 pub use prepared::Ready;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
 pub use spare::Used;
+pub use stream::{Batch, Batches};
 
 use abi::PluginPre;
 use limits::State;

@@ -20,6 +20,7 @@ use super::error::{Broken, Limit};
 use super::instance::Made;
 use super::invocation::{self, Plan};
 use super::job::{Brought, Done, FilledBody, Output, OutputBody, Results, Source, Supplies};
+use super::stream::Batches;
 use super::{CancelToken, Cause, Engine, Failed, Job, core_module};
 use strait_memory::{InputSource, ResultPages};
 
@@ -44,6 +45,17 @@ pub trait Ready: Send + std::fmt::Debug {
         deadline: Instant,
         cancel: &CancelToken,
     ) -> Result<Done, Failed>;
+
+    /// Runs it on the calling thread with batch after batch, and hands over what comes of each; what the kernel had to say.
+    /// Its inputs in frames are those that come in batches, at most as many rows at a time in the guest as were prepared.
+    ///
+    /// # Errors
+    /// [`Failed`]; what was given before stays given.
+    fn stream(
+        &mut self,
+        batches: &mut dyn Batches,
+        cancel: &CancelToken,
+    ) -> Result<Vec<(String, String)>, Failed>;
 
     /// Makes it ready for its next run. To be called when nobody waits for the one before any more.
     fn renew(&mut self);
@@ -213,6 +225,27 @@ impl Ready for Prepared {
             report: filled.report,
             used: None,
         })
+    }
+
+    fn stream(
+        &mut self,
+        batches: &mut dyn Batches,
+        cancel: &CancelToken,
+    ) -> Result<Vec<(String, String)>, Failed> {
+        self.used = None;
+        // Each batch brings its own.
+        let deadline = Instant::now() + RENEWAL;
+        if self.made.is_none() {
+            self.bind(deadline, cancel)?;
+        }
+        let supplies = supplies(&self.job, &self.inputs, Vec::new(), deadline, cancel);
+        let made = self.made.take();
+        let made = made.ok_or_else(|| lost(&self.job, "a prepared kernel is not bound"))?;
+        let (engine, job, waits) = (&*self.engine, &self.job, (&self.plan, made));
+        let ended = engine.counted(|| invocation::stream(engine, job, &supplies, waits, batches));
+        let (notes, made) = ended.map_err(|broken| named(job, broken))?;
+        self.used = Some(made);
+        Ok(notes)
     }
 
     fn renew(&mut self) {

@@ -16,13 +16,13 @@ use strait_protocol::{self as wire, PreparedInput, PreparedTensor, SIZES_BYTES};
 use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::caller::Caller;
-use super::prepare::{Checked, Deadline, Found, Framed};
+use super::prepare::{Checked, Deadline, Found, Framed, Resolved};
 use super::run::still_waiting;
 use super::workers::{NoTurn, OwnTurn};
-use crate::engine::{Brought, CancelToken, Failed, FramePart, InlineRoom, OutputBody, Ready};
+use crate::engine::{Brought, CancelToken, Done, Failed, FramePart, InlineRoom, OutputBody, Ready};
 use crate::error::{Code, Reason, Status};
 use crate::lease::SessionId;
-use crate::plugin::{ITEMS_MAX, KernelRef};
+use crate::plugin::{ITEMS_MAX, Kernel, KernelRef};
 
 /// What a PREPARE asks for, checked.
 #[derive(Debug)]
@@ -32,23 +32,26 @@ pub struct Preparing {
     deadline: Deadline,
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
+    streams: bool,
 }
 
 /// A kernel that can be called.
 #[derive(Debug)]
 pub struct Prepared {
-    caller: Caller,
-    kernel: KernelRef,
+    pub(super) caller: Caller,
+    pub(super) kernel: KernelRef,
     request_id: Arc<str>,
-    deadline_ms: u64,
+    pub(super) deadline_ms: u64,
     /// Of all inputs, and whether a call brings them.
     specs: Vec<(TensorSpec, bool)>,
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
+    /// It takes chunks, and not calls.
+    streams: bool,
     outputs: Vec<PreparedTensor>,
     reply_bytes: u64,
     // One call at a time.
-    ready: Mutex<Box<dyn Ready>>,
+    pub(super) ready: Mutex<Box<dyn Ready>>,
     // Of frames, and of memory that waits.
     _charges: (Option<Charge>, Charge),
 }
@@ -105,6 +108,9 @@ impl Caller {
             resolved.insert(port, found);
         }
         let kernel = self.host.plugins.find(&invoke.kernel)?;
+        if request.stream {
+            check_stream(kernel.kernel(), &resolved)?;
+        }
         let outputs = kernel.kernel().outputs.len() as u64;
         let together = room.saturating_sub(outputs * SIZES_BYTES as u64);
         // What is larger is refused as such, as if the host's own limit were that.
@@ -143,11 +149,12 @@ impl Caller {
             deadline,
             inputs,
             request_bytes,
+            streams: request.stream,
         })
     }
 
     /// Waits for a turn for work on the calling thread.
-    fn turn(
+    pub(super) fn turn(
         &self,
         kernel: &str,
         deadline: Deadline,
@@ -169,6 +176,41 @@ impl Caller {
             NoTurn::Ended => super::draining(),
         })
     }
+}
+
+/// Whether `kernel` can be given `inputs` in chunks.
+fn check_stream(kernel: &Kernel, inputs: &Resolved) -> Result<(), Status> {
+    let refused = |reason, message| Err(Status::new(Code::InvalidArgument, reason, message));
+    if !kernel.streaming {
+        let message = format!(
+            "kernel `{}` does not stream: it must see whole tensors; call it with those",
+            kernel.name
+        );
+        return refused(Reason::Unsupported, message);
+    }
+    for port in &kernel.inputs {
+        // What is missing or wrong is told with the other arguments.
+        let Some(Ok((found, place))) = inputs.get(&port.name) else {
+            continue;
+        };
+        let name = &port.name;
+        let wrong = match (found, port.whole) {
+            (Found::Inline(_), true) => format!(
+                "input `{name}` comes whole and not in chunks; give it as a flight or a segment"
+            ),
+            (Found::Segment(_), false) => format!(
+                "input `{name}` comes in chunks; give its dtype, and its shape with the most rows of a chunk"
+            ),
+            (Found::Inline(_), false) if place.spec.shape.first().is_none_or(|rows| *rows == 0) => {
+                format!(
+                    "input `{name}` comes in chunks of rows; its shape begins with the most rows of one, at least 1"
+                )
+            }
+            (Found::Inline(_), false) | (Found::Segment(_), true) => continue,
+        };
+        return refused(Reason::BadInput, wrong);
+    }
+    Ok(())
 }
 
 /// An input that each CALL brings.
@@ -227,6 +269,7 @@ impl Preparing {
             deadline,
             mut inputs,
             request_bytes,
+            streams,
         } = self;
         let Checked {
             job, means, charge, ..
@@ -271,6 +314,7 @@ impl Preparing {
             specs,
             inputs,
             request_bytes,
+            streams,
             outputs,
             reply_bytes,
             ready: Mutex::new(ready),
@@ -305,6 +349,12 @@ impl Prepared {
         &self.request_id
     }
 
+    /// Whether it takes chunks and not calls.
+    #[must_use]
+    pub fn streams(&self) -> bool {
+        self.streams
+    }
+
     /// Runs the kernel on what `payload` of `frame` brings, hands the outcome to `answer`, and makes it ready for the next
     /// call. Blocks.
     pub fn call(
@@ -333,21 +383,29 @@ impl Prepared {
             .map_err(Status::from)
             .and_then(|done| self.called(done));
         if let Err(status) = &result {
-            tracing::warn!(
-                request_id = &*self.request_id,
-                kernel = self.name(),
-                code = status.code.name(),
-                reason = status.reason.name(),
-                message = status.message,
-                "prepared call failed"
-            );
+            self.warn(status);
         }
         answer(result);
         ready.renew();
     }
 
+    pub(super) fn warn(&self, status: &Status) {
+        tracing::warn!(
+            request_id = &*self.request_id,
+            kernel = self.name(),
+            code = status.code.name(),
+            reason = status.reason.name(),
+            message = status.message,
+            "prepared call failed"
+        );
+    }
+
     /// The inputs that a CALL brings.
-    fn brought(&self, frame: &Arc<Vec<u8>>, payload: Range<usize>) -> Result<Vec<Brought>, Status> {
+    pub(super) fn brought(
+        &self,
+        frame: &Arc<Vec<u8>>,
+        payload: Range<usize>,
+    ) -> Result<Vec<Brought>, Status> {
         let refused = |reason, message| Status::new(Code::InvalidArgument, reason, message);
         if payload.len() as u64 != self.request_bytes {
             let message = format!(
@@ -369,6 +427,13 @@ impl Prepared {
                 );
                 return Err(refused(Reason::BadInput, message));
             };
+            if self.streams && shape.get(1..) != tensor.shape.get(1..) {
+                let (port, shape) = (&tensor.port, &tensor.shape);
+                let message = format!(
+                    "input `{port}`: a row of a chunk has the sizes that were prepared, {shape:?} without the first"
+                );
+                return Err(refused(Reason::BadInput, message));
+            }
             let elements = shape.iter().product::<u64>() * tensor.dtype.size();
             let part = usize::try_from(tensor.offset).ok().and_then(|offset| {
                 let from = payload.start + offset;
@@ -381,7 +446,10 @@ impl Prepared {
             self.caller.host.framed.inputs.add(elements.len() as u64);
             all.push(Brought { shape, elements });
         }
-        self.check_axes(&all)?;
+        // Of a stream only rows differ, and those may be cut anywhere.
+        if !self.streams {
+            self.check_axes(&all)?;
+        }
         Ok(all)
     }
 
@@ -408,13 +476,27 @@ impl Prepared {
         })
     }
 
-    fn name(&self) -> &str {
+    pub(super) fn name(&self) -> &str {
         &self.kernel.kernel().name
     }
 
-    fn called(&self, done: crate::engine::Done) -> Result<Called, Status> {
-        let mut sizes = Vec::with_capacity(done.outputs.len() * SIZES_BYTES);
-        let mut payload = vec![Vec::new()];
+    fn called(&self, done: Done) -> Result<Called, Status> {
+        let outputs = done.outputs.into_iter().map(|output| match output.body {
+            OutputBody::Inline { spec, bytes } => Some((spec, bytes)),
+            OutputBody::Segment { .. } => None,
+        });
+        let outputs: Option<Vec<_>> = outputs.collect();
+        Ok(Called {
+            payload: self.payload(outputs.unwrap_or_default())?,
+            notes: done.report.notes,
+        })
+    }
+
+    /// The payload of a reply with `outputs`, in parts.
+    pub(super) fn payload(
+        &self,
+        outputs: Vec<(TensorSpec, Vec<u8>)>,
+    ) -> Result<Vec<Vec<u8>>, Status> {
         let lost = || {
             Status::new(
                 Code::Internal,
@@ -422,13 +504,12 @@ impl Prepared {
                 "a prepared call left no bytes",
             )
         };
-        if done.outputs.len() != self.outputs.len() {
+        if outputs.len() != self.outputs.len() {
             return Err(lost());
         }
-        for (output, tensor) in done.outputs.into_iter().zip(&self.outputs) {
-            let OutputBody::Inline { spec, mut bytes } = output.body else {
-                return Err(lost());
-            };
+        let mut sizes = Vec::with_capacity(outputs.len() * SIZES_BYTES);
+        let mut payload = vec![Vec::new()];
+        for ((spec, mut bytes), tensor) in outputs.into_iter().zip(&self.outputs) {
             if !within(&spec.shape, &tensor.shape) {
                 let message = format!(
                     "kernel `{}` gave output `{}` the sizes {:?}, and for the largest inputs it said {:?}; the plugin must not give more for less",
@@ -446,9 +527,6 @@ impl Prepared {
             payload.push(bytes);
         }
         payload[0] = sizes;
-        Ok(Called {
-            payload,
-            notes: done.report.notes,
-        })
+        Ok(payload)
     }
 }

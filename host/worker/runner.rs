@@ -18,8 +18,9 @@ use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
 use super::program::{Program, Recipe, Role};
 use crate::engine::{
-    Brought, Cache, CancelToken, Cause, Done, EngineConfig, Failed, InlineRoom, Job, Limit,
-    LoadError, Means, OutputBody, Owner, Ready, Runner, RunnerCounts, RunnerProcess, Source, Stage,
+    Batches, Brought, Cache, CancelToken, Cause, Done, EngineConfig, Failed, InlineRoom, Job,
+    Limit, LoadError, Means, OutputBody, Owner, Ready, Refusal, Runner, RunnerCounts,
+    RunnerProcess, Source, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -321,6 +322,20 @@ impl Ready for Prepared {
                 Cause::Contract("a result is larger than `open` first announced".to_owned()),
             )),
         }
+    }
+
+    fn stream(
+        &mut self,
+        _batches: &mut dyn Batches,
+        _cancel: &CancelToken,
+    ) -> Result<Vec<(String, String)>, Failed> {
+        let cause = Cause::Refused {
+            refusal: Refusal::Unsupported,
+            reason: "streams do not run in worker processes yet; this host has workers.enabled"
+                .to_owned(),
+            diagnostic: Vec::new(),
+        };
+        Err(self.failed(Stage::Run, cause))
     }
 
     fn renew(&mut self) {}

@@ -346,6 +346,15 @@ impl FrameSocket {
         Ok(())
     }
 
+    /// Ends what goes to the other side, which still receives what was sent.
+    ///
+    /// # Errors
+    /// Any error of `shutdown`.
+    pub fn shutdown_sending(&self) -> io::Result<()> {
+        rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Write)?;
+        Ok(())
+    }
+
     /// Ends what comes from the other side; what is to be sent there still can be.
     ///
     /// # Errors

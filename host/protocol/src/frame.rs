@@ -93,12 +93,14 @@ ops! {
     Workers = 24,
     /// The plugins that are loaded.
     Plugins = 25,
-    /// Reserved.
+    /// Rows for a prepared stream; in the other direction rows of its outputs with more to follow.
     Chunk = 64,
     /// Pushed: a lease is over.
     Gone = 65,
     /// Pushed: the host ends.
     Shutdown = 66,
+    /// The last rows for a prepared stream.
+    Last = 67,
 }
 
 /// Why a frame's header could not be read.
@@ -135,7 +137,7 @@ pub enum FrameError {
     TooLong(usize),
     /// Bytes after the JSON of an op that has none.
     #[error(
-        "{0} payload bytes in the header; only INVOKE, CALL and the OK to them carry a payload"
+        "{0} payload bytes in the header; only INVOKE, CALL, CHUNK, LAST and the answers to them carry a payload"
     )]
     Payload(u32),
     /// The payload is too long.
@@ -251,7 +253,9 @@ impl Header {
             return Err(FrameError::PayloadTooLong(payload_bytes as usize));
         }
         let op = Op::try_from(header[3])?;
-        if payload_bytes != 0 && !matches!(op, Op::Invoke | Op::Call | Op::Ok) {
+        if payload_bytes != 0
+            && !matches!(op, Op::Invoke | Op::Call | Op::Chunk | Op::Last | Op::Ok)
+        {
             return Err(FrameError::Payload(payload_bytes));
         }
         let reserved = [header[41], header[42], header[43]];

@@ -199,7 +199,10 @@ request! {
         /// Parameter to value.
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         parameters: BTreeMap<String, serde_json::Value>,
-        /// Wall time of each CALL in milliseconds.
+        /// Rows come in chunks, and what the kernel keeps of them goes on: CHUNK and LAST in the place of CALL.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        stream: bool,
+        /// Wall time of each CALL, CHUNK or LAST in milliseconds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline_ms: Option<u64>,
         /// Tighter limits than the host's own.

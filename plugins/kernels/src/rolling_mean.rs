@@ -56,9 +56,12 @@ impl Kernel for RollingMean {
         let width = columns::width(x)?;
         // The declaration has it at least 1.
         let window = parameters.window.unsigned_abs();
-        let rows = (window <= x.rows()).then(|| usize::try_from(window).ok());
-        let rows = rows.flatten();
-        let block_rows = rows.map_or(0, |rows| rows as u64 + 1);
+        let rows = usize::try_from(window).ok();
+        // What is longer than the tensor is perhaps never full.
+        let block_rows = match window <= x.rows() {
+            true => window + 1,
+            false => 0,
+        };
         let block = Spec::new(Dtype::Float64, [block_rows, width as u64]);
         let Some(block) = block.elements() else {
             return Err(Error::bad_argument(
@@ -77,10 +80,22 @@ impl Kernel for RollingMean {
     }
 
     fn run(&mut self, call: &mut Call<'_>) -> Result<(), Error> {
-        columns::in_tiles(call, &mut |tile| match self.rows {
-            Some(rows) => self.means(tile, rows),
-            None => tile.elements.fill(f64::NAN),
-        })
+        let mut kept = true;
+        columns::in_tiles(call, &mut |tile| {
+            let end = tile.row + (tile.elements.len() / tile.columns.len().max(1)) as u64;
+            kept &= self.grow(end);
+            match self.rows {
+                Some(rows) if kept => self.means(tile, rows),
+                Some(_) | None => tile.elements.fill(f64::NAN),
+            }
+        })?;
+        match kept {
+            true => Ok(()),
+            false => Err(Error::failed(format!(
+                "{} rows of x in f64 are more than a kernel can keep: give a smaller window",
+                self.window
+            ))),
+        }
     }
 }
 
@@ -88,6 +103,23 @@ impl Kernel for RollingMean {
 const NOTHING: f64 = -0.0;
 
 impl RollingMean {
+    /// Makes room in the block for all rows before row `end`, as far as they are of one window. False if there is none.
+    fn grow(&mut self, end: u64) -> bool {
+        let rows = end.min(self.window);
+        let needed = usize::try_from(rows)
+            .ok()
+            .and_then(|rows| rows.checked_add(1)?.checked_mul(self.width));
+        let Some(needed) = needed else {
+            return false;
+        };
+        let more = needed.saturating_sub(self.block.len());
+        if self.block.try_reserve(more).is_err() {
+            return false;
+        }
+        self.block.resize(self.block.len() + more, NOTHING);
+        true
+    }
+
     fn means(&mut self, tile: Tile<'_>, rows: usize) {
         let Tile {
             row,
@@ -189,6 +221,12 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_window_that_cannot_be_kept_is_refused_before_it_is_full() {
+        let y = means(&Tensor::new(&[1.0, 2.0]), i64::MAX).expect("never full");
+        assert!(y.values::<f64>().iter().all(|y| y.is_nan()));
     }
 
     #[test]

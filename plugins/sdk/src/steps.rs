@@ -137,7 +137,7 @@ impl Steps {
         self.written = vec![0; bound.outputs.len()];
         let keep = |window: &Window| match window.is_whole() {
             true => Kept::default(),
-            false => Kept::new(self.history.min(window.rows())),
+            false => Kept::new(self.history),
         };
         self.kept = bound.inputs.iter().map(keep).collect();
         self.notes.clear();

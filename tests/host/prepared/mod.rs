@@ -2,6 +2,7 @@
 
 mod life;
 mod memory;
+mod stream;
 
 use std::os::fd::OwnedFd;
 
@@ -258,7 +259,7 @@ fn what_is_no_call_is_told_so_and_the_next_one_runs() {
         (
             packet(Op::Ping as u8, 9, b""),
             "BAD_FRAME",
-            "it takes CALL only",
+            "it takes Call only",
         ),
         (packet(200, 9, b""), "BAD_FRAME", "op 200"),
         (

@@ -366,15 +366,23 @@ fn a_last_chunk_without_room_is_an_error() {
 }
 
 #[test]
-#[should_panic(expected = "x: a chunk of 91 rows from 10 on, after 10 of 100")]
+#[should_panic(expected = "x: a chunk of 101 rows at byte 0 of 100")]
 fn a_chunk_beyond_the_tensor_panics() {
     let mut bench = stream();
     bench.chunk([0, 10, 0], [0, 10, 0], 0);
-    bench.chunk([10, 91, 0], [10, 90, 0], 0);
+    bench.chunk([10, 101, 0], [10, 90, 0], 0);
 }
 
 #[test]
-#[should_panic(expected = "x: a chunk of 10 rows from 9 on, after 10 of 100")]
+fn a_stream_goes_on_beyond_the_room_for_a_chunk() {
+    let mut bench = stream();
+    for first in [0, 100, 200] {
+        bench.chunk([first, 100, 0], [first, 100, 0], 0);
+    }
+}
+
+#[test]
+#[should_panic(expected = "x: a chunk of 10 rows from 9 on, after 10")]
 fn a_row_that_comes_twice_panics() {
     let mut bench = stream();
     bench.chunk([0, 10, 0], [0, 10, 0], 0);
