@@ -448,6 +448,14 @@ fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
             call.param("a", 2.0).send().unwrap()
         });
     });
+    let prepare = client.prepare("scale-shift").input("x", &spec);
+    let mut prepared = prepare.param("a", 2.0).send().unwrap();
+    group.bench_function("prepared call", |b| {
+        b.iter(|| {
+            let result = prepared.call(&[(&[1.0_f64; 128][..]).into()]).unwrap();
+            assert_eq!(result.tensor("y").unwrap().bytes().len(), 1024);
+        });
+    });
     group.finish();
 }
 

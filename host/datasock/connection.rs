@@ -14,11 +14,13 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::Pushes;
+use super::answer::{Answer, parse};
 use super::dispatch::{Reply, respond};
 use super::frames::{Outgoing, encode, failure};
-use super::handlers::calls::{self, Running, Wanted};
+use super::handlers::calls::{self, Cancelling, Running, Wanted};
 use super::handlers::leases::ENDED_AT_ONCE;
 use super::in_flight::{Ending, InFlight};
+use super::lane::{Lane, Lanes};
 use crate::error::{Code, Reason, Status};
 use crate::session::{Call, Caller, Gone, Invoked, Session, Unread};
 
@@ -83,7 +85,7 @@ pub(super) async fn run(
     );
     let id = session.id;
     let mut connection = Connection {
-        room: payload_room(socket.get_ref()),
+        room: super::payload_room(socket.get_ref()),
         session,
         socket,
         in_flight: Arc::clone(&in_flight),
@@ -93,6 +95,7 @@ pub(super) async fn run(
         greeted: false,
         running: HashMap::new(),
         finished: FuturesUnordered::new(),
+        lanes: Lanes::default(),
     };
     // Beside all of it: `serve` may be waiting for a client that does not read its replies.
     let end = tokio::select! {
@@ -142,12 +145,6 @@ fn prepare(socket: FrameSocket) -> std::io::Result<Sockets> {
     Ok(Arc::new(super::watched(socket)?))
 }
 
-fn payload_room(socket: &FrameSocket) -> u64 {
-    // If Linux does not say, no tensor travels in frames.
-    let buffer = rustix::net::sockopt::socket_send_buffer_size(socket).unwrap_or(0);
-    wire::payload_room(buffer) as u64
-}
-
 async fn write(
     in_flight: Arc<InFlight>,
     mut waiting: mpsc::Receiver<Outgoing>,
@@ -165,7 +162,28 @@ async fn write(
     }
 }
 
-type Finished = (Header, Wanted, Result<Arc<Invoked>, Status>);
+/// What was under way and is done.
+enum Finished {
+    Invoke(Wanted, Result<Arc<Invoked>, Status>),
+    Prepare(Arc<str>, OwnedFd, Result<wire::Prepared, Status>),
+}
+
+/// What can be ended while it is under way.
+enum Stop {
+    Call(Call),
+    Lane(Arc<Lane>),
+}
+
+impl Stop {
+    fn cancel(&self) {
+        match self {
+            Self::Call(call) => call.cancel(),
+            Self::Lane(lane) => lane.cancel(),
+        }
+    }
+}
+
+type Finishing = std::pin::Pin<Box<dyn Future<Output = (Header, Finished)> + Send + Sync>>;
 
 struct Connection {
     session: Session,
@@ -179,8 +197,11 @@ struct Connection {
     /// Bytes that a reply's payload may have.
     room: u64,
     greeted: bool,
-    running: HashMap<u32, Call>,
-    finished: FuturesUnordered<std::pin::Pin<Box<dyn Future<Output = Finished> + Send + Sync>>>,
+    /// INVOKEs and PREPAREs.
+    running: HashMap<u32, Stop>,
+    finished: FuturesUnordered<Finishing>,
+    /// What was prepared.
+    lanes: Lanes,
 }
 
 impl Connection {
@@ -190,7 +211,7 @@ impl Connection {
         let socket = Arc::clone(&self.socket);
         let mut ending = *draining.borrow();
         loop {
-            if ending && self.running.is_empty() {
+            if ending && self.is_idle() {
                 return End::Drained;
             }
             let receive = socket.async_io(tokio::io::Interest::READABLE, |socket| {
@@ -202,7 +223,10 @@ impl Connection {
                     self.shutdown().await
                 }
                 Some(gone) = gone.recv() => self.gone(gone).await,
-                Some(finished) = self.finished.next(), if !self.finished.is_empty() => self.finish(finished).await,
+                Some((header, finished)) = self.finished.next(), if !self.finished.is_empty() => {
+                    self.finish(&header, finished).await
+                }
+                () = self.lanes.ended() => Ok(()),
                 received = receive => match received {
                     Ok(received) => self.receive(&buffer, received).await,
                     Err(_) => Err(End::Gone),
@@ -256,11 +280,17 @@ impl Connection {
             Vec::new(),
         ))
         .await?;
-        if self.running.is_empty() {
+        self.lanes.retire();
+        if self.is_idle() {
             Err(End::Drained)
         } else {
             Ok(())
         }
+    }
+
+    /// Nothing is under way.
+    fn is_idle(&self) -> bool {
+        self.running.is_empty() && self.lanes.is_empty()
     }
 
     async fn gone(&self, gone: Gone) -> Result<(), End> {
@@ -342,7 +372,7 @@ impl Connection {
                     if sequence == 0 {
                         "reserved for pushed frames"
                     } else {
-                        "in use by a running INVOKE"
+                        "in use by what is under way"
                     }
                 ),
             );
@@ -356,18 +386,23 @@ impl Connection {
             );
             return self.reply(&header, failure(sequence, &status, "-")).await;
         }
-        if header.op == Op::Invoke && self.running.len() >= INVOKES_MAX {
+        if matches!(header.op, Op::Invoke | Op::Prepare) && self.running.len() >= INVOKES_MAX {
             let status = Status::new(
                 Code::ResourceExhausted,
                 Reason::QuotaExceeded,
-                format!("{INVOKES_MAX} INVOKEs of this connection are under way; wait for one"),
+                format!(
+                    "{INVOKES_MAX} INVOKEs and PREPAREs of this connection are under way; wait for one"
+                ),
             );
             return self.reply(&header, failure(sequence, &status, "-")).await;
         }
         if header.op == Op::Cancel && fds.is_empty() {
             return self.cancel(&header, body).await;
         }
-        let answered = span(&header).in_scope(|| {
+        if header.op == Op::Prepare && fds.is_empty() {
+            return self.prepare(header, body).await;
+        }
+        let answered = super::trace_span(&header).in_scope(|| {
             respond(
                 &self.session,
                 header.op,
@@ -402,37 +437,62 @@ impl Connection {
             result,
         }: Running,
     ) {
-        self.running.insert(header.sequence, call);
-        self.finished.push(Box::pin(
-            async move { (header, wanted, joined(result).await) },
-        ));
+        self.running.insert(header.sequence, Stop::Call(call));
+        self.finished.push(Box::pin(async move {
+            (header, Finished::Invoke(wanted, joined(result).await))
+        }));
     }
 
-    async fn finish(&mut self, (header, wanted, result): Finished) -> Result<(), End> {
+    async fn prepare(&mut self, header: Header, body: &[u8]) -> Result<(), End> {
+        let (request, id) = match parse::<wire::Prepare>(&self.session, body) {
+            Ok(parsed) => parsed,
+            Err(status) => {
+                let refused = failure(header.sequence, &status, "-");
+                return self.reply(&header, refused).await;
+            }
+        };
+        let started = super::trace_span(&header)
+            .in_scope(|| self.lanes.start(&self.session, request, Arc::clone(&id)));
+        let starting = match started {
+            Ok(starting) => starting,
+            Err(status) => {
+                let refused = failure(header.sequence, &status, &id);
+                return self.reply(&header, refused).await;
+            }
+        };
+        self.running
+            .insert(header.sequence, Stop::Lane(starting.lane));
+        let (socket, result) = (starting.socket, starting.result);
+        self.finished.push(Box::pin(async move {
+            (header, Finished::Prepare(id, socket, joined(result).await))
+        }));
+        Ok(())
+    }
+
+    async fn finish(&mut self, header: &Header, finished: Finished) -> Result<(), End> {
         self.running.remove(&header.sequence);
-        let reply = calls::invoked(&self.session, header.sequence, &wanted, result);
-        self.reply(&header, reply).await
+        let reply = match finished {
+            Finished::Invoke(wanted, result) => {
+                calls::invoked(&self.session, header.sequence, &wanted, result)
+            }
+            Finished::Prepare(id, socket, Ok(prepared)) => Answer::of(&prepared)
+                .with(vec![Arc::new(socket)], Vec::new())
+                .framed(Op::Ok, &self.session, header.sequence, &id),
+            Finished::Prepare(id, _, Err(status)) => failure(header.sequence, &status, &id),
+        };
+        self.reply(header, reply).await
     }
 
     async fn cancel(&self, header: &Header, body: &[u8]) -> Result<(), End> {
-        let reply = calls::cancel(&self.session, header.sequence, body, |other| {
-            self.running.get(&other).map(Call::cancel).is_some()
+        let reply = calls::cancel(&self.session, header.sequence, body, |asked| match asked {
+            Cancelling::Sequence(other) => self.running.get(&other).map(Stop::cancel).is_some(),
+            Cancelling::Prepared(number) => self.lanes.cancel(number),
         });
         self.reply(header, reply).await
     }
 }
 
-/// What is logged while a request is taken stands in it, if the request belongs to a trace.
-fn span(header: &Header) -> tracing::Span {
-    match header.trace.id() {
-        Some(id) => tracing::info_span!("request", op = ?header.op, trace_id = %id),
-        None => tracing::Span::none(),
-    }
-}
-
-async fn joined(
-    result: oneshot::Receiver<Result<Arc<Invoked>, Status>>,
-) -> Result<Arc<Invoked>, Status> {
+async fn joined<T>(result: oneshot::Receiver<Result<T, Status>>) -> Result<T, Status> {
     result.await.unwrap_or_else(|_| {
         Err(Status::new(
             Code::Internal,

@@ -143,12 +143,18 @@ pub(super) fn respond(
             }
             Err(status) => asked.refused(&status, None),
         },
-        Op::Prepare | Op::Call | Op::Stream | Op::Chunk => {
+        Op::Call => {
+            let message = "CALL goes over the socket that the OK to PREPARE brings";
+            let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
+            asked.refused(&status, None)
+        }
+        Op::Stream | Op::Chunk => {
             let message = format!("{op:?} is reserved for a later version; use INVOKE");
             let status = Status::new(Code::Unimplemented, Reason::UnsupportedOp, message);
             asked.refused(&status, None)
         }
-        Op::Cancel | Op::Welcome | Op::Ok | Op::Error | Op::Gone | Op::Shutdown => {
+        // Those of a connection itself are refused here only for their descriptors, above.
+        Op::Cancel | Op::Prepare | Op::Welcome | Op::Ok | Op::Error | Op::Gone | Op::Shutdown => {
             let message = format!("{op:?} is not a request");
             let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
             asked.refused(&status, None)

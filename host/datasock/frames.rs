@@ -52,19 +52,23 @@ impl Outgoing {
             })
     }
 
-    /// Sends it at once, or not at all.
-    pub(super) fn send(&self, socket: &FrameSocket) -> std::io::Result<()> {
-        // Whoever made it has held it against the longest body.
-        let body_bytes = u32::try_from(self.body.len()).map_err(std::io::Error::other)?;
-        let payload_bytes = u32::try_from(self.payload_bytes()).map_err(std::io::Error::other)?;
-        let header = Header {
+    /// The bytes before its body.
+    pub(super) fn header(&self) -> [u8; wire::HEADER_BYTES] {
+        // Whoever made it has held both against the most that they may be.
+        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        Header {
             op: self.op,
             sequence: self.sequence,
-            body_bytes,
-            payload_bytes,
+            body_bytes: length(self.body.len()),
+            payload_bytes: length(self.payload_bytes()),
             trace: self.trace,
         }
-        .encode();
+        .encode()
+    }
+
+    /// Sends it at once, or not at all.
+    pub(super) fn send(&self, socket: &FrameSocket) -> std::io::Result<()> {
+        let header = self.header();
         let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
         let mut parts: Vec<&[u8]> = vec![&header, &self.body];
         parts.extend(self.parts());

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! serve ── accept ──▶ connection (one task) ── dispatch ──▶ handlers ──▶ session::Caller
+//!   │                                  └── lane (a thread each): PREPARE, CALL
 //!   └── sweep: leases that run out ──▶ GONE        └── writer (one task) ──▶ socket
 //! ```
 //! Only this room knows the frames.
@@ -12,6 +13,7 @@ mod dispatch;
 mod frames;
 mod handlers;
 mod in_flight;
+mod lane;
 
 use std::collections::HashMap;
 use std::future::Future;
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
 use strait_memory::{Charge, FrameListener, FrameSocket, Peer, SpareDescriptor};
+use strait_protocol::Header;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -33,6 +36,21 @@ const SWEEP: Duration = Duration::from_millis(100);
 
 /// Connections that are being told why they are not served; further ones are closed at once.
 const REFUSED_MAX: usize = 64;
+
+/// What is logged while a request is taken stands in it, if the request belongs to a trace.
+fn trace_span(header: &Header) -> tracing::Span {
+    match header.trace.id() {
+        Some(id) => tracing::info_span!("request", op = ?header.op, trace_id = %id),
+        None => tracing::Span::none(),
+    }
+}
+
+/// Bytes of payload that a frame on `socket` has room for.
+fn payload_room(socket: &FrameSocket) -> u64 {
+    // If Linux does not say, no tensor travels in frames.
+    let buffer = rustix::net::sockopt::socket_send_buffer_size(socket).unwrap_or(0);
+    strait_protocol::payload_room(buffer) as u64
+}
 
 /// Where GONE goes, by session.
 #[derive(Debug, Default)]

@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use wasmparser::{ExternalKind, FuncType, Parser, Payload, ValType, Validator};
+use wasmparser::{ExternalKind, FuncType, Operator, Parser, Payload, ValType, Validator};
 use wit_component::ComponentEncoder;
 
 use super::LoadError;
@@ -47,6 +47,46 @@ pub(super) fn component(bytes: Arc<[u8]>) -> Result<Arc<[u8]>, LoadError> {
         .and_then(|mut encoder| encoder.encode())
         .map(Arc::from)
         .map_err(|e| refused(format!("{}: {e:#}", exports.misfit())))
+}
+
+/// Whether instances of the component `bytes` keep nothing from one call to the next but what is in their memory, and what
+/// is in one global: the stack pointer, which is the same before and after a call.
+pub(super) fn keeps_memory_only(bytes: &[u8]) -> bool {
+    looks_like_memory_only(bytes).unwrap_or(false)
+}
+
+fn looks_like_memory_only(bytes: &[u8]) -> wasmparser::Result<bool> {
+    let mut mutable = 0;
+    let mut modules = 0;
+    for payload in Parser::new(0).parse_all(bytes) {
+        match payload? {
+            Payload::ModuleSection { .. } => modules += 1,
+            Payload::GlobalSection(globals) => {
+                for global in globals {
+                    mutable += usize::from(global?.ty.mutable);
+                }
+            }
+            Payload::CodeSectionEntry(body) => {
+                for operator in body.get_operators_reader()? {
+                    let keeps = matches!(
+                        operator?,
+                        Operator::TableSet { .. }
+                            | Operator::TableGrow { .. }
+                            | Operator::TableFill { .. }
+                            | Operator::TableCopy { .. }
+                            | Operator::TableInit { .. }
+                            | Operator::ElemDrop { .. }
+                            | Operator::DataDrop { .. }
+                    );
+                    if keeps {
+                        return Ok(false);
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(modules > 0 && mutable <= 1)
 }
 
 /// What matters of a core module's exports.

@@ -9,7 +9,7 @@ use wasmtime::{Store, UpdateDeadline, WasmBacktrace};
 use super::abi::{self, Guest, types};
 use super::error::{Broken, Cause, Limit, Refusal, Stage};
 use super::fault::{self, Faults};
-use super::guest_memory::collect;
+use super::guest_memory::{GuestMemory, collect};
 use super::job::CancelToken;
 use super::leash::{Leash, Until};
 use super::limits::{Limits, State, Stop};
@@ -26,7 +26,7 @@ const DIAGNOSTIC_BYTES_MAX: usize = 4096;
 const WORDS_BYTES_MAX: usize = 1024;
 const INSTANTIATED: &str = "there is no instance without its regions";
 
-/// A guest that nobody has called yet.
+/// A guest that nobody calls now: it is in its first state, or waits for the call that it has been made ready for.
 pub(super) struct Made {
     guest: Guest,
     store: Store<State>,
@@ -74,10 +74,25 @@ impl Made {
         self.bytes
     }
 
+    /// Its memory as it is now.
+    pub(super) fn memory(&self) -> &Arc<GuestMemory> {
+        self.store
+            .data()
+            .regions
+            .as_ref()
+            .expect(INSTANTIATED)
+            .memory()
+    }
+
     /// The same for a call that has `state`, and that `leash` ends.
     fn given(mut self, engine: &Engine, state: State, leash: &Arc<Leash>) -> Self {
-        let regions = self.store.data_mut().regions.take();
-        *self.store.data_mut() = State { regions, ..state };
+        let before = self.store.data_mut();
+        let (regions, allowance) = (before.regions.take(), before.allowance);
+        *before = State {
+            regions,
+            allowance,
+            ..state
+        };
         check(engine, &mut self.store, leash);
         self
     }
@@ -170,6 +185,11 @@ impl Instance {
             )));
         }
         Ok(refused(failure.error, failure.diagnostic))
+    }
+
+    /// What another call can go on with, if it is brought back to where it was.
+    pub(super) fn rest(self) -> Made {
+        self.made
     }
 
     /// Bytes that its memory had before anybody called it.

@@ -19,7 +19,7 @@ use strait_tensor::{Column, TensorPlace, TensorSpec};
 use super::chunk::Chunk;
 use super::contract::{self, windows_fit};
 use super::error::{Broken, Cause, Stage};
-use super::instance::Instance;
+use super::instance::{Instance, Made};
 use super::job::{Filled, Job, Report, Source, Supplies, WindowPages};
 use super::leash::Until;
 use super::limits::State;
@@ -41,6 +41,110 @@ pub(super) fn invoke(engine: &Engine, job: &Job, supplies: &Supplies) -> Result<
         .publish()
 }
 
+/// Takes `job` as far as it goes without the elements of its inputs and pages for its results.
+///
+/// # Errors
+/// [`Broken`]; nothing of it is left then.
+pub(super) fn wait(
+    engine: &Engine,
+    job: &Job,
+    supplies: &Supplies,
+) -> Result<(Plan, Made), Broken> {
+    let bound = Opened::open(engine, job, supplies)?.bind()?;
+    Ok(bound.wait())
+}
+
+/// Runs what has waited to its end.
+///
+/// # Errors
+/// [`Broken`]; nothing of it is left then.
+pub(super) fn go_on(
+    engine: &Engine,
+    job: &Job,
+    supplies: &Supplies,
+    (plan, made): (&Plan, Made),
+) -> Result<Filled, Broken> {
+    Bound::resume(engine, job, supplies, (plan, made))?
+        .enter()?
+        .run()?
+        .publish()
+}
+
+/// Runs `job`, which is another one than was told to the guest that waits, to its end in that.
+///
+/// # Errors
+/// [`Broken`]; nothing of it is left then.
+pub(super) fn start_over(
+    engine: &Engine,
+    job: &Job,
+    supplies: &Supplies,
+    (plan, made): (&Plan, Made),
+) -> Result<Filled, Broken> {
+    let compiled = Arc::clone(&plan.compiled);
+    let call = Call::begin(engine, job, supplies, compiled, Some(made), None)?;
+    Opened::again(call)?
+        .bind_in(Some(&plan.room))?
+        .enter()?
+        .run()?
+        .publish()
+}
+
+/// What a guest that waits was told.
+pub(super) struct Plan {
+    compiled: Arc<Compiled>,
+    /// The outputs.
+    pub(super) columns: Vec<Column>,
+    /// For each tensor, inputs first.
+    spots: Vec<Spot>,
+    /// Guest addresses of all that.
+    pub(super) room: Range<usize>,
+}
+
+impl Plan {
+    /// Bytes of the guest's memory that are no window.
+    pub(super) fn own_bytes(&self) -> u64 {
+        let between = self.between_windows();
+        let room: usize = between.iter().map(Range::len).sum();
+        (self.room.start + room) as u64
+    }
+
+    /// What is to be brought back after a run: the bytes from the first on that are kept, and what is to be zero.
+    pub(super) fn restored(&self) -> (usize, Vec<Range<usize>>) {
+        /// So much is cheaper to take back page by page, as all else, than to overwrite with the rest of the room.
+        const FEW_BYTES: usize = 16 << 10;
+        let copies = self.spots.iter().map(|spot| match *spot {
+            Spot::Copy { bytes, .. } => bytes,
+            // Nothing of it is the guest's own.
+            Spot::Window { .. } => usize::MAX,
+        });
+        match copies.fold(0, usize::saturating_add) <= FEW_BYTES {
+            true => (self.room.end, Vec::new()),
+            false => (self.room.start, self.between_windows()),
+        }
+    }
+
+    /// The parts of the room where no window is.
+    fn between_windows(&self) -> Vec<Range<usize>> {
+        let mut windows: Vec<_> = self
+            .spots
+            .iter()
+            .filter_map(|spot| match *spot {
+                Spot::Window { at, bytes } => Some(at..at + bytes),
+                Spot::Copy { .. } => None,
+            })
+            .collect();
+        windows.sort_by_key(|window| window.start);
+        let mut from = self.room.start;
+        let mut between = Vec::with_capacity(windows.len() + 1);
+        for window in windows {
+            between.push(from..window.start);
+            from = window.end;
+        }
+        between.push(from..self.room.end);
+        between
+    }
+}
+
 /// What every state carries.
 struct Call<'a> {
     engine: &'a Engine,
@@ -52,10 +156,55 @@ struct Call<'a> {
     report: Report,
     begin: Instant,
     lap: Instant,
-    faults_before: u64,
+    /// None: nobody is told of them.
+    faults_before: Option<u64>,
 }
 
-impl Call<'_> {
+impl<'a> Call<'a> {
+    /// With `made`, if there is one, or with a fresh instance.
+    fn begin(
+        engine: &'a Engine,
+        job: &'a Job,
+        supplies: &'a Supplies,
+        compiled: Arc<Compiled>,
+        made: Option<Made>,
+        faults_before: Option<u64>,
+    ) -> Result<Self, Broken> {
+        let begin = Instant::now();
+        assert_eq!(
+            supplies.inputs.len(),
+            job.inputs.len(),
+            "a source for each input"
+        );
+        let description = &job.kernel.plugin.description;
+        let state = State::new(
+            job.limits,
+            Arc::clone(&job.request_id),
+            Arc::from(description.name.as_str()),
+        );
+        let until = Until {
+            deadline: supplies.deadline,
+            deadline_ms: job.deadline_ms,
+            cancel: supplies.cancel.clone(),
+        };
+        let record = description.panic_record;
+        let instance = Instance::new(engine, &compiled, made, state, until, record)?;
+        let mut call = Self {
+            engine,
+            job,
+            supplies,
+            compiled,
+            instance,
+            copied: Copied::new(),
+            report: Report::default(),
+            begin,
+            lap: begin,
+            faults_before,
+        };
+        call.report.seconds.instantiate = call.lap();
+        Ok(call)
+    }
+
     /// Seconds since the last lap.
     fn lap(&mut self) -> f64 {
         let now = Instant::now();
@@ -68,7 +217,9 @@ impl Call<'_> {
     fn end(self) -> (Report, Used) {
         let mut report = self.report;
         report.copied_bytes = self.copied.get();
-        report.minor_faults = minor_faults().saturating_sub(self.faults_before);
+        report.minor_faults = self
+            .faults_before
+            .map_or(0, |before| minor_faults().saturating_sub(before));
         report.seconds.total = self.begin.elapsed().as_secs_f64();
         let used = Used {
             instance: self.instance,
@@ -94,49 +245,22 @@ impl<'a> Opened<'a> {
         job: &'a Job,
         supplies: &'a Supplies,
     ) -> Result<Self, Broken> {
-        let (begin, faults_before) = (Instant::now(), minor_faults());
-        assert_eq!(
-            supplies.inputs.len(),
-            job.inputs.len(),
-            "a source for each input"
-        );
-        let inputs_bytes = job
-            .inputs
-            .iter()
-            .fold(0_u64, |sum, input| sum.saturating_add(input.place.length));
-        windows_fit(job, inputs_bytes)?;
-        let plugin = &job.kernel.plugin;
+        let faults_before = Some(minor_faults());
+        windows_fit(job, inputs_bytes(job))?;
         let compiled = engine
-            .compiled(plugin)
+            .compiled(&job.kernel.plugin)
             .map_err(|e| Stage::Instantiate.broke(Cause::Load(Box::new(e))))?;
-        let description = &plugin.description;
-        let state = State::new(
-            job.limits,
-            Arc::clone(&job.request_id),
-            Arc::from(description.name.as_str()),
-        );
-        let until = Until {
-            deadline: supplies.deadline,
-            deadline_ms: job.deadline_ms,
-            cancel: supplies.cancel.clone(),
-        };
-        let made = engine.spares.take(&plugin.hash, job.limits.guest_bytes);
-        let record = description.panic_record;
-        let instance = Instance::new(engine, &compiled, made, state, until, record)?;
-        let mut call = Call {
-            engine,
-            job,
-            supplies,
-            compiled,
-            instance,
-            copied: Copied::new(),
-            report: Report::default(),
-            begin,
-            lap: begin,
-            faults_before,
-        };
-        call.report.seconds.instantiate = call.lap();
-        let columns = contract::open(job, &mut call.instance, inputs_bytes)?;
+        let made = engine
+            .spares
+            .take(&job.kernel.plugin.hash, job.limits.guest_bytes);
+        let call = Call::begin(engine, job, supplies, compiled, made, faults_before)?;
+        Self::again(call)
+    }
+
+    /// Its answer to `open`, whatever it was told before.
+    fn again(mut call: Call<'a>) -> Result<Self, Broken> {
+        let job = call.job;
+        let columns = contract::open(job, &mut call.instance, inputs_bytes(job))?;
         Ok(Self { call, columns })
     }
 
@@ -150,6 +274,11 @@ impl<'a> Opened<'a> {
 
     /// Takes memory for the results, and tells the guest where everything will lie.
     fn bind(self) -> Result<Bound<'a>, Broken> {
+        self.bind_in(None)
+    }
+
+    /// The same in the `room` that there is already, if that is enough.
+    fn bind_in(self, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
         let Self { mut call, columns } = self;
         let (job, supplies) = (call.job, call.supplies);
         let results = Making::all(columns, job.inline, &*supplies.results)?;
@@ -167,26 +296,17 @@ impl<'a> Opened<'a> {
                 .map(|making| needs(making.bound(), making.pages().is_some())),
             call.engine.config.move_min_bytes,
         );
-        let room = contract::reserve(&mut call.instance, placement.room_bytes())?;
+        let needed = placement.room_bytes();
+        let room = match room.filter(|room| room.len() as u64 >= needed) {
+            Some(room) => room.clone(),
+            None => contract::reserve(&mut call.instance, needed)?,
+        };
         let spots = placement.within(&room).ok_or_else(|| {
             Stage::Reserve.host("the tensors do not fit the room computed for them")
         })?;
         contract::bind(job, &mut call.instance, &results, room.start, &spots)?;
-        let kernel = job.kernel.kernel();
-        let of_inputs = job.inputs.iter().map(|input| &input.place.spec);
-        let of_outputs = results.iter().map(|making| &making.bound().spec);
-        let rows = call.engine.config.chunk_rows;
-        let chunk = Chunk::new(
-            rows.filter(|_| kernel.streaming),
-            kernel.inputs.iter().zip(of_inputs),
-            kernel.outputs.iter().zip(of_outputs),
-        );
         call.report.seconds.reserve = call.lap();
-        let placed = Placed {
-            spots,
-            records: room.start..room.start + chunk.records_bytes(),
-            chunk,
-        };
+        let placed = Placed::new(&call, &results, spots, room);
         Ok(Bound {
             call,
             placed,
@@ -199,9 +319,32 @@ impl<'a> Opened<'a> {
 struct Placed<'a> {
     /// For each tensor, inputs first.
     spots: Vec<Spot>,
+    /// Guest addresses of all of it.
+    room: Range<usize>,
     /// Guest addresses of the chunk records, which lie one after the other.
     records: Range<usize>,
     chunk: Chunk<'a>,
+}
+
+impl<'a> Placed<'a> {
+    fn new(call: &Call<'a>, results: &[Making], spots: Vec<Spot>, room: Range<usize>) -> Self {
+        let job = call.job;
+        let kernel = job.kernel.kernel();
+        let of_inputs = job.inputs.iter().map(|input| &input.place.spec);
+        let of_outputs = results.iter().map(|making| &making.bound().spec);
+        let rows = call.engine.config.chunk_rows;
+        let chunk = Chunk::new(
+            rows.filter(|_| kernel.streaming),
+            kernel.inputs.iter().zip(of_inputs),
+            kernel.outputs.iter().zip(of_outputs),
+        );
+        Self {
+            spots,
+            records: room.start..room.start + chunk.records_bytes(),
+            room,
+            chunk,
+        }
+    }
 }
 
 /// The guest knows the addresses; nothing is there yet.
@@ -212,6 +355,46 @@ struct Bound<'a> {
 }
 
 impl<'a> Bound<'a> {
+    /// What stays when it is to wait.
+    fn wait(self) -> (Plan, Made) {
+        let Self {
+            call,
+            placed,
+            results,
+        } = self;
+        let column = |making: &Making| Column {
+            name: making.port.clone(),
+            spec: making.bound().spec.clone(),
+            reserve_bytes: making.bound().length,
+        };
+        let plan = Plan {
+            columns: results.iter().map(column).collect(),
+            spots: placed.spots,
+            room: placed.room,
+            compiled: call.compiled,
+        };
+        (plan, call.instance.rest())
+    }
+
+    /// The same that has waited, for a call.
+    fn resume(
+        engine: &'a Engine,
+        job: &'a Job,
+        supplies: &'a Supplies,
+        (plan, made): (&Plan, Made),
+    ) -> Result<Self, Broken> {
+        let compiled = Arc::clone(&plan.compiled);
+        let mut call = Call::begin(engine, job, supplies, compiled, Some(made), None)?;
+        let results = Making::all(plan.columns.clone(), job.inline, &*supplies.results)?;
+        let placed = Placed::new(&call, &results, plan.spots.clone(), plan.room.clone());
+        call.report.seconds.open = call.lap();
+        Ok(Self {
+            call,
+            placed,
+            results,
+        })
+    }
+
     /// Brings the inputs' and results' pages in.
     fn enter(self) -> Result<Running<'a>, Broken> {
         const STAGE: Stage = Stage::Place;
@@ -376,6 +559,11 @@ impl Finished<'_> {
             used,
         })
     }
+}
+
+fn inputs_bytes(job: &Job) -> u64 {
+    let bytes = job.inputs.iter().map(|input| input.place.length);
+    bytes.fold(0, u64::saturating_add)
 }
 
 /// Page faults of the process so far. A missing figure is no reason to fail an invocation.

@@ -9,6 +9,7 @@
 //! host.
 
 use serde::{Deserialize, Serialize};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
@@ -89,7 +90,96 @@ pub enum Source<S: ?Sized> {
     /// A segment.
     Segment(Arc<S>),
     /// Nothing: these are its bytes.
-    Inline(Arc<[u8]>),
+    Inline(FramePart),
+}
+
+/// An input that a run of a prepared job brings.
+#[derive(Clone, Debug)]
+pub struct Brought {
+    /// Its sizes, none larger than was prepared.
+    pub shape: Vec<u64>,
+    /// Its elements: as many bytes as that needs.
+    pub elements: FramePart,
+}
+
+impl Job {
+    /// The same job on inputs of other sizes: those of `brought` in the place of `sources`' inline ones, one after the other.
+    /// None if they are the same.
+    pub(crate) fn resized<S: ?Sized>(
+        &self,
+        sources: &[Source<S>],
+        brought: &[Brought],
+    ) -> Option<Self> {
+        let inline = || {
+            let places = self.inputs.iter().zip(sources).enumerate();
+            let inline = places.filter(|(_, (_, source))| source.is_inline());
+            inline.zip(brought)
+        };
+        let same =
+            inline().all(|((_, (input, _)), brought)| input.place.spec.shape == brought.shape);
+        if same {
+            return None;
+        }
+        let mut job = self.clone();
+        for ((index, _), brought) in inline() {
+            let place = &mut job.inputs[index].place;
+            place.spec.shape.clone_from(&brought.shape);
+            place.length = brought.elements.len() as u64;
+        }
+        Some(job)
+    }
+}
+
+impl<S: ?Sized> Source<S> {
+    /// Whether it is bytes.
+    pub(crate) fn is_inline(&self) -> bool {
+        matches!(self, Self::Inline(_))
+    }
+
+    /// The same sources, with what is `brought` in the place of those that have no segment, one after the other; those that
+    /// are left stay.
+    pub(crate) fn filled(sources: &[Self], brought: Vec<Brought>) -> Vec<Self> {
+        let mut brought = brought.into_iter().map(|brought| brought.elements);
+        let filled = sources.iter().map(|source| match source {
+            Self::Segment(segment) => Self::Segment(Arc::clone(segment)),
+            Self::Inline(part) => Self::Inline(brought.next().unwrap_or_else(|| part.clone())),
+        });
+        filled.collect()
+    }
+}
+
+/// Bytes of a frame, which is shared and not copied.
+#[derive(Clone, Debug, Default)]
+pub struct FramePart {
+    frame: Arc<Vec<u8>>,
+    range: Range<usize>,
+}
+
+impl FramePart {
+    /// `range` of `frame`; none if it is not in there.
+    #[must_use]
+    pub fn new(frame: &Arc<Vec<u8>>, range: Range<usize>) -> Option<Self> {
+        frame.get(range.clone())?;
+        let frame = Arc::clone(frame);
+        Some(Self { frame, range })
+    }
+}
+
+impl From<Vec<u8>> for FramePart {
+    fn from(bytes: Vec<u8>) -> Self {
+        Self {
+            range: 0..bytes.len(),
+            frame: Arc::new(bytes),
+        }
+    }
+}
+
+impl std::ops::Deref for FramePart {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // `new` found it there.
+        &self.frame[self.range.clone()]
+    }
 }
 
 /// Whose a run is: what two owners run shares no process. A plain number, of one owner in the host's life.

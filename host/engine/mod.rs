@@ -8,6 +8,7 @@
 //!   │    └ contract    the guest's functions, each answer checked ── abi, chunk
 //!   ├ instance         a guest that can be called ── limits, imports, ticker, leash, fault
 //!   │  └ spare         the next one, made while nobody waits
+//!   ├ prepared         a job that is run again and again, bound ahead
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -40,6 +41,7 @@ mod leash;
 mod limits;
 mod panicked;
 mod placement;
+mod prepared;
 #[expect(unsafe_code, reason = "reads and writes of guest memory")]
 mod regions;
 mod results;
@@ -67,11 +69,13 @@ pub use cache::{ArtifactKey, Cache};
 pub use compile::compile;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
-    CancelToken, Done, Filled, FilledBody, FilledOutput, InlineRoom, Input, Job, Means, Output,
-    OutputBody, Owner, Report, Results, Seconds, Source, Supplies, Telling, WindowPages,
+    Brought, CancelToken, Done, Filled, FilledBody, FilledOutput, FramePart, InlineRoom, Input,
+    Job, Means, Output, OutputBody, Owner, Report, Results, Seconds, Source, Supplies, Telling,
+    WindowPages,
 };
 pub use limits::Limits;
 pub use panicked::Panic;
+pub use prepared::Ready;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
 pub use spare::Used;
 
@@ -296,11 +300,16 @@ impl Engine {
     /// # Errors
     /// [`Failed`]; nothing of the invocation is left then, its pages hold anything.
     pub fn fill(&self, job: &Job, supplies: &Supplies) -> Result<Filled, Failed> {
+        self.counted(|| invocation::invoke(self, job, supplies))
+            .map_err(|broken| broken.of(&job.kernel.kernel().name))
+    }
+
+    fn counted<R>(&self, run: impl FnOnce() -> R) -> R {
         self.invocations.fetch_add(1, Ordering::Relaxed);
         self.running.fetch_add(1, Ordering::Relaxed);
-        let done = invocation::invoke(self, job, supplies);
+        let done = run();
         self.running.fetch_sub(1, Ordering::Relaxed);
-        done.map_err(|broken| broken.of(&job.kernel.kernel().name))
+        done
     }
 
     /// The outputs that an invocation would have, by `open` alone.

@@ -10,6 +10,7 @@ use strait_tensor::TensorSpec;
 use super::job::{
     Done, FilledBody, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
 };
+use super::prepared::{Prepared, Ready};
 use super::{Cause, Engine, Failed, LoadError, Stage, Used};
 use crate::plugin::Plugin;
 
@@ -28,6 +29,13 @@ pub trait Runner: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Failed`]; nothing of the invocation is left then.
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed>;
+
+    /// Makes `job`, whose inputs in frames stand for what each run brings, ready to be run again and again. All results are to be
+    /// bytes, for which [`Job::inline`] has room.
+    ///
+    /// # Errors
+    /// [`Failed`].
+    fn prepare(self: Arc<Self>, job: Job, means: Means) -> Result<Box<dyn Ready>, Failed>;
 
     /// Makes ready for the next call what `used` leaves. To be called when nobody waits for the call any more.
     fn renew(&self, _used: Used) {}
@@ -165,6 +173,18 @@ impl Runner for Engine {
             report: filled.report,
             used: Some(filled.used),
         })
+    }
+
+    fn prepare(self: Arc<Self>, job: Job, means: Means) -> Result<Box<dyn Ready>, Failed> {
+        let (supplies, _) = means.here();
+        let Supplies {
+            inputs,
+            deadline,
+            cancel,
+            ..
+        } = supplies;
+        let prepared = Prepared::new(self, job, inputs, deadline, &cancel)?;
+        Ok(Box::new(prepared))
     }
 
     fn renew(&self, used: Used) {

@@ -54,7 +54,7 @@ impl Fingerprint {
                 // Its elements, wherever in the payload they were.
                 wire::Input::Inline { inline } => {
                     let bytes = match found {
-                        Some((Found::Inline(bytes), _)) => Sha256::digest(bytes),
+                        Some((Found::Inline(bytes), _)) => Sha256::digest(&**bytes),
                         Some((Found::Segment(_), _)) | None => Sha256::digest(b""),
                     };
                     let elements = (&inline.dtype, &inline.shape, hex(&bytes.into()));

@@ -19,6 +19,7 @@ mod flights;
 mod idempotency;
 mod invoke;
 mod prepare;
+mod prepared;
 mod quarantine;
 mod queue;
 mod quotas;
@@ -52,6 +53,7 @@ pub use answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBod
 pub use caller::{Caller, Kernels, Rights};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
 pub use prepare::Framed;
+pub use prepared::{Called, Prepared, Preparing};
 pub use run::Call;
 pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};

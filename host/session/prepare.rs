@@ -11,7 +11,7 @@ use strait_tensor::{TensorPlace, TensorSpec};
 use super::Host;
 use super::caller::Caller;
 use super::flights::{check_name, name_taken};
-use crate::engine::{CancelToken, InlineRoom, Input, Job, Limits, Means, Owner, Source};
+use crate::engine::{CancelToken, FramePart, InlineRoom, Input, Job, Limits, Means, Owner, Source};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SessionId};
 use crate::plugin::{ITEMS_MAX, Plugin};
@@ -24,7 +24,7 @@ pub(super) type Resolved = BTreeMap<String, Result<(Found, TensorPlace), Status>
 pub(super) enum Found {
     Segment(Arc<LiveSegment>),
     /// The request's frame.
-    Inline(Arc<[u8]>),
+    Inline(FramePart),
 }
 
 /// What a connection to the data socket gives a request beside its JSON.
@@ -144,7 +144,7 @@ impl Caller {
             offset: 0,
             length,
         };
-        Ok((Found::Inline(Arc::from(bytes)), place))
+        Ok((Found::Inline(bytes.to_vec().into()), place))
     }
 
     /// Which results are to be bytes in the reply.
@@ -291,7 +291,7 @@ impl Caller {
         ResultSource::recycled(pool, key, budget)
     }
 
-    fn resolve(
+    pub(super) fn resolve(
         &self,
         framed: Option<Framed<'_>>,
         port: &str,

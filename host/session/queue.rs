@@ -169,6 +169,19 @@ impl<J> Lane<J> {
         max.saturating_sub(self.running)
     }
 
+    /// One of its jobs, which is in the queue no more, begins.
+    fn begin(&mut self) -> Turn {
+        let turn = Turn {
+            share: Arc::clone(&self.share),
+            charged: self.estimate,
+        };
+        self.running += 1;
+        self.balance -= turn.charged;
+        self.share.runs.fetch_add(1, Relaxed);
+        self.tell();
+        turn
+    }
+
     fn tell(&self) {
         self.share.waiting.store(self.jobs.len(), Relaxed);
         self.share.running.store(self.running, Relaxed);
@@ -290,6 +303,21 @@ impl<J> FairQueue<J> {
         Some(job)
     }
 
+    /// A turn at once for a job on a thread of its own, if nothing else waits for one.
+    pub(super) fn begin(&mut self, share: &Arc<Share>) -> Option<Turn> {
+        if self.waiting > 0 || self.free() == 0 {
+            return None;
+        }
+        let lane = self.lane(share);
+        if lane.may_run() == 0 {
+            self.forget(&share.whose);
+            return None;
+        }
+        let turn = lane.begin();
+        self.running += 1;
+        Some(turn)
+    }
+
     /// Whether nothing waits any more, or may yet.
     pub(super) fn is_drained(&self) -> bool {
         self.waiting + self.reserved == 0
@@ -328,14 +356,7 @@ impl<J> FairQueue<J> {
         let whose = self.turns.remove(at)?;
         let lane = self.lanes.get_mut(&whose)?;
         let (_, job) = lane.jobs.pop_front()?;
-        let turn = Turn {
-            share: Arc::clone(&lane.share),
-            charged: lane.estimate,
-        };
-        lane.running += 1;
-        lane.balance -= turn.charged;
-        lane.share.runs.fetch_add(1, Relaxed);
-        lane.tell();
+        let turn = lane.begin();
         if !lane.jobs.is_empty() {
             self.turns.push_back(whose);
         }

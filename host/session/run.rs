@@ -197,19 +197,10 @@ impl<T: Given> Run<T> {
 
     /// What is said at a deadline.
     pub(super) fn late(&self, started: bool, deadline_ms: u64) -> Status {
-        if started {
-            return Failed::late(&self.kernel, deadline_ms).into();
+        match started {
+            true => Failed::late(&self.kernel, deadline_ms).into(),
+            false => still_waiting(&self.kernel, deadline_ms),
         }
-        Status::new(
-            Code::DeadlineExceeded,
-            Reason::Deadline,
-            format!(
-                "the invocation of kernel `{}` was still waiting for a worker at its deadline of {deadline_ms} ms; \
-                 ask again later or with a longer deadline, or have the operator raise engine.workers",
-                self.kernel
-            ),
-        )
-        .with("deadline_ms", deadline_ms)
     }
 
     /// Answers everybody. Without a result it never ran, or its worker was lost.
@@ -228,6 +219,19 @@ impl<T: Given> Run<T> {
             last.end(result);
         }
     }
+}
+
+/// What is said at the deadline of what has not begun.
+pub(super) fn still_waiting(kernel: &str, deadline_ms: u64) -> Status {
+    Status::new(
+        Code::DeadlineExceeded,
+        Reason::Deadline,
+        format!(
+            "the invocation of kernel `{kernel}` was still waiting for a worker at its deadline of {deadline_ms} ms; \
+             ask again later or with a longer deadline, or have the operator raise engine.workers"
+        ),
+    )
+    .with("deadline_ms", deadline_ms)
 }
 
 impl<T: Given> Leave for Run<T> {

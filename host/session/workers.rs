@@ -2,13 +2,15 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::queue::{FairQueue, QueueFull, Share};
+use super::queue::{FairQueue, QueueFull, Share, Turn};
+use crate::engine::CancelToken;
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -127,6 +129,17 @@ impl Workers {
         self.shared.wake_all(&mut self.shared.state.lock());
     }
 
+    /// A turn at once for work on the calling thread, if nothing else waits for one.
+    pub(super) fn begin(&self, share: &Arc<Share>) -> Option<OwnTurn> {
+        let turn = self.shared.state.lock().queue.begin(share)?;
+        let held = Held::Place {
+            shared: Arc::clone(&self.shared),
+            turn,
+            begin: Instant::now(),
+        };
+        Some(OwnTurn::new(share, held))
+    }
+
     /// A place in the queue for a job of `share`'s principal.
     ///
     /// # Errors
@@ -138,6 +151,62 @@ impl Workers {
             share: Arc::clone(share),
             filled: false,
         })
+    }
+}
+
+/// A turn of the thread that has it, until it is dropped there.
+pub(super) struct OwnTurn {
+    share: Arc<Share>,
+    cpu: Duration,
+    held: Held,
+}
+
+enum Held {
+    /// It keeps none of the threads.
+    Place {
+        shared: Arc<Shared>,
+        turn: Turn,
+        begin: Instant,
+    },
+    /// One of the threads has its turn for it, until this is dropped.
+    Thread { _over: Sender<()> },
+}
+
+/// Why there was no turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum NoTurn {
+    Late,
+    Cancelled,
+    /// The threads are gone.
+    Ended,
+}
+
+impl OwnTurn {
+    fn new(share: &Arc<Share>, held: Held) -> Self {
+        Self {
+            share: Arc::clone(share),
+            cpu: cpu_time(),
+            held,
+        }
+    }
+}
+
+impl Drop for OwnTurn {
+    fn drop(&mut self) {
+        self.share.count_cpu(cpu_time().saturating_sub(self.cpu));
+        if let Held::Place {
+            shared,
+            turn,
+            begin,
+        } = &self.held
+        {
+            let mut state = shared.state.lock();
+            state.queue.end(turn, begin.elapsed());
+            shared.wake(&mut state);
+            if state.ending {
+                shared.wake_all(&mut state);
+            }
+        }
     }
 }
 
@@ -162,6 +231,39 @@ impl Permit {
             id,
             waits,
         }
+    }
+}
+
+impl Permit {
+    /// Waits until it is its principal's turn and a thread is free, which then waits in its place.
+    ///
+    /// # Errors
+    /// [`NoTurn`].
+    pub(super) fn wait(self, until: Instant, cancel: &CancelToken) -> Result<OwnTurn, NoTurn> {
+        let share = Arc::clone(&self.share);
+        let (tell, told) = channel();
+        let (over, is_over) = channel::<()>();
+        let cancelled = tell.clone();
+        // All of them may find that nobody waits for them any more.
+        let queued = self.submit(move || {
+            if tell.send(Ok(())).is_ok() {
+                let _ = is_over.recv();
+            }
+        });
+        let _telling = cancel.telling(move || {
+            let _ = cancelled.send(Err(NoTurn::Cancelled));
+        });
+        let left = until.saturating_duration_since(Instant::now());
+        let turn = told.recv_timeout(left).unwrap_or_else(|error| {
+            Err(match error {
+                RecvTimeoutError::Timeout => NoTurn::Late,
+                RecvTimeoutError::Disconnected => NoTurn::Ended,
+            })
+        });
+        if turn.is_err() {
+            queued.withdraw();
+        }
+        turn.map(|()| OwnTurn::new(&share, Held::Thread { _over: over }))
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use strait_memory::{ResultPool, SharedSource};
+use strait_memory::{ResultPool, ResultSource, SharedSource};
 use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
@@ -18,8 +18,8 @@ use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
 use super::program::{Program, Recipe, Role};
 use crate::engine::{
-    Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody, Runner,
-    RunnerCounts, RunnerProcess, Source, Stage,
+    Brought, Cache, CancelToken, Cause, Done, EngineConfig, Failed, InlineRoom, Job, Limit,
+    LoadError, Means, OutputBody, Owner, Ready, Runner, RunnerCounts, RunnerProcess, Source, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -188,6 +188,10 @@ impl Runner for WorkerRunner {
         }
     }
 
+    fn prepare(self: Arc<Self>, job: Job, means: Means) -> Result<Box<dyn Ready>, Failed> {
+        Ok(Box::new(Prepared::new(self, job, means)?))
+    }
+
     fn open_only(&self, job: &Job, means: Means) -> Result<Vec<(String, TensorSpec)>, Failed> {
         match self.run(job, &means, true)? {
             Given::Specs(specs) => Ok(specs),
@@ -230,4 +234,94 @@ impl Runner for WorkerRunner {
     fn end_idle(&self, now: Instant) {
         self.crew.end_idle(now);
     }
+}
+
+/// A prepared job whose runs each go to a worker as if they were the first: what is the same for all of them.
+#[derive(Debug)]
+struct Prepared {
+    runner: Arc<WorkerRunner>,
+    job: Job,
+    owner: Owner,
+    inputs: Vec<Source<dyn SharedSource>>,
+    results: ResultSource,
+    outputs: Vec<(String, TensorSpec)>,
+}
+
+impl Prepared {
+    /// Asks the kernel what it would give.
+    ///
+    /// # Errors
+    /// [`Failed`]; also if that does not fit a frame.
+    fn new(runner: Arc<WorkerRunner>, job: Job, means: Means) -> Result<Self, Failed> {
+        let prepared = Self {
+            owner: means.owner,
+            results: means.results.clone(),
+            inputs: Source::filled(&means.inputs, Vec::new()),
+            outputs: runner.open_only(&job, means)?,
+            runner,
+            job,
+        };
+        let mut room = prepared.job.inline;
+        let bytes: Vec<_> = prepared
+            .outputs
+            .iter()
+            .map(|(_, spec)| spec.bytes().unwrap_or(u64::MAX))
+            .collect();
+        let fits = bytes
+            .iter()
+            .all(|bytes| InlineRoom::takes(&mut room, *bytes));
+        if !fits {
+            let too_large = Cause::Limit {
+                limit: Limit::Result,
+                asked: bytes
+                    .iter()
+                    .fold(0, |sum, bytes| sum.saturating_add(*bytes)),
+                most: prepared.job.limits.result_bytes,
+            };
+            return Err(prepared.failed(Stage::Open, too_large));
+        }
+        Ok(prepared)
+    }
+
+    fn failed(&self, stage: Stage, cause: Cause) -> Failed {
+        Failed::new(&self.job.kernel.kernel().name, stage, cause)
+    }
+}
+
+impl Ready for Prepared {
+    fn outputs(&self) -> Vec<(String, TensorSpec)> {
+        self.outputs.clone()
+    }
+
+    fn waiting_bytes(&self) -> u64 {
+        0
+    }
+
+    fn run(
+        &mut self,
+        brought: Vec<Brought>,
+        deadline: Instant,
+        cancel: &CancelToken,
+    ) -> Result<Done, Failed> {
+        let resized = self.job.resized(&self.inputs, &brought);
+        let means = Means {
+            owner: self.owner,
+            inputs: Source::filled(&self.inputs, brought),
+            results: self.results.clone(),
+            deadline,
+            cancel: cancel.clone(),
+        };
+        let job = resized.as_ref().unwrap_or(&self.job);
+        let done = self.runner.invoke(job, means)?;
+        let inline = |body: &OutputBody| matches!(body, OutputBody::Inline { .. });
+        match done.outputs.iter().all(|output| inline(&output.body)) {
+            true => Ok(done),
+            false => Err(self.failed(
+                Stage::Results,
+                Cause::Contract("a result is larger than `open` first announced".to_owned()),
+            )),
+        }
+    }
+
+    fn renew(&mut self) {}
 }

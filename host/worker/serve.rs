@@ -299,7 +299,7 @@ impl Worker {
         for input in run.inputs {
             let (input, source) = input.into_parts();
             sources.push(match source {
-                RunSource::Inline(bytes) => Supply::Inline(Arc::from(bytes.into_vec())),
+                RunSource::Inline(bytes) => Supply::Inline(bytes.into_vec().into()),
                 RunSource::Segment { number, bytes } => {
                     let source = self
                         .source(number, bytes, &mut fds)

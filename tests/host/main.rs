@@ -27,6 +27,7 @@ mod hostile_worker;
 mod http2;
 mod inline;
 mod logs;
+mod prepared;
 mod protocol;
 mod quarantine;
 mod quotas;

@@ -31,9 +31,10 @@ impl Block<'_> {
         )
     }
 
-    /// The lines of the header, the body, and the lines of the payload, in hex.
+    /// The lines of the header, the body, and the lines of the payload, in hex. An empty line stands for an empty body.
     fn split(&self) -> (&[&str], &str, &[&str]) {
-        match self.lines.iter().position(|line| line.starts_with('{')) {
+        let is_body = |line: &&str| line.is_empty() || line.starts_with('{');
+        match self.lines.iter().position(is_body) {
             Some(at) => (&self.lines[..at], self.lines[at], &self.lines[at + 1..]),
             None => (&self.lines, "", &[]),
         }
@@ -244,6 +245,8 @@ struct Replay {
     first: Raw,
     /// On which a part of the examples plays.
     other: Option<Raw>,
+    /// The socket of the last PREPARE.
+    calls: Option<Raw>,
     words: Words,
     /// The last descriptor of each segment, by its placeholder.
     fds: HashMap<String, OwnedFd>,
@@ -270,6 +273,7 @@ impl Replay {
             first: host.connect(),
             host,
             other: None,
+            calls: None,
             words,
             fds: HashMap::new(),
             ops: HashSet::new(),
@@ -294,6 +298,14 @@ impl Replay {
         }
     }
 
+    /// Over which a block's frame goes.
+    fn socket(&self, beside: &[&str]) -> &Raw {
+        match beside {
+            [.., "on", "that", "socket"] => self.calls.as_ref().expect("something is prepared"),
+            _ => self.other.as_ref().unwrap_or(&self.first),
+        }
+    }
+
     fn client(&mut self, block: &Block<'_>, op: &str, beside: &[&str]) -> Result<(), String> {
         let header = header(block).map(|byte| byte.expect("a client's header has no `..`"));
         let body = self.words.fill(block);
@@ -315,12 +327,11 @@ impl Replay {
                 None
             }
             ["+memfd"] => Some(floats()),
-            [] => None,
+            [] | ["on", "that", "socket"] => None,
             other => panic!("docs/protocol.md:{}: {other:?}", block.line),
         };
         let fds: Vec<_> = fd.iter().map(AsFd::as_fd).collect();
-        let connection = self.other.as_ref().unwrap_or(&self.first);
-        connection
+        self.socket(beside)
             .socket
             .send(&[&header, body.as_bytes(), &payload], &fds)
             .map_err(|error| block.differs("it cannot be sent", "", &error.to_string()))?;
@@ -333,7 +344,7 @@ impl Replay {
             self.host.terminate();
         }
         let closes = beside.ends_with(&["then", "closed"]);
-        let connection = self.other.as_ref().unwrap_or(&self.first);
+        let connection = self.socket(beside);
         let Some(frame) = connection.receive() else {
             return Err(block.differs("a frame", op, "the end of the connection"));
         };
@@ -351,9 +362,6 @@ impl Replay {
             );
             return Err(block.differs("the header", &format!("{op} {}", block.lines[0]), &really));
         }
-        if !self.words.matches(block.body(), &frame.text) {
-            return Err(block.differs("the body", block.body(), &frame.text));
-        }
         if block.payload() != frame.payload {
             return Err(block.differs("the payload", &hex(&block.payload()), &hex(&frame.payload)));
         }
@@ -367,23 +375,36 @@ impl Replay {
             .iter()
             .map(|fd| {
                 let mode = rustix::fs::fcntl_getfl(fd).unwrap() & OFlags::RWMODE;
-                if mode == OFlags::RDWR { "+rw" } else { "+ro" }
+                match rustix::net::sockopt::socket_type(fd) {
+                    Ok(_) => "+socket",
+                    Err(_) if mode == OFlags::RDWR => "+rw",
+                    Err(_) => "+ro",
+                }
             })
             .collect();
         if modes != really {
             return Err(block.differs("the descriptors", &modes.join(" "), &really.join(" ")));
         }
-        if let Some(fd) = frame.fds.into_iter().next() {
+        if closes {
+            connection.ended();
+        }
+        if !self.words.matches(block.body(), &frame.text) {
+            return Err(block.differs("the body", block.body(), &frame.text));
+        }
+        if closes {
+            self.other = None;
+        }
+        let is_socket = modes == ["+socket"];
+        let fd = frame.fds.into_iter().next();
+        if is_socket {
+            self.calls = fd.map(|fd| Raw::over(fd.into()));
+        } else if let Some(fd) = fd {
             let at = block
                 .body()
                 .rfind("<segment:")
                 .expect("a descriptor is of a segment");
             let (segment, _) = placeholder(&block.body()[at..]).unwrap();
             self.fds.insert(format!("<{segment}>"), fd);
-        }
-        if closes {
-            connection.ended();
-            self.other = None;
         }
         self.ops.insert(op.to_owned());
         Ok(())

@@ -247,12 +247,45 @@ pub fn with_bindings(wat: &str) -> Vec<u8> {
     module
 }
 
-/// The component of a guest file's text. `plugin` is the name that it gives itself.
-pub fn component(plugin: &str, text: &str) -> Vec<u8> {
+/// The same as [`component`], but what are globals there lies in memory: such a guest keeps nothing elsewhere.
+pub fn component_without_globals(plugin: &str, text: &str) -> Vec<u8> {
+    let mut module = module(plugin, text);
+    let globals = ["x", "y", "bytes", "in", "out", "x2", "y2"].map(|name| (name, "i64"));
+    let words = ["shape", "rank", "heap"].map(|name| (name, "i32"));
+    for (index, (name, ty)) in globals.into_iter().chain(words).enumerate() {
+        let at = 800 + 8 * index;
+        let is = format!("(global ${name} (mut {ty}) ({ty}.const ");
+        assert!(module.contains(&is), "{is}");
+        module = module
+            .replace(&is, &format!("(global $unused_{name} {ty} ({ty}.const "))
+            .replace(
+                &format!("(global.get ${name})"),
+                &format!("({ty}.load (i32.const {at}))"),
+            )
+            .replace(
+                &format!("(global.set ${name} "),
+                &format!("({ty}.store (i32.const {at}) "),
+            );
+        if name == "heap" {
+            let first = format!(
+                "(data (i32.const {at}) \"\\00\\00\\01\\00\")\n        (data (i32.const 700)"
+            );
+            module = module.replace("(data (i32.const 700)", &first);
+        }
+    }
+    encoded(&module)
+}
+
+fn encoded(module: &str) -> Vec<u8> {
     ComponentEncoder::default()
-        .module(&with_bindings(&module(plugin, text)))
+        .module(&with_bindings(module))
         .unwrap()
         .validate(true)
         .encode()
         .unwrap()
+}
+
+/// The component of a guest file's text. `plugin` is the name that it gives itself.
+pub fn component(plugin: &str, text: &str) -> Vec<u8> {
+    encoded(&module(plugin, text))
 }

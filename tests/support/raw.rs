@@ -87,10 +87,14 @@ pub struct Raw {
 
 impl Raw {
     pub fn connect(socket: &Path) -> io::Result<Self> {
-        Ok(Self {
-            socket: FrameSocket::connect(socket)?,
+        Ok(Self::over(FrameSocket::connect(socket)?))
+    }
+
+    pub fn over(socket: FrameSocket) -> Self {
+        Self {
+            socket,
             sequence: 100,
-        })
+        }
     }
 
     pub fn hello(&mut self) -> Value {

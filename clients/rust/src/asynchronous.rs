@@ -14,6 +14,7 @@ use crate::element::Element;
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::output::Output;
+use crate::prepared::{Prepare, Prepared};
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
@@ -302,6 +303,31 @@ impl AsyncClient {
     /// Begins a call of `kernel`, or `plugin/kernel` where two plugins have one of that name.
     pub fn call(&self, kernel: &str) -> Call<'_, Self> {
         Call::new(&self.0, kernel)
+    }
+
+    /// Begins what makes a kernel ready to be called again and again, on small tensors: see [`Prepared`], whose calls wait on
+    /// the calling thread.
+    pub fn prepare(&self, kernel: &str) -> Prepare<'_, Self> {
+        Prepare::new(&self.0, kernel)
+    }
+
+    /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub async fn cancel_prepared(&self, number: u64) -> Result<bool, Error> {
+        self.0.cancel_prepared(number).await
+    }
+}
+
+impl Prepare<'_, AsyncClient> {
+    /// Has the host make it ready.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] if the host refuses, as it would a call; [`Error::LeaseExpired`] if a fixed input's lease is over,
+    /// and the ends of the connection.
+    pub async fn send(self) -> Result<Prepared, Error> {
+        self.run().await
     }
 }
 

@@ -18,6 +18,7 @@ use crate::error::Error;
 use crate::lease::Lease;
 use crate::listing::FlightPages;
 use crate::output::Output;
+use crate::prepared::{Prepare, Prepared};
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
@@ -299,6 +300,19 @@ impl Client {
         Call::new(&self.0, kernel)
     }
 
+    /// Begins what makes a kernel ready to be called again and again, on small tensors: see [`Prepared`].
+    pub fn prepare(&self, kernel: &str) -> Prepare<'_, Self> {
+        Prepare::new(&self.0, kernel)
+    }
+
+    /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.
+    ///
+    /// # Errors
+    /// The ends of the connection.
+    pub fn cancel_prepared(&self, number: u64) -> Result<bool, Error> {
+        self.0.wait(self.0.cancel_prepared(number))
+    }
+
     /// Begins a session over a connected socket, such as one that a service manager handed over.
     ///
     /// # Errors
@@ -342,6 +356,17 @@ impl OpenSegment {
     pub fn publish(&mut self, name: &str, replace: bool) -> Result<Flight, Error> {
         let session = self.session().waited_for_by(Waiter::Thread);
         session.wait(session.publish(self, name, replace))
+    }
+}
+
+impl Prepare<'_, Client> {
+    /// Has the host make it ready.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] if the host refuses, as it would a call; [`Error::LeaseExpired`] if a fixed input's lease is over,
+    /// and the ends of the connection.
+    pub fn send(self) -> Result<Prepared, Error> {
+        self.session().wait(self.run())
     }
 }
 

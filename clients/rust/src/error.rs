@@ -111,6 +111,24 @@ pub enum Error {
         /// The data's bytes.
         given: u64,
     },
+    /// A prepared call was given more or fewer inputs than it brings.
+    #[error("{given} inputs for a call that brings {}: {}", .prepared.len(), .prepared.join(", "))]
+    Inputs {
+        /// The ports of those that it brings, in their order.
+        prepared: Vec<String>,
+        /// How many were given.
+        given: usize,
+    },
+    /// An input of a prepared call is larger than was prepared, or has other axes.
+    #[error("input {name:?} has the shape {given:?}; at most {most:?} was prepared")]
+    Shape {
+        /// Its port.
+        name: String,
+        /// What was given.
+        given: Vec<u64>,
+        /// What was prepared.
+        most: Vec<u64>,
+    },
     /// An impossible tensor.
     #[error(transparent)]
     Layout(#[from] strait_tensor::LayoutError),

@@ -20,7 +20,7 @@
 //!
 //! ```text
 //! Client, AsyncClient             two faces: whoever waits is a thread, or a task of any executor
-//!  └▶ segment, call, listing      the verbs, by noun
+//!  └▶ segment, call, prepared, …   the verbs, by noun
 //!      └▶ session                 what every request carries, and how it is asked
 //!          └▶ lease, tensor       a right to a segment; the tensors in it
 //!              └▶ connection      data.sock: replies to whoever waits, renewal of leases
@@ -46,6 +46,7 @@ mod error;
 mod lease;
 mod listing;
 mod output;
+mod prepared;
 mod segment;
 mod session;
 mod stats;
@@ -59,6 +60,7 @@ pub use element::Element;
 pub use error::Error;
 pub use lease::Lease;
 pub use output::{InlineTensor, Output};
+pub use prepared::{Elements, Prepare, Prepared, PreparedResult};
 pub use segment::{AdoptedSegment, MappedSegment, OpenSegment};
 pub use session::Options;
 pub use stats::Stats;

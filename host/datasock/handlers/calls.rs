@@ -7,7 +7,7 @@ use tokio::sync::oneshot;
 
 use crate::datasock::answer::{Answer, parse};
 use crate::datasock::frames::{Outgoing, encode, failure};
-use crate::error::Status;
+use crate::error::{Code, Reason, Status};
 use crate::session::{self, Call, Framed, Invoked, InvokedResult, ResultBody, Session};
 
 /// An INVOKE that is under way.
@@ -104,17 +104,36 @@ pub(in crate::datasock) fn invoked(
     }
 }
 
-/// CANCEL; `cancel` says whether the INVOKE was running.
+/// What a CANCEL names.
+pub(in crate::datasock) enum Cancelling {
+    /// The sequence of an INVOKE or PREPARE.
+    Sequence(u32),
+    /// The number of a PREPARE that is done.
+    Prepared(u64),
+}
+
+/// CANCEL; `cancel` says whether there was anything to end.
 pub(in crate::datasock) fn cancel(
     session: &Session,
     sequence: u32,
     body: &[u8],
-    cancel: impl Fn(u32) -> bool,
+    cancel: impl Fn(Cancelling) -> bool,
 ) -> Outgoing {
-    match parse::<wire::Cancel>(session, body) {
-        Ok((request, id)) => {
+    let asked = parse::<wire::Cancel>(session, body).and_then(|(request, id)| {
+        match (request.sequence, request.prepared) {
+            (Some(sequence), None) => Ok((Cancelling::Sequence(sequence), id)),
+            (None, Some(prepared)) => Ok((Cancelling::Prepared(prepared), id)),
+            _ => Err(Status::new(
+                Code::InvalidArgument,
+                Reason::BadRequest,
+                "CANCEL takes either `sequence` or `prepared`",
+            )),
+        }
+    });
+    match asked {
+        Ok((asked, id)) => {
             let reply = wire::Cancelled {
-                cancelled: cancel(request.sequence),
+                cancelled: cancel(asked),
                 request_id: id.to_string(),
             };
             encode(Op::Ok, sequence, &reply, Vec::new())

@@ -2,12 +2,15 @@
 
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::pages::{Cover, Reservation};
-use crate::{HUGE_USIZE, PAGE_USIZE, ParkError};
+use crate::memfd::create_memfd;
+use crate::pages::{Cover, FileAccess, Reservation};
+use crate::{HUGE_USIZE, PAGE_USIZE, ParkError, Seals};
 
 /// Address space for one guest memory: [reserved](GuestSpaces::take) as a whole, made
 /// accessible from the front as the guest grows, and covered with nothing when it ends.
@@ -76,6 +79,92 @@ impl GuestSpace {
             state.accessible.start.min(from)..state.accessible.end.max(to)
         };
         Ok(())
+    }
+
+    /// Keeps what the first `bytes` hold now: [`Self::restore`] brings it back, whatever was written there since.
+    /// `bytes` counts in pages of the machine.
+    ///
+    /// # Errors
+    /// [`ParkError::OutsideGuest`] if they are not all accessible, [`ParkError::Occupied`] if a window is there,
+    /// [`ParkError::Poisoned`]; [`ParkError::System`] if the operating system has no memory for it.
+    pub fn keep(&self, bytes: usize) -> Result<(), ParkError> {
+        let state = self.lock();
+        self.check_own(&state, bytes)?;
+        let system = || ParkError::system("keeping a guest memory", bytes);
+        let kept = std::fs::File::from(create_memfd().map_err(|e| system()(e.into()))?);
+        kept.set_len(bytes as u64).map_err(system())?;
+        let mut page = [0; PAGE_USIZE];
+        for offset in (0..bytes).step_by(PAGE_USIZE) {
+            // SAFETY: `check_own` found all of it accessible, which it stays while the lock is held; these are pages of no
+            // file that could shrink.
+            unsafe { self.reservation().copy_out(offset, &mut page) };
+            if page.iter().any(|byte| *byte != 0) {
+                kept.write_all_at(&page, offset as u64).map_err(system())?;
+            }
+        }
+        rustix::fs::fcntl_add_seals(&kept, Seals::SEALED.0).map_err(|e| system()(e.into()))?;
+        self.reservation()
+            .map_file(0..bytes, kept.as_fd(), 0, FileAccess::PrivateReadWrite)
+            .map_err(system())
+    }
+
+    /// The first `bytes` are again what they were when they were [kept](Self::keep), and `zeroed` (offsets) is zero.
+    ///
+    /// # Errors
+    /// As [`Self::keep`].
+    pub fn restore(&self, bytes: usize, zeroed: &[Range<usize>]) -> Result<(), ParkError> {
+        /// Beyond this pages are given back and not overwritten.
+        const OVERWRITTEN_BYTES: usize = 128 << 10;
+        let state = self.lock();
+        self.check_own(&state, bytes)?;
+        self.reservation()
+            .discard(0..bytes)
+            .map_err(ParkError::system("restoring a guest memory", bytes))?;
+        for range in zeroed {
+            self.check_free(&state, range.clone())?;
+            if range.start > range.end || range.end > state.accessible.end {
+                return Err(self.outside(range.start, range.len(), &state.accessible));
+            }
+            let pages =
+                range.start.next_multiple_of(PAGE_USIZE)..range.end / PAGE_USIZE * PAGE_USIZE;
+            let overwritten = match pages.len() > OVERWRITTEN_BYTES {
+                true => {
+                    self.reservation()
+                        .discard(pages.clone())
+                        .map_err(ParkError::system("clearing a guest memory", pages.len()))?;
+                    [range.start..pages.start, pages.end..range.end]
+                }
+                false => [range.clone(), range.end..range.end],
+            };
+            for range in overwritten {
+                // SAFETY: it is accessible (checked above), no window is there, and nothing moves or covers it while the lock
+                // is held.
+                unsafe { self.reservation().zero(range) };
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the first `bytes` are the guest's own, from the first on.
+    fn check_own(&self, state: &SpaceState, bytes: usize) -> Result<(), ParkError> {
+        let accessible = &state.accessible;
+        if bytes == 0
+            || !bytes.is_multiple_of(PAGE_USIZE)
+            || accessible.start != 0
+            || bytes > accessible.end
+        {
+            return Err(self.outside(0, bytes, accessible));
+        }
+        self.check_free(state, 0..bytes)
+    }
+
+    fn outside(&self, offset: usize, bytes: usize, accessible: &Range<usize>) -> ParkError {
+        ParkError::OutsideGuest {
+            at: self.base().saturating_add(offset),
+            bytes,
+            from: self.base() + accessible.start,
+            to: self.base() + accessible.end,
+        }
     }
 
     /// Takes this reservation out of use: when its last user drops it, it is unmapped and
@@ -229,5 +318,93 @@ impl GuestSpaces {
 
     fn lock(&self) -> MutexGuard<'_, Vec<Reservation>> {
         self.idle.lock()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    /// Accessible from the first byte on.
+    fn space(bytes: usize) -> (Arc<GuestSpaces>, Arc<GuestSpace>) {
+        let spaces = GuestSpaces::new(1);
+        let space = spaces.take(16 * MIB).expect("address space");
+        space.make_accessible(0, bytes).expect("memory");
+        (spaces, space)
+    }
+
+    fn write(space: &GuestSpace, at: usize, bytes: &[u8]) {
+        // SAFETY: the tests write and read what they made accessible, on one thread.
+        unsafe { space.reservation().copy_in(at, bytes) };
+    }
+
+    fn read(space: &GuestSpace, at: usize) -> [u8; 4] {
+        let mut bytes = [0; 4];
+        // SAFETY: as in `write`.
+        unsafe { space.reservation().copy_out(at, &mut bytes) };
+        bytes
+    }
+
+    #[test]
+    fn what_was_kept_comes_back_whatever_was_written() {
+        let (_spaces, space) = space(4 * MIB);
+        let kept = 2 * MIB;
+        write(&space, 8, b"kept");
+        write(&space, kept - 4, b"last");
+        space.keep(kept).expect("memory");
+        for round in 0..3_u8 {
+            for (at, was) in [(8, b"kept"), (kept - 4, b"last"), (MIB, &[0; 4])] {
+                assert_eq!(read(&space, at), *was, "round {round}");
+                write(&space, at, &[round; 4]);
+            }
+            // Few and many bytes to be cleared, not at the ends of pages, and what lies around them.
+            let cleared = [kept + 10..kept + 20, kept + 5000..kept + 700_001];
+            for at in [kept, kept + 9, kept + 20, kept + 4996, kept + 700_001] {
+                write(&space, at, b"stay");
+            }
+            for at in [kept + 10, kept + 5000, kept + 400_000, kept + 699_997] {
+                write(&space, at, b"gone");
+            }
+            write(&space, kept + 9, b"s");
+            write(&space, kept + 20, b"stay");
+            space.restore(kept, &cleared).expect("restored");
+            assert_eq!(read(&space, kept), *b"stay");
+            assert_eq!(read(&space, kept + 9), *b"s\0\0\0");
+            assert_eq!(read(&space, kept + 20), *b"stay");
+            assert_eq!(read(&space, kept + 4996), *b"stay");
+            assert_eq!(read(&space, kept + 700_001), *b"stay");
+            for at in [kept + 10, kept + 5000, kept + 400_000, kept + 699_997] {
+                assert_eq!(read(&space, at), [0; 4], "{}", at - kept);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_there_is_neither_kept_nor_restored() {
+        let (spaces, space) = space(MIB);
+        for bytes in [0, 100, MIB + PAGE_USIZE, usize::MAX] {
+            let refused = space.keep(bytes).expect_err("refused");
+            assert!(
+                matches!(refused, ParkError::OutsideGuest { .. }),
+                "{refused}"
+            );
+        }
+        space.keep(MIB).expect("memory");
+        write(&space, 0, b"gone");
+        let beyond = std::slice::from_ref(&(MIB..MIB + 1));
+        let refused = space.restore(MIB, beyond).expect_err("refused");
+        assert!(
+            matches!(refused, ParkError::OutsideGuest { .. }),
+            "{refused}"
+        );
+        // Nor does anything of it reach the next guest.
+        write(&space, 0, b"gone");
+        drop(space);
+        assert_eq!(spaces.idle(), 1);
+        let next = spaces.take(16 * MIB).expect("address space");
+        next.make_accessible(0, MIB).expect("memory");
+        assert_eq!(read(&next, 0), [0; 4]);
     }
 }

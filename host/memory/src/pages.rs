@@ -39,6 +39,8 @@ impl Cover {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileAccess {
     PrivateRead,
+    /// What is written goes to a copy of the page that nobody else sees.
+    PrivateReadWrite,
     SharedRead,
     SharedReadWrite,
 }
@@ -47,6 +49,7 @@ impl FileAccess {
     fn flags(self) -> (ProtFlags, MapFlags) {
         match self {
             Self::PrivateRead => (ProtFlags::READ, QUIET),
+            Self::PrivateReadWrite => (ProtFlags::READ | ProtFlags::WRITE, QUIET),
             Self::SharedRead => (ProtFlags::READ, MapFlags::SHARED),
             Self::SharedReadWrite => (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED),
         }
@@ -203,6 +206,21 @@ impl Reservation {
         let collapsed =
             unsafe { libc::madvise(with_exposed_provenance_mut(at), bytes, MADV_COLLAPSE) };
         collapsed == 0
+    }
+
+    /// What is in `range` (offsets, page multiples) of pages of this process alone is lost: it is what it was when it was
+    /// mapped.
+    pub(crate) fn discard(&self, range: Range<usize>) -> io::Result<()> {
+        let (at, bytes) = self.checked(range);
+        // SAFETY: `checked` holds the range inside this reservation, into which nobody has references (module invariant).
+        unsafe {
+            mm::madvise(
+                with_exposed_provenance_mut(at),
+                bytes,
+                Advice::LinuxDontNeed,
+            )
+        }?;
+        Ok(())
     }
 
     /// A child made by `fork` does not get `range`.

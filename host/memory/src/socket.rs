@@ -220,6 +220,23 @@ impl FrameSocket {
     /// more than [`FDS_MAX`] descriptors; `WouldBlock` if the other side is slow and the
     /// socket does not block; `BrokenPipe` if the other side is gone; any other error of `sendmsg`.
     pub fn send(&self, frame: &[&[u8]], fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+        self.send_with(frame, fds, SendFlags::empty())
+    }
+
+    /// The same without waiting, whether the socket blocks or not.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn send_now(&self, frame: &[&[u8]]) -> io::Result<()> {
+        self.send_with(frame, &[], SendFlags::DONTWAIT)
+    }
+
+    fn send_with(
+        &self,
+        frame: &[&[u8]],
+        fds: &[BorrowedFd<'_>],
+        waiting: SendFlags,
+    ) -> io::Result<()> {
         let bytes: usize = frame.iter().map(|part| part.len()).sum();
         if bytes == 0 || fds.len() > FDS_MAX {
             let text = format!(
@@ -235,7 +252,7 @@ impl FrameSocket {
             let fits = control.push(SendAncillaryMessage::ScmRights(fds));
             assert!(fits, "{} descriptors in {CONTROL_BYTES} bytes", fds.len());
         }
-        let flags = SendFlags::NOSIGNAL | SendFlags::EOR;
+        let flags = SendFlags::NOSIGNAL | SendFlags::EOR | waiting;
         let sent = retry(|| rustix::net::sendmsg(&self.fd, &parts, &mut control, flags))?;
         // A sequenced packet is sent as a whole or not at all.
         assert_eq!(sent, bytes, "the operating system sent a part of a frame");
@@ -326,6 +343,15 @@ impl FrameSocket {
     /// Any error of `shutdown`.
     pub fn shutdown(&self) -> io::Result<()> {
         rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both)?;
+        Ok(())
+    }
+
+    /// Ends what comes from the other side; what is to be sent there still can be.
+    ///
+    /// # Errors
+    /// Any error of `shutdown`.
+    pub fn shutdown_receiving(&self) -> io::Result<()> {
+        rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Read)?;
         Ok(())
     }
 }

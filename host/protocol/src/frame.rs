@@ -77,11 +77,11 @@ ops! {
     Renew = 16,
     /// Runs a kernel.
     Invoke = 17,
-    /// Reserved.
+    /// Makes a kernel ready for CALLs, which have a socket of their own.
     Prepare = 18,
-    /// Reserved.
+    /// Runs what was prepared.
     Call = 19,
-    /// Ends a running INVOKE.
+    /// Ends a running INVOKE, PREPARE or CALL.
     Cancel = 20,
     /// Reserved.
     Stream = 21,
@@ -134,7 +134,9 @@ pub enum FrameError {
     #[error("a body of {0} bytes is over the limit of {BODY_BYTES_MAX}")]
     TooLong(usize),
     /// Bytes after the JSON of an op that has none.
-    #[error("{0} payload bytes in the header; only INVOKE and the OK to it carry a payload")]
+    #[error(
+        "{0} payload bytes in the header; only INVOKE, CALL and the OK to them carry a payload"
+    )]
     Payload(u32),
     /// The payload is too long.
     #[error("a payload of {0} bytes is over the limit of {PAYLOAD_BYTES_MAX}")]
@@ -249,7 +251,7 @@ impl Header {
             return Err(FrameError::PayloadTooLong(payload_bytes as usize));
         }
         let op = Op::try_from(header[3])?;
-        if payload_bytes != 0 && !matches!(op, Op::Invoke | Op::Ok) {
+        if payload_bytes != 0 && !matches!(op, Op::Invoke | Op::Call | Op::Ok) {
             return Err(FrameError::Payload(payload_bytes));
         }
         let reserved = [header[41], header[42], header[43]];

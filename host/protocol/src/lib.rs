@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! frame ── header: op, sequence, lengths, trace      request, reply ── JSON bodies, by the op
+//! prepared ── the payloads of prepared calls
 //! real ── floats that JSON has no number for
 //! reason ── the code and the reason of an ERROR, and of a Flight status
 //! stats ── what a host counts              quota ── what each principal may have of it
@@ -11,6 +12,7 @@
 
 mod frame;
 mod plugin;
+mod prepared;
 mod quota;
 mod real;
 mod reason;
@@ -24,18 +26,19 @@ pub use frame::{
     PAYLOAD_BYTES_MAX, TraceContext, VERSION, payload_room,
 };
 pub use plugin::{Incidents, Plugin, PluginList};
+pub use prepared::{SIZES_BYTES, places, shape, sizes};
 pub use quota::{AccountQuotas, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting, SettingWord};
 pub use real::{real_from_word, real_to_json};
 pub use reason::{Code, Reason};
 pub use reply::{
-    BlockTree, Cancelled, Done, Failure, Flight, Flights, Gone, InlineResult, Invoked, Kernel,
-    KernelList, Mapped, Mapping, Note, Pages, Parameter, Port, Released, Renewed, ResultEntry,
-    Seconds, Shutdown, Welcome, Writers,
+    BlockTree, Called, Cancelled, Done, Failure, Flight, Flights, Gone, InlineResult, Invoked,
+    Kernel, KernelList, Mapped, Mapping, Note, Pages, Parameter, Port, Prepared, PreparedTensor,
+    Released, Renewed, ResultEntry, Seconds, Shutdown, Welcome, Writers,
 };
 pub use request::{
     Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Hello, InlineTensor, Input,
-    Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Publish, Request,
-    SegmentId,
+    Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Prepare,
+    PreparedInput, Publish, Request, SegmentId,
 };
 pub use stats::{
     AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,

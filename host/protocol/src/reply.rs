@@ -261,6 +261,46 @@ pub struct InlineResult {
     pub length: u64,
 }
 
+/// OK to PREPARE, with one descriptor: the socket for CALLs.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Prepared {
+    /// Its number, for CANCEL.
+    pub prepared: u64,
+    /// Length of each CALL's payload in bytes.
+    pub request_bytes: u64,
+    /// What each CALL brings, in the kernel's order: the sizes of the first are at byte 0 of the payload, of the next at 64, and so on.
+    pub inputs: Vec<PreparedTensor>,
+    /// Length of the payload of each OK in bytes.
+    pub reply_bytes: u64,
+    /// The outputs, likewise.
+    pub outputs: Vec<PreparedTensor>,
+    /// The request's id, which the errors of its CALLs carry.
+    pub request_id: String,
+}
+
+/// A tensor in the payload of CALL or of the OK to it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PreparedTensor {
+    /// The port.
+    pub port: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Row-major sizes; of an output at most.
+    pub shape: Vec<u64>,
+    /// First byte in the payload.
+    pub offset: u64,
+    /// Bytes that it has room for.
+    pub length: u64,
+}
+
+/// The body of an OK to CALL, if the kernel had anything to say.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Called {
+    /// What it said.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub notes: Vec<Note>,
+}
+
 /// A warning or figure from the kernel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Note {

@@ -179,10 +179,32 @@ request! {
     }
 }
 request! {
-    /// CANCEL.
+    /// CANCEL: one of the two.
     Cancel {
-        /// The INVOKE's sequence.
-        sequence: u32,
+        /// Of the INVOKE or PREPARE.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sequence: Option<u32>,
+        /// Number of the PREPARE whose CALL is to end.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        prepared: Option<u64>,
+    }
+}
+request! {
+    /// PREPARE.
+    Prepare {
+        /// `kernel` or `plugin/kernel`.
+        kernel: String,
+        /// Port to what each CALL brings, or to an input that is the same for all of them.
+        inputs: BTreeMap<String, PreparedInput>,
+        /// Parameter to value.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        parameters: BTreeMap<String, serde_json::Value>,
+        /// Wall time of each CALL in milliseconds.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        deadline_ms: Option<u64>,
+        /// Tighter limits than the host's own.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limits: Option<Limits>,
     }
 }
 request! {
@@ -315,6 +337,21 @@ pub enum Input {
         /// Where.
         inline: InlineTensor,
     },
+}
+
+/// An input of PREPARE.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(untagged, deny_unknown_fields)]
+pub enum PreparedInput {
+    /// A tensor that each CALL brings.
+    Spec {
+        /// Element type.
+        dtype: Dtype,
+        /// Row-major sizes.
+        shape: Vec<u64>,
+    },
+    /// One that is there: a flight or a segment, which is kept for as long as the PREPARE.
+    Fixed(Input),
 }
 
 /// A tensor in a frame's payload.

@@ -344,7 +344,8 @@ impl Shared {
 
     fn cancel(&self, state: &mut State, sequence: u32) {
         let body = wire::Cancel {
-            sequence,
+            sequence: Some(sequence),
+            prepared: None,
             request_id: None,
         };
         self.tell(state, Op::Cancel, &body, Route::Nobody);

@@ -6,6 +6,7 @@ mod inline;
 mod memory;
 #[path = "../peer/mod.rs"]
 mod peer;
+mod prepared;
 
 use peer::{Peer, connected};
 use strait_client::{Client, Options};

@@ -1,0 +1,493 @@
+//! Kernels that are made ready once and called again and again.
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+
+use strait_memory::FrameSocket;
+use strait_tensor::{Dtype, TensorPlace, TensorSpec};
+
+use crate::argument::{CallInput, Given, Param};
+use crate::connection::Beside;
+use crate::element::{self, Element};
+use crate::error::Error;
+use crate::lease::Lease;
+use crate::session::{Session, milliseconds};
+use crate::tensor::TensorView;
+use crate::wire::{
+    self, HEADER_BYTES, Header, Limits, Note, Op, PreparedInput, PreparedTensor, SIZES_BYTES,
+    TraceContext,
+};
+
+/// What is to be prepared: [`Client::prepare`](crate::Client::prepare) or
+/// [`AsyncClient::prepare`](crate::AsyncClient::prepare) begin it, and `C` says which of them sends it.
+#[must_use = "nothing is prepared until it is sent"]
+pub struct Prepare<'a, C> {
+    session: &'a Session,
+    request: wire::Prepare,
+    /// Elements that are still to go into a segment.
+    elements: Vec<(String, TensorSpec, &'a [u8])>,
+    misfit: Option<Error>,
+    leases: Vec<&'a Lease>,
+    client: std::marker::PhantomData<&'a C>,
+}
+
+impl<'a, C> Prepare<'a, C> {
+    pub(crate) fn new(session: &'a Session, kernel: &str) -> Self {
+        Self {
+            session,
+            request: wire::Prepare {
+                kernel: kernel.to_owned(),
+                ..wire::Prepare::default()
+            },
+            elements: Vec::new(),
+            misfit: None,
+            leases: Vec::new(),
+            client: std::marker::PhantomData,
+        }
+    }
+
+    /// An input of which each call brings the elements.
+    pub fn input(mut self, port: &str, spec: &TensorSpec) -> Self {
+        let input = PreparedInput::Spec {
+            dtype: spec.dtype,
+            shape: spec.shape.clone(),
+        };
+        self.request.inputs.insert(port.to_owned(), input);
+        self
+    }
+
+    /// An input that is the same for all calls: a flight or a segment, which the host keeps for as long as what is
+    /// prepared, or elements of this process, which are copied into a segment.
+    pub fn fixed(mut self, port: &str, input: impl Into<CallInput<'a>>) -> Self {
+        let CallInput { given, lease } = input.into();
+        self.leases.extend(lease);
+        match given {
+            Given::Named(input) => {
+                let input = PreparedInput::Fixed(input);
+                self.request.inputs.insert(port.to_owned(), input);
+            }
+            Given::Elements(spec, bytes) => self.elements.push((port.to_owned(), spec, bytes)),
+            Given::Misfit(error) => self.misfit = self.misfit.or(Some(error)),
+        }
+        self
+    }
+
+    /// Gives a parameter its value. `axis` is 0-based and row-major.
+    pub fn param(mut self, name: &str, value: impl Into<Param>) -> Self {
+        self.request
+            .parameters
+            .insert(name.to_owned(), value.into().0);
+        self
+    }
+
+    /// Wall time of each call, from the host's receipt on.
+    pub fn deadline(mut self, deadline: Duration) -> Self {
+        self.request.deadline_ms = Some(milliseconds(deadline));
+        self
+    }
+
+    /// Limits of each call, lower than the host's own.
+    pub fn limits(mut self, limits: Limits) -> Self {
+        self.request.limits = Some(limits);
+        self
+    }
+
+    pub(crate) fn session(&self) -> &'a Session {
+        self.session
+    }
+
+    pub(crate) async fn run(mut self) -> Result<Prepared, Error> {
+        if let Some(misfit) = self.misfit.take() {
+            return Err(misfit);
+        }
+        self.leases.iter().try_for_each(|lease| lease.check())?;
+        self.request.request_id = self.session.request_id();
+        // Kept until the host has them.
+        let mut segments = Vec::with_capacity(self.elements.len());
+        for (port, spec, bytes) in std::mem::take(&mut self.elements) {
+            let segment = self.session.filled(&port, &spec, bytes).await?;
+            let input = PreparedInput::Fixed(wire::Input::Segment {
+                segment: segment.mapping().segment.clone(),
+                tensor: None,
+            });
+            self.request.inputs.insert(port, input);
+            segments.push(segment);
+        }
+        let pending = self
+            .session
+            .request(Op::Prepare, &self.request, Beside::default())?;
+        let (prepared, fds) = pending.await?.read::<wire::Prepared>()?;
+        Prepared::new(self.session.clone(), prepared, fds)
+    }
+}
+
+impl<C> fmt::Debug for Prepare<'_, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Prepare").field(&self.request).finish()
+    }
+}
+
+/// A kernel that is ready. It has a socket of its own; dropping it ends it in the host.
+///
+/// A call sends its inputs from where they lie and receives its results into memory that is used again: it allocates
+/// nothing that grows with them. It waits on the calling thread, so asynchronous code calls from a thread that may wait.
+#[derive(Debug)]
+pub struct Prepared {
+    session: Session,
+    socket: FrameSocket,
+    number: u64,
+    inputs: Vec<PreparedTensor>,
+    /// The sizes of all inputs, as they stand before the elements.
+    sizes: Vec<u8>,
+    request_bytes: u32,
+    outputs: Vec<PreparedTensor>,
+    /// Where the outputs of the last call are in what was received.
+    places: Vec<TensorPlace>,
+    reply_bytes: usize,
+    /// What was received; an array of words, so that elements are aligned.
+    received: Vec<u128>,
+    sequence: u32,
+    /// A call is under way, or was broken off.
+    broken: bool,
+}
+
+/// Elements that a call brings.
+#[derive(Clone, Copy, Debug)]
+pub struct Elements<'a> {
+    bytes: &'a [u8],
+    /// None: all that was prepared.
+    shape: Option<&'a [u64]>,
+    /// Whether they fit an input of that name and dtype.
+    check: fn(&str, Dtype) -> Result<(), Error>,
+}
+
+impl<'a, T: Element> From<&'a [T]> for Elements<'a> {
+    fn from(elements: &'a [T]) -> Self {
+        Self {
+            bytes: bytemuck::cast_slice(elements),
+            shape: None,
+            check: element::check::<T>,
+        }
+    }
+}
+
+impl<'a, T: Element> From<&'a Vec<T>> for Elements<'a> {
+    fn from(elements: &'a Vec<T>) -> Self {
+        elements.as_slice().into()
+    }
+}
+
+impl<'a> Elements<'a> {
+    /// Of any dtype: little-endian, row-major, contiguous.
+    #[must_use]
+    pub fn of_bytes(bytes: &'a [u8]) -> Self {
+        Self {
+            bytes,
+            shape: None,
+            check: |_, _| Ok(()),
+        }
+    }
+
+    /// Of fewer than was prepared: `shape` is at most that along each axis.
+    #[must_use]
+    pub fn shaped(self, shape: &'a [u64]) -> Self {
+        Self {
+            shape: Some(shape),
+            ..self
+        }
+    }
+}
+
+/// What a call of a [`Prepared`] gave, until the next one.
+#[derive(Debug)]
+pub struct PreparedResult<'a> {
+    places: &'a [TensorPlace],
+    bytes: &'a [u8],
+    /// What the kernel had to say.
+    pub notes: Vec<Note>,
+}
+
+impl<'a> PreparedResult<'a> {
+    /// The tensor of an output port.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] if the kernel has no such port.
+    pub fn tensor(&self, port: &str) -> Result<TensorView<'a>, Error> {
+        let place = self.places.iter().find(|place| place.name == port);
+        let place = place.ok_or_else(|| Error::NoTensor {
+            name: port.to_owned(),
+            known: self.places.iter().map(|place| place.name.clone()).collect(),
+        })?;
+        Ok(TensorView::of(place, self.bytes))
+    }
+}
+
+/// What is sent behind a tensor that is smaller than it could be.
+static GAP: [u8; wire::PAYLOAD_BYTES_MAX] = [0; wire::PAYLOAD_BYTES_MAX];
+
+impl Prepared {
+    fn new(session: Session, told: wire::Prepared, mut fds: Vec<OwnedFd>) -> Result<Self, Error> {
+        let wrong = |what: &str| Error::Protocol(format!("the OK to PREPARE: {what}"));
+        let (Some(socket), 0) = (fds.pop(), fds.len()) else {
+            return Err(wrong("it brings one descriptor, the socket for calls"));
+        };
+        let request_bytes = checked(&told.inputs, told.request_bytes)
+            .ok_or_else(|| wrong("its inputs do not lie where they must"))?;
+        let reply_bytes = checked(&told.outputs, told.reply_bytes)
+            .ok_or_else(|| wrong("its outputs do not lie where they must"))?;
+        let reply_bytes = reply_bytes as usize;
+        let sizes = told
+            .inputs
+            .iter()
+            .flat_map(|tensor| wire::sizes(&tensor.shape));
+        let places = told.outputs.iter().map(|tensor| TensorPlace {
+            name: tensor.port.clone(),
+            spec: TensorSpec {
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+            },
+            offset: tensor.offset,
+            length: 0,
+        });
+        // An OK with what the kernel has to say, or an ERROR.
+        let most = HEADER_BYTES + wire::BODY_BYTES_MAX + reply_bytes;
+        Ok(Self {
+            session,
+            socket: socket.into(),
+            number: told.prepared,
+            sizes: sizes.collect(),
+            places: places.collect(),
+            inputs: told.inputs,
+            request_bytes,
+            outputs: told.outputs,
+            reply_bytes,
+            received: vec![0; most.div_ceil(size_of::<u128>())],
+            sequence: 0,
+            broken: false,
+        })
+    }
+
+    /// The inputs that each call brings, in the order in which it brings them.
+    #[must_use]
+    pub fn inputs(&self) -> &[PreparedTensor] {
+        &self.inputs
+    }
+
+    /// The outputs, as large as they can be.
+    #[must_use]
+    pub fn outputs(&self) -> &[PreparedTensor] {
+        &self.outputs
+    }
+
+    /// Runs the kernel on `elements`, those of [`Self::inputs`] in their order, and waits for its results.
+    ///
+    /// # Errors
+    /// [`Error::Dtype`] or [`Error::Length`] if they are not what was prepared; [`Error::Remote`] if the kernel fails, which
+    /// concerns no other call; [`Error::Disconnected`] if the host or this connection has ended.
+    pub fn call(&mut self, elements: &[Elements<'_>]) -> Result<PreparedResult<'_>, Error> {
+        self.check(elements)?;
+        if self.broken {
+            return Err(Error::Disconnected);
+        }
+        // If this is not reached again, the next reply would be taken for another call's.
+        self.broken = true;
+        self.sequence = self.sequence.wrapping_add(1).max(1);
+        self.send(elements)?;
+        let notes = self.receive()?;
+        let bytes = self.places.iter().map(|place| place.length);
+        self.session.count_copied(bytes.sum());
+        let received: &[u8] = bytemuck::cast_slice(&self.received);
+        Ok(PreparedResult {
+            places: &self.places,
+            // Where tensors are aligned.
+            bytes: &received[HEADER_BYTES..],
+            notes,
+        })
+    }
+
+    fn check(&self, elements: &[Elements<'_>]) -> Result<(), Error> {
+        if elements.len() != self.inputs.len() {
+            return Err(Error::Inputs {
+                prepared: self
+                    .inputs
+                    .iter()
+                    .map(|tensor| tensor.port.clone())
+                    .collect(),
+                given: elements.len(),
+            });
+        }
+        for (tensor, given) in self.inputs.iter().zip(elements) {
+            (given.check)(&tensor.port, tensor.dtype)?;
+            let shape = given.shape.unwrap_or(&tensor.shape);
+            if !within(shape, &tensor.shape) {
+                return Err(Error::Shape {
+                    name: tensor.port.clone(),
+                    given: shape.to_vec(),
+                    most: tensor.shape.clone(),
+                });
+            }
+            // No more than of the largest, which is a number.
+            let expected = shape.iter().product::<u64>() * tensor.dtype.size();
+            if given.bytes.len() as u64 != expected {
+                return Err(Error::Length {
+                    spec: TensorSpec {
+                        dtype: tensor.dtype,
+                        shape: shape.to_vec(),
+                    },
+                    expected,
+                    given: given.bytes.len() as u64,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    fn send(&mut self, elements: &[Elements<'_>]) -> Result<(), Error> {
+        let sizes = self.sizes.chunks_exact_mut(SIZES_BYTES);
+        for ((sizes, tensor), given) in sizes.zip(&self.inputs).zip(elements) {
+            let shape = given.shape.unwrap_or(&tensor.shape);
+            sizes.copy_from_slice(&wire::sizes(shape));
+        }
+        let header = Header {
+            op: Op::Call,
+            sequence: self.sequence,
+            body_bytes: 0,
+            payload_bytes: self.request_bytes,
+            trace: TraceContext::NONE,
+        }
+        .encode();
+        let mut parts: Vec<&[u8]> = Vec::with_capacity(2 + 2 * elements.len());
+        parts.extend([&header[..], &self.sizes]);
+        for (tensor, given) in self.inputs.iter().zip(elements) {
+            // As long as for the largest.
+            let room = tensor.length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
+            let gap = usize::try_from(room).map_or(0, |room| room - given.bytes.len());
+            parts.extend([given.bytes, &GAP[..gap]]);
+        }
+        let sent = self.socket.send(&parts, &[]);
+        sent.map_err(|error| over(error, "send a prepared call"))?;
+        let bytes = elements.iter().map(|given| given.bytes.len() as u64);
+        self.session.count_copied(bytes.sum());
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Vec<Note>, Error> {
+        let packet: &mut [u8] = bytemuck::cast_slice_mut(&mut self.received);
+        let received = self.socket.recv(packet);
+        let received = received.map_err(|error| over(error, "receive a prepared call's reply"))?;
+        if received.bytes == 0 {
+            return Err(Error::Disconnected);
+        }
+        let wrong = |what: String| Error::Protocol(format!("the reply to CALL: {what}"));
+        if received.truncated || !received.fds.is_empty() {
+            return Err(wrong(
+                "it is longer than was said, or brings descriptors".to_owned(),
+            ));
+        }
+        let decoded = Header::decode(&packet[..received.bytes]);
+        let (header, body, payload) = decoded.map_err(|error| wrong(error.to_string()))?;
+        if header.sequence != self.sequence {
+            return Err(wrong(format!(
+                "sequence {} where {} was asked",
+                header.sequence, self.sequence
+            )));
+        }
+        match header.op {
+            Op::Ok => {}
+            Op::Error => {
+                let failure: wire::Failure = parse(body)?;
+                self.broken = false;
+                return Err(failure.into());
+            }
+            other => return Err(wrong(format!("{other:?}"))),
+        }
+        if payload.len() != self.reply_bytes {
+            return Err(wrong(format!(
+                "a payload of {} bytes where {} were said",
+                payload.len(),
+                self.reply_bytes
+            )));
+        }
+        let notes = match body.is_empty() {
+            true => Vec::new(),
+            false => parse::<wire::Called>(body)?.notes,
+        };
+        let sizes = payload.chunks_exact(SIZES_BYTES);
+        for ((place, tensor), sizes) in self.places.iter_mut().zip(&self.outputs).zip(sizes) {
+            let shape = wire::shape(sizes, tensor.shape.len());
+            let shape = shape.filter(|shape| within(shape, &tensor.shape));
+            let shape = shape.ok_or_else(|| {
+                wrong(format!(
+                    "output {:?} has a shape beyond what was said",
+                    tensor.port
+                ))
+            })?;
+            place.spec.shape = shape;
+            // No more than the bytes of the largest, which were held against the payload.
+            place.length = place.spec.bytes()?;
+        }
+        let body_bytes = body.len();
+        if body_bytes > 0 {
+            // To where it is without a body.
+            let from = HEADER_BYTES + body_bytes;
+            packet.copy_within(from..from + self.reply_bytes, HEADER_BYTES);
+        }
+        self.broken = false;
+        Ok(notes)
+    }
+
+    /// Its number in this session, by which the host can be told to end a call: see
+    /// [`Client::cancel_prepared`](crate::Client::cancel_prepared).
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+impl Session {
+    pub(crate) async fn cancel_prepared(&self, number: u64) -> Result<bool, Error> {
+        let body = wire::Cancel {
+            sequence: None,
+            prepared: Some(number),
+            request_id: self.request_id(),
+        };
+        let cancelled: wire::Cancelled = self.ask(Op::Cancel, &body).await?;
+        Ok(cancelled.cancelled)
+    }
+}
+
+fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
+    serde_json::from_slice(body)
+        .map_err(|error| Error::Protocol(format!("the reply to CALL: its JSON: {error}")))
+}
+
+fn over(source: io::Error, what: &'static str) -> Error {
+    match source.kind() {
+        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Error::Disconnected,
+        _ => Error::Linux { what, source },
+    }
+}
+
+/// Whether `shape` is one of a tensor that is at most `most` along each axis.
+fn within(shape: &[u64], most: &[u64]) -> bool {
+    shape.len() == most.len() && shape.iter().zip(most).all(|(size, most)| size <= most)
+}
+
+/// The length of a payload whose tensors lie where they must.
+fn checked(tensors: &[PreparedTensor], bytes: u64) -> Option<u32> {
+    let (offsets, all) = wire::places(tensors.iter().map(|tensor| tensor.length))?;
+    let right = tensors.iter().zip(offsets).all(|(tensor, offset)| {
+        let spec = TensorSpec {
+            dtype: tensor.dtype,
+            shape: tensor.shape.clone(),
+        };
+        tensor.offset == offset
+            && tensor.shape.len() <= SIZES_BYTES / 8
+            && spec.bytes().is_ok_and(|bytes| bytes == tensor.length)
+    });
+    (right && all == bytes && all <= wire::PAYLOAD_BYTES_MAX as u64)
+        .then(|| u32::try_from(all).ok())
+        .flatten()
+}

@@ -1,0 +1,454 @@
+//! Kernels that are made ready once and called again and again.
+//!
+//! ```text
+//! Preparing (checked) ── prepare: a turn, open, bind ──▶ Prepared ── call: a turn, run, answer, renew ──▶ …
+//! ```
+//! Both are for a thread that has nothing else to do: they wait for a turn among all invocations, and work on that thread.
+//! What makes a kernel ready again is done within the turn of the call before it, but after the answer.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use parking_lot::Mutex;
+use strait_memory::Charge;
+use strait_protocol::{self as wire, PreparedInput, PreparedTensor, SIZES_BYTES};
+use strait_tensor::{TensorPlace, TensorSpec};
+
+use super::caller::Caller;
+use super::prepare::{Checked, Deadline, Found, Framed};
+use super::run::still_waiting;
+use super::workers::{NoTurn, OwnTurn};
+use crate::engine::{Brought, CancelToken, Failed, FramePart, InlineRoom, OutputBody, Ready};
+use crate::error::{Code, Reason, Status};
+use crate::lease::SessionId;
+use crate::plugin::{ITEMS_MAX, KernelRef};
+
+/// What a PREPARE asks for, checked.
+#[derive(Debug)]
+pub struct Preparing {
+    caller: Caller,
+    checked: Checked,
+    deadline: Deadline,
+    inputs: Vec<PreparedTensor>,
+    request_bytes: u64,
+}
+
+/// A kernel that can be called.
+#[derive(Debug)]
+pub struct Prepared {
+    caller: Caller,
+    kernel: KernelRef,
+    request_id: Arc<str>,
+    deadline_ms: u64,
+    /// Of all inputs, and whether a call brings them.
+    specs: Vec<(TensorSpec, bool)>,
+    inputs: Vec<PreparedTensor>,
+    request_bytes: u64,
+    outputs: Vec<PreparedTensor>,
+    reply_bytes: u64,
+    // One call at a time.
+    ready: Mutex<Box<dyn Ready>>,
+    // Of frames, and of memory that waits.
+    _charges: (Option<Charge>, Charge),
+}
+
+/// What a call has given.
+#[derive(Debug)]
+pub struct Called {
+    /// The payload of the OK to it, in parts.
+    pub payload: Vec<Vec<u8>>,
+    /// What the kernel had to say: (key, text).
+    pub notes: Vec<(String, String)>,
+}
+
+impl Caller {
+    /// Checks what a PREPARE asks for. Inputs and results that travel have `room` bytes each way.
+    ///
+    /// # Errors
+    /// What it is answered.
+    pub fn preparing(
+        &self,
+        session: SessionId,
+        request: wire::Prepare,
+        room: u64,
+        request_id: Arc<str>,
+        cancel: CancelToken,
+    ) -> Result<Preparing, Status> {
+        let framed = Framed {
+            session,
+            payload: &[],
+            room,
+        };
+        let mut invoke = wire::Invoke {
+            kernel: request.kernel,
+            parameters: request.parameters,
+            deadline_ms: request.deadline_ms,
+            limits: request.limits,
+            ..wire::Invoke::default()
+        };
+        let deadline = self.host.deadline(&invoke)?;
+        let mut resolved = BTreeMap::new();
+        for (port, input) in request.inputs.into_iter().take(ITEMS_MAX + 1) {
+            let found = match input {
+                PreparedInput::Spec { dtype, shape } => {
+                    framed_place(&port, TensorSpec { dtype, shape })
+                }
+                PreparedInput::Fixed(wire::Input::Inline { .. }) => {
+                    let port = super::shown(&port);
+                    let how =
+                        format!("input `{port}`: PREPARE takes no bytes; give its dtype and shape");
+                    Err(Status::new(Code::InvalidArgument, Reason::BadInput, how))
+                }
+                PreparedInput::Fixed(input) => self.resolve(Some(framed), &port, &input),
+            };
+            resolved.insert(port, found);
+        }
+        let kernel = self.host.plugins.find(&invoke.kernel)?;
+        let outputs = kernel.kernel().outputs.len() as u64;
+        let together = room.saturating_sub(outputs * SIZES_BYTES as u64);
+        // What is larger is refused as such, as if the host's own limit were that.
+        let limits = invoke.limits.get_or_insert_default();
+        let most = self.host.config.limits.limits().result_bytes;
+        if limits.result_bytes.is_none_or(|asked| asked <= most) {
+            limits.result_bytes = Some(limits.result_bytes.unwrap_or(most).min(together));
+        }
+        let inline = InlineRoom {
+            each: together,
+            together,
+        };
+        let checked = self.check(Some(inline), invoke, resolved, deadline, request_id, cancel)?;
+        let places = checked
+            .job
+            .inputs
+            .iter()
+            .zip(&checked.means.inputs)
+            .filter(|(_, source)| source.is_inline())
+            .map(|(input, _)| &input.place);
+        let (inputs, request_bytes) = placed(places)?;
+        if request_bytes > room {
+            let message = format!(
+                "the inputs that each CALL brings have {request_bytes} bytes together, and a frame has room for {room}; \
+                 give large ones as flights or segments, or use INVOKE"
+            );
+            return Err(
+                Status::new(Code::InvalidArgument, Reason::BadInput, message)
+                    .with("asked", request_bytes)
+                    .with("limit", room),
+            );
+        }
+        Ok(Preparing {
+            caller: self.clone(),
+            checked,
+            deadline,
+            inputs,
+            request_bytes,
+        })
+    }
+
+    /// Waits for a turn for work on the calling thread.
+    fn turn(
+        &self,
+        kernel: &str,
+        deadline: Deadline,
+        cancel: &CancelToken,
+    ) -> Result<OwnTurn, Status> {
+        let share = self.account.invocations();
+        let workers = self.host.workers.lock();
+        let place = match workers.as_ref() {
+            None => return Err(super::draining()),
+            Some(workers) => match workers.begin(share) {
+                Some(turn) => return Ok(turn),
+                None => workers.reserve(share)?,
+            },
+        };
+        drop(workers);
+        place.wait(deadline.at, cancel).map_err(|none| match none {
+            NoTurn::Late => still_waiting(kernel, deadline.ms),
+            NoTurn::Cancelled => Failed::cancelled(kernel).into(),
+            NoTurn::Ended => super::draining(),
+        })
+    }
+}
+
+/// An input that each CALL brings.
+fn framed_place(port: &str, spec: TensorSpec) -> Result<(Found, TensorPlace), Status> {
+    let port = super::shown(port);
+    let length = spec.bytes().map_err(|error| {
+        let message = format!("input `{port}`: {error}");
+        Status::new(Code::InvalidArgument, Reason::BadInput, message)
+    })?;
+    let place = TensorPlace {
+        name: port,
+        spec,
+        offset: 0,
+        length,
+    };
+    Ok((Found::Inline(FramePart::default()), place))
+}
+
+/// Where tensors lie in a payload, and its length.
+fn placed<'a>(
+    places: impl Iterator<Item = &'a TensorPlace>,
+) -> Result<(Vec<PreparedTensor>, u64), Status> {
+    let places: Vec<_> = places.collect();
+    let (offsets, bytes) =
+        wire::places(places.iter().map(|place| place.length)).ok_or_else(|| {
+            let message = "the tensors of a CALL have more bytes together than can be counted";
+            Status::new(Code::InvalidArgument, Reason::BadInput, message)
+        })?;
+    let tensors = places
+        .iter()
+        .zip(offsets)
+        .map(|(place, offset)| PreparedTensor {
+            port: place.name.clone(),
+            dtype: place.spec.dtype,
+            shape: place.spec.shape.clone(),
+            offset,
+            length: place.length,
+        });
+    Ok((tensors.collect(), bytes))
+}
+
+/// Whether `shape` is one of a tensor that is at most `most` along each axis.
+fn within(shape: &[u64], most: &[u64]) -> bool {
+    shape.len() == most.len() && shape.iter().zip(most).all(|(size, most)| size <= most)
+}
+
+impl Preparing {
+    /// Has the kernel told all but the elements. Blocks.
+    ///
+    /// # Errors
+    /// What the PREPARE is answered.
+    pub fn prepare(self) -> Result<Prepared, Status> {
+        let Self {
+            caller,
+            checked,
+            deadline,
+            mut inputs,
+            request_bytes,
+        } = self;
+        let Checked {
+            job, means, charge, ..
+        } = checked;
+        let kernel = job.kernel.clone();
+        let (name, plugin) = (&kernel.kernel().name, &kernel.plugin);
+        // As the declaration has them.
+        let ports = job.inputs.iter().zip(&means.inputs);
+        let ports = ports.filter(|(_, source)| source.is_inline());
+        for (tensor, (input, _)) in inputs.iter_mut().zip(ports) {
+            tensor.port.clone_from(&input.port);
+        }
+        let request_id = Arc::clone(&job.request_id);
+        let specs = job.inputs.iter().zip(&means.inputs);
+        let specs = specs.map(|(input, source)| (input.place.spec.clone(), source.is_inline()));
+        let specs = specs.collect();
+        let _turn = caller.turn(name, deadline, &means.cancel)?;
+        caller.check_in_service(plugin)?;
+        let prepared = Arc::clone(&caller.host.runner).prepare(job, means);
+        let ready = prepared.inspect_err(|failed| caller.note_cost(plugin, failed))?;
+        let largest: Vec<_> = ready
+            .outputs()
+            .into_iter()
+            .map(|(name, spec)| {
+                let length = spec.bytes().unwrap_or(u64::MAX);
+                TensorPlace {
+                    name,
+                    spec,
+                    offset: 0,
+                    length,
+                }
+            })
+            .collect();
+        let (outputs, reply_bytes) = placed(largest.iter())?;
+        let waiting = ready.waiting_bytes().saturating_add(reply_bytes);
+        let memory = caller.charge(waiting)?;
+        Ok(Prepared {
+            deadline_ms: deadline.ms,
+            caller,
+            kernel,
+            request_id,
+            specs,
+            inputs,
+            request_bytes,
+            outputs,
+            reply_bytes,
+            ready: Mutex::new(ready),
+            _charges: (charge, memory),
+        })
+    }
+}
+
+impl Prepared {
+    /// What the PREPARE is answered, as number `prepared`.
+    #[must_use]
+    pub fn to_wire(&self, prepared: u64) -> wire::Prepared {
+        wire::Prepared {
+            prepared,
+            request_bytes: self.request_bytes,
+            inputs: self.inputs.clone(),
+            reply_bytes: self.reply_bytes,
+            outputs: self.outputs.clone(),
+            request_id: self.request_id.to_string(),
+        }
+    }
+
+    /// Length of each CALL's payload in bytes.
+    #[must_use]
+    pub fn request_bytes(&self) -> u64 {
+        self.request_bytes
+    }
+
+    /// Names its calls in errors and log lines.
+    #[must_use]
+    pub fn request_id(&self) -> &Arc<str> {
+        &self.request_id
+    }
+
+    /// Runs the kernel on what `payload` of `frame` brings, hands the outcome to `answer`, and makes it ready for the next
+    /// call. Blocks.
+    pub fn call(
+        &self,
+        frame: &Arc<Vec<u8>>,
+        payload: Range<usize>,
+        cancel: &CancelToken,
+        answer: impl FnOnce(Result<Called, Status>),
+    ) {
+        let deadline = Deadline::after(self.deadline_ms);
+        let begun = self.brought(frame, payload).and_then(|brought| {
+            self.caller.host.admit()?;
+            let turn = self.caller.turn(self.name(), deadline, cancel)?;
+            // Others of its calls may have been the last straw meanwhile.
+            self.caller.check_in_service(&self.kernel.plugin)?;
+            Ok((brought, turn))
+        });
+        let (brought, _turn) = match begun {
+            Ok(begun) => begun,
+            Err(status) => return answer(Err(status)),
+        };
+        let mut ready = self.ready.lock();
+        let done = ready.run(brought, deadline.at, cancel);
+        let result = done
+            .inspect_err(|failed| self.caller.note_cost(&self.kernel.plugin, failed))
+            .map_err(Status::from)
+            .and_then(|done| self.called(done));
+        if let Err(status) = &result {
+            tracing::warn!(
+                request_id = &*self.request_id,
+                kernel = self.name(),
+                code = status.code.name(),
+                reason = status.reason.name(),
+                message = status.message,
+                "prepared call failed"
+            );
+        }
+        answer(result);
+        ready.renew();
+    }
+
+    /// The inputs that a CALL brings.
+    fn brought(&self, frame: &Arc<Vec<u8>>, payload: Range<usize>) -> Result<Vec<Brought>, Status> {
+        let refused = |reason, message| Status::new(Code::InvalidArgument, reason, message);
+        if payload.len() as u64 != self.request_bytes {
+            let message = format!(
+                "a payload of {} bytes; each CALL of this PREPARE has {}",
+                payload.len(),
+                self.request_bytes
+            );
+            return Err(refused(Reason::BadFrame, message));
+        }
+        let bytes = frame.get(payload.clone()).unwrap_or_default();
+        let (sizes, _) = bytes.as_chunks::<SIZES_BYTES>();
+        let mut all = Vec::with_capacity(self.inputs.len());
+        for (tensor, sizes) in self.inputs.iter().zip(sizes) {
+            let shape = wire::shape(sizes, tensor.shape.len());
+            let Some(shape) = shape.filter(|shape| within(shape, &tensor.shape)) else {
+                let (port, shape) = (&tensor.port, &tensor.shape);
+                let message = format!(
+                    "input `{port}`: the sizes in the CALL are not within those that were prepared, {shape:?}; prepare a larger shape by itself"
+                );
+                return Err(refused(Reason::BadInput, message));
+            };
+            let elements = shape.iter().product::<u64>() * tensor.dtype.size();
+            let part = usize::try_from(tensor.offset).ok().and_then(|offset| {
+                let from = payload.start + offset;
+                let to = from + usize::try_from(elements).ok()?;
+                FramePart::new(frame, from..to)
+            });
+            let elements = part.ok_or_else(|| {
+                refused(Reason::BadFrame, "a tensor beyond the payload".to_owned())
+            })?;
+            self.caller.host.framed.inputs.add(elements.len() as u64);
+            all.push(Brought { shape, elements });
+        }
+        self.check_axes(&all)?;
+        Ok(all)
+    }
+
+    /// Whether what a call brings fits together, and with what does not change.
+    fn check_axes(&self, brought: &[Brought]) -> Result<(), Status> {
+        let mut brought = brought.iter();
+        let specs: Vec<_> = self
+            .specs
+            .iter()
+            .map(
+                |(spec, is_brought)| match is_brought.then(|| brought.next()) {
+                    Some(Some(brought)) => TensorSpec {
+                        dtype: spec.dtype,
+                        shape: brought.shape.clone(),
+                    },
+                    Some(None) | None => spec.clone(),
+                },
+            )
+            .collect();
+        let fits = self.kernel.kernel().axes_fit(&specs, []);
+        fits.map_err(|(port, how)| {
+            let message = format!("input `{}` of kernel `{}`: {how}", port.name, self.name());
+            Status::new(Code::InvalidArgument, Reason::BadInput, message)
+        })
+    }
+
+    fn name(&self) -> &str {
+        &self.kernel.kernel().name
+    }
+
+    fn called(&self, done: crate::engine::Done) -> Result<Called, Status> {
+        let mut sizes = Vec::with_capacity(done.outputs.len() * SIZES_BYTES);
+        let mut payload = vec![Vec::new()];
+        let lost = || {
+            Status::new(
+                Code::Internal,
+                Reason::Host,
+                "a prepared call left no bytes",
+            )
+        };
+        if done.outputs.len() != self.outputs.len() {
+            return Err(lost());
+        }
+        for (output, tensor) in done.outputs.into_iter().zip(&self.outputs) {
+            let OutputBody::Inline { spec, mut bytes } = output.body else {
+                return Err(lost());
+            };
+            if !within(&spec.shape, &tensor.shape) {
+                let message = format!(
+                    "kernel `{}` gave output `{}` the sizes {:?}, and for the largest inputs it said {:?}; the plugin must not give more for less",
+                    self.name(),
+                    tensor.port,
+                    spec.shape,
+                    tensor.shape
+                );
+                return Err(Status::new(Code::Internal, Reason::BadAnswer, message));
+            }
+            sizes.extend(wire::sizes(&spec.shape));
+            self.caller.host.framed.results.add(bytes.len() as u64);
+            let room = tensor.length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
+            bytes.resize(usize::try_from(room).map_err(|_| lost())?, 0);
+            payload.push(bytes);
+        }
+        payload[0] = sizes;
+        Ok(Called {
+            payload,
+            notes: done.report.notes,
+        })
+    }
+}
