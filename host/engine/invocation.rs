@@ -9,7 +9,6 @@
 //! Nothing is left of an invocation that fails at any of them: its results have no name and no holder before
 //! [`Filled`], which has all of them.
 
-use std::num::NonZeroU64;
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
@@ -325,8 +324,7 @@ impl<'a> Opened<'a> {
         })?;
         contract::bind(job, &mut call.instance, &results, room.start, &spots)?;
         call.report.seconds.reserve = call.lap();
-        let rows = call.engine.config.chunk_rows;
-        let placed = Placed::new(job, rows, &results, spots, room);
+        let placed = Placed::new(&call, &results, spots, room);
         Ok(Bound {
             call,
             placed,
@@ -347,16 +345,12 @@ struct Placed<'a> {
 }
 
 impl<'a> Placed<'a> {
-    fn new(
-        job: &'a Job,
-        rows: Option<NonZeroU64>,
-        results: &[Making],
-        spots: Vec<Spot>,
-        room: Range<usize>,
-    ) -> Self {
+    fn new(call: &Call<'a>, results: &[Making], spots: Vec<Spot>, room: Range<usize>) -> Self {
+        let job = call.job;
         let kernel = job.kernel.kernel();
         let of_inputs = job.inputs.iter().map(|input| &input.place.spec);
         let of_outputs = results.iter().map(|making| &making.bound().spec);
+        let rows = call.engine.config.chunk_rows;
         let chunk = Chunk::new(
             rows.filter(|_| kernel.streaming),
             kernel.inputs.iter().zip(of_inputs),
@@ -410,8 +404,7 @@ impl<'a> Bound<'a> {
         let compiled = Arc::clone(&plan.compiled);
         let mut call = Call::begin(engine, job, supplies, compiled, Some(made), None)?;
         let results = Making::all(plan.columns.clone(), job.inline, &*supplies.results)?;
-        let rows = engine.config.chunk_rows;
-        let placed = Placed::new(job, rows, &results, plan.spots.clone(), plan.room.clone());
+        let placed = Placed::new(&call, &results, plan.spots.clone(), plan.room.clone());
         call.report.seconds.open = call.lap();
         Ok(Self {
             call,
