@@ -15,9 +15,9 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
+use super::bodies::Bodies;
 use super::call::Call;
 use super::info::{self, Target, Wanted, bad_request, host_bug};
-use super::lengths::Lengths;
 use super::refused::Refused;
 use super::{action, read, upload};
 use crate::error::{Code, Reason, Status};
@@ -310,12 +310,11 @@ impl FlightService for Service {
         let errors = call.clone();
         let replace = replaces(&request);
         let refused = Refused::of(&request);
-        let lengths = Lengths::of(&request);
+        let bodies = Bodies::of(&request);
         let stored = async move {
             let _place = stream_place(&errors.caller).await?;
             let segment =
-                upload::receive(&errors, replace?, request.into_inner(), &lengths, &refused)
-                    .await?;
+                upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
             Ok(PutResult {
                 app_metadata: match errors.remote {
                     true => Bytes::new(),
