@@ -321,27 +321,26 @@ impl Arriving {
         Ok(())
     }
 
-    /// The end of the body: what of a message was held back, for which tonic knows words.
+    /// The end of the body, and what of a message was held back: tonic says what is wrong with it.
     ///
     /// # Errors
-    /// `CANCELLED` in the middle of what goes past tonic.
+    /// `CANCELLED` in the middle of an upload's message, which tonic takes for an end if nothing of it came.
     fn end(&mut self) -> Result<Option<Bytes>, Status> {
-        if let At::Past { length, passed } = self.at {
-            let missing = length - passed;
+        let missing = match self.at {
+            At::Prefix => (PREFIX_BYTES - self.prefix_len) % PREFIX_BYTES,
+            At::Message(left) => left as usize,
+            At::Head(length) => length as usize - self.head.len(),
+            At::Past { length, passed } => usize::try_from(length - passed).unwrap_or(usize::MAX),
+        };
+        if self.bodies.is_some() && missing > 0 {
             return Err(Status::new(
                 Code::Cancelled,
                 Reason::Cancelled,
                 format!("the upload ended too early: {missing} bytes of a message did not come"),
             ));
         }
-        let prefix = match self.at {
-            At::Head(_) => PREFIX_BYTES,
-            _ => std::mem::take(&mut self.prefix_len),
-        };
-        self.at = At::Prefix;
-        let mut held = self.prefix[..prefix].to_vec();
-        held.append(&mut self.head);
-        Ok((!held.is_empty()).then(|| held.into()))
+        let held = &self.prefix[..std::mem::take(&mut self.prefix_len)];
+        Ok((!held.is_empty()).then(|| Bytes::copy_from_slice(held)))
     }
 
     fn refuse(&mut self, status: Status) -> tonic::Status {
@@ -434,5 +433,141 @@ impl http_body::Body for Arriving {
     fn size_hint(&self) -> SizeHint {
         // What goes past tonic is not among what it gets.
         SizeHint::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+
+    use arrow_flight::FlightData;
+    use proptest::prelude::{
+        ProptestConfig, TestCaseError, prop_assert, prop_assert_eq, prop_oneof,
+    };
+    use proptest::test_runner::TestRunner;
+    use prost::Message;
+    use strait_memory::{Budget, Growing, HugeBirths};
+
+    use crate::flight::bodies::Route;
+
+    /// Bodies of this size go past tonic.
+    const LONG: usize = 5_000_000;
+
+    /// Frames that are there.
+    struct Frames(VecDeque<Bytes>);
+
+    impl http_body::Body for Frames {
+        type Data = Bytes;
+        type Error = tonic::Status;
+
+        fn poll_frame(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+        ) -> Poll<Option<Result<Frame<Bytes>, tonic::Status>>> {
+            Poll::Ready(self.0.pop_front().map(|bytes| Ok(Frame::data(bytes))))
+        }
+    }
+
+    /// What tonic gets of `frames`, as messages, and the bodies that go past it.
+    fn received(host: &Arc<Host>, frames: VecDeque<Bytes>) -> (Vec<Vec<u8>>, Vec<Vec<u8>>) {
+        let bodies = Bodies::default();
+        let (body, given) = (Body::new(Frames(frames)), Some(bodies.clone()));
+        let mut arriving = Arriving::new(body, given, host, Refused::default());
+        let budget = Budget::new("bytes", 1 << 30);
+        let (births, copied) = (HugeBirths::new(), strait_memory::Copied::new());
+        let mut context = Context::from_waker(std::task::Waker::noop());
+        let (mut bytes, mut messages, mut past) = (Vec::new(), Vec::new(), Vec::new());
+        loop {
+            match http_body::Body::poll_frame(Pin::new(&mut arriving), &mut context) {
+                Poll::Ready(Some(frame)) => {
+                    let frame = frame.expect("no error").into_data();
+                    bytes.extend_from_slice(&frame.expect("data"));
+                }
+                Poll::Ready(None) => break,
+                Poll::Pending => continue,
+            }
+            while let [_, a, b, c, d, rest @ ..] = bytes.as_slice() {
+                let length = u32::from_be_bytes([*a, *b, *c, *d]) as usize;
+                let Some(message) = rest.get(..length) else {
+                    break;
+                };
+                messages.push(message.to_vec());
+                bytes.drain(..PREFIX_BYTES + length);
+                let Some(body) = bodies.take() else { continue };
+                let file = Growing::new(&budget).expect("a memfd");
+                file.grow(body, 0..0, &births).expect("fits");
+                past.push((file.clone(), body));
+                let pieces = vec![(0..body, 0)];
+                let host = Arc::clone(host);
+                bodies.route(Route { file, pieces, host });
+            }
+        }
+        assert!(bytes.is_empty(), "{} bytes of no message", bytes.len());
+        let past = past.into_iter().map(|(file, length)| {
+            let mut body = vec![0; usize::try_from(length).expect("short")];
+            file.read_at(0, &mut body, &copied).expect("within");
+            body
+        });
+        (messages, past.collect())
+    }
+
+    /// A message of each size, in frames cut like that.
+    fn check(host: &Arc<Host>, sizes: &[usize], cuts: &[usize]) -> Result<(), TestCaseError> {
+        let messages = sizes.iter().zip(1_u8..).map(|(size, n)| {
+            let pattern = |at: usize| n.wrapping_mul(31).wrapping_add(at.to_le_bytes()[0]);
+            FlightData {
+                data_header: vec![n; size % 400].into(),
+                data_body: (0..*size).map(pattern).collect::<Vec<_>>().into(),
+                ..FlightData::default()
+            }
+        });
+        let messages: Vec<_> = messages.collect();
+        let bytes = messages.iter().flat_map(|message| {
+            let message = message.encode_to_vec();
+            let length = u32::try_from(message.len()).expect("short").to_be_bytes();
+            [&[0], &length[..], &message].concat()
+        });
+        let mut frames = VecDeque::new();
+        let mut rest: Bytes = bytes.collect::<Vec<u8>>().into();
+        for cut in cuts.iter().chain(&[200_000]).cycle() {
+            if rest.is_empty() {
+                break;
+            }
+            frames.push_back(rest.split_to((*cut).min(rest.len())));
+        }
+        let (got, past) = received(host, frames);
+        let mut past = past.into_iter();
+        prop_assert_eq!(got.len(), messages.len());
+        for (got, sent) in got.iter().zip(&messages) {
+            let mut got = FlightData::decode(&got[..]).expect("a message");
+            if sent.data_body.len() >= LONG {
+                prop_assert!(got.data_body.is_empty());
+                got.data_body = past.next().expect("a body").into();
+            }
+            prop_assert!(&got == sent, "{} bytes", sent.data_body.len());
+        }
+        prop_assert!(past.next().is_none());
+        Ok(())
+    }
+
+    /// However an upload is cut into frames: what tonic gets and what goes past it are its messages.
+    #[tokio::test]
+    async fn nothing_of_an_upload_is_lost() {
+        let directory = tempfile::tempdir().expect("a directory");
+        let mut config = crate::config::Config::default();
+        config.engine.cache = Some(std::path::PathBuf::new());
+        let host = Host::start(config, directory.path()).expect("a host");
+        let size = prop_oneof![0..300_usize, LONG..LONG + 1_000_000];
+        let cut = prop_oneof![1..40_usize, 1..300_000_usize];
+        let sizes = proptest::collection::vec(size, 1..5);
+        let cuts = proptest::collection::vec(cut, 1..30);
+        let mut runner = TestRunner::new(ProptestConfig {
+            failure_persistence: None,
+            ..ProptestConfig::with_cases(30)
+        });
+        runner
+            .run(&(sizes, cuts), |(sizes, cuts)| check(&host, &sizes, &cuts))
+            .expect("all messages");
     }
 }

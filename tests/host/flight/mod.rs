@@ -1,5 +1,6 @@
 //! Arrow Flight against a real host: every call, every kind of refusal, clients that misbehave.
 
+mod bodies;
 mod calls;
 mod ending;
 mod raw;
