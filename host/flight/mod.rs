@@ -23,6 +23,7 @@ mod read;
 mod refused;
 mod service;
 mod staged;
+mod ticket;
 mod upload;
 
 use std::fs::File;

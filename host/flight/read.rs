@@ -18,10 +18,11 @@ use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
 use strait_memory::{Charge, ReadMapping};
-use strait_tensor::{BatchColumn, SchemaMessage, TensorSpec, batch_message};
+use strait_tensor::{BatchColumn, SchemaMessage, batch_message};
 
 use super::call::Call;
-use super::info::{self, host_bug};
+use super::info;
+use super::refused::host_bug;
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
 use crate::session::{Host, Reading, StreamPermit};
@@ -58,7 +59,7 @@ struct Reader {
     _segment: Arc<LiveSegment>,
     host: Arc<Host>,
     columns: Vec<ColumnPlace>,
-    rows: u64,
+    rows: Range<u64>,
     rows_per_message: u64,
     // Held for a push, a pop or an exchange.
     spare: Mutex<Vec<Vec<u8>>>,
@@ -75,16 +76,16 @@ impl Reader {
     fn new(
         host: &Arc<Host>,
         segment: Arc<LiveSegment>,
+        rows: Option<Range<u64>>,
         levels: Vec<Vec<u64>>,
     ) -> Result<Self, Status> {
         let tensors = segment.tensors();
-        let rows = |spec: &TensorSpec| spec.shape.first().copied().unwrap_or(1);
-        let count = tensors.first().map_or(0, |tensor| rows(&tensor.spec));
-        if let Some(other) = tensors.iter().find(|tensor| rows(&tensor.spec) != count) {
+        let count = tensors.first().map_or(0, |tensor| tensor.spec.rows());
+        if let Some(other) = tensors.iter().find(|tensor| tensor.spec.rows() != count) {
             let message = format!(
                 "its first tensor has {count} rows and `{}` has {}, so they do not make one table; {}",
                 other.name,
-                rows(&other.spec),
+                other.spec.rows(),
                 map_instead(host, &segment)
             );
             return Err(Status::new(
@@ -131,7 +132,7 @@ impl Reader {
             _segment: segment,
             host: Arc::clone(host),
             columns,
-            rows: count,
+            rows: rows.unwrap_or(0..count),
             rows_per_message,
             spare: Mutex::default(),
             charge: Mutex::default(),
@@ -140,10 +141,10 @@ impl Reader {
 
     /// The rows of each message.
     fn parts(&self) -> impl Iterator<Item = Range<u64>> + Send + 'static {
-        let (rows, step) = (self.rows, self.rows_per_message);
-        std::iter::successors(Some(0_u64), move |start| start.checked_add(step))
-            .take_while(move |start| *start < rows)
-            .map(move |start| start..start.saturating_add(step).min(rows))
+        let (Range { start, end }, step) = (self.rows.clone(), self.rows_per_message);
+        std::iter::successors(Some(start), move |start| start.checked_add(step))
+            .take_while(move |start| *start < end)
+            .map(move |start| start..start.saturating_add(step).min(end))
     }
 
     /// The message of those rows.
@@ -356,18 +357,19 @@ fn watch(shared: &Shared, stall: Duration) -> Watch {
     Watch(watching.abort_handle())
 }
 
-/// The segment as a stream: its schema, then its rows.
+/// The segment as a stream: its schema, then those `rows` that it has, or all.
 ///
 /// # Errors
 /// `UNSUPPORTED_OP`, `INLINE_TOO_LARGE`, `BAD_TENSOR`, each with the mapped way.
 pub(super) fn stream(
     host: &Arc<Host>,
     segment: Arc<LiveSegment>,
+    rows: Option<Range<u64>>,
     held: Held,
     call: Call,
 ) -> Result<BoxStream<'static, Result<FlightData, tonic::Status>>, Status> {
     let SchemaMessage { bytes, levels } = info::segment_schema(&segment)?;
-    let reader = Arc::new(Reader::new(host, segment, levels)?);
+    let reader = Arc::new(Reader::new(host, segment, rows, levels)?);
     let schema = Bytes::from(bytes).slice(SchemaMessage::PREFIX_BYTES..);
     let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());

@@ -16,7 +16,7 @@ use strait_tensor::layout::{HUGE_ALIGN_BYTES, HUGE_MIN_BYTES, TENSOR_ALIGN_BYTES
 use strait_tensor::{FileLayout, TensorPlace};
 
 use super::bodies::Route;
-use super::info::host_bug;
+use super::refused::host_bug;
 use crate::error::Status;
 use crate::session::{Caller, Host};
 

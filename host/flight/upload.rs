@@ -24,8 +24,7 @@ use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row,
 
 use super::bodies::Bodies;
 use super::call::Call;
-use super::info::{bad_request, host_bug};
-use super::refused::{Refused, malformed};
+use super::refused::{Refused, bad_request, host_bug, malformed};
 use super::staged::{self, Staged, Values};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;

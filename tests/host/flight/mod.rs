@@ -3,6 +3,7 @@
 mod bodies;
 mod calls;
 mod ending;
+mod endpoints;
 mod raw;
 mod readers;
 mod requests;
