@@ -1,10 +1,10 @@
 //! DoGet: the tensors of a segment as a stream of record batches, cut by rows.
 //!
 //! ```text
-//! one tensor:  pages of the segment ─────────────────────────▶ gRPC's buffer ─▶ socket
-//! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ socket
+//! one tensor:  pages of the segment ─────────────────────────▶ gRPC's buffer ─▶ gathered ─▶ socket
+//! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ gathered ─▶ socket
 //! ```
-//! Each arrow but the last is a counted copy. The pages are mapped read-only for as long as the
+//! Each arrow but the last is a counted copy; whoever takes long frames gets them ungathered. The pages are mapped read-only for as long as the
 //! stream lives; nobody writes them, since the segment is sealed or a result that is held.
 //! Bodies are as the IPC format has them: each column's rows on a multiple of 64 bytes. A message
 //! is made when the connection asks for it: at most 512 KiB, some 50 us (a longer row takes longer).
@@ -21,6 +21,7 @@ use strait_memory::{Charge, ReadMapping};
 use strait_tensor::{BatchColumn, SchemaMessage, batch_message};
 
 use super::call::Call;
+use super::connection::State;
 use super::info;
 use super::refused::host_bug;
 use crate::error::{Code, Reason, Status};
@@ -58,6 +59,7 @@ struct Reader {
     pages: ReadMapping,
     _segment: Arc<LiveSegment>,
     host: Arc<Host>,
+    connection: Option<Arc<State>>,
     columns: Vec<ColumnPlace>,
     rows: Range<u64>,
     rows_per_message: u64,
@@ -74,11 +76,12 @@ impl Reader {
     /// `UNSUPPORTED_OP` if its tensors are of different lengths; `INLINE_TOO_LARGE` if one row
     /// does not fit a message.
     fn new(
-        host: &Arc<Host>,
+        call: &Call,
         segment: Arc<LiveSegment>,
         rows: Option<Range<u64>>,
         levels: Vec<Vec<u64>>,
     ) -> Result<Self, Status> {
+        let host = call.caller.host();
         let tensors = segment.tensors();
         let count = tensors.first().map_or(0, |tensor| tensor.spec.rows());
         if let Some(other) = tensors.iter().find(|tensor| tensor.spec.rows() != count) {
@@ -131,6 +134,7 @@ impl Reader {
             pages,
             _segment: segment,
             host: Arc::clone(host),
+            connection: call.connection(),
             columns,
             rows: rows.unwrap_or(0..count),
             rows_per_message,
@@ -163,10 +167,22 @@ impl Reader {
             [column] => self.slice(column, rows.start, padded(column.bytes(count)))?,
             columns => self.assemble(columns, rows, bytes)?,
         };
-        self.host.inline_copied().add(bytes); // gRPC's copy
+        // gRPC's copy, and that for the socket.
+        let gathers = self
+            .connection
+            .as_ref()
+            .is_some_and(|state| state.gathers());
+        let copies = if gathers { 2 } else { 1 };
+        self.count(count, copies);
         Ok(FlightData::new()
             .with_data_header(batch_header(&self.columns, count, bytes)?)
             .with_data_body(body))
+    }
+
+    /// Counts so many copies of `rows` rows, without what lies between them in a body.
+    fn count(&self, rows: u64, copies: u64) {
+        let bytes: u64 = self.columns.iter().map(|column| column.bytes(rows)).sum();
+        self.host.inline_copied().add(copies * bytes);
     }
 
     /// The pages themselves. A tensor's region ends on a multiple of 64 KiB: what follows its last
@@ -213,7 +229,7 @@ impl Reader {
             body.extend_from_slice(self.pages(&(start..start + length_of(column.bytes(count))?))?);
             body.resize(body.len().next_multiple_of(BUFFER_ALIGN), 0);
         }
-        self.host.inline_copied().add(bytes);
+        self.count(count, 1);
         Ok(Bytes::from_owner(Assembled {
             bytes: body,
             reader: Arc::clone(self),
@@ -369,7 +385,7 @@ pub(super) fn stream(
     call: Call,
 ) -> Result<BoxStream<'static, Result<FlightData, tonic::Status>>, Status> {
     let SchemaMessage { bytes, levels } = info::segment_schema(&segment)?;
-    let reader = Arc::new(Reader::new(host, segment, rows, levels)?);
+    let reader = Arc::new(Reader::new(&call, segment, rows, levels)?);
     let schema = Bytes::from(bytes).slice(SchemaMessage::PREFIX_BYTES..);
     let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());

@@ -160,8 +160,8 @@ impl Staged {
     }
 
     fn append(&mut self, bytes: &[u8], values: &mut Values) -> Result<(), Status> {
-        let range = [0..bytes.len()];
-        let route = self.place(&range, std::iter::once(values))?;
+        let range = 0..bytes.len();
+        let route = self.place(std::slice::from_ref(&range), std::iter::once(values))?;
         Ok(route.write(0, bytes)?)
     }
 

@@ -551,7 +551,7 @@ fn a_file_grows_while_it_is_filled_and_is_a_segment_at_its_end() {
     let segment = segment.seal().expect("nobody has it mapped");
     let bytes = segment.map().expect("sealed");
     assert!(bytes[1..].starts_with(&pattern) && bytes[0] == 0);
-    assert_eq!(bytes[19 * MIB as usize..][..1024], pattern[..1024]);
+    assert_eq!(bytes[19 << 20..][..1024], pattern[..1024]);
     drop((bytes, segment));
     assert_eq!(budget.used(), 0);
     let dropped = Growing::new(&budget).expect("a memfd");
