@@ -56,6 +56,8 @@ pub struct Server {
     pub request_ms: Option<u64>,
     /// Longest pause of a Flight upload, or of a client that reads.
     pub stall_ms: Option<u64>,
+    /// What one endpoint gives of a flight, for clients that ask for several.
+    pub endpoint_bytes: Option<u64>,
 }
 
 /// Defaults and upper bounds for each invocation.
@@ -353,6 +355,12 @@ impl Config {
     #[must_use]
     pub fn stall(&self) -> Duration {
         Duration::from_millis(self.server.stall_ms.unwrap_or(60_000))
+    }
+
+    /// What one of several endpoints gives.
+    #[must_use]
+    pub fn endpoint_bytes(&self) -> u64 {
+        self.server.endpoint_bytes.unwrap_or(64 << 20)
     }
 
     /// Segments at a time: each holds a descriptor, and connections need some, too.

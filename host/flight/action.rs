@@ -10,7 +10,9 @@ use serde::de::DeserializeOwned;
 use strait_protocol as wire;
 
 use super::call::Call;
-use super::info::{self, Wanted, bad_request, segment_id};
+use super::info;
+use super::refused::bad_request;
+use super::ticket::{Source, Wanted};
 use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
@@ -143,8 +145,8 @@ fn cancel(caller: &Caller, flight: &FlightInfo) -> Result<CancelStatus, Status> 
         .iter()
         .filter_map(|endpoint| endpoint.ticket.as_ref())
     {
-        if let Wanted::Segment { segment } = Wanted::of(ticket)?
-            && caller.forget_undelivered(segment_id(&segment)?)
+        if let Source::Segment(id) = Wanted::of(ticket)?.source()?
+            && caller.forget_undelivered(id)
         {
             cancelled += 1;
         }

@@ -6,6 +6,7 @@
 //!
 //! ```text
 //! bytes ─▶ preface ─▶ frame header ─▶ HEADERS, CONTINUATION ─▶ HPACK fields ─▶ value of `:authority`
+//!                         ├─▶ SETTINGS ─▶ the longest frame that the client takes
 //!                         └─▶ every other frame is skipped
 //! ```
 //! A byte is replaced by one byte, so frame lengths, string lengths and the sizes in the HPACK
@@ -20,12 +21,19 @@
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_HEADER_BYTES: usize = 9;
 const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
 const CONTINUATION: u8 = 9;
+const ACK: u8 = 0x1;
 const END_HEADERS: u8 = 0x4;
 const PADDED: u8 = 0x8;
 const PRIORITY: u8 = 0x20;
 /// Stream dependency and weight.
 const PRIORITY_BYTES: u32 = 5;
+/// An identifier and a value.
+const SETTING_BYTES: usize = 6;
+const MAX_FRAME_SIZE: u16 = 5;
+/// The longest frame that a peer takes which says nothing.
+const FRAME_BYTES: u32 = 16 << 10;
 
 const NAME: &[u8] = b":authority";
 /// `NAME` in HPACK's Huffman code (RFC 7541, appendix B).
@@ -39,10 +47,22 @@ fn is_legal(byte: u8) -> bool {
 }
 
 /// Follows the bytes of one connection from its client.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct AuthorityRepair {
     at: At,
     frames: u64,
+    /// The longest frame that the client takes.
+    frame_bytes: u32,
+}
+
+impl Default for AuthorityRepair {
+    fn default() -> Self {
+        Self {
+            at: At::default(),
+            frames: 0,
+            frame_bytes: FRAME_BYTES,
+        }
+    }
 }
 
 /// What the next byte belongs to.
@@ -74,6 +94,12 @@ enum Payload {
     None,
     /// Bytes of no interest.
     Skip(u32),
+    /// Settings, of one of which some bytes have passed.
+    Settings {
+        left: u32,
+        setting: [u8; SETTING_BYTES],
+        seen: usize,
+    },
     /// A padded HEADERS frame of `left` bytes, before its length of padding.
     PadLength { left: u32, priority: bool },
     /// So many bytes of priority, then a fragment, then padding.
@@ -140,6 +166,11 @@ impl AuthorityRepair {
         self.frames
     }
 
+    /// The longest frame that the client takes, by its settings so far.
+    pub(super) fn frame_bytes(&self) -> u32 {
+        self.frame_bytes
+    }
+
     /// Whether something has begun that is not whole: the preface with its first frame, any other
     /// frame, a header block.
     pub(super) fn is_midway(&self) -> bool {
@@ -187,7 +218,7 @@ impl AuthorityRepair {
             }
             At::Frames(frames) => {
                 let in_header = frames.header_len > 0;
-                let done = frames.step(bytes)?;
+                let done = frames.step(bytes, &mut self.frame_bytes)?;
                 if in_header && frames.header_len == 0 {
                     self.frames += 1;
                 }
@@ -205,8 +236,27 @@ fn take(bytes: &mut [u8], left: &mut u32) -> usize {
 }
 
 impl Frames {
-    fn step(&mut self, bytes: &mut [u8]) -> Result<usize, Malformed> {
+    fn step(&mut self, bytes: &mut [u8], frame_bytes: &mut u32) -> Result<usize, Malformed> {
         match &mut self.payload {
+            Payload::Settings {
+                left,
+                setting,
+                seen,
+            } => {
+                setting[*seen] = bytes[0];
+                (*seen, *left) = (*seen + 1, *left - 1);
+                if *seen == SETTING_BYTES {
+                    let [a, b, value @ ..] = *setting;
+                    if u16::from_be_bytes([a, b]) == MAX_FRAME_SIZE {
+                        *frame_bytes = u32::from_be_bytes(value);
+                    }
+                    *seen = 0;
+                }
+                if *left == 0 {
+                    self.payload = Payload::None;
+                }
+                Ok(1)
+            }
             Payload::None => {
                 self.header[self.header_len] = bytes[0];
                 self.header_len += 1;
@@ -282,6 +332,14 @@ impl Frames {
                 self.enter_fragment(length, 0)
             }
             (HEADERS, Some(_)) | (CONTINUATION, None) | (_, Some(_)) => Err(Malformed),
+            (SETTINGS, None) if flags & ACK == 0 && length > 0 => {
+                self.payload = Payload::Settings {
+                    left: length,
+                    setting: [0; SETTING_BYTES],
+                    seen: 0,
+                };
+                Ok(())
+            }
             (_, None) => {
                 self.skip(length);
                 Ok(())
@@ -580,6 +638,30 @@ mod tests {
             let frames = [frame(HEADERS, END_HEADERS, &by_text(legal.as_bytes()))];
             check(&frames, &frames);
         }
+    }
+
+    #[test]
+    fn the_longest_frame_is_what_the_settings_say_last() {
+        let setting = |id: u16, value: u32| [&id.to_be_bytes()[..], &value.to_be_bytes()].concat();
+        let some = [setting(4, 1 << 24), setting(MAX_FRAME_SIZE, 1 << 20)].concat();
+        let bytes = connection(&[
+            frame(SETTINGS, 0, &some),
+            frame(SETTINGS, ACK, &[]),
+            frame(0, 0, &setting(MAX_FRAME_SIZE, 7)),
+            frame(HEADERS, END_HEADERS, &by_text(BAD)),
+            frame(SETTINGS, 0, &[]),
+            frame(SETTINGS, 0, &setting(MAX_FRAME_SIZE, 1 << 15)),
+        ]);
+        let mut repair = AuthorityRepair::default();
+        let mut seen = vec![repair.frame_bytes()];
+        for mut byte in bytes {
+            repair.pass(std::slice::from_mut(&mut byte));
+            if seen.last() != Some(&repair.frame_bytes()) {
+                seen.push(repair.frame_bytes());
+            }
+        }
+        assert_eq!(seen, [1 << 14, 1 << 20, 1 << 15]);
+        assert!(!repair.is_midway());
     }
 
     #[test]

@@ -106,6 +106,11 @@ impl Call {
         })
     }
 
+    /// What it came on.
+    pub(super) fn connection(&self) -> Option<Arc<State>> {
+        self.connection.clone()
+    }
+
     /// The host does something for it until the guard drops: its connection is waited for.
     pub(super) fn working(&self) -> Option<Working> {
         self.connection.as_ref().map(State::working)

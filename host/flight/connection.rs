@@ -20,11 +20,14 @@ use tonic::transport::server::Connected;
 
 use super::Peer;
 use super::authority::AuthorityRepair;
-use super::gather::Gathered;
+use super::gather::{BYTES_MAX as GATHERED_BYTES_MAX, Gathered};
 
 /// While the host ends: a connection on which nothing moves for so long, and for which the host
 /// does nothing, is not waited for.
 const SILENCE_AT_THE_END: Duration = Duration::from_secs(1);
+
+/// A connection on which nothing moved for so long gives back what it was charged for gathering.
+const IDLE: Duration = Duration::from_secs(1);
 
 /// What a peer gets to close its side after the host has closed its own.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -47,6 +50,9 @@ pub(super) struct State {
     // Held for a few loads and stores.
     times: Mutex<Times>,
     working: AtomicUsize,
+    gathers: AtomicBool,
+    /// It was charged for what it gathers.
+    is_charged: AtomicBool,
 }
 
 impl State {
@@ -61,11 +67,18 @@ impl State {
                 task: None,
             }),
             working: AtomicUsize::new(0),
+            gathers: AtomicBool::new(true),
+            is_charged: AtomicBool::new(false),
         }
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
         self.times.lock()
+    }
+
+    /// Whether what it sends is put together for the socket, which is a copy.
+    pub(super) fn gathers(&self) -> bool {
+        self.gathers.load(Ordering::Relaxed)
     }
 
     /// The host does something for a call of this connection until the guard drops.
@@ -156,6 +169,15 @@ impl Connections {
             {
                 "the host ends, and nothing moved on it"
             } else {
+                let is_idle = for_long(Some(times.moved), IDLE);
+                if is_idle && state.is_charged.load(Ordering::Relaxed) {
+                    // It looks for itself, see `poll_read`.
+                    let task = times.task.take();
+                    drop(times);
+                    if let Some(task) = task {
+                        task.wake();
+                    }
+                }
                 continue;
             };
             if !times.broken {
@@ -219,13 +241,28 @@ impl<S: AsyncWrite + Unpin> Connection<S> {
         self.wrote(context, &result);
         result
     }
+}
 
-    fn gather(&mut self, slices: &[io::IoSlice<'_>]) {
-        self.gathered.take(slices);
-        // The first one is h2's own buffer; messages follow it.
-        let of_messages: usize = slices.iter().skip(1).map(|slice| slice.len()).sum();
-        if let Ok(caller) = &self.peer.caller {
-            caller.host().inline_copied().add(of_messages as u64);
+impl<S> Connection<S> {
+    /// Room for more to be gathered, if the host's budget has it: without, it leaves in smaller pieces.
+    fn widen(&mut self) {
+        if let Ok(caller) = &self.peer.caller
+            && let Ok(charge) = caller
+                .host()
+                .budget()
+                .try_reserve(GATHERED_BYTES_MAX as u64)
+        {
+            self.gathered.charge(charge);
+            self.state.is_charged.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives that back once nothing has moved for a while.
+    fn narrow(&mut self) {
+        let is_charged = self.state.is_charged.load(Ordering::Relaxed);
+        if is_charged && self.gathered.is_empty() && self.state.times().moved.elapsed() > IDLE {
+            self.gathered = Gathered::default();
+            self.state.is_charged.store(false, Ordering::Relaxed);
         }
     }
 }
@@ -249,6 +286,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<S> {
         if let Poll::Ready(Err(error)) = self.poll_drain(context) {
             return Poll::Ready(Err(error));
         }
+        self.narrow();
         let before = buffer.filled().len();
         let frames = self.repair.frames();
         let result = Pin::new(&mut self.stream).poll_read(context, buffer);
@@ -258,6 +296,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for Connection<S> {
         let mut times = self.state.times();
         if self.repair.frames() != frames || !self.repair.is_midway() {
             times.begun = None;
+            let gathers = !Gathered::is_direct(self.repair.frame_bytes());
+            self.state.gathers.store(gathers, Ordering::Relaxed);
         }
         match result {
             Poll::Ready(_) => times.moved = Instant::now(),
@@ -289,16 +329,20 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
     ) -> Poll<io::Result<usize>> {
         self.check()?;
         let length = slices.iter().map(|slice| slice.len()).sum();
-        if Gathered::is_direct(length) {
+        let gathers = self.state.gathers();
+        if gathers && !self.gathered.has_room(length) && self.gathered.is_narrow() {
+            self.widen();
+        }
+        if gathers && !self.gathered.has_room(length) {
+            ready!(self.poll_drain(context))?;
+        }
+        if !gathers || !self.gathered.has_room(length) {
             ready!(self.poll_drain(context))?;
             let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
             self.wrote(context, &result);
             return result;
         }
-        if !self.gathered.has_room(length) {
-            ready!(self.poll_drain(context))?;
-        }
-        self.gather(slices);
+        self.gathered.take(slices);
         Poll::Ready(Ok(length))
     }
 

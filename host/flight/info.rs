@@ -4,32 +4,21 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use arrow_flight::flight_descriptor::DescriptorType;
-use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo, Ticket};
+use arrow_flight::{FlightDescriptor, FlightEndpoint, FlightInfo};
 use bytes::Bytes;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use strait_memory::{Copied, InputSource};
 use strait_protocol as wire;
 use strait_tensor::{SchemaMessage, TensorSpec};
 
-use crate::error::{Code, Reason, Status};
-use crate::lease::{LiveSegment, SegmentId};
+use super::refused::{bad_request, host_bug};
+use super::ticket::{Source, Wanted, parts};
+use crate::error::Status;
+use crate::lease::LiveSegment;
 use crate::session::{Caller, Host, Invoked, InvokedResult};
 
 /// Longer JSON is not parsed on a thread of the runtime.
 const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
-
-pub(super) fn bad_request(message: impl Into<String>) -> Status {
-    Status::new(Code::InvalidArgument, Reason::BadRequest, message)
-}
-
-/// A failure of ours that arrow reports.
-pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
-    Status::new(
-        Code::Internal,
-        Reason::Host,
-        format!("{doing}: {error}; this is a bug of strait"),
-    )
-}
 
 /// What a descriptor asks for.
 #[derive(Debug)]
@@ -82,54 +71,6 @@ impl Target {
             Self::Invoke(invoke) => invoke.request_id.as_deref(),
         }
     }
-}
-
-/// What a ticket stands for.
-#[derive(Debug, PartialEq, Serialize, Deserialize)]
-#[serde(untagged, deny_unknown_fields)]
-pub(super) enum Wanted {
-    /// A flight.
-    Name {
-        /// Its name.
-        name: String,
-    },
-    /// A result that nobody published.
-    Segment {
-        /// Its segment's id.
-        segment: String,
-    },
-}
-
-impl Wanted {
-    /// Reads a ticket: our JSON, or simply a flight's name.
-    pub(super) fn of(ticket: &Ticket) -> Result<Self, Status> {
-        let text = std::str::from_utf8(&ticket.ticket).map_err(|error| {
-            bad_request(format!(
-                "the ticket is not text ({error}); give a flight's name, or a ticket from a FlightInfo"
-            ))
-        })?;
-        if !text.starts_with('{') {
-            return Ok(Self::Name {
-                name: text.to_owned(),
-            });
-        }
-        serde_json::from_str(text).map_err(|error| {
-            bad_request(format!(
-                "the ticket {text:.100} is neither {{\"name\": …}} nor {{\"segment\": …}} ({error}); \
-                 take it from a FlightInfo"
-            ))
-        })
-    }
-
-    fn ticket(&self) -> Result<Ticket, Status> {
-        let json = serde_json::to_vec(self).map_err(|error| host_bug("writing a ticket", error))?;
-        Ok(Ticket::new(json))
-    }
-}
-
-/// The id in a ticket.
-pub(super) fn segment_id(text: &str) -> Result<SegmentId, Status> {
-    text.parse().map_err(|error: String| bad_request(error))
 }
 
 fn schema_bytes<'a>(
@@ -192,16 +133,22 @@ fn endpoint(
     Ok(endpoint)
 }
 
-fn rows(spec: &TensorSpec) -> u64 {
-    spec.shape.first().copied().unwrap_or(1)
-}
-
 fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
-/// A flight by its name.
-pub(super) fn flight(host: &Host, name: &str, segment: &LiveSegment) -> Result<FlightInfo, Status> {
+/// A flight by its name, in at most `most` endpoints.
+pub(super) fn flight(
+    host: &Host,
+    name: &str,
+    segment: &LiveSegment,
+    most: u64,
+) -> Result<FlightInfo, Status> {
+    let whole = Wanted::name(name);
+    let endpoints = parts(host, segment, most)
+        .into_iter()
+        .map(|rows| endpoint(host, segment, &whole.part(segment, rows), None))
+        .collect::<Result<Vec<_>, _>>()?;
     let tensors = segment.tensors();
     Ok(FlightInfo {
         // An adopted segment may hold what Arrow cannot say; its mapping does.
@@ -209,29 +156,23 @@ pub(super) fn flight(host: &Host, name: &str, segment: &LiveSegment) -> Result<F
             .map(|schema| schema.bytes.into())
             .unwrap_or_default(),
         flight_descriptor: Some(FlightDescriptor::new_path(vec![name.to_owned()])),
-        endpoint: vec![endpoint(
-            host,
-            segment,
-            &Wanted::Name {
-                name: name.to_owned(),
-            },
-            None,
-        )?],
+        ordered: endpoints.len() > 1,
+        endpoint: endpoints,
         total_records: tensors
             .first()
-            .map_or(0, |tensor| signed(rows(&tensor.spec))),
+            .map_or(0, |tensor| signed(tensor.spec.rows())),
         total_bytes: signed(tensors.iter().map(|tensor| tensor.length).sum()),
-        ordered: false,
         app_metadata: mapping(host, segment)?,
     })
 }
 
-/// An invocation's results: one endpoint each, its figures in `app_metadata`.
+/// An invocation's results: one endpoint each, or up to `most` if it is one; its figures in `app_metadata`.
 pub(super) fn results(
     host: &Host,
     descriptor: FlightDescriptor,
     invoked: &Invoked,
     request_id: &str,
+    most: u64,
 ) -> Result<FlightInfo, Status> {
     let mut endpoints = Vec::with_capacity(invoked.results.len());
     let mut entries = Vec::with_capacity(invoked.results.len());
@@ -241,15 +182,17 @@ pub(super) fn results(
             continue;
         };
         let (wanted, life) = match &result.name {
-            Some(name) => (Wanted::Name { name: name.clone() }, None),
+            Some(name) => (Wanted::name(name), None),
             None => (
-                Wanted::Segment {
-                    segment: segment.id().to_string(),
-                },
+                Wanted::segment(segment),
                 Some(host.keep_undelivered(segment)),
             ),
         };
-        endpoints.push(endpoint(host, segment, &wanted, life)?);
+        // The endpoints of several tables in a row would be those of one.
+        let most = if invoked.results.len() == 1 { most } else { 1 };
+        for rows in parts(host, segment, most) {
+            endpoints.push(endpoint(host, segment, &wanted.part(segment, rows), life)?);
+        }
         entries.push(wire::ResultEntry {
             expires_ms: life.map(|life| u64::try_from(life.as_millis()).unwrap_or(u64::MAX)),
             ..host.entry(result, 0)
@@ -260,16 +203,16 @@ pub(super) fn results(
     Ok(FlightInfo {
         schema: schema_bytes(tensors().map(|t| (t.name.as_str(), &t.spec)))?,
         flight_descriptor: Some(descriptor),
+        ordered: invoked.results.len() == 1 && endpoints.len() > 1,
         endpoint: endpoints,
         // Several outputs are several tables: a sum over them would mean nothing.
         total_records: match invoked.results.len() {
             1 => tensors()
                 .next()
-                .map_or(0, |tensor| signed(rows(&tensor.spec))),
+                .map_or(0, |tensor| signed(tensor.spec.rows())),
             _ => -1,
         },
         total_bytes: signed(tensors().map(|tensor| tensor.length).sum()),
-        ordered: false,
         app_metadata: json(&invoked.to_wire(entries, request_id))?,
     })
 }
@@ -287,13 +230,14 @@ pub(super) fn renewed(
         .as_ref()
         .ok_or_else(|| bad_request("an endpoint without a ticket"))?;
     let wanted = Wanted::of(ticket)?;
-    let (segment, life): (Arc<LiveSegment>, _) = match &wanted {
-        Wanted::Name { name } => (caller.lookup(name)?, None),
-        Wanted::Segment { segment } => {
-            let segment = caller.undelivered(segment_id(segment)?)?;
+    let (segment, life): (Arc<LiveSegment>, _) = match wanted.source()? {
+        Source::Name(name) => (caller.lookup(name)?, None),
+        Source::Segment(id) => {
+            let segment = caller.undelivered(id)?;
             let life = caller.host().keep_undelivered(&segment);
             (segment, Some(life))
         }
     };
+    wanted.rows_of(&segment)?;
     endpoint(caller.host(), &segment, &wanted, life)
 }

@@ -5,6 +5,7 @@
 //!                                                                   ├─▶ info    descriptors, FlightInfo, schemas
 //!                                                                   ├─▶ read    DoGet: a segment as messages
 //!                                                                   ├─▶ upload  DoPut: messages into a segment
+//!                                                Front, bodies ─ values of long messages ─▲
 //!                                                                   └─▶ action  DoAction
 //! ```
 //! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
@@ -12,15 +13,17 @@
 
 mod action;
 mod authority;
+mod bodies;
 mod call;
 mod connection;
 mod front;
 mod gather;
 mod info;
-mod lengths;
 mod read;
 mod refused;
 mod service;
+mod staged;
+mod ticket;
 mod upload;
 
 use std::fs::File;

@@ -1,10 +1,10 @@
 //! DoGet: the tensors of a segment as a stream of record batches, cut by rows.
 //!
 //! ```text
-//! one tensor:  pages of the segment ─────────────────────────▶ gRPC's buffer ─▶ socket
-//! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ socket
+//! one tensor:  pages of the segment ─────────────────────────▶ gRPC's buffer ─▶ gathered ─▶ socket
+//! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ gathered ─▶ socket
 //! ```
-//! Each arrow but the last is a counted copy. The pages are mapped read-only for as long as the
+//! Each arrow but the last is a counted copy; whoever takes long frames gets them ungathered. The pages are mapped read-only for as long as the
 //! stream lives; nobody writes them, since the segment is sealed or a result that is held.
 //! Bodies are as the IPC format has them: each column's rows on a multiple of 64 bytes. A message
 //! is made when the connection asks for it: at most 512 KiB, some 50 us (a longer row takes longer).
@@ -18,10 +18,12 @@ use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use parking_lot::{Mutex, MutexGuard};
 use strait_memory::{Charge, ReadMapping};
-use strait_tensor::{BatchColumn, SchemaMessage, TensorSpec, batch_message};
+use strait_tensor::{BatchColumn, SchemaMessage, batch_message};
 
 use super::call::Call;
-use super::info::{self, host_bug};
+use super::connection::State;
+use super::info;
+use super::refused::host_bug;
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
 use crate::session::{Host, Reading, StreamPermit};
@@ -57,8 +59,9 @@ struct Reader {
     pages: ReadMapping,
     _segment: Arc<LiveSegment>,
     host: Arc<Host>,
+    connection: Option<Arc<State>>,
     columns: Vec<ColumnPlace>,
-    rows: u64,
+    rows: Range<u64>,
     rows_per_message: u64,
     // Held for a push, a pop or an exchange.
     spare: Mutex<Vec<Vec<u8>>>,
@@ -73,18 +76,19 @@ impl Reader {
     /// `UNSUPPORTED_OP` if its tensors are of different lengths; `INLINE_TOO_LARGE` if one row
     /// does not fit a message.
     fn new(
-        host: &Arc<Host>,
+        call: &Call,
         segment: Arc<LiveSegment>,
+        rows: Option<Range<u64>>,
         levels: Vec<Vec<u64>>,
     ) -> Result<Self, Status> {
+        let host = call.caller.host();
         let tensors = segment.tensors();
-        let rows = |spec: &TensorSpec| spec.shape.first().copied().unwrap_or(1);
-        let count = tensors.first().map_or(0, |tensor| rows(&tensor.spec));
-        if let Some(other) = tensors.iter().find(|tensor| rows(&tensor.spec) != count) {
+        let count = tensors.first().map_or(0, |tensor| tensor.spec.rows());
+        if let Some(other) = tensors.iter().find(|tensor| tensor.spec.rows() != count) {
             let message = format!(
                 "its first tensor has {count} rows and `{}` has {}, so they do not make one table; {}",
                 other.name,
-                rows(&other.spec),
+                other.spec.rows(),
                 map_instead(host, &segment)
             );
             return Err(Status::new(
@@ -130,8 +134,9 @@ impl Reader {
             pages,
             _segment: segment,
             host: Arc::clone(host),
+            connection: call.connection(),
             columns,
-            rows: count,
+            rows: rows.unwrap_or(0..count),
             rows_per_message,
             spare: Mutex::default(),
             charge: Mutex::default(),
@@ -140,10 +145,10 @@ impl Reader {
 
     /// The rows of each message.
     fn parts(&self) -> impl Iterator<Item = Range<u64>> + Send + 'static {
-        let (rows, step) = (self.rows, self.rows_per_message);
-        std::iter::successors(Some(0_u64), move |start| start.checked_add(step))
-            .take_while(move |start| *start < rows)
-            .map(move |start| start..start.saturating_add(step).min(rows))
+        let (Range { start, end }, step) = (self.rows.clone(), self.rows_per_message);
+        std::iter::successors(Some(start), move |start| start.checked_add(step))
+            .take_while(move |start| *start < end)
+            .map(move |start| start..start.saturating_add(step).min(end))
     }
 
     /// The message of those rows.
@@ -162,10 +167,22 @@ impl Reader {
             [column] => self.slice(column, rows.start, padded(column.bytes(count)))?,
             columns => self.assemble(columns, rows, bytes)?,
         };
-        self.host.inline_copied().add(bytes); // gRPC's copy
+        // gRPC's copy, and that for the socket.
+        let gathers = self
+            .connection
+            .as_ref()
+            .is_some_and(|state| state.gathers());
+        let copies = if gathers { 2 } else { 1 };
+        self.count(count, copies);
         Ok(FlightData::new()
             .with_data_header(batch_header(&self.columns, count, bytes)?)
             .with_data_body(body))
+    }
+
+    /// Counts so many copies of `rows` rows, without what lies between them in a body.
+    fn count(&self, rows: u64, copies: u64) {
+        let bytes: u64 = self.columns.iter().map(|column| column.bytes(rows)).sum();
+        self.host.inline_copied().add(copies * bytes);
     }
 
     /// The pages themselves. A tensor's region ends on a multiple of 64 KiB: what follows its last
@@ -212,7 +229,7 @@ impl Reader {
             body.extend_from_slice(self.pages(&(start..start + length_of(column.bytes(count))?))?);
             body.resize(body.len().next_multiple_of(BUFFER_ALIGN), 0);
         }
-        self.host.inline_copied().add(bytes);
+        self.count(count, 1);
         Ok(Bytes::from_owner(Assembled {
             bytes: body,
             reader: Arc::clone(self),
@@ -356,18 +373,19 @@ fn watch(shared: &Shared, stall: Duration) -> Watch {
     Watch(watching.abort_handle())
 }
 
-/// The segment as a stream: its schema, then its rows.
+/// The segment as a stream: its schema, then those `rows` that it has, or all.
 ///
 /// # Errors
 /// `UNSUPPORTED_OP`, `INLINE_TOO_LARGE`, `BAD_TENSOR`, each with the mapped way.
 pub(super) fn stream(
     host: &Arc<Host>,
     segment: Arc<LiveSegment>,
+    rows: Option<Range<u64>>,
     held: Held,
     call: Call,
 ) -> Result<BoxStream<'static, Result<FlightData, tonic::Status>>, Status> {
     let SchemaMessage { bytes, levels } = info::segment_schema(&segment)?;
-    let reader = Arc::new(Reader::new(host, segment, levels)?);
+    let reader = Arc::new(Reader::new(&call, segment, rows, levels)?);
     let schema = Bytes::from(bytes).slice(SchemaMessage::PREFIX_BYTES..);
     let schema = FlightData::new().with_data_header(schema);
     let parts = stream::iter(reader.parts());

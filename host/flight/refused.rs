@@ -4,8 +4,20 @@ use std::sync::Arc;
 
 use parking_lot::Mutex;
 
-use super::info::bad_request;
 use crate::error::{Code, Reason, Status};
+
+pub(super) fn bad_request(message: impl Into<String>) -> Status {
+    Status::new(Code::InvalidArgument, Reason::BadRequest, message)
+}
+
+/// A failure of ours that arrow reports.
+pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
+    Status::new(
+        Code::Internal,
+        Reason::Host,
+        format!("{doing}: {error}; this is a bug of strait"),
+    )
+}
 
 /// An error of tonic's own.
 pub(super) fn foreign(name: &str, status: &tonic::Status) -> Status {

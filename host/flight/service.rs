@@ -15,10 +15,11 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
+use super::bodies::Bodies;
 use super::call::Call;
-use super::info::{self, Target, Wanted, bad_request, host_bug};
-use super::lengths::Lengths;
-use super::refused::Refused;
+use super::info::{self, Target};
+use super::refused::{Refused, bad_request, host_bug};
+use super::ticket::{Source, Wanted};
 use super::{action, read, upload};
 use crate::error::{Code, Reason, Status};
 use crate::session::{self, Answer, Caller, Host, StreamPermit};
@@ -29,6 +30,8 @@ const STREAM_WAIT: Duration = Duration::from_secs(10);
 const PAGE: usize = 64;
 /// Request header of DoPut: `true` lets it take the name of another flight.
 const REPLACE: &str = "x-strait-replace";
+/// Request header of GetFlightInfo: how many endpoints the client reads, all of them and in their order.
+const ENDPOINTS: &str = "x-strait-endpoints";
 
 /// The Flight service.
 pub(super) struct Service {
@@ -67,17 +70,26 @@ impl Service {
         call: &Call,
         target: Target,
         descriptor: FlightDescriptor,
+        endpoints: Result<u64, Status>,
     ) -> Result<FlightInfo, Status> {
+        let endpoints = endpoints?;
         match target {
             Target::Name(name) => {
                 let segment = call.caller.lookup(&name)?;
-                info::flight(&self.host, &name, &segment).map(|info| told(call.remote, info))
+                info::flight(&self.host, &name, &segment, endpoints)
+                    .map(|info| told(call.remote, info))
             }
             Target::Invoke(invoke) => {
                 let id = Arc::clone(&call.request_id);
                 let start = |answer| call.caller.invoke(None, *invoke, id, answer);
                 let invoked = answered(call, start).await?;
-                info::results(&self.host, descriptor, &invoked, &call.request_id)
+                info::results(
+                    &self.host,
+                    descriptor,
+                    &invoked,
+                    &call.request_id,
+                    endpoints,
+                )
             }
         }
     }
@@ -99,16 +111,15 @@ impl Service {
     async fn read(&self, call: &Call, ticket: &Ticket) -> Result<Messages<FlightData>, Status> {
         let wanted = Wanted::of(ticket)?;
         let place = stream_place(&call.caller).await?;
-        let (segment, reading) = match wanted {
-            Wanted::Name { name } => {
-                let reading = call.caller.begin_read(&name)?;
+        let (segment, reading) = match wanted.source()? {
+            Source::Name(name) => {
+                let reading = call.caller.begin_read(name)?;
                 (Arc::clone(&reading.segment), Some(reading))
             }
-            Wanted::Segment { segment } => {
-                (call.caller.undelivered(info::segment_id(&segment)?)?, None)
-            }
+            Source::Segment(id) => (call.caller.undelivered(id)?, None),
         };
-        read::stream(&self.host, segment, (place, reading), call.clone())
+        let rows = wanted.rows_of(&segment)?;
+        read::stream(&self.host, segment, rows, (place, reading), call.clone())
     }
 }
 
@@ -184,6 +195,19 @@ fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
     }
 }
 
+/// The most endpoints that the client wants: 1 if it does not say. Many clients read the first one only.
+fn endpoints<T>(request: &Request<T>) -> Result<u64, Status> {
+    let Some(value) = request.metadata().get(ENDPOINTS) else {
+        return Ok(1);
+    };
+    let count = value.to_str().ok().and_then(|text| text.parse().ok());
+    count.filter(|count| *count > 0).ok_or_else(|| {
+        bad_request(format!(
+            "the header {ENDPOINTS} must be a number from 1 on: how many endpoints of a flight you read"
+        ))
+    })
+}
+
 /// All whole flights whose names begin with `prefix`, a page at a time.
 fn listed(
     caller: Caller,
@@ -221,7 +245,7 @@ fn listed(
 async fn described(caller: Caller, name: String) -> Option<Result<FlightInfo, Status>> {
     let describe = move || {
         let segment = caller.lookup(&name).ok()?;
-        Some(info::flight(caller.host(), &name, &segment))
+        Some(info::flight(caller.host(), &name, &segment, 1))
     };
     let described = tokio::task::spawn_blocking(describe).await;
     described.unwrap_or_else(|error| Some(Err(host_bug("describing a flight", error))))
@@ -269,14 +293,16 @@ impl FlightService for Service {
 
     async fn get_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<FlightInfo> {
         let (call, target) = self.target(&request).await?;
-        let info = self.flight_info(&call, target, request.into_inner());
+        let endpoints = endpoints(&request);
+        let info = self.flight_info(&call, target, request.into_inner(), endpoints);
         call.answer(info.instrument(call.span.clone()).await)
     }
 
     /// An invocation is run to its end: the first answer is the complete one.
     async fn poll_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<PollInfo> {
         let (call, target) = self.target(&request).await?;
-        let info = self.flight_info(&call, target, request.into_inner());
+        let endpoints = endpoints(&request);
+        let info = self.flight_info(&call, target, request.into_inner(), endpoints);
         let info = info.instrument(call.span.clone()).await;
         call.answer(info.map(|info| PollInfo {
             info: Some(info),
@@ -310,12 +336,11 @@ impl FlightService for Service {
         let errors = call.clone();
         let replace = replaces(&request);
         let refused = Refused::of(&request);
-        let lengths = Lengths::of(&request);
+        let bodies = Bodies::of(&request);
         let stored = async move {
             let _place = stream_place(&errors.caller).await?;
             let segment =
-                upload::receive(&errors, replace?, request.into_inner(), &lengths, &refused)
-                    .await?;
+                upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
             Ok(PutResult {
                 app_metadata: match errors.remote {
                     true => Bytes::new(),

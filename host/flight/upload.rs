@@ -1,11 +1,12 @@
 //! DoPut: record batches into a new segment.
 //!
 //! ```text
-//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked ──▶ kept, or copied ──▶ end: rows are known
-//!                                                                                       └─▶ segment, a copy
+//! schema ──▶ Columns ──▶ each batch: ranges of its body, checked ──▶ `staged`: where they go ──▶ end: a segment
+//!                                                                     ▲
+//!                          the body of a long message, as it comes ───┘
 //! ```
-//! A long message that is nearly all values is kept as gRPC received it. Of every other the values are copied
-//! out, so that an upload holds the bytes of its tensors and at most a seventh more, all of it charged to its
+//! A long message comes without its body, which goes past gRPC to its place ([`Bodies`]). Of every other the values
+//! are copied out. So an upload holds the bytes of its tensors (and room for some more), all of it charged to its
 //! principal's budget, and never what else came in its messages. Every length is held against the bytes
 //! that there are; nothing is decoded.
 
@@ -16,18 +17,18 @@ use std::sync::Arc;
 use arrow_flight::FlightData;
 use arrow_ipc::{KeyValue, MessageHeader};
 use arrow_schema::Schema;
-use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
+use strait_tensor::layout::HUGE_MIN_BYTES;
 use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row, kept_schema};
 
+use super::bodies::Bodies;
 use super::call::Call;
-use super::info::{bad_request, host_bug};
-use super::lengths::Lengths;
-use super::refused::{Refused, malformed};
+use super::refused::{Refused, bad_request, host_bug, malformed};
+use super::staged::{self, Staged, Values};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
-use crate::session::{self, Host, Upload};
+use crate::session::{self, Caller, Host, Upload};
 
 /// Longest flatbuffer of a message. A schema of the most and longest names with the most metadata
 /// has a third of that.
@@ -50,50 +51,6 @@ struct ColumnPlan {
     /// Values in one row, for the column itself and each list level below it.
     levels: Vec<u64>,
     values: Values,
-}
-
-/// Bytes that arrived. Given back on a thread of their own if they are many: an upload may be
-/// dropped on a thread of the runtime.
-#[derive(Debug, Default)]
-struct Values {
-    /// Whole, one behind the other.
-    parts: Vec<Bytes>,
-    /// The last of them: short ones are put together.
-    gathered: Vec<u8>,
-}
-
-impl Values {
-    fn keep(&mut self, bytes: Bytes) {
-        if !self.gathered.is_empty() {
-            self.parts.push(std::mem::take(&mut self.gathered).into());
-        }
-        self.parts.push(bytes);
-    }
-
-    fn into_parts(mut self) -> impl Iterator<Item = Bytes> {
-        let gathered = std::mem::take(&mut self.gathered);
-        let parts = std::mem::take(&mut self.parts);
-        parts.into_iter().chain([gathered.into()])
-    }
-}
-
-impl Drop for Values {
-    fn drop(&mut self) {
-        if (!self.parts.is_empty() || self.gathered.len() > COPY_INLINE_BYTES_MAX)
-            && let Ok(runtime) = tokio::runtime::Handle::try_current()
-        {
-            let values = (
-                std::mem::take(&mut self.parts),
-                std::mem::take(&mut self.gathered),
-            );
-            runtime.spawn_blocking(move || drop(values));
-        }
-    }
-}
-
-/// Whether a message of `length` bytes with so many bytes of values is kept as it is.
-fn is_kept(length: u64, values: u64) -> bool {
-    length > COPY_INLINE_BYTES_MAX as u64 && length - length / 8 <= values
 }
 
 impl ColumnPlan {
@@ -175,6 +132,28 @@ struct Columns {
 }
 
 impl Columns {
+    /// Where they lie in a segment if so many rows are all.
+    fn layout(&self, rows: u64) -> Result<FileLayout, Status> {
+        let columns = self
+            .plans
+            .iter()
+            .map(|plan| Ok(Column::new(&plan.name, plan.spec(rows)?)?))
+            .collect::<Result<Vec<_>, Status>>()?;
+        Ok(FileLayout::plan_as(&columns, &self.schema)?)
+    }
+
+    /// Whether a single column has so many values, with `bytes` more, that they go to a file.
+    fn has_many(&self, bytes: u64) -> bool {
+        match self.plans.as_slice() {
+            [only] => only.values.gathered_bytes() + bytes >= HUGE_MIN_BYTES,
+            _ => false,
+        }
+    }
+
+    fn values(&mut self) -> impl Iterator<Item = &mut Values> {
+        self.plans.iter_mut().map(|plan| &mut plan.values)
+    }
+
     fn of(message: arrow_ipc::Schema<'_>) -> Result<Self, Status> {
         let columns = strait_tensor::read_schema(message)
             .map_err(|error| bad_tensor(format!("the schema: {error}")))?;
@@ -207,11 +186,11 @@ impl Columns {
         Ok(Self { plans, schema })
     }
 
-    /// Where each column's values lie in a batch's `body`, and its rows.
+    /// Where each column's values lie in a batch's body of `body_bytes` bytes, and its rows.
     fn batch(
         &self,
         batch: arrow_ipc::RecordBatch<'_>,
-        body: &[u8],
+        body_bytes: usize,
     ) -> Result<(u64, Vec<Range<usize>>), Status> {
         if batch.compression().is_some() {
             return Err(bad_tensor(
@@ -259,13 +238,13 @@ impl Columns {
             let buffer = buffers
                 .next()
                 .ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
-            let range = values_range(buffer, rows, column.row_bytes, body.len())
+            let range = values_range(buffer, rows, column.row_bytes, body_bytes)
                 .ok_or_else(|| {
                     wrong(format!(
                         "a buffer of {} bytes at {} in a body of {} does not hold {rows} rows of {} bytes",
                         buffer.length(),
                         buffer.offset(),
-                        body.len(),
+                        body_bytes,
                         column.row_bytes
                     ))
                 })?;
@@ -303,20 +282,26 @@ struct Arriving {
     upload: Upload,
     columns: Option<Columns>,
     rows: u64,
+    /// Long values, or many.
+    staged: Option<Staged>,
     /// For the values that the columns hold.
     charge: Charge,
+    way: Way,
 }
 
 impl Arriving {
-    /// The next message, which was `length` bytes long when it came.
-    fn take(&mut self, data: &FlightData, length: u64) -> Result<(), Status> {
+    /// The next message, whose body has `to_come` bytes if it is not in `data`.
+    fn take(&mut self, data: &FlightData, to_come: Option<u64>) -> Result<(), Status> {
+        let body_bytes = match to_come {
+            Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
+            None => data.data_body.len(),
+        };
         if data.data_header.is_empty() {
-            if data.data_body.is_empty() {
+            if body_bytes == 0 {
                 return Ok(()); // application metadata alone
             }
             return Err(bad_request(format!(
-                "a message with a body of {} bytes and no header",
-                data.data_body.len()
+                "a message with a body of {body_bytes} bytes and no header"
             )));
         }
         if data.data_header.len() > HEADER_BYTES_MAX {
@@ -346,30 +331,9 @@ impl Arriving {
                 let batch = message
                     .header_as_record_batch()
                     .ok_or_else(|| bad_request("a batch message without a batch"))?;
-                let (rows, ranges) = columns.batch(batch, &data.data_body)?;
-                self.rows = self
-                    .rows
-                    .checked_add(rows)
-                    .ok_or_else(|| bad_tensor("more than 2^64 rows"))?;
-                let bytes = ranges.iter().map(|range| range.len() as u64).sum();
-                let is_kept = is_kept(length, bytes);
-                let account = self.upload.caller().account();
-                let held = if is_kept { length } else { bytes };
-                let charge = account.segments().try_reserve(held);
-                self.charge.absorb(charge.map_err(MemoryError::from)?);
-                for (plan, range) in columns.plans.iter_mut().zip(ranges) {
-                    match is_kept {
-                        true => plan.values.keep(data.data_body.slice(range)),
-                        false => plan
-                            .values
-                            .gathered
-                            .extend_from_slice(&data.data_body[range]),
-                    }
-                }
-                if !is_kept {
-                    self.host.uploads_copied().add(bytes);
-                }
-                Ok(())
+                let (rows, ranges) = columns.batch(batch, body_bytes)?;
+                let here = to_come.is_none().then_some(&data.data_body[..]);
+                self.store(rows, &ranges, here)
             }
             (MessageHeader::Schema, Some(_)) => {
                 Err(bad_request("a second schema; one upload is one table"))
@@ -384,28 +348,93 @@ impl Arriving {
         }
     }
 
-    /// Copies what arrived into a segment and publishes it. Blocks.
+    /// A batch of `rows` rows: of each column the range of its body, which is `here` or to come.
+    fn store(
+        &mut self,
+        rows: u64,
+        ranges: &[Range<usize>],
+        here: Option<&[u8]>,
+    ) -> Result<(), Status> {
+        let Some(columns) = &mut self.columns else {
+            return Err(host_bug("storing an upload", "a batch before its schema"));
+        };
+        self.rows = self
+            .rows
+            .checked_add(rows)
+            .ok_or_else(|| bad_tensor("more than 2^64 rows"))?;
+        let bytes: u64 = ranges.iter().map(|range| range.len() as u64).sum();
+        if bytes == 0 {
+            return Ok(());
+        }
+        let caller = self.upload.caller();
+        if self.staged.is_none() && (here.is_none() || columns.has_many(bytes)) {
+            let layout = columns.layout(rows)?;
+            let staged = Staged::begin(caller, layout, columns.values())?;
+            if staged.has_all() {
+                self.way.0.have_place();
+                // What came is in the file, which is charged for itself.
+                self.charge = reserved(caller, 0)?;
+            }
+            self.staged = Some(staged);
+        }
+        match (&mut self.staged, here) {
+            (Some(staged), None) => {
+                let route = staged.place(ranges, columns.values())?;
+                self.way.0.route(route);
+            }
+            (Some(staged), Some(body)) if staged.has_all() => {
+                let route = staged.place(ranges, columns.values())?;
+                route.write(0, body)?;
+            }
+            (_, body) => {
+                self.charge.absorb(reserved(caller, bytes)?);
+                for (values, range) in columns.values().zip(ranges) {
+                    values.gather(&body.unwrap_or_default()[range.clone()]);
+                }
+                self.host.uploads_copied().add(bytes);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a message, of so many bytes that are there, or are to come, takes longer than a runtime thread has.
+    fn is_slow(&self, here: usize, to_come: Option<u64>) -> bool {
+        let bytes = to_come.unwrap_or(here as u64);
+        let grows = match (&self.staged, &self.columns) {
+            (Some(staged), _) if staged.has_all() => !staged.has_room(bytes),
+            (None, Some(columns)) => to_come.is_some() || columns.has_many(bytes),
+            _ => to_come.is_some(),
+        };
+        grows || here > COPY_INLINE_BYTES_MAX
+    }
+
+    /// Publishes what arrived as a segment. Blocks.
     fn finish(mut self) -> Result<Arc<LiveSegment>, Status> {
-        let Columns { mut plans, schema } = self
+        let columns = self
             .columns
             .take()
             .ok_or_else(|| bad_request("the upload ended before its schema"))?;
-        let columns = plans
-            .iter()
-            .map(|plan| Ok(Column::new(&plan.name, plan.spec(self.rows)?)?))
-            .collect::<Result<Vec<_>, Status>>()?;
-        let layout = FileLayout::plan_as(&columns, &schema)?;
-        let segment = self.upload.caller().allocate_to_fill(&layout)?;
-        for (plan, place) in plans.iter_mut().zip(&layout.tensors) {
-            let mut offset = place.offset;
-            // Each goes as soon as it is in the segment.
-            for part in std::mem::take(&mut plan.values).into_parts() {
-                segment.write_at(offset, &part, self.host.uploads_copied())?;
-                offset += part.len() as u64;
-            }
-        }
+        let layout = columns.layout(self.rows)?;
+        let values = columns.plans.into_iter().map(|plan| plan.values).collect();
+        let segment = staged::finish(self.staged.take(), self.upload.caller(), &layout, values)?;
         self.upload.finish(segment, layout)
     }
+}
+
+/// The way of long bodies, which ends with the upload: the connection may have its end of it for longer.
+#[derive(Debug)]
+struct Way(Bodies);
+
+impl Drop for Way {
+    fn drop(&mut self) {
+        self.0.end();
+    }
+}
+
+/// For `bytes` of its upload.
+fn reserved(caller: &Caller, bytes: u64) -> Result<Charge, Status> {
+    let charge = caller.account().segments().try_reserve(bytes);
+    Ok(charge.map_err(MemoryError::from)?)
 }
 
 fn unreadable(found: &str) -> Status {
@@ -470,7 +499,7 @@ pub(super) async fn receive(
     call: &Call,
     replace: bool,
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
-    lengths: &Lengths,
+    bodies: &Bodies,
     refused: &Refused,
 ) -> Result<Arc<LiveSegment>, Status> {
     let host = Arc::clone(call.caller.host());
@@ -485,31 +514,26 @@ pub(super) async fn receive(
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
     let upload = call.caller.begin_upload(name(&first)?, replace)?;
-    let charge = call
-        .caller
-        .account()
-        .segments()
-        .try_reserve(0)
-        .map_err(MemoryError::from)?;
+    let charge = reserved(&call.caller, 0)?;
     let mut arriving = Arriving {
         host,
         upload,
         columns: None,
         rows: 0,
+        staged: None,
         charge,
+        way: Way(bodies.clone()),
     };
-    // Of a message of unknown length nothing is kept.
-    let length = || lengths.take().unwrap_or_default().into();
-    arriving.take(&first, length())?;
+    arriving.take(&first, bodies.take())?;
     drop(first);
     while let Some(message) = messages.next().await {
         let message = message.map_err(ended)?;
-        let length = length();
-        if message.data_body.len() <= COPY_INLINE_BYTES_MAX {
-            arriving.take(&message, length)?;
+        let to_come = bodies.take();
+        if !arriving.is_slow(message.data_body.len(), to_come) {
+            arriving.take(&message, to_come)?;
         } else {
             arriving = off_the_runtime(move || {
-                arriving.take(&message, length)?;
+                arriving.take(&message, to_come)?;
                 Ok(arriving)
             })
             .await?;

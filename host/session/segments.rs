@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use strait_memory::{Adopted, Copied, Open, Segment};
+use strait_memory::{Adopted, Copied, Growing, MemoryError, Open, Segment};
 use strait_protocol as wire;
 use strait_tensor::{Column, FileLayout, TensorPlace};
 
@@ -93,6 +93,27 @@ impl Caller {
         Ok(segment)
     }
 
+    /// A file that becomes the segment of an upload: `layout` is what is known of it at the time.
+    ///
+    /// # Errors
+    /// `BAD_TENSOR` if no reply could tell of it; `DRAINING`.
+    pub fn begin_filling(&self, layout: &FileLayout) -> Result<Growing, Status> {
+        self.host.admit()?;
+        self.host.check_told(&layout.tensors)?;
+        let made = Growing::new(self.account.segments());
+        made.map_err(|e| status::memory("no segment could be made", e))
+    }
+
+    /// The segment of `layout` out of the file that has its tensors, with header and footer.
+    ///
+    /// # Errors
+    /// `BAD_TENSOR` if no reply could tell of it; `BUDGET_EXCEEDED`, `QUOTA_EXCEEDED`, `DRAINING`.
+    pub fn filled(&self, file: Growing, layout: &FileLayout) -> Result<Segment<Open>, Status> {
+        self.host.admit()?;
+        self.host.check_told(&layout.tensors)?;
+        framed(file.into_segment(layout.capacity), layout)
+    }
+
     /// A segment for that layout, with header and footer already in it.
     ///
     /// # Errors
@@ -100,15 +121,10 @@ impl Caller {
     fn allocate(&self, layout: &FileLayout) -> Result<Segment<Open>, Status> {
         self.host.admit()?;
         self.host.check_told(&layout.tensors)?;
-        let made = Segment::create(layout.capacity, self.account.segments()).and_then(
-            |segment: Segment<Open>| {
-                let uncounted = Copied::new();
-                segment.write_at(0, &layout.header, &uncounted)?;
-                segment.write_at(layout.footer_offset, &layout.footer, &uncounted)?;
-                Ok(segment)
-            },
-        );
-        made.map_err(|e| status::memory("no segment could be made", e))
+        framed(
+            Segment::create(layout.capacity, self.account.segments()),
+            layout,
+        )
     }
 
     /// A segment for a client to fill, and the descriptor to send.
@@ -214,6 +230,20 @@ impl Caller {
         self.host.leases.register(&segment);
         Ok(segment)
     }
+}
+
+/// What was made for that layout, with header and footer.
+fn framed(
+    made: Result<Segment<Open>, MemoryError>,
+    layout: &FileLayout,
+) -> Result<Segment<Open>, Status> {
+    let made = made.and_then(|segment| {
+        let uncounted = Copied::new();
+        segment.write_at(0, &layout.header, &uncounted)?;
+        segment.write_at(layout.footer_offset, &layout.footer, &uncounted)?;
+        Ok(segment)
+    });
+    made.map_err(|e| status::memory("no segment could be made", e))
 }
 
 /// `getrandom` failed.

@@ -314,6 +314,10 @@ fn nothing_of_one_user_is_anything_to_another_over_flight() {
                 Ticket::new("x"),
                 Ticket::new("y"),
                 Ticket::new("x#x"),
+                Ticket::new(json!({"segment": segments[4], "rows": [0, 1]}).to_string()),
+                Ticket::new(
+                    json!({"name": "x", "segment": segments[4], "rows": [0, 1]}).to_string(),
+                ),
                 theirs,
             ] {
                 let what = format!("{ticket:?}");

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import socket
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -178,6 +179,23 @@ def test_100_mb_at_default_limits_both_ways(client):
     put(client, "big", pa.table({"x": x}))
     got = client.do_get(flight.Ticket("big")).read_all()["x"].to_numpy()
     np.testing.assert_array_equal(got, x)
+
+
+def test_several_endpoints_read_in_parallel_are_the_whole(client):
+    x = np.random.default_rng(4).normal(size=25_000_000)
+    put(client, "parts", pa.table({"x": x}))
+    [whole] = client.get_flight_info(path("parts")).endpoints
+    asked = flight.FlightCallOptions(headers=[(b"x-strait-endpoints", b"8")])
+    info = client.get_flight_info(path("parts"), asked)
+    assert len(info.endpoints) == 3  # of 64 MiB each at most
+    assert (info.total_records, info.total_bytes) == (x.size, x.nbytes)
+    if hasattr(info, "ordered"):
+        assert info.ordered
+    with ThreadPoolExecutor() as threads:
+        parts = list(threads.map(lambda endpoint: client.do_get(endpoint.ticket).read_all(), info.endpoints))
+    assert [part.num_rows for part in parts] == [8_333_334, 8_333_334, 8_333_332]
+    assert pa.concat_tables(parts) == client.do_get(whole.ticket).read_all()
+    np.testing.assert_array_equal(pa.concat_tables(parts)["x"].to_numpy(), x)
 
 
 def test_100_mb_in_one_batch_of_long_rows(client):

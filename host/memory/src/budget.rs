@@ -419,6 +419,16 @@ impl Charge {
         self.amount += std::mem::take(&mut other.amount);
     }
 
+    /// Gives back what it holds beyond `amount`.
+    pub(crate) fn reduce(&mut self, amount: u64) {
+        let more = self.amount.saturating_sub(amount);
+        self.amount -= more;
+        drop(Self {
+            budget: Arc::clone(&self.budget),
+            amount: more,
+        });
+    }
+
     /// Leaves nothing here.
     pub(crate) fn take(&mut self) -> Self {
         Self {

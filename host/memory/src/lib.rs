@@ -5,6 +5,7 @@
 //! ```text
 //!   a client's memfd ──adopt──▶ Segment<Sealed>        nobody can write any more: yields &[u8]
 //!                          └──▶ Segment<Lent<Client>>  one writer is left: copies only
+//!   Growing ──into_segment─▶ Segment<Open>           filled before its length is known
 //!   Segment<Open> ──seal──────▶ Segment<Sealed>
 //!                 └─lend──────▶ Segment<Lent<Client>> ──seal──▶ Segment<Sealed>
 //!   ResultPool ──take──▶ PoolSegment                   the host is the one writer
@@ -37,6 +38,7 @@ mod budget;
 mod dirty;
 mod error;
 mod freeing;
+mod growing;
 mod guest_space;
 mod held;
 mod huge;
@@ -63,6 +65,7 @@ pub use adopt::{AdoptError, Adopted, adopt};
 pub use backing::KeepsMappings;
 pub use budget::{Budget, BudgetExceeded, Charge, Elsewhere};
 pub use error::{MemoryError, ParkError, Refused};
+pub use growing::Growing;
 pub use guest_space::{GuestSpace, GuestSpaces};
 pub use huge::HugeBirths;
 pub use lot::{Lot, LotStats};

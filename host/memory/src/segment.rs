@@ -180,20 +180,7 @@ impl<K> Segment<K> {
         copied: &Copied,
     ) -> Result<(), MemoryError> {
         self.check_range(offset, into.len() as u64)?;
-        let mut done = 0;
-        while done < into.len() {
-            let rest = &mut into[done..];
-            let bytes = rest.len() as u64;
-            match rustix::io::pread(self.fd(), rest, offset + done as u64) {
-                Ok(0) => {
-                    let short = io::Error::from(io::ErrorKind::UnexpectedEof);
-                    return Err(MemoryError::system("reading", bytes, short));
-                }
-                Ok(count) => done += count,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(source) => return Err(MemoryError::system("reading", bytes, source)),
-            }
-        }
+        read_all(self.fd(), offset, into)?;
         copied.add(into.len() as u64);
         Ok(())
     }
@@ -273,17 +260,23 @@ impl Segment<Open> {
             create_memfd().map_err(|source| MemoryError::system("memfd_create", bytes, source))?;
         rustix::fs::ftruncate(&fd, bytes)
             .map_err(|source| MemoryError::system("ftruncate", bytes, source))?;
-        // From the first moment on, before anybody else has a descriptor: a client that cut it
-        // would make every access of the host beyond the new end a SIGBUS.
-        let fixed = SealFlags::SHRINK | SealFlags::GROW;
-        rustix::fs::fcntl_add_seals(&fd, fixed)
-            .map_err(|source| MemoryError::system("F_ADD_SEALS", bytes, source))?;
+        fix_length(fd.as_fd(), bytes)?;
         // The description that `memfd_create` gave is not among those that Linux counts as open, see `held.rs`.
         let fd = reopen(fd.as_fd(), OFlags::RDWR)
             .map_err(|source| MemoryError::system("opening a new memfd", bytes, source))?;
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
         Ok(Self::from_writer(fd, inode, charge))
+    }
+
+    /// Around a file that this process alone has, which has its length now.
+    pub(crate) fn of_grown(fd: Arc<OwnedFd>, charge: SegmentCharge) -> Result<Self, MemoryError> {
+        let bytes = charge.bytes();
+        fix_length(fd.as_fd(), bytes)?;
+        let inode =
+            inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
+        let fd = Descriptor::Writer(fd);
+        Ok(Self::from_parts(fd, inode, charge, Maker::Host))
     }
 
     pub(crate) fn writer(&self) -> Arc<OwnedFd> {
@@ -312,17 +305,7 @@ impl Segment<Open> {
     /// [`MemoryError::OutOfRange`], [`MemoryError::System`].
     pub fn write_at(&self, offset: u64, bytes: &[u8], copied: &Copied) -> Result<(), MemoryError> {
         self.check_range(offset, bytes.len() as u64)?;
-        let mut done = 0;
-        while done < bytes.len() {
-            let rest = &bytes[done..];
-            match rustix::io::pwrite(self.fd(), rest, offset + done as u64) {
-                Ok(count) => done += count,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(source) => {
-                    return Err(MemoryError::system("writing", rest.len() as u64, source));
-                }
-            }
-        }
+        write_all(self.fd(), offset, bytes)?;
         copied.add(bytes.len() as u64);
         Ok(())
     }
@@ -406,6 +389,52 @@ impl Segment<Sealed> {
             _backing: Arc::clone(self.backing()),
         })
     }
+}
+
+/// From the first moment on, before anybody else has a descriptor: a client that cut it
+/// would make every access of the host beyond the new end a SIGBUS.
+fn fix_length(fd: BorrowedFd<'_>, bytes: u64) -> Result<(), MemoryError> {
+    rustix::fs::fcntl_add_seals(fd, SealFlags::SHRINK | SealFlags::GROW)
+        .map_err(|source| MemoryError::system("F_ADD_SEALS", bytes, source))
+}
+
+/// Writes all of `bytes` at `offset`.
+pub(crate) fn write_all(fd: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result<(), MemoryError> {
+    let mut done = 0;
+    while done < bytes.len() {
+        let rest = &bytes[done..];
+        match rustix::io::pwrite(fd, rest, offset + done as u64) {
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(source) => {
+                return Err(MemoryError::system("writing", rest.len() as u64, source));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Reads all of `into` at `offset`.
+pub(crate) fn read_all(
+    fd: BorrowedFd<'_>,
+    offset: u64,
+    into: &mut [u8],
+) -> Result<(), MemoryError> {
+    let mut done = 0;
+    while done < into.len() {
+        let rest = &mut into[done..];
+        let bytes = rest.len() as u64;
+        match rustix::io::pread(fd, rest, offset + done as u64) {
+            Ok(0) => {
+                let short = io::Error::from(io::ErrorKind::UnexpectedEof);
+                return Err(MemoryError::system("reading", bytes, short));
+            }
+            Ok(count) => done += count,
+            Err(rustix::io::Errno::INTR) => {}
+            Err(source) => return Err(MemoryError::system("reading", bytes, source)),
+        }
+    }
+    Ok(())
 }
 
 impl<K> fmt::Debug for Segment<K> {

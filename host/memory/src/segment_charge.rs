@@ -17,14 +17,25 @@ pub(crate) struct SegmentCharge {
 impl SegmentCharge {
     /// Of `budget`, for one segment of `bytes` bytes: see [`Budget::try_reserve`].
     pub(crate) fn reserve(budget: &Arc<Budget>, bytes: u64) -> Result<Self, BudgetExceeded> {
-        let place = match budget.segments() {
-            None => None,
-            Some(places) => Some(budget.reserve_or_reclaim(places, 1, |missing| (0, missing))?),
-        };
+        let place = Self::place(budget)?;
         Ok(Self {
             bytes: budget.try_reserve(bytes)?,
             place,
         })
+    }
+
+    /// For one segment of the bytes that `bytes` holds, and leaves nothing there.
+    pub(crate) fn of(bytes: &mut Charge) -> Result<Self, BudgetExceeded> {
+        let place = Self::place(bytes.budget())?;
+        Ok(Self {
+            bytes: bytes.take(),
+            place,
+        })
+    }
+
+    fn place(budget: &Arc<Budget>) -> Result<Option<Charge>, BudgetExceeded> {
+        let reserve = |places| budget.reserve_or_reclaim(places, 1, |missing| (0, missing));
+        budget.segments().map(reserve).transpose()
     }
 
     pub(crate) fn bytes(&self) -> u64 {

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use common::{budget, fill, key, memfd, pattern, pwrite, seal_all, shared_mapping};
 use rustix::fs::SealFlags;
 use strait_memory::{
-    AdoptError, Adopted, Budget, Copied, GUEST_PAGE, MappingError, MemoryError, Open, PAGE,
-    ReadMapping, ResultPool, Segment, SharedMapping, WriteMapping, adopt,
+    AdoptError, Adopted, Budget, Copied, GUEST_PAGE, Growing, HugeBirths, MappingError,
+    MemoryError, Open, PAGE, ReadMapping, ResultPool, Segment, SharedMapping, WriteMapping, adopt,
 };
 
 const MIB: u64 = 1 << 20;
@@ -495,4 +495,67 @@ fn idle_results_make_room_though_they_are_freed_elsewhere() {
     );
     pool.take(BYTES, key(2), pool.budget())
         .expect("another owner's idle one makes room");
+}
+
+#[test]
+fn a_file_grows_while_it_is_filled_and_is_a_segment_at_its_end() {
+    let budget = Budget::for_segments(64 * MIB, 1);
+    let (births, copied) = (HugeBirths::new(), Copied::new());
+    let growing = Growing::new(&budget).expect("a memfd");
+    let writer = growing.clone();
+    assert_eq!((growing.room(), budget.used()), (0, 0));
+    let error = writer.write_at(0, &[1], &copied).expect_err("no room yet");
+    assert!(matches!(error, MemoryError::OutOfRange { .. }), "{error}");
+
+    growing.grow(5 * MIB + 1, 0..0, &births).expect("fits");
+    assert_eq!(growing.room(), 5 * MIB + PAGE);
+    let pattern: Vec<u8> = (0..=255).cycle().take(3 * 1024 * 1024).collect();
+    writer.write_at(1, &pattern, &copied).expect("within");
+    // More, and less, which changes nothing; too much, likewise.
+    growing
+        .grow(20 * MIB, 6 * MIB..20 * MIB, &births)
+        .expect("fits");
+    growing.grow(MIB, 0..0, &births).expect("is there");
+    let error = growing.grow(65 * MIB, 0..0, &births).expect_err("65 of 64");
+    assert!(matches!(error, MemoryError::Budget(_)), "{error}");
+    assert_eq!((growing.room(), budget.used()), (20 * MIB, 20 * MIB));
+    writer
+        .write_at(19 * MIB, &pattern[..1024], &copied)
+        .expect("within");
+    let mut read = vec![0; 1024];
+    writer
+        .read_at(19 * MIB, &mut read, &copied)
+        .expect("within");
+    assert_eq!(read, pattern[..1024]);
+
+    // The one place among segments is taken.
+    let other = Segment::<Open>::create(PAGE, &budget).expect("fits");
+    let second = Growing::new(&budget).expect("a memfd");
+    let error = second.into_segment(PAGE).expect_err("2 of 1 segments");
+    assert!(error.to_string().contains("segments"), "{error}");
+    drop(other);
+
+    let segment = growing.into_segment(19 * MIB + 1024).expect("cut");
+    assert_eq!(
+        (segment.bytes(), budget.used()),
+        (19 * MIB + PAGE, 19 * MIB + PAGE)
+    );
+    let error = writer.write_at(0, &[1], &copied).expect_err("has no room");
+    assert!(matches!(error, MemoryError::OutOfRange { .. }), "{error}");
+    assert!(
+        writer.grow(MIB, 0..0, &births).is_err(),
+        "its length is fixed"
+    );
+    assert_eq!(budget.used(), 19 * MIB + PAGE);
+    drop(writer);
+    let segment = segment.seal().expect("nobody has it mapped");
+    let bytes = segment.map().expect("sealed");
+    assert!(bytes[1..].starts_with(&pattern) && bytes[0] == 0);
+    assert_eq!(bytes[19 << 20..][..1024], pattern[..1024]);
+    drop((bytes, segment));
+    assert_eq!(budget.used(), 0);
+    let dropped = Growing::new(&budget).expect("a memfd");
+    dropped.grow(MIB, 0..0, &births).expect("fits");
+    drop(dropped);
+    assert_eq!(budget.used(), 0);
 }

@@ -161,19 +161,19 @@ impl FileLayout {
 /// Checks what does not depend on offsets and answers the number of rows.
 fn check(columns: &[Column]) -> Result<u64, LayoutError> {
     let first = columns.first().ok_or(LayoutError::NoTensors)?;
-    let first_rows = rows(&first.spec);
+    let first_rows = first.spec.rows();
     let mut names = std::collections::HashSet::new();
     for column in columns {
         let Column { name, spec, .. } = column;
         if !names.insert(name) {
             return Err(LayoutError::NameTwice { name: name.clone() });
         }
-        if rows(spec) != first_rows {
+        if spec.rows() != first_rows {
             return Err(LayoutError::RowsDiffer {
                 first: first.name.clone(),
                 first_rows,
                 name: name.clone(),
-                rows: rows(spec),
+                rows: spec.rows(),
             });
         }
         let bytes = spec.bytes()?;
@@ -188,10 +188,6 @@ fn check(columns: &[Column]) -> Result<u64, LayoutError> {
         check_row(name, spec)?;
     }
     Ok(first_rows)
-}
-
-fn rows(spec: &TensorSpec) -> u64 {
-    spec.shape.first().copied().unwrap_or(1)
 }
 
 /// The place of `column` at or after `free`, and where its region ends.

@@ -30,6 +30,12 @@ impl TensorSpec {
         self.bytes().map(|bytes| bytes / size)
     }
 
+    /// Rows of the table column that it is: the first axis, or 1 if it is 0-d.
+    #[must_use]
+    pub fn rows(&self) -> u64 {
+        self.shape.first().copied().unwrap_or(1)
+    }
+
     /// The number of bytes.
     ///
     /// # Errors

@@ -39,22 +39,14 @@ fn the_demo_verifies_itself_and_leaves_nothing() {
     );
     let paths = object["paths"].as_array().unwrap();
     for (path, name, same_pages, copied) in [
-        (&paths[0], "mapped call", true, 0..=0),
-        // Once out of the segment; frames that are put together for the socket are copied again.
-        (
-            &paths[1],
-            "inline Flight",
-            false,
-            4_194_304..=2 * 4_194_304 + 65_536,
-        ),
+        (&paths[0], "mapped call", true, 0),
+        // Once out of the segment: the demo takes long frames.
+        (&paths[1], "inline Flight", false, 4_194_304),
     ] {
         assert_eq!(path["name"], name);
         assert_eq!(path["same_pages"], same_pages, "{path}");
         assert_eq!(path["bytes"], 4_194_304);
-        assert!(
-            copied.contains(&path["copied_bytes"].as_u64().unwrap()),
-            "{path}"
-        );
+        assert_eq!(path["copied_bytes"], copied, "{path}");
         assert!(
             path["seconds"]
                 .as_f64()

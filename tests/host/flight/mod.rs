@@ -1,7 +1,9 @@
 //! Arrow Flight against a real host: every call, every kind of refusal, clients that misbehave.
 
+mod bodies;
 mod calls;
 mod ending;
+mod endpoints;
 mod raw;
 mod readers;
 mod requests;

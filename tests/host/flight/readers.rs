@@ -140,3 +140,41 @@ async fn a_reader_that_pauses_too_long_is_ended() {
     );
     rig.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_connection_gathers_is_charged_until_it_is_idle() {
+    let rig = Rig::with(|config| config.memory.budget_bytes = Some(8 << 20)).await;
+    rig.put("x", floats(MIB / 4)).await.unwrap();
+    let whole = f64s(&[floats(MIB / 4)]);
+    let mut client = rig.easy().await;
+    let mut get = async |name: &'static str| {
+        let batches = client.do_get(Ticket::new(name)).await.unwrap();
+        f64s(&batches.try_collect::<Vec<_>>().await.unwrap())
+    };
+    // What is short is not charged, so that a full host still answers.
+    rig.put("short", floats(10)).await.unwrap();
+    let used = rig.host.budget().used();
+    assert_eq!(get("short").await.len(), 10);
+    assert_eq!(rig.host.budget().used(), used);
+    let mut gets = 0;
+    loop {
+        assert!(get("x").await == whole);
+        gets += 1;
+        // It may have been idle for long already, on a busy machine.
+        match rig.host.budget().used() - used {
+            262_144 => break,
+            held => assert!(held == 0 && gets < 20, "{held} bytes after {gets} gets"),
+        }
+    }
+    eventually("it is given back", || rig.host.budget().used() == used).await;
+    assert_eq!(get("short").await.len(), 10);
+
+    let free = rig.host.budget().limit() - used;
+    let rest = rig.host.budget().try_reserve(free).unwrap();
+    assert!(
+        f64s(&rig.get("x").await.unwrap()) == whole,
+        "in shorter pieces"
+    );
+    drop(rest);
+    rig.end().await;
+}
