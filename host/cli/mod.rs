@@ -12,7 +12,8 @@
 //! ──────────────────────────────────────────────────────────────────────────────────────────
 //! connection: --address and its like    arguments: ports, parameters, FILE#COLUMN
 //! hosting: settings, a host in this process    directory: where the sockets are, and whose
-//! staging: output files that appear when they are complete    log: lines on stderr
+//! inputs: tensor files and stdin    staging: output files that appear when they are complete
+//! log: lines on stderr
 //! output: stdout, tables    progress: bars on a terminal
 //! failure: what went wrong, as text, JSON and exit code
 //! ```
@@ -24,6 +25,7 @@ mod directory;
 mod doctor;
 mod failure;
 mod hosting;
+mod inputs;
 mod kernels;
 mod limits;
 mod log;
