@@ -479,7 +479,7 @@ impl Data {
     }
 
     /// Turns whole elements as they lie in the file into little-endian ones.
-    pub(super) fn to_little_endian(&self, dtype: Dtype, elements: &mut [u8]) {
+    pub(super) fn to_little_endian(self, dtype: Dtype, elements: &mut [u8]) {
         if self.big_endian {
             let parts = if dtype.is_complex() { 2 } else { 1 };
             match dtype.size() / parts {

@@ -21,6 +21,9 @@ pub struct NamedTensor<'a> {
     pub bytes: &'a [u8],
 }
 
+/// What is left to do once there is a file.
+type WriteTo<'a> = Box<dyn FnOnce(&mut File) -> io::Result<()> + 'a>;
+
 /// Writes one tensor into a file: [`write_tensors`].
 ///
 /// # Errors
@@ -63,7 +66,7 @@ pub fn write_tensors(path: &Path, tensors: &[NamedTensor<'_>]) -> Result<(), Fil
         }
     }
     // What cannot be written is refused before there is a file.
-    let mut writer: Box<dyn FnMut(&mut File) -> io::Result<()>> = match format {
+    let write: WriteTo<'_> = match format {
         Format::Npy => {
             let &[tensor] = tensors else {
                 return Err(refused(format!(
@@ -100,7 +103,7 @@ pub fn write_tensors(path: &Path, tensors: &[NamedTensor<'_>]) -> Result<(), Fil
         }
     };
     let mut partial = Partial::create(path)?;
-    writer(&mut partial.file).map_err(|error| io_error(path, "write it", error))?;
+    write(&mut partial.file).map_err(|error| io_error(path, "write it", error))?;
     partial.finish(path)
 }
 
