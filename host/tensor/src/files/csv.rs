@@ -9,7 +9,7 @@ use std::io::{self, BufWriter, Read, Seek, SeekFrom};
 
 use ::csv::{ByteRecord, ErrorKind, Reader, ReaderBuilder, Writer};
 
-use super::write::NamedTensor;
+use super::named::NamedTensor;
 use crate::element::{self, Element};
 use crate::{Dtype, TensorSpec};
 

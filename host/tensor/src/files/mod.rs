@@ -10,6 +10,7 @@
 mod csv;
 mod error;
 mod format;
+mod named;
 mod npy;
 mod npz;
 mod safetensors;
@@ -28,9 +29,10 @@ use error::{check_buffer, io_error};
 
 pub use error::FileError;
 pub use format::Format;
+pub use named::NamedTensor;
 pub use npy::NpyError;
 pub use scan::Place;
-pub use write::{NamedTensor, write, write_stream, write_tensors};
+pub use write::{write, write_stream, write_tensors};
 
 /// An open file with tensors in it. Opening reads headers only, but for `.csv`, which has none.
 #[derive(Debug)]

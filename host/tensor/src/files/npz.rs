@@ -7,8 +7,8 @@ use zip::result::ZipError;
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipArchive, ZipWriter};
 
+use super::named::NamedTensor;
 use super::npy;
-use super::write::NamedTensor;
 use crate::TensorSpec;
 
 /// Deflate makes at most this of a byte.

@@ -8,7 +8,7 @@ use std::io::{self, Read};
 use serde::de::{self, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 
-use super::write::NamedTensor;
+use super::named::NamedTensor;
 use crate::{Dtype, TensorSpec};
 
 /// As in the format's own reader.

@@ -7,19 +7,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use super::error::{FileError, check_buffer, io_error};
 use super::format::Format;
+use super::named::NamedTensor;
 use super::{csv, npy, npz, safetensors};
 use crate::{Column, FileLayout, TensorSpec};
-
-/// A tensor to be written.
-#[derive(Debug, Clone, Copy)]
-pub struct NamedTensor<'a> {
-    /// Unique within the file.
-    pub name: &'a str,
-    /// What it is.
-    pub spec: &'a TensorSpec,
-    /// Its elements: row-major, little-endian.
-    pub bytes: &'a [u8],
-}
 
 /// What is left to do once there is a file.
 type WriteTo<'a> = Box<dyn FnOnce(&mut File) -> io::Result<()> + 'a>;
