@@ -1,21 +1,20 @@
 //! `kernels` and `call`.
 
 use std::collections::BTreeMap;
-use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use strait_client::wire::{self, Note, Parameter, Port};
+use strait_client::wire::Note;
 use strait_client::{Flight, Kernel};
-use strait_tensor::Dtype;
 
 use super::arguments::{outputs, pair, parameters, unique};
 use super::connection::Connection;
 use super::failure::Failure;
-use super::hosting::{is_plugin, load_plugin, private_host, settings};
+use super::hosting::{is_plugin, private_host, settings};
 use super::output;
+use super::signature::{describe, of_file};
 
 #[derive(Debug, Args)]
 pub(super) struct KernelsArgs {
@@ -94,107 +93,6 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
             .join("\n")
             .trim_end(),
     )
-}
-
-/// Those of one plugin.
-fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
-    let host = private_host(settings(None)?)?;
-    load_plugin(&host, file)?;
-    Ok(host.kernels(&wire::Kernels::default()).collect())
-}
-
-/// A kernel for people, several lines.
-fn describe(kernel: &Kernel) -> String {
-    let Kernel {
-        name,
-        plugin,
-        version,
-        doc,
-        ..
-    } = kernel;
-    let mut lines = doc.lines();
-    let mut text = format!(
-        "{name}  ({plugin} {version})  {}\n",
-        lines.next().unwrap_or_default()
-    );
-    let rows = kernel
-        .inputs
-        .iter()
-        .map(|p| port("input", p))
-        .chain(kernel.outputs.iter().map(|p| port("output", p)))
-        .chain(kernel.parameters.iter().map(parameter));
-    for line in output::lines(&output::table(&[], rows)).lines() {
-        let _ = writeln!(text, "   {line}");
-    }
-    text
-}
-
-fn port(direction: &str, port: &Port) -> Vec<String> {
-    let mut kind = dtypes(&port.dtypes);
-    if port.role != "data" {
-        kind = format!("{} {kind}", port.role);
-    }
-    let rank = match (port.rank_min, port.rank_max) {
-        (0, max) if max as usize >= strait_tensor::RANK_MAX => String::new(),
-        (min, max) if min == max => format!("rank {min}"),
-        (min, max) => format!("rank {min} to {max}"),
-    };
-    let kind = if rank.is_empty() {
-        kind
-    } else {
-        format!("{kind}, {rank}")
-    };
-    vec![
-        direction.to_owned(),
-        port.name.clone(),
-        port.doc.clone(),
-        kind,
-    ]
-}
-
-/// The names, or a word for well-known sets.
-fn dtypes(dtypes: &[Dtype]) -> String {
-    let all = |set: &dyn Fn(&Dtype) -> bool| {
-        dtypes.len() > 2
-            && Dtype::ALL
-                .iter()
-                .all(|dtype| set(dtype) == dtypes.contains(dtype))
-    };
-    if all(&|_| true) {
-        return "any dtype".to_owned();
-    }
-    if all(&|dtype| !dtype.is_complex()) {
-        return "any dtype but complex".to_owned();
-    }
-    dtypes
-        .iter()
-        .map(|dtype| dtype.name())
-        .collect::<Vec<_>>()
-        .join(" ")
-}
-
-fn parameter(parameter: &Parameter) -> Vec<String> {
-    let mut kind = parameter.kind.clone();
-    if !parameter.choices.is_empty() {
-        kind = parameter.choices.join("|");
-    }
-    match (&parameter.minimum, &parameter.maximum) {
-        (Some(min), Some(max)) => kind = format!("{kind} from {min} to {max}"),
-        (Some(min), None) => kind = format!("{kind} from {min}"),
-        (None, Some(max)) => kind = format!("{kind} up to {max}"),
-        (None, None) => {}
-    }
-    let kind = match &parameter.default {
-        Some(serde_json::Value::String(text)) => format!("{kind}, default {text}"),
-        Some(value) => format!("{kind}, default {value}"),
-        None => format!("{kind}, required"),
-    };
-    vec![
-        "param".to_owned(),
-        parameter.name.clone(),
-        parameter.doc.clone(),
-        kind,
-    ]
 }
 
 pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {

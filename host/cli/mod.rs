@@ -5,6 +5,7 @@
 //!      ├▶ tensors: put ls get rm    ┐ over the data socket, by strait-client
 //!      ├▶ kernels: kernels call     │
 //!      ├▶ limits, workers, plugins  ┘
+//!      ├▶ inspect                   what is in a file, a flight or a plugin
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      ├▶ doctor                    what this machine lacks for a host, and what to change
 //!      ├▶ demo                      a host, a producer and a consumer, each a process
@@ -12,7 +13,8 @@
 //! ──────────────────────────────────────────────────────────────────────────────────────────
 //! connection: --address and its like    arguments: ports, parameters, FILE#COLUMN
 //! hosting: settings, a host in this process    directory: where the sockets are, and whose
-//! staging: output files that appear when they are complete    log: lines on stderr
+//! inputs: tensor files and stdin    staging: output files that appear when they are complete
+//! signature: kernels for people    log: lines on stderr
 //! output: stdout, tables    progress: bars on a terminal
 //! failure: what went wrong, as text, JSON and exit code
 //! ```
@@ -24,6 +26,8 @@ mod directory;
 mod doctor;
 mod failure;
 mod hosting;
+mod inputs;
+mod inspect;
 mod kernels;
 mod limits;
 mod log;
@@ -32,6 +36,7 @@ mod plugins;
 mod progress;
 mod run;
 mod serve;
+mod signature;
 mod staging;
 mod tensors;
 mod worker;
@@ -86,6 +91,8 @@ enum Command {
     Put(tensors::PutArgs),
     /// Write the tensors of a flight to a file.
     Get(tensors::GetArgs),
+    /// Show what is in a tensor file, a flight or a plugin: dtypes, shapes, layout, values.
+    Inspect(inspect::InspectArgs),
     /// List your flights and their tensors.
     Ls(tensors::LsArgs),
     /// Remove flights; their memory is freed once nobody uses it.
@@ -117,6 +124,7 @@ pub fn main() -> ExitCode {
         Command::Kernels(args) => (args.connection.json, kernels::kernels(args)),
         Command::Put(args) => (args.connection.json, tensors::put(args)),
         Command::Get(args) => (args.connection.json, tensors::get(args)),
+        Command::Inspect(args) => (args.connection.json, inspect::inspect(args)),
         Command::Ls(args) => (args.connection.json, tensors::ls(args)),
         Command::Rm(args) => (args.connection.json, tensors::rm(args)),
         Command::Limits(args) => (args.connection.json, limits::limits(args)),

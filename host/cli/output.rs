@@ -28,26 +28,49 @@ pub(super) enum Colour {
 /// Writes lines to stdout, each with a label before it, in colour where stdout is a terminal (and
 /// `NO_COLOR` is not set).
 pub(super) fn labelled(lines: &[(Option<Colour>, String, String)]) -> Result<(), Failure> {
-    let coloured =
-        io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty());
+    let is_coloured = is_coloured();
     let lines: Vec<String> = lines
         .iter()
         .map(|(colour, label, text)| {
-            let (label, text) = (on_one_line(label), on_one_line(text));
-            let code = match colour {
-                Some(Colour::Green) => 32,
-                Some(Colour::Yellow) => 33,
-                Some(Colour::Red) => 31,
-                None => 0,
-            };
-            if coloured && code != 0 {
-                format!("\u{1b}[{code}m{label}\u{1b}[0m{text}")
-            } else {
-                format!("{label}{text}")
-            }
+            let colour = colour.filter(|_| is_coloured);
+            painted(colour, label) + &on_one_line(text)
         })
         .collect();
     write(&lines.join("\n"))
+}
+
+/// The same with the label, a bar, between two texts.
+pub(super) fn bars(lines: &[(String, String, String)]) -> Result<(), Failure> {
+    let colour = Some(Colour::Green).filter(|_| is_coloured());
+    let lines: Vec<String> = lines
+        .iter()
+        .map(|(before, bar, after)| {
+            let (before, after) = (on_one_line(before), on_one_line(after));
+            format!("{before}{}{after}", painted(colour, bar))
+                .trim_end()
+                .to_owned()
+        })
+        .collect();
+    write(&lines.join("\n"))
+}
+
+fn is_coloured() -> bool {
+    io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|set| set.is_empty())
+}
+
+fn painted(colour: Option<Colour>, text: &str) -> String {
+    let text = on_one_line(text);
+    let code = match colour {
+        _ if text.is_empty() => 0,
+        Some(Colour::Green) => 32,
+        Some(Colour::Yellow) => 33,
+        Some(Colour::Red) => 31,
+        None => 0,
+    };
+    match code {
+        0 => text.into_owned(),
+        code => format!("\u{1b}[{code}m{text}\u{1b}[0m"),
+    }
 }
 
 fn write(text: &str) -> Result<(), Failure> {

@@ -2,18 +2,19 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
 use strait_memory::{ReadMapping, WriteMapping};
 use strait_protocol as wire;
-use strait_tensor::{Dtype, TensorFile, TensorSpec};
+use strait_tensor::{Dtype, NamedTensor, TensorSpec};
 
 use super::arguments::{file_and_part, outputs, pair, parameters, unique};
 use super::failure::Failure;
 use super::hosting::{is_plugin, load_plugin, private_host, settings};
+use super::inputs;
 use super::progress::Progress;
 use super::staging::{self, Staging};
 use super::{log, output};
@@ -25,13 +26,15 @@ use crate::session::{Host, Invoked};
 pub(super) struct RunArgs {
     /// A standard kernel's name, FILE.wasm if it has one kernel, or FILE.wasm#KERNEL.
     kernel: String,
-    /// An input port's file (.npy, .arrow, .feather): PORT=FILE or PORT=FILE#COLUMN.
+    /// An input port's file (.npy, .npz, .safetensors, .csv, .arrow, .feather): PORT=FILE, or PORT=FILE#NAME for one of
+    /// its tensors or columns (FILE.csv#A,B or FILE.csv#* for a matrix). FILE - is an Arrow stream on stdin.
     #[arg(long = "input", short, value_name = "PORT=FILE", value_parser = pair)]
     inputs: Vec<(String, String)>,
     /// A parameter's value; a list of numbers as 1,2,3.
     #[arg(long = "param", short, value_name = "NAME=VALUE", value_parser = pair)]
     parameters: Vec<(String, String)>,
-    /// The file (.npy, .arrow, .feather) for an output; without PORT, the kernel's only output.
+    /// The file (the same formats) for an output, or - for an Arrow stream on stdout; without PORT, the kernel's only
+    /// output. Several outputs may go into one file, but for .npy: each under its port's name, or NAME of FILE#NAME.
     #[arg(long = "output", short, value_name = "[PORT=]FILE", required = true)]
     outputs: Vec<String>,
     /// Milliseconds that the kernel may take [default: as in the settings, else 30 s].
@@ -78,8 +81,19 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
         .check_outputs(targets.keys().map(String::as_str))
         .map_err(Status::from)?;
     let mut staging = Staging::default();
-    for target in targets.values() {
-        staging.add(Path::new(target))?;
+    let mut writes = Vec::with_capacity(targets.len());
+    for (port, text) in &targets {
+        let (file, name) = file_and_part(text);
+        writes.push(Write {
+            port,
+            file: text,
+            target: staging.add(&file)?,
+            name: name.unwrap_or_else(|| port.clone()),
+        });
+    }
+    let has_stdout = staging.has_stdout();
+    if has_stdout && args.json {
+        return Err(staging::json_and_stream());
     }
     let kind = |name: &str| {
         let declared = kernel.parameters.iter().find(|p| p.name == name)?;
@@ -94,7 +108,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
     };
     let caller = host.own_caller();
     let invoked = caller.invoke_and_wait(invoke, Arc::clone(request_id))?;
-    let written = write_all(staging, &targets, &invoked)?;
+    let written = write_all(staging, &writes, &invoked)?;
     output::notes(
         invoked
             .report
@@ -122,6 +136,9 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             "seconds": { "instantiate": invoked.report.seconds.instantiate, "run": invoked.report.seconds.run, "total": invoked.report.seconds.total },
             "request_id": &**request_id,
         }));
+    }
+    if has_stdout {
+        return Ok(());
     }
     let rows = written
         .into_iter()
@@ -203,7 +220,7 @@ fn load_all(
 
 fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
     let (path, column) = file_and_part(text);
-    let mut file = TensorFile::open(&path)?;
+    let mut file = inputs::open(&path)?.file;
     let index = match (&column, file.tensors().len()) {
         (Some(column), _) => file.find(column)?,
         (None, 1) => 0,
@@ -227,7 +244,7 @@ fn load(host: &Arc<Host>, port: &str, text: &str) -> Result<(), Failure> {
                 .map(|(name, _)| name.as_str())
                 .collect();
             let message = format!(
-                "{} has {count} columns; say which, as {port}={}#COLUMN: {}",
+                "{} has {count} tensors or columns; say which, as {port}={}#NAME: {}",
                 path.display(),
                 path.display(),
                 names.join(", ")
@@ -269,14 +286,26 @@ fn range(place: &strait_tensor::TensorPlace) -> Result<std::ops::Range<usize>, F
     Ok(at(place.offset)?..at(place.offset + place.length)?)
 }
 
+/// An output that is to be written.
+#[derive(Debug)]
+struct Write<'a> {
+    port: &'a str,
+    /// As the caller named it.
+    file: &'a str,
+    /// Its index among the staged ones.
+    target: usize,
+    /// What it is called in there.
+    name: String,
+}
+
 /// Writes the outputs that were asked for; port, file and spec of each.
 fn write_all(
     staging: Staging,
-    targets: &BTreeMap<String, String>,
+    writes: &[Write<'_>],
     invoked: &Invoked,
 ) -> Result<Vec<(String, String, TensorSpec)>, Failure> {
-    let mut written = Vec::new();
-    for (index, (port, target)) in targets.iter().enumerate() {
+    let mut pages = Vec::with_capacity(writes.len());
+    for Write { port, .. } in writes {
         let lost = || {
             Failure::other(
                 "HOST",
@@ -289,17 +318,38 @@ fn write_all(
             .find(|result| result.port == *port)
             .ok_or_else(lost)?;
         let segment = result.segment().ok_or_else(lost)?;
-        let place = segment.tensors().first().ok_or_else(lost)?;
+        let place = segment.tensors().first().ok_or_else(lost)?.clone();
         let fd = segment.readonly_fd().map_err(Status::from)?;
-        let pages = ReadMapping::of_result(&fd, range(place)?.end)
+        let mapping = ReadMapping::of_result(&fd, range(&place)?.end)
             .map_err(|error| Failure::other("HOST", format!("output `{port}`: {error}")))?;
-        let _bar = Progress::start(&format!("writing {target}"), place.length);
-        staging.write(
-            index,
-            &[(port, place.spec.clone(), &pages.bytes()[range(place)?])],
-        )?;
-        written.push((port.clone(), target.clone(), place.spec.clone()));
+        pages.push((place, mapping));
+    }
+    let mut targets: Vec<usize> = writes.iter().map(|write| write.target).collect();
+    targets.sort_unstable();
+    targets.dedup();
+    // What is on its way to stdout cannot be taken back: files first.
+    targets.sort_by_key(|&target| staging.is_stdout(target));
+    for target in targets {
+        let mut tensors = Vec::new();
+        let mut shown = target.to_string();
+        for (write, (place, mapping)) in writes.iter().zip(&pages) {
+            if write.target == target {
+                shown = write.file.to_owned();
+                tensors.push(NamedTensor {
+                    name: &write.name,
+                    spec: &place.spec,
+                    bytes: &mapping.bytes()[range(place)?],
+                });
+            }
+        }
+        let total = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
+        let _bar = Progress::start(&format!("writing {shown}"), total);
+        staging.write(target, &tensors)?;
     }
     staging.finish()?;
-    Ok(written)
+    let written = writes.iter().zip(pages).map(|(write, (place, _))| {
+        let Write { port, file, .. } = write;
+        ((*port).to_owned(), (*file).to_owned(), place.spec)
+    });
+    Ok(written.collect())
 }

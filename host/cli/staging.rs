@@ -1,12 +1,12 @@
 //! Output files that appear complete, all of them or none, and leave nothing behind.
 
-use std::fs::{self, File, Permissions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::fs::{self, Permissions};
+use std::io::{self, IsTerminal};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use parking_lot::{Mutex, MutexGuard};
-use strait_tensor::{Column, FileLayout, TensorSpec};
+use strait_tensor::{FileError, Format, NamedTensor, write_stream, write_tensors};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::failure::Failure;
@@ -18,9 +18,18 @@ fn live() -> MutexGuard<'static, Vec<PathBuf>> {
     LIVE.lock()
 }
 
+/// What stands for stdout, and among inputs for stdin: an Arrow IPC stream.
+pub(super) const STREAM: &str = "-";
+
 /// Files on their way; dropping it unfinished removes them.
 #[derive(Debug, Default)]
-pub(super) struct Staging(Vec<Staged>);
+pub(super) struct Staging(Vec<Target>);
+
+#[derive(Debug)]
+enum Target {
+    File(Staged),
+    Stdout,
+}
 
 #[derive(Debug)]
 struct Staged {
@@ -31,6 +40,11 @@ struct Staged {
     target: PathBuf,
     /// Where that is: behind links.
     real: PathBuf,
+}
+
+/// Both want stdout.
+pub(super) fn json_and_stream() -> Failure {
+    Failure::usage("--json and an output to `-` both go to stdout; choose one")
 }
 
 /// Where a file to be written at `target` goes: a link there stays, and what it leads to is replaced.
@@ -63,29 +77,31 @@ fn behind_links(target: &Path) -> Result<PathBuf, Failure> {
 }
 
 impl Staging {
-    /// Makes room for an output at `target`. Called before the work is done, so that a path that
-    /// cannot be written costs no run.
-    pub(super) fn add(&mut self, target: &Path) -> Result<(), Failure> {
-        let extension = target.extension().map(|e| e.to_ascii_lowercase());
-        let known = matches!(
-            extension.as_deref().and_then(|e| e.to_str()),
-            Some("npy" | "arrow" | "feather")
-        );
-        let name = match target.file_name() {
-            Some(name) if known => name,
+    /// Makes room for an output at `target`, and answers its index: that of an earlier output if the file holds several.
+    /// Called before the work is done, so that a path that cannot be written costs no run.
+    pub(super) fn add(&mut self, target: &Path) -> Result<usize, Failure> {
+        let shown = target.display();
+        if target == Path::new(STREAM) {
+            return self.add_stdout();
+        }
+        let (name, format) = match (target.file_name(), Format::of(target)) {
+            (Some(name), Some(format)) => (name, format),
             _ => {
-                let path = target.display();
-                let message =
-                    format!("{path}: the extension must say the format: .npy, .arrow or .feather");
+                let message = format!(
+                    "{shown}: the extension must say the format: {}",
+                    Format::EXTENSIONS
+                );
                 return Err(Failure::input("BAD_FILE", message));
             }
         };
         let real = behind_links(target)?;
-        if self.0.iter().any(|staged| staged.real == real) {
-            return Err(Failure::input(
-                "BAD_FILE",
-                format!("{}: two outputs go there", target.display()),
-            ));
+        let is_there = |there: &Target| matches!(there, Target::File(file) if file.real == real);
+        if let Some(index) = self.0.iter().position(is_there) {
+            if format.holds_several() {
+                return Ok(index);
+            }
+            let message = format!("{shown}: two outputs go there, and .npy holds one; write .npz");
+            return Err(Failure::input("BAD_FILE", message));
         }
         let directory = {
             // Whoever handles a signal waits until it is registered.
@@ -106,39 +122,65 @@ impl Staging {
             directory
         };
         let file = directory.join(name);
-        self.0.push(Staged {
+        self.0.push(Target::File(Staged {
             directory,
             file,
             target: target.to_owned(),
             real,
-        });
-        Ok(())
+        }));
+        Ok(self.0.len() - 1)
     }
 
-    /// Writes the tensors of the `index`th file; `.npy` holds one.
-    pub(super) fn write(
-        &self,
-        index: usize,
-        tensors: &[(&str, TensorSpec, &[u8])],
-    ) -> Result<(), Failure> {
-        let Staged { file, target, .. } = &self.0[index];
-        let written = match tensors {
-            [(name, spec, bytes)] => {
-                strait_tensor::write(file, name, spec, bytes).map_err(Failure::from)
+    fn add_stdout(&mut self) -> Result<usize, Failure> {
+        if let Some(index) = (0..self.0.len()).find(|&index| self.is_stdout(index)) {
+            return Ok(index);
+        }
+        if io::stdout().is_terminal() {
+            return Err(Failure::usage(
+                "`-` writes an Arrow stream to stdout, which is a terminal; send it to a file or a program",
+            ));
+        }
+        self.0.push(Target::Stdout);
+        Ok(self.0.len() - 1)
+    }
+
+    /// Whether an output goes to stdout.
+    pub(super) fn has_stdout(&self) -> bool {
+        (0..self.0.len()).any(|index| self.is_stdout(index))
+    }
+
+    /// Whether the `index`th target is stdout.
+    pub(super) fn is_stdout(&self, index: usize) -> bool {
+        matches!(self.0[index], Target::Stdout)
+    }
+
+    /// Writes the tensors of the `index`th target. What goes to stdout is on its way at once.
+    pub(super) fn write(&self, index: usize, tensors: &[NamedTensor<'_>]) -> Result<(), Failure> {
+        match &self.0[index] {
+            Target::File(Staged { file, target, .. }) => {
+                let (temporary, target) = (file.display().to_string(), target.display());
+                write_tensors(file, tensors)
+                    .map_err(|error| Failure::from(error).about(&temporary, &target.to_string()))
             }
-            _ => write_columns(file, tensors),
-        };
-        written.map_err(|failure| {
-            failure.about(&file.display().to_string(), &target.display().to_string())
-        })
+            Target::Stdout => {
+                let stdout = io::stdout().lock();
+                write_stream(Path::new("stdout"), stdout, tensors).map_err(|error| match error {
+                    FileError::Io { error, .. } => Failure::stdout(&error),
+                    error => error.into(),
+                })
+            }
+        }
     }
 
     /// Moves all files to where they belong, over what is there.
     pub(super) fn finish(self) -> Result<(), Failure> {
-        for Staged {
-            file, target, real, ..
-        } in &self.0
-        {
+        for target in &self.0 {
+            let Target::File(Staged {
+                file, target, real, ..
+            }) = target
+            else {
+                continue;
+            };
             fs::rename(file, real).map_err(|error| {
                 Failure::file(
                     &error,
@@ -159,33 +201,6 @@ impl Drop for Staged {
         let _ = fs::remove_dir_all(&self.directory);
         live().retain(|directory| *directory != self.directory);
     }
-}
-
-/// Several tensors as the columns of one Arrow IPC file.
-fn write_columns(path: &Path, tensors: &[(&str, TensorSpec, &[u8])]) -> Result<(), Failure> {
-    let columns: Result<Vec<_>, _> = tensors
-        .iter()
-        .map(|(name, spec, _)| Column::new(*name, spec.clone()))
-        .collect();
-    let layout = columns
-        .and_then(|columns| FileLayout::plan(&columns))
-        .map_err(|error| Failure::input("BAD_TENSOR", error.to_string()))?;
-    let write = || -> io::Result<()> {
-        let mut file = File::create(path)?;
-        file.write_all(&layout.header)?;
-        for (place, (_, _, bytes)) in layout.tensors.iter().zip(tensors) {
-            file.seek(SeekFrom::Start(place.offset))?;
-            file.write_all(bytes)?;
-        }
-        file.seek(SeekFrom::Start(layout.footer_offset))?;
-        file.write_all(&layout.footer)
-    };
-    write().map_err(|error| {
-        Failure::file(
-            &error,
-            format!("{}: cannot write it: {error}", path.display()),
-        )
-    })
 }
 
 /// From now on SIGINT and SIGTERM remove what is staged before they end the process.
@@ -225,7 +240,7 @@ pub(super) fn watch_signals() -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use strait_tensor::Dtype;
+    use strait_tensor::{Dtype, TensorSpec};
 
     fn entries(directory: &Path) -> Vec<String> {
         let entries = fs::read_dir(directory).expect("a temporary directory");
@@ -241,6 +256,27 @@ mod tests {
         names
     }
 
+    fn tensor<'a>(name: &'a str, spec: &'a TensorSpec, bytes: &'a [u8]) -> NamedTensor<'a> {
+        NamedTensor { name, spec, bytes }
+    }
+
+    #[test]
+    fn a_file_that_holds_several_takes_several_outputs() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let at = |name: &str| directory.path().join(name);
+        let mut staging = Staging::default();
+        for (name, index) in [
+            ("a.safetensors", 0),
+            ("b.npz", 1),
+            ("./a.safetensors", 0),
+            ("b.npz", 1),
+        ] {
+            assert_eq!(staging.add(&at(name)).expect("it can be written"), index);
+        }
+        drop(staging);
+        assert!(entries(directory.path()).is_empty());
+    }
+
     #[test]
     fn files_appear_together_or_not_at_all() {
         let directory = tempfile::tempdir().expect("a temporary directory");
@@ -253,7 +289,7 @@ mod tests {
         staging.add(&at("a.npy")).expect("it can be written");
         staging.add(&at("b.arrow")).expect("it can be written");
         staging
-            .write(0, &[("a", spec.clone(), &[1, 2, 3])])
+            .write(0, &[tensor("a", &spec, &[1, 2, 3])])
             .expect("it can be written");
         assert!(!at("a.npy").exists());
         drop(staging);
@@ -262,7 +298,7 @@ mod tests {
         let mut staging = Staging::default();
         staging.add(&at("a.npy")).expect("it can be written");
         staging
-            .write(0, &[("a", spec, &[1, 2, 3])])
+            .write(0, &[tensor("a", &spec, &[1, 2, 3])])
             .expect("it can be written");
         staging.finish().expect("it can be moved");
         assert_eq!(entries(directory.path()), ["a.npy"]);
@@ -294,7 +330,7 @@ mod tests {
             assert!(text.contains(says) && text.contains(again), "{text}");
         }
         staging
-            .write(0, &[("x", spec, &[7])])
+            .write(0, &[tensor("x", &spec, &[7])])
             .expect("it can be written");
         staging.finish().expect("it can be moved");
         assert!(fs::symlink_metadata(at("link.npy")).is_ok_and(|there| there.is_symlink()));

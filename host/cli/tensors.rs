@@ -5,23 +5,25 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::json;
 use strait_client::NewTensor;
-use strait_tensor::{TensorFile, TensorSpec};
+use strait_tensor::{Format, NamedTensor, TensorFile, TensorSpec};
 
 use super::arguments::file_and_part;
 use super::connection::Connection;
 use super::failure::Failure;
+use super::inputs;
 use super::output;
 use super::progress::Progress;
-use super::staging::{self, Staging};
+use super::staging::{self, STREAM, Staging};
 use crate::text::on_one_line;
 
 #[derive(Debug, Args)]
 pub(super) struct PutArgs {
     /// The name of the new flight.
     name: String,
-    /// A .npy, .arrow or .feather file; FILE#COLUMN takes one column, FILE alone every column of numbers.
+    /// A .npy, .npz, .safetensors, .csv, .arrow or .feather file, or - for an Arrow stream on stdin. FILE#NAME takes
+    /// one tensor or column, FILE.csv#A,B or FILE.csv#* a matrix of columns, FILE alone all that are numbers.
     file: String,
-    /// Take only this column.
+    /// Take only this tensor or column.
     #[arg(long)]
     column: Option<String>,
     /// Replace the flight that has this name already.
@@ -35,7 +37,8 @@ pub(super) struct PutArgs {
 pub(super) struct GetArgs {
     /// The flight: NAME, or NAME#TENSOR for one of its tensors.
     name: String,
-    /// Where to write it: .npy, .arrow or .feather. An existing file is replaced.
+    /// Where to write it: .npy, .npz, .safetensors, .csv, .arrow or .feather, or - for an Arrow stream on stdout. An
+    /// existing file is replaced.
     file: PathBuf,
     #[command(flatten)]
     pub(super) connection: Connection,
@@ -57,7 +60,7 @@ pub(super) struct RmArgs {
 }
 
 /// The tensors of `file` to read, by index; columns that cannot be tensors are named on stderr.
-fn chosen(file: &TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<usize>, Failure> {
+fn chosen(file: &mut TensorFile, path: &Path, column: Option<&str>) -> Result<Vec<usize>, Failure> {
     if let Some(column) = column {
         return Ok(vec![file.find(column)?]);
     }
@@ -84,12 +87,13 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
         }
         (column, part) => column.as_deref().or(part.as_deref()),
     };
-    let mut file = TensorFile::open(&path)?;
-    let chosen = chosen(&file, &path, column)?;
+    let inputs::Opened {
+        mut file,
+        mut copied_bytes,
+    } = inputs::open(&path)?;
+    let chosen = chosen(&mut file, &path, column)?;
     // A .npy file has no name for its array; the flight's is the natural one.
-    let nameless = path
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("npy"));
+    let nameless = Format::of(&path) == Some(Format::Npy);
     let tensors: Vec<NewTensor> = chosen
         .iter()
         .map(|&index| {
@@ -104,7 +108,6 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
 
     let client = args.connection.client()?;
     let mut segment = client.create(&tensors)?;
-    let mut copied_bytes = 0;
     {
         let total = segment
             .mapping()
@@ -112,12 +115,11 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
             .iter()
             .map(|tensor| tensor.length)
             .sum();
+        copied_bytes += total;
         let _bar = Progress::start(&format!("reading {}", path.display()), total);
-        for (&index, tensor) in chosen.iter().zip(&tensors) {
-            let bytes = segment.bytes_mut(&tensor.name)?;
-            file.read_into(index, bytes)?;
-            copied_bytes += bytes.len() as u64;
-        }
+        let parts = segment.every_bytes_mut()?;
+        let mut wanted: Vec<_> = chosen.iter().copied().zip(parts).collect();
+        file.read_all_into(&mut wanted)?;
     }
     let flight = segment.publish(&args.name, args.replace)?;
     if args.connection.json {
@@ -134,6 +136,9 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
         Some((name, tensor)) => (name, Some(tensor)),
         None => (args.name.as_str(), None),
     };
+    if args.file == Path::new(STREAM) && args.connection.json {
+        return Err(staging::json_and_stream());
+    }
     staging::watch_signals()?;
     let mut staging = Staging::default();
     staging.add(&args.file)?;
@@ -143,33 +148,36 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
         Some(tensor) => vec![segment.tensor(tensor)?],
         None => segment.tensors()?.collect(),
     };
-    let npy = args
-        .file
-        .extension()
-        .is_some_and(|e| e.eq_ignore_ascii_case("npy"));
-    if npy && views.len() != 1 {
+    let holds_several = Format::of(&args.file).is_none_or(Format::holds_several);
+    if !holds_several && views.len() != 1 {
         let names: Vec<_> = views.iter().map(|view| view.name()).collect();
         return Err(Failure::input(
             "BAD_INPUT",
             format!(
-                "flight `{name}` has {} tensors ({}) and .npy holds one; take {name}#TENSOR, or write .arrow",
+                "flight `{name}` has {} tensors ({}) and .npy holds one; take {name}#TENSOR, or write .npz or .arrow",
                 names.len(),
                 names.join(", ")
             ),
         ));
     }
-    let tensors: Vec<_> = views
+    let specs: Vec<TensorSpec> = views
         .iter()
-        .map(|view| {
-            let spec = TensorSpec {
-                dtype: view.dtype(),
-                shape: view.shape().to_vec(),
-            };
-            (view.name(), spec, view.bytes())
+        .map(|view| TensorSpec {
+            dtype: view.dtype(),
+            shape: view.shape().to_vec(),
+        })
+        .collect();
+    let tensors: Vec<NamedTensor<'_>> = views
+        .iter()
+        .zip(&specs)
+        .map(|(view, spec)| NamedTensor {
+            name: view.name(),
+            spec,
+            bytes: view.bytes(),
         })
         .collect();
     {
-        let total = tensors.iter().map(|(_, _, bytes)| bytes.len() as u64).sum();
+        let total = tensors.iter().map(|tensor| tensor.bytes.len() as u64).sum();
         let _bar = Progress::start(&format!("writing {}", args.file.display()), total);
         staging.write(0, &tensors)?;
     }
@@ -177,9 +185,9 @@ pub(super) fn get(args: &GetArgs) -> Result<(), Failure> {
     if args.connection.json {
         let described: Vec<_> = tensors
             .iter()
-            .map(
-                |(name, spec, _)| json!({ "name": name, "dtype": spec.dtype, "shape": spec.shape }),
-            )
+            .map(|NamedTensor { name, spec, .. }| {
+                json!({ "name": name, "dtype": spec.dtype, "shape": spec.shape })
+            })
             .collect();
         return output::json(&json!({ "name": name, "file": args.file, "tensors": described }));
     }

@@ -255,6 +255,26 @@ impl OpenSegment {
         Ok(self.all_mut()?.get_mut(range).unwrap_or_default())
     }
 
+    /// The bytes of every tensor, in the order in which they were announced: what fills several at a time needs them so.
+    ///
+    /// # Errors
+    /// [`Error::NotWritable`] once publishing has begun.
+    pub fn every_bytes_mut(&mut self) -> Result<Vec<&mut [u8]>, Error> {
+        let ranges: Vec<_> = self.mapping.tensors.iter().map(range).collect();
+        let (mut rest, mut at) = (self.all_mut()?, 0);
+        let mut parts = Vec::with_capacity(ranges.len());
+        for range in ranges {
+            // Tensors lie one behind the other; what would not is empty.
+            let skipped = range.start.saturating_sub(at).min(rest.len());
+            let (_, from_here) = rest.split_at_mut(skipped);
+            let length = range.len().min(from_here.len());
+            let (part, behind) = from_here.split_at_mut(length);
+            parts.push(part);
+            (rest, at) = (behind, range.end);
+        }
+        Ok(parts)
+    }
+
     fn all_mut(&mut self) -> Result<&mut [u8], Error> {
         let filling = self.pages.get_mut()?;
         *filling = match std::mem::replace(filling, Filling::Unmapped) {

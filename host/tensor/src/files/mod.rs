@@ -1,132 +1,40 @@
-//! Tensor files: `.npy`, and `.arrow` / `.feather`, read into and written from a caller's buffer.
+//! Tensor files, read into and written from a caller's buffer.
+//!
+//! ```text
+//! Format::of ─▶ TensorFile::open ─▶ npy ◀─ npz    safetensors    csv    ipc (Arrow)
+//!                  │  read_into: into the caller's memory at once        │
+//!                  └▶ scan: block by block, for who only looks           │
+//! write_tensors ─▶ a file beside it, renamed when it is complete ◀───────┘
+//! ```
 
+mod csv;
+mod error;
+mod format;
+mod named;
 mod npy;
+mod npz;
+mod safetensors;
+mod scan;
 mod transpose;
+mod write;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Seek, SeekFrom, Write};
+use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use crate::ipc::{self, IpcError, Piece};
-use crate::{Column, Dtype, FileLayout, LayoutError, TensorSpec};
+use crate::{Dtype, TensorSpec};
+use error::{check_buffer, io_error};
 
+pub use error::FileError;
+pub use format::Format;
+pub use named::NamedTensor;
 pub use npy::NpyError;
+pub use scan::Place;
+pub use write::{write, write_stream, write_tensors};
 
-/// A tensor file that cannot be read or written.
-#[derive(Debug, thiserror::Error)]
-pub enum FileError {
-    /// The operating system said no.
-    #[error("{}: cannot {doing}: {error}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What was tried.
-        doing: &'static str,
-        /// What the operating system said.
-        error: io::Error,
-    },
-    /// An extension that stands for no format.
-    #[error(
-        "{}: the extension must say the format: .npy, .arrow or .feather",
-        path.display()
-    )]
-    Extension {
-        /// The file.
-        path: PathBuf,
-    },
-    /// A directory, pipe or device.
-    #[error(
-        "{}: not a regular file but a directory, pipe, socket or device; write the tensor to a file first",
-        path.display()
-    )]
-    NotAFile {
-        /// The path.
-        path: PathBuf,
-    },
-    /// A `.npy` that is damaged or of a kind that is not read.
-    #[error("{}: {reason}", path.display())]
-    Npy {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: NpyError,
-    },
-    /// An Arrow file that is damaged or of a kind that is not read.
-    #[error("{}: {reason}", path.display())]
-    Ipc {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong with it.
-        reason: Box<IpcError>,
-    },
-    /// A name that the file does not have.
-    #[error("{}: no tensor {name:?}; it has {known}", path.display())]
-    NoTensor {
-        /// The file.
-        path: PathBuf,
-        /// The name asked for.
-        name: String,
-        /// The names that there are, for people.
-        known: String,
-    },
-    /// A name that several columns have.
-    #[error("{}: {count} columns are called {name:?}; rename them", path.display())]
-    Ambiguous {
-        /// The file.
-        path: PathBuf,
-        /// The name.
-        name: String,
-        /// How many columns have it.
-        count: usize,
-    },
-    /// A column that cannot be a tensor.
-    #[error("{}: {reason}", path.display())]
-    NotATensor {
-        /// The file.
-        path: PathBuf,
-        /// The column, why it cannot be one, and what to do.
-        reason: String,
-    },
-    /// An index beyond the tensors.
-    #[error("{}: no tensor {index}; it has {count}", path.display())]
-    Index {
-        /// The file.
-        path: PathBuf,
-        /// The index asked for.
-        index: usize,
-        /// How many tensors there are.
-        count: usize,
-    },
-    /// A buffer of another size than the tensor.
-    #[error(
-        "{}: tensor {name:?}, {spec}, has {needed} bytes, the buffer for it {given}",
-        path.display()
-    )]
-    BufferSize {
-        /// The file.
-        path: PathBuf,
-        /// The tensor.
-        name: String,
-        /// What it is.
-        spec: TensorSpec,
-        /// Its bytes.
-        needed: u64,
-        /// The buffer's bytes.
-        given: usize,
-    },
-    /// A tensor that cannot be laid out.
-    #[error("{}: {reason}", path.display())]
-    Layout {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        reason: LayoutError,
-    },
-}
-
-/// An open file with tensors in it. Opening reads headers only.
+/// An open file with tensors in it. Opening reads headers only, but for `.csv`, which has none.
 #[derive(Debug)]
 pub struct TensorFile {
     path: PathBuf,
@@ -135,31 +43,22 @@ pub struct TensorFile {
     /// For each of `tensors`.
     sources: Vec<Source>,
     unsupported: Vec<(String, String)>,
+    /// Of `.npz`.
+    archive: Option<npz::Archive>,
+    /// Of `.csv`.
+    table: Option<csv::Table>,
 }
 
 /// Where a tensor's bytes come from.
 #[derive(Debug)]
 enum Source {
     Npy(npy::Data),
+    Npz(npz::Data),
+    /// As they are, from this byte on.
+    Plain(u64),
+    /// These columns of the table.
+    Csv(Vec<usize>),
     Arrow(Vec<Piece>),
-}
-
-enum Format {
-    Npy,
-    Arrow,
-}
-
-impl Format {
-    fn of(path: &Path) -> Result<Format, FileError> {
-        let extension = path.extension().map(|e| e.to_ascii_lowercase());
-        match extension.as_deref().and_then(|e| e.to_str()) {
-            Some("npy") => Ok(Format::Npy),
-            Some("arrow" | "feather") => Ok(Format::Arrow),
-            _ => Err(FileError::Extension {
-                path: path.to_owned(),
-            }),
-        }
-    }
 }
 
 impl TensorFile {
@@ -167,15 +66,26 @@ impl TensorFile {
     ///
     /// * `.npy`: one tensor, named as the file without its extension. `V2` elements are read as
     ///   bfloat16, which is what ml_dtypes writes.
+    /// * `.npz`: such files in a zip archive, stored or deflated, each named as there.
+    /// * `.safetensors`: all tensors whose dtype is one of [`Dtype`].
+    /// * `.csv`: each column of numbers, after a header unless the first line is numbers only (the
+    ///   columns are then called 0, 1, ...). A column of integers is int64 (or uint64), of true and
+    ///   false bool8, any other float64, where an empty cell is NaN. [`TensorFile::find`] also makes a
+    ///   matrix of several.
     /// * `.arrow`, `.feather`: an Arrow IPC file or stream, plain or LZ4; each column of numbers,
     ///   fixed-size lists of numbers or fixed-shape tensors, its record batches one after the
-    ///   other. Columns of other kinds, with nulls, or compressed with ZSTD are in [`TensorFile::unsupported`].
+    ///   other.
+    ///
+    /// What else is in it, such as columns of other kinds, with nulls, or compressed with ZSTD, is in
+    /// [`TensorFile::unsupported`].
     ///
     /// # Errors
     /// [`FileError`] for an unknown extension, what is no regular file, and for headers that are
     /// damaged, of an unknown kind, or announce more bytes than there are.
     pub fn open(path: &Path) -> Result<TensorFile, FileError> {
-        let format = Format::of(path)?;
+        let format = Format::of(path).ok_or_else(|| FileError::Extension {
+            path: path.to_owned(),
+        })?;
         let io = |doing| move |error| io_error(path, doing, error);
         if !fs::metadata(path).map_err(io("open it"))?.is_file() {
             return Err(FileError::NotAFile {
@@ -188,19 +98,41 @@ impl TensorFile {
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(io("open it"))?;
-        let bytes = file.metadata().map_err(io("read its size"))?.len();
+        TensorFile::of(path, file, format)
+    }
+
+    /// The tensors of a regular file that is open already. `path` is what errors call it.
+    ///
+    /// # Errors
+    /// As [`TensorFile::open`].
+    pub fn of(path: &Path, file: File, format: Format) -> Result<TensorFile, FileError> {
+        let bytes = file
+            .metadata()
+            .map_err(|error| io_error(path, "read its size", error))?
+            .len();
         let mut opened = TensorFile {
             path: path.to_owned(),
             file,
             tensors: Vec::new(),
             sources: Vec::new(),
             unsupported: Vec::new(),
+            archive: None,
+            table: None,
         };
+        opened.rewind()?;
         match format {
             Format::Npy => opened.read_npy_header(bytes)?,
+            Format::Npz => opened.read_npz_members(bytes)?,
+            Format::Safetensors => opened.read_safetensors_header(bytes)?,
+            Format::Csv => opened.read_csv_columns()?,
             Format::Arrow => opened.read_arrow_columns(bytes)?,
         }
         Ok(opened)
+    }
+
+    fn rewind(&mut self) -> Result<(), FileError> {
+        let rewound = self.file.rewind();
+        rewound.map_err(|error| io_error(&self.path, "read it", error))
     }
 
     fn read_npy_header(&mut self, bytes: u64) -> Result<(), FileError> {
@@ -208,10 +140,48 @@ impl TensorFile {
             path: self.path.clone(),
             reason,
         })?;
-        let name = self.path.file_stem().unwrap_or_default();
-        self.tensors
-            .push((name.to_string_lossy().into_owned(), spec));
+        self.tensors.push((self.stem(), spec));
         self.sources.push(Source::Npy(data));
+        Ok(())
+    }
+
+    /// What a tensor is called whose file gives it no name.
+    fn stem(&self) -> String {
+        let name = self.path.file_stem().unwrap_or_default();
+        name.to_string_lossy().into_owned()
+    }
+
+    fn read_npz_members(&mut self, bytes: u64) -> Result<(), FileError> {
+        let file = self.file.try_clone();
+        let file = file.map_err(|error| io_error(&self.path, "open it again", error))?;
+        let (archive, entries) = npz::open(file, bytes).map_err(|reason| self.content(reason))?;
+        self.archive = Some(archive);
+        for npz::Entry { name, tensor } in entries {
+            let source = tensor.map(|(spec, data)| (spec, Source::Npz(data)));
+            self.add(name, source);
+        }
+        Ok(())
+    }
+
+    fn read_safetensors_header(&mut self, bytes: u64) -> Result<(), FileError> {
+        let entries = safetensors::open(&self.file, bytes).map_err(|problem| match problem {
+            safetensors::Problem::Io(error) => io_error(&self.path, "read its header", error),
+            safetensors::Problem::Content(reason) => self.content(reason),
+        })?;
+        for safetensors::Entry { name, tensor } in entries {
+            let source = tensor.map(|(spec, offset)| (spec, Source::Plain(offset)));
+            self.add(name, source);
+        }
+        Ok(())
+    }
+
+    fn read_csv_columns(&mut self) -> Result<(), FileError> {
+        let table = csv::open(&self.file).map_err(|problem| self.csv(problem))?;
+        for (index, (name, column)) in table.columns().enumerate() {
+            let source = column.map(|spec| (spec, Source::Csv(vec![index])));
+            self.add(name.to_owned(), source.map_err(str::to_owned));
+        }
+        self.table = Some(table);
         Ok(())
     }
 
@@ -219,15 +189,43 @@ impl TensorFile {
         let columns = ipc::columns(io::BufReader::new(&self.file), bytes)
             .map_err(|reason| self.ipc(reason))?;
         for column in columns {
-            match column.tensor {
-                Ok((spec, pieces)) => {
-                    self.tensors.push((column.name, spec));
-                    self.sources.push(Source::Arrow(pieces));
-                }
-                Err(reason) => self.unsupported.push((column.name, reason.to_string())),
-            }
+            let source = column
+                .tensor
+                .map(|(spec, pieces)| (spec, Source::Arrow(pieces)));
+            self.add(column.name, source.map_err(|reason| reason.to_string()));
         }
         Ok(())
+    }
+
+    fn add(&mut self, name: String, tensor: Result<(TensorSpec, Source), String>) {
+        match tensor {
+            Ok((spec, source)) => {
+                self.tensors.push((name, spec));
+                self.sources.push(source);
+            }
+            Err(reason) => self.unsupported.push((name, reason)),
+        }
+    }
+
+    fn content(&self, reason: String) -> FileError {
+        FileError::Content {
+            path: self.path.clone(),
+            reason,
+        }
+    }
+
+    fn npz(&self, problem: npz::Problem) -> FileError {
+        match problem {
+            npz::Problem::Io(error) => io_error(&self.path, "read it", error),
+            npz::Problem::Content(reason) => self.content(reason),
+        }
+    }
+
+    fn csv(&self, problem: csv::Problem) -> FileError {
+        match problem {
+            csv::Problem::Io(error) => io_error(&self.path, "read it", error),
+            csv::Problem::Content(reason) => self.content(reason),
+        }
     }
 
     fn ipc(&self, reason: IpcError) -> FileError {
@@ -252,10 +250,13 @@ impl TensorFile {
 
     /// The index of the tensor called `name`.
     ///
+    /// In a `.csv`, `a,b,c` is a matrix of these columns, and `*` of all: added to the tensors, and float64 where
+    /// their dtypes differ.
+    ///
     /// # Errors
     /// [`FileError`] if there is none, with the names that there are; if several columns have that
     /// name; or with the reason why the column cannot be a tensor.
-    pub fn find(&self, name: &str) -> Result<usize, FileError> {
+    pub fn find(&mut self, name: &str) -> Result<usize, FileError> {
         let path = self.path.clone();
         let tensors = self
             .tensors
@@ -271,11 +272,23 @@ impl TensorFile {
                 path,
                 reason: reason.clone(),
             }),
-            ([], []) => Err(FileError::NoTensor {
-                path,
-                name: name.to_owned(),
-                known: self.known(),
-            }),
+            ([], []) => match self.table.as_ref().and_then(|table| table.matrix(name)) {
+                Some(Ok((spec, columns))) => {
+                    let name = match name {
+                        csv::ALL_COLUMNS => self.stem(),
+                        name => name.to_owned(),
+                    };
+                    self.tensors.push((name, spec));
+                    self.sources.push(Source::Csv(columns));
+                    Ok(self.tensors.len() - 1)
+                }
+                Some(Err(reason)) => Err(self.content(reason)),
+                None => Err(FileError::NoTensor {
+                    path,
+                    name: name.to_owned(),
+                    known: self.known(),
+                }),
+            },
             _ => Err(FileError::Ambiguous {
                 path,
                 name: name.to_owned(),
@@ -309,22 +322,67 @@ impl TensorFile {
     ///
     /// # Errors
     /// [`FileError`] if there is no such tensor, if `destination` has not exactly
-    /// [`TensorSpec::bytes`] bytes, if the file cannot be read, or if compressed data is damaged.
+    /// [`TensorSpec::bytes`] bytes, if the file cannot be read, or if what is compressed is damaged.
     pub fn read_into(&mut self, index: usize, destination: &mut [u8]) -> Result<(), FileError> {
-        let (Some((name, spec)), Some(source)) = (self.tensors.get(index), self.sources.get(index))
-        else {
-            return Err(FileError::Index {
-                path: self.path.clone(),
-                index,
-                count: self.tensors.len(),
-            });
-        };
-        check_buffer(&self.path, name, spec, destination.len())?;
-        match source {
-            Source::Npy(data) => data
-                .read_into(&self.file, spec, destination)
-                .map_err(|error| io_error(&self.path, "read its data", error))?,
-            Source::Arrow(pieces) => {
+        self.read_all_into(&mut [(index, destination)])
+    }
+
+    /// Reads several tensors, each into its place: a `.csv` is read once for all of them.
+    ///
+    /// # Errors
+    /// As [`TensorFile::read_into`].
+    pub fn read_all_into(&mut self, wanted: &mut [(usize, &mut [u8])]) -> Result<(), FileError> {
+        for (index, destination) in &*wanted {
+            let (name, spec) = self.tensor(*index)?;
+            check_buffer(&self.path, name, spec, destination.len())?;
+        }
+        if let Some(table) = &self.table {
+            let mut parts: Vec<(Dtype, &[usize], &mut [u8])> = Vec::with_capacity(wanted.len());
+            for (index, destination) in wanted {
+                if let Source::Csv(columns) = &self.sources[*index] {
+                    parts.push((self.tensors[*index].1.dtype, columns, destination));
+                }
+            }
+            return table
+                .read(&self.file, &mut parts)
+                .map_err(|problem| self.csv(problem));
+        }
+        wanted
+            .iter_mut()
+            .try_for_each(|(index, destination)| self.read_one(*index, destination))
+    }
+
+    /// The name and spec of a tensor.
+    fn tensor(&self, index: usize) -> Result<&(String, TensorSpec), FileError> {
+        self.tensors.get(index).ok_or_else(|| FileError::Index {
+            path: self.path.clone(),
+            index,
+            count: self.tensors.len(),
+        })
+    }
+
+    /// `destination` has the tensor's size.
+    fn read_one(&mut self, index: usize, destination: &mut [u8]) -> Result<(), FileError> {
+        let (name, spec) = &self.tensors[index];
+        let io = |error| io_error(&self.path, "read its data", error);
+        match (&self.sources[index], &mut self.archive) {
+            (Source::Npy(data), _) => {
+                let at = self.file.seek(SeekFrom::Start(data.offset()));
+                at.and_then(|_| data.read_into(&self.file, spec, destination))
+                    .map_err(io)?;
+            }
+            (Source::Npz(data), Some(archive)) => {
+                let read = npz::read(archive, data, name, |reader| {
+                    data.npy().read_into(reader, spec, destination)
+                });
+                read.map_err(|problem| self.npz(problem))?;
+            }
+            (Source::Plain(offset), _) => {
+                let at = self.file.seek(SeekFrom::Start(*offset));
+                at.and_then(|_| io::Read::read_exact(&mut self.file, destination))
+                    .map_err(io)?;
+            }
+            (Source::Arrow(pieces), _) => {
                 let mut rest = &mut *destination;
                 for piece in pieces {
                     let length = usize::try_from(piece.bytes).expect("a part of a slice");
@@ -336,138 +394,18 @@ impl TensorFile {
                     rest = behind;
                 }
             }
+            (Source::Npz(_) | Source::Csv(_), _) => unreachable!("their file was opened with them"),
         }
-        if spec.dtype == Dtype::Bool8 {
-            // numpy and Arrow both count every byte but 0 as true; kernels may rely on 0 and 1.
-            for byte in destination {
-                *byte = u8::from(*byte != 0);
-            }
-        }
+        normalise(spec.dtype, destination);
         Ok(())
     }
 }
 
-fn io_error(path: &Path, doing: &'static str, error: io::Error) -> FileError {
-    let error = match error.kind() {
-        // Lengths were held against the file's when it was opened.
-        io::ErrorKind::UnexpectedEof => io::Error::new(
-            error.kind(),
-            "it was truncated while it was read; write a new file under another name, then rename that",
-        ),
-        _ => error,
-    };
-    FileError::Io {
-        path: path.to_owned(),
-        doing,
-        error,
-    }
-}
-
-fn check_buffer(path: &Path, name: &str, spec: &TensorSpec, given: usize) -> Result<(), FileError> {
-    let needed = spec.bytes().map_err(|reason| FileError::Layout {
-        path: path.to_owned(),
-        reason,
-    })?;
-    if needed == given as u64 {
-        return Ok(());
-    }
-    Err(FileError::BufferSize {
-        path: path.to_owned(),
-        name: name.to_owned(),
-        spec: spec.clone(),
-        needed,
-        given,
-    })
-}
-
-/// Writes one tensor into a file by its extension: `.npy`, exactly as numpy and ml_dtypes would
-/// (`float8_e4m3fn` then comes back from numpy as raw bytes), or `.arrow` / `.feather`, with `name`
-/// as the column's.
-///
-/// The file appears, or replaces an older one, when it is complete: it is written under another
-/// name in the same directory. After an error nothing is left behind.
-///
-/// # Errors
-/// [`FileError`] for an unknown extension, if `bytes` has not exactly [`TensorSpec::bytes`] bytes,
-/// for a row that Arrow cannot hold, and if the operating system refuses.
-pub fn write(path: &Path, name: &str, spec: &TensorSpec, bytes: &[u8]) -> Result<(), FileError> {
-    let format = Format::of(path)?;
-    check_buffer(path, name, spec, bytes.len())?;
-    let layout = match format {
-        Format::Npy => None,
-        Format::Arrow => {
-            let plan = Column::new(name, spec.clone()).and_then(|c| FileLayout::plan(&[c]));
-            Some(plan.map_err(|reason| FileError::Layout {
-                path: path.to_owned(),
-                reason,
-            })?)
-        }
-    };
-    let mut partial = Partial::create(path)?;
-    let written = match &layout {
-        None => partial
-            .file
-            .write_all(&npy::header(spec))
-            .and_then(|()| partial.file.write_all(bytes)),
-        Some(layout) => write_segment(&mut partial.file, layout, bytes),
-    };
-    written.map_err(|error| io_error(path, "write it", error))?;
-    partial.finish(path)
-}
-
-/// Gaps stay holes of the file.
-fn write_segment(file: &mut File, layout: &FileLayout, bytes: &[u8]) -> io::Result<()> {
-    file.write_all(&layout.header)?;
-    for tensor in &layout.tensors {
-        file.seek(SeekFrom::Start(tensor.offset))?;
-        file.write_all(bytes)?;
-    }
-    file.seek(SeekFrom::Start(layout.footer_offset))?;
-    file.write_all(&layout.footer)
-}
-
-/// A file under a temporary name, removed unless it is finished.
-struct Partial {
-    file: File,
-    path: Option<PathBuf>,
-}
-
-impl Partial {
-    fn create(target: &Path) -> Result<Partial, FileError> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        loop {
-            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-            let name = format!(".strait-{}-{number}.partial", std::process::id());
-            let path = target.with_file_name(name);
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => {
-                    return Ok(Partial {
-                        file,
-                        path: Some(path),
-                    });
-                }
-                // Of another process with our id: one that died, or in another pid namespace.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(io_error(target, "create a file beside it", error)),
-            }
-        }
-    }
-
-    fn finish(mut self, target: &Path) -> Result<(), FileError> {
-        if let Some(path) = &self.path {
-            fs::rename(path, target)
-                .map_err(|error| io_error(target, "move the finished file there", error))?;
-        }
-        self.path = None;
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Nobody is left to tell: the caller has the error that led here.
-            let _ = fs::remove_file(path);
+/// numpy and Arrow both count every byte but 0 as true; kernels may rely on 0 and 1.
+fn normalise(dtype: Dtype, bytes: &mut [u8]) {
+    if dtype == Dtype::Bool8 {
+        for byte in bytes {
+            *byte = u8::from(*byte != 0);
         }
     }
 }

@@ -1,6 +1,6 @@
 //! numpy's `.npy` format: a Python dictionary as a header, then the elements.
 
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io::{self, Read};
 
 use super::transpose::read_fortran;
 use crate::{Dtype, LayoutError, TensorSpec};
@@ -101,8 +101,8 @@ pub(super) struct Data {
     big_endian: bool,
 }
 
-/// Reads the header of a file of `bytes` bytes and checks it against that length.
-pub(super) fn open(mut file: impl Read + Seek, bytes: u64) -> Result<(TensorSpec, Data), NpyError> {
+/// Reads the header from the start of a file of `bytes` bytes and checks it against that length.
+pub(super) fn open(mut file: impl Read, bytes: u64) -> Result<(TensorSpec, Data), NpyError> {
     let (header, offset) = read_header(&mut file, bytes)?;
     let (spec, fortran_order, big_endian) = parse_header(&header)?;
     let needed = spec.bytes().map_err(NpyError::Layout)?;
@@ -130,12 +130,11 @@ pub(super) fn open(mut file: impl Read + Seek, bytes: u64) -> Result<(TensorSpec
 }
 
 /// The dictionary, and where the data starts.
-fn read_header(file: &mut (impl Read + Seek), bytes: u64) -> Result<(Vec<u8>, u64), NpyError> {
+fn read_header(file: &mut impl Read, bytes: u64) -> Result<(Vec<u8>, u64), NpyError> {
     let truncated = |needed| NpyError::HeaderTruncated { needed, bytes };
     if bytes < MAGIC.len() as u64 {
         return Err(NpyError::Magic { bytes });
     }
-    file.seek(SeekFrom::Start(0))?;
     let mut magic = [0; MAGIC.len()];
     file.read_exact(&mut magic)?;
     if magic != *MAGIC {
@@ -436,15 +435,29 @@ fn why_not(kind: &str) -> &'static str {
 }
 
 impl Data {
-    /// Reads the elements in row-major order and little-endian. `destination` has exactly the
-    /// bytes of `spec`.
+    /// Where the elements begin.
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Whether the first axis is the fastest.
+    pub(super) fn fortran_order(&self) -> bool {
+        self.fortran_order
+    }
+
+    /// Whether the numbers have their bytes in the other order.
+    pub(super) fn big_endian(&self) -> bool {
+        self.big_endian
+    }
+
+    /// Reads the elements in row-major order and little-endian from a reader that stands at
+    /// [`Data::offset`]. `destination` has exactly the bytes of `spec`.
     pub(super) fn read_into(
         &self,
-        mut file: impl Read + Seek,
+        mut file: impl Read,
         spec: &TensorSpec,
         destination: &mut [u8],
     ) -> io::Result<()> {
-        file.seek(SeekFrom::Start(self.offset))?;
         let is_same_in_both_orders = spec.shape.iter().filter(|&&n| n != 1).count() <= 1;
         if self.fortran_order && !is_same_in_both_orders && !destination.is_empty() {
             let sizes = spec.shape.iter().map(|&n| usize::try_from(n));
@@ -461,16 +474,21 @@ impl Data {
         } else {
             file.read_exact(destination)?;
         }
+        self.to_little_endian(spec.dtype, destination);
+        Ok(())
+    }
+
+    /// Turns whole elements as they lie in the file into little-endian ones.
+    pub(super) fn to_little_endian(self, dtype: Dtype, elements: &mut [u8]) {
         if self.big_endian {
-            let parts = if spec.dtype.is_complex() { 2 } else { 1 };
-            match spec.dtype.size() / parts {
-                2 => swap::<2>(destination),
-                4 => swap::<4>(destination),
-                8 => swap::<8>(destination),
+            let parts = if dtype.is_complex() { 2 } else { 1 };
+            match dtype.size() / parts {
+                2 => swap::<2>(elements),
+                4 => swap::<4>(elements),
+                8 => swap::<8>(elements),
                 _ => {}
             }
         }
-        Ok(())
     }
 }
 

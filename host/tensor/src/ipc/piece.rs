@@ -64,7 +64,7 @@ impl Piece {
     }
 
     /// Where it lies, if its bytes lie there as they are.
-    pub(super) fn plain_offset(&self) -> Option<u64> {
+    pub(crate) fn plain_offset(&self) -> Option<u64> {
         (self.codec == Codec::Plain).then_some(self.offset)
     }
 

@@ -1,17 +1,21 @@
-"""Makes the fixtures beside it: files as numpy, ml_dtypes and pyarrow write them, and in
-expected.json what is in them (row-major, little-endian).
+"""Makes the fixtures beside it: files as numpy, ml_dtypes, pyarrow, safetensors and pandas write
+them, and in expected.json what is in them (row-major, little-endian).
 
-    pip install numpy==2.4.6 ml_dtypes==0.6.0 pyarrow==26.0.1
+    pip install numpy==2.4.6 ml_dtypes==0.6.0 pyarrow==26.0.1 safetensors==0.8.0 pandas==3.1.1
     python make.py
 """
 
+import io
 import json
+import zipfile
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pandas
 import pyarrow as pa
 from pyarrow import feather
+from safetensors import numpy as safetensors
 
 HERE = Path(__file__).parent
 expected = {}
@@ -217,9 +221,84 @@ def make_nulls():
     write_ipc("nulls_lz4.arrow", halves, compression="lz4")
 
 
+def make_npz():
+    ramp = np.arange(24) * 1.25 - 3
+    arrays = {
+        "x": ramp.reshape(4, 6),
+        "counts": np.arange(-5, 5, dtype="i2"),
+        "fortran": np.asfortranarray(ramp.reshape(2, 3, 4).astype("f4")),
+        "big": ramp.reshape(3, 8).astype(">f8"),
+        "mask": np.array([[True, False], [False, True]]),
+        "none": np.zeros((0, 3), "f4"),
+        "scalar": np.array(7, "u1"),
+        "bf16": ramp.astype(ml_dtypes.bfloat16),
+        "folder/y": ramp.astype("c8"),
+        "\u00e4": ramp[:2],
+    }
+    for file, save in (("stored.npz", np.savez), ("deflated.npz", np.savez_compressed)):
+        save(HERE / file, text=np.array(["ab"]), **arrays)
+        for name, array in arrays.items():
+            note(file, name, array)
+    # Not numpy's: a member that is no array, and other methods of compression.
+    plain = io.BytesIO()
+    np.save(plain, ramp)
+    with zipfile.ZipFile(HERE / "mixed.npz", "w") as archive:
+        archive.writestr("readme.txt", "hello")
+        archive.writestr(zipfile.ZipInfo("lzma.npy"), plain.getvalue(), zipfile.ZIP_LZMA)
+        archive.writestr(zipfile.ZipInfo("good.npy"), plain.getvalue(), zipfile.ZIP_DEFLATED)
+    note("mixed.npz", "good", ramp)
+
+
+def make_safetensors():
+    ramp = np.arange(24) * 1.25 - 3
+    arrays = {
+        "layer.weight": ramp.reshape(4, 6).astype("f4"),
+        "layer.bias": ramp[:5].astype("f2"),
+        "bf16": ramp.reshape(2, 3, 4).astype(ml_dtypes.bfloat16),
+        "e4m3": ramp.astype(ml_dtypes.float8_e4m3fn),
+        "e5m2": ramp.astype(ml_dtypes.float8_e5m2),
+        "f8": ramp,
+        "c8": ramp.astype("c8"),
+        "mask": np.array([True, False, True]),
+        "ids": np.arange(6, dtype="i8").reshape(2, 3),
+        "u2": np.arange(3, dtype="u2"),
+        "scalar": np.array(2, "i4"),
+        "none": np.zeros((0, 3), "u8"),
+    }
+    safetensors.save_file(arrays, HERE / "several.safetensors", metadata={"format": "np"})
+    for name, array in arrays.items():
+        note("several.safetensors", name, array)
+
+
+def make_csv():
+    frame = pandas.DataFrame(
+        {
+            "x": [0.1, -2.5e300, np.nan, np.inf],
+            "count": [1, -2, 3, 2**53 + 1],
+            "large": np.array([1, 2, 3, 2**64 - 1], "u8"),
+            "flag": [True, False, True, True],
+            "a, b": [1.5, 2, 3, 4],
+            "name": ["one", "two", "three", 'fo"ur'],
+        }
+    )
+    frame.to_csv(HERE / "pandas.csv")
+    frame.to_csv(HERE / "windows.csv", encoding="utf-8-sig", lineterminator="\r\n", index=False)
+    for file in ("pandas.csv", "windows.csv"):
+        for name in ("x", "count", "large", "flag", "a, b"):
+            note(file, name, frame[name].to_numpy())
+    note("pandas.csv", "0", np.arange(4))
+    square = np.arange(6).reshape(2, 3) / 3
+    np.savetxt(HERE / "savetxt.csv", square, delimiter=",")
+    for column in range(3):
+        note("savetxt.csv", str(column), square[:, column])
+
+
 make_npy()
 make_arrow()
 make_nulls()
+make_npz()
+make_safetensors()
+make_csv()
 feather.write_feather(pa.table({"x": [1.0, 2.0]}), HERE / "version1.feather", version=1)
 lines = ",\n".join(
     f"{json.dumps(file)}: [\n" + ",\n".join(f"  {json.dumps(t)}" for t in tensors) + "\n]"

@@ -31,7 +31,7 @@ fn a_column_that_is_no_tensor_hurts_only_when_asked_for() {
         ("list_nulls", "1 null;"),
     ];
     for name in ["every_kind.arrow", "every_kind_stream.arrow"] {
-        let file = open(&data(name));
+        let mut file = open(&data(name));
         assert_eq!(file.unsupported().len(), reasons.len());
         for (column, reason) in reasons {
             let text = file.find(column).expect_err("no tensor").to_string();
@@ -46,8 +46,8 @@ fn a_column_that_is_no_tensor_hurts_only_when_asked_for() {
 
 #[test]
 fn nulls_are_counted_once() {
-    let file = open(&data("nulls.arrow"));
-    let compressed = open(&data("nulls_lz4.arrow"));
+    let mut file = open(&data("nulls.arrow"));
+    let mut compressed = open(&data("nulls_lz4.arrow"));
     for (column, counted) in [
         ("values", "1 null;"),
         // Two values under the null row are null, too.
@@ -58,7 +58,7 @@ fn nulls_are_counted_once() {
         ("lists_in_lists", "4 nulls;"),
         ("many", "350 nulls;"),
     ] {
-        for file in [&file, &compressed] {
+        for file in [&mut file, &mut compressed] {
             let text = file.find(column).expect_err("nulls").to_string();
             assert!(text.contains(&format!("has {counted}")), "{column}: {text}");
         }
@@ -77,7 +77,7 @@ fn feather_1_is_named() {
 
 #[test]
 fn zstd_is_refused_by_column() {
-    let file = open(&data("zstd.arrow"));
+    let mut file = open(&data("zstd.arrow"));
     assert!(file.tensors().is_empty());
     let error = file.find("x").expect_err("ZSTD").to_string();
     assert!(

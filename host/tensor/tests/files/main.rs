@@ -1,8 +1,11 @@
-//! Tensor files against what numpy, ml_dtypes and pyarrow wrote (`data/make.py`).
+//! Tensor files against what numpy, ml_dtypes, pyarrow, safetensors and pandas wrote (`data/make.py`).
 
 mod arrow;
-mod both;
+mod csv;
+mod every;
 mod npy;
+mod npz;
+mod safetensors;
 
 use std::collections::BTreeMap;
 use std::fs;
