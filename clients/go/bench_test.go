@@ -165,3 +165,43 @@ func BenchmarkFirstPass100MiB(b *testing.B) {
 	b.ReportMetric(seconds.median(), "p50-second-ns")
 	b.ReportMetric(firsts.median()/seconds.median(), "ratio")
 }
+
+// BenchmarkPrepared1KiB is a call of what is prepared, against the same as a Call of a Slice whose elements and results travel
+// in the frames.
+func BenchmarkPrepared1KiB(b *testing.B) {
+	c, ctx := benchmark(b), context.Background()
+	p, err := c.Prepare(ctx, "scale-shift", Inputs{"x": Each[float64](128)}, Param("a", 2), Param("b", 1))
+	check(b, err)
+	defer p.Close()
+	x, y := make([]float64, 128), make([]float64, 128)
+	for i := range x {
+		x[i] = float64(i)
+	}
+	inputs := Inputs{"x": Slice(x)}
+	var prepared, into, framed times
+	b.SetBytes(1024)
+	b.ReportAllocs()
+	for b.Loop() {
+		prepared.measure(func() {
+			_, err := p.Call(ctx, inputs)
+			check(b, err)
+		})
+	}
+	for range max(b.N, 100) {
+		into.measure(func() {
+			_, err := p.Call(ctx, inputs, Into("y", y))
+			check(b, err)
+		})
+	}
+	for range max(b.N, 100) {
+		framed.measure(func() {
+			_, err := c.Call(ctx, "scale-shift", inputs, Param("a", 2), Param("b", 1))
+			check(b, err)
+		})
+	}
+	b.ReportMetric(prepared.median(), "p50-ns")
+	b.ReportMetric(prepared.quantile(0.99), "p99-ns")
+	b.ReportMetric(into.median(), "p50-into-ns")
+	b.ReportMetric(framed.median(), "p50-call-ns")
+	b.ReportMetric(framed.median()/prepared.median(), "ratio")
+}

@@ -13,9 +13,12 @@ import (
 // Name, an *Adopted, or a Slice, Scalar or Raw (one copy).
 type Input interface {
 	// input is how the call names it, and what to do once that is answered or given up. What is small goes along.
+	// Without a call it is for Prepare: nothing goes along, and the host keeps it for longer than that.
 	input(ctx context.Context, c *Client, call *invokeRequest) (any, func(answered bool), error)
 	// tensor is what PUBLISH can name, and whether the caller is to release it.
 	tensor(ctx context.Context, c *Client, name string) (*Tensor, bool, error)
+	// elements is what a call of a Prepared brings. Unless it is nil, the segment they are in is to be dropped.
+	elements() (Copied, *segment, error)
 }
 
 // Inputs of a kernel by port.
@@ -30,6 +33,16 @@ func (n Name) input(context.Context, *Client, *invokeRequest) (any, func(bool), 
 
 func (n Name) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
 	return nil, false, argumentError("%q is a flight already; Fetch it and publish that", string(n))
+}
+
+func (n Name) elements() (Copied, *segment, error) {
+	return Copied{}, nil, notBrought("the flight %q", string(n))
+}
+
+// notBrought is for what is no elements.
+func notBrought(format string, arguments ...any) error {
+	return argumentError("%s does not go into a call of what is prepared, which brings elements: a Slice, Scalar, Raw or Tensor. "+
+		"What is the same for all calls goes into Prepare", fmt.Sprintf(format, arguments...))
 }
 
 // nothing is to be done for an input that is only named.
@@ -71,7 +84,15 @@ func (t *Tensor) tensor(ctx context.Context, c *Client, _ string) (*Tensor, bool
 	return h.copied().tensor(ctx, c, h.place.Name)
 }
 
-// copied is the elements of a tensor that has no segment.
+func (t *Tensor) elements() (Copied, *segment, error) {
+	h, err := t.begin()
+	if err != nil {
+		return Copied{}, nil, err
+	}
+	return h.copied(), h.segment, nil
+}
+
+// copied is the elements of a tensor, for a copy.
 func (h *handle) copied() Copied {
 	return Copied{dtype: h.place.DType, shape: h.place.Shape, bytes: h.segment.bytes(h)}
 }
@@ -90,10 +111,25 @@ func (a *Adopted) tensor(context.Context, *Client, string) (*Tensor, bool, error
 	return nil, false, argumentError("an adopted file gets its name by Adopt")
 }
 
+func (a *Adopted) elements() (Copied, *segment, error) {
+	return Copied{}, nil, notBrought("an adopted file")
+}
+
 // CallOption changes one call: Param, PublishAs, Replace, Seal, Deadline, LeaseFor, WithoutResults,
 // InlineBytes, Limits, Verify, IdempotencyKey.
 type CallOption interface {
 	call(*invokeRequest) error
+}
+
+// PrepareOption changes one Prepare: Param, Deadline, Limits.
+type PrepareOption interface {
+	prepare(*kernelRequest) error
+}
+
+// KernelOption changes one Call or Prepare: Param, Deadline, Limits.
+type KernelOption interface {
+	CallOption
+	PrepareOption
 }
 
 // PublishOption changes one Publish or Adopt: Replace.
@@ -109,6 +145,11 @@ type FetchOption interface {
 type callOption func(*invokeRequest) error
 
 func (o callOption) call(r *invokeRequest) error { return o(r) }
+
+type kernelOption func(*kernelRequest) error
+
+func (o kernelOption) call(r *invokeRequest) error    { return o(&r.kernelRequest) }
+func (o kernelOption) prepare(r *kernelRequest) error { return o(r) }
 
 func plainOption(set func(*invokeRequest)) CallOption {
 	return callOption(func(r *invokeRequest) error {
@@ -152,9 +193,10 @@ func Seal() CallOption { return plainOption(func(r *invokeRequest) { r.Seal = tr
 
 // Deadline ends the kernel after this time, counted by the host from when it has the call, waiting for
 // a worker included. By default it is the context's deadline, and without one the host's default. The
-// Call fails with ErrArgument unless after is more than 0.
-func Deadline(after time.Duration) CallOption {
-	return callOption(func(r *invokeRequest) error {
+// Call fails with ErrArgument unless after is more than 0. With Prepare it is each call's, and no context's deadline
+// takes its place.
+func Deadline(after time.Duration) KernelOption {
+	return kernelOption(func(r *kernelRequest) error {
 		if after <= 0 {
 			return argumentError("a deadline of %s; it must be more than 0, or left out for the host's default", after)
 		}
@@ -182,7 +224,7 @@ func InlineBytes(most int64) CallOption {
 	})
 }
 
-// Limits of one call, each lower than the host's own; 0 leaves it at that.
+// Limits of one call, or of each that is prepared, each lower than the host's own; 0 leaves it at that.
 type Limits struct {
 	GuestBytes  int64 `json:"guest_bytes,omitempty"`
 	WindowBytes int64 `json:"window_bytes,omitempty"`
@@ -190,7 +232,8 @@ type Limits struct {
 	LogBytes    int64 `json:"log_bytes,omitempty"`
 }
 
-func (l Limits) call(r *invokeRequest) error { r.Limits = &l; return nil }
+func (l Limits) call(r *invokeRequest) error    { r.Limits = &l; return nil }
+func (l Limits) prepare(r *kernelRequest) error { r.Limits = &l; return nil }
 
 // Verify asks the host which pages the kernel saw: Result.Pages.
 func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
@@ -275,26 +318,17 @@ func (r *Result) Release() {
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
 // if an input can no longer be used; ErrDisconnected if the connection ended.
 func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
-	asked := &invokeRequest{Kernel: kernel, Inputs: map[string]any{}, LeaseMS: milliseconds(c.lease), InlineBytes: c.welcome.InlineBytes}
-	if err := checkText("a kernel's name", kernel); err != nil {
-		return nil, err
-	}
+	asked := &invokeRequest{kernelRequest: kernelRequest{Kernel: kernel}, LeaseMS: milliseconds(c.lease), InlineBytes: c.welcome.InlineBytes}
 	for _, option := range options {
 		if err := option.call(asked); err != nil {
 			return nil, err
 		}
 	}
+	uses, err := c.say(ctx, inputs, &asked.kernelRequest, asked)
 	answered := false
-	for port, input := range inputs {
-		if input == nil {
-			return nil, argumentError("input %q is nil", port)
-		}
-		said, done, err := input.input(ctx, c, asked)
-		if err != nil {
-			return nil, fmt.Errorf("input %q: %w", port, err)
-		}
-		defer func() { done(answered) }()
-		asked.Inputs[port] = said
+	defer func() { uses.done(answered) }()
+	if err != nil {
+		return nil, err
 	}
 	// A forgotten input must not be found before its kernel ran.
 	defer runtime.KeepAlive(inputs)
@@ -313,6 +347,36 @@ func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options
 		return nil, err
 	}
 	return c.results(&reply, came)
+}
+
+// uses is what is to be done once the inputs of a request were used.
+type uses []func(answered bool)
+
+func (u uses) done(answered bool) {
+	for _, done := range u {
+		done(answered)
+	}
+}
+
+// say puts the kernel's inputs into what is asked; call is nil for Prepare. What it returns is to be done, also when it fails.
+func (c *Client) say(ctx context.Context, inputs Inputs, asked *kernelRequest, call *invokeRequest) (uses, error) {
+	if err := checkText("a kernel's name", asked.Kernel); err != nil {
+		return nil, err
+	}
+	asked.Inputs = make(map[string]any, len(inputs))
+	var all uses
+	for port, input := range inputs {
+		if input == nil {
+			return all, argumentError("input %q is nil", port)
+		}
+		said, done, err := input.input(ctx, c, call)
+		if err != nil {
+			return all, fmt.Errorf("input %q: %w", port, err)
+		}
+		all = append(all, done)
+		asked.Inputs[port] = said
+	}
+	return all, nil
 }
 
 // results takes over the descriptors, the payload and the leases of a reply to INVOKE.

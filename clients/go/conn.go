@@ -41,6 +41,8 @@ type conn struct {
 	waiting  map[uint32]*waiter
 	leases   leases
 	drain    time.Time
+	// What was prepared ends with the connection.
+	lines map[*line]struct{}
 	// Tensors that the garbage collector found, and leases that could not be released at once.
 	lost    []*handle
 	pending []uint64
@@ -89,6 +91,7 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 		writing:     make(chan struct{}, 1),
 		waiting:     map[uint32]*waiter{},
 		leases:      newLeases(renew),
+		lines:       map[*line]struct{}{},
 		done:        make(chan struct{}),
 		wake:        make(chan struct{}, 1),
 	}
@@ -100,7 +103,7 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 // request sends body and reads the reply into into (a pointer, or nil). The descriptors that came
 // with the reply are the caller's to close, a payload is its own.
 //
-// When ctx ends, a running INVOKE is cancelled and its end waited for; other requests are abandoned.
+// When ctx ends, a running INVOKE or PREPARE is cancelled and its end waited for; other requests are abandoned.
 func (c *conn) request(ctx context.Context, op op, body request, with beside, into any) (beside, error) {
 	answer, err := c.exchange(ctx, op, body, with)
 	if err != nil {
@@ -170,7 +173,7 @@ func (c *conn) exchange(ctx context.Context, op op, body request, with beside) (
 		return c.answered(waiter)
 	case <-ctx.Done():
 	}
-	if op == opInvoke {
+	if op == opInvoke || op == opPrepare {
 		if answer, ok := c.cancel(sequence, waiter); ok {
 			if answer.op == opError {
 				return reply{}, cancelled(ctx, answer)
@@ -208,7 +211,7 @@ func (c *conn) answered(w *waiter) (reply, error) {
 	}
 }
 
-// cancel ends a running INVOKE and waits for its reply; false if none came in time.
+// cancel ends a running INVOKE or PREPARE and waits for its reply; false if none came in time.
 func (c *conn) cancel(sequence uint32, w *waiter) (reply, bool) {
 	ctx, stop := context.WithTimeout(context.Background(), cancelGrace)
 	defer stop()
@@ -517,6 +520,10 @@ func (c *conn) finish(why error) {
 	}
 	c.err = why
 	close(c.done)
+	for l := range c.lines {
+		l.finish(why)
+	}
+	clear(c.lines)
 	// Whatever it returns, the connection is over.
 	_ = c.socket.Close()
 }

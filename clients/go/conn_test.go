@@ -149,9 +149,13 @@ func TestRequestBodies(t *testing.T) {
 	for want, body := range map[string]any{
 		`{}`: &emptyRequest{},
 		`{"request_id":"r","tensors":[{"name":"x","dtype":"int8","shape":[]}]}`: &createRequest{traced: traced{"r"}, Tensors: []Spec{{"x", Int8, []int{}}}},
-		`{"kernel":"k","inputs":{"x":{"segment":"0a"},"z":"f#c"},"parameters":{"a":[1,"inf",2.5]},"map":false}`: &invokeRequest{
+		`{"kernel":"k","inputs":{"x":{"segment":"0a"},"z":"f#c"},"parameters":{"a":[1,"inf",2.5]},"map":false}`: &invokeRequest{kernelRequest: kernelRequest{
 			Kernel: "k", Inputs: map[string]any{"x": segmentInput{Segment: "0a"}, "z": "f#c"},
-			Parameters: map[string]any{"a": []any{1, "inf", 2.5}}, Map: new(bool)},
+			Parameters: map[string]any{"a": []any{1, "inf", 2.5}}}, Map: new(bool)},
+		`{"kernel":"k","inputs":{"s":{"dtype":"int8","shape":[]},"z":"f#c"},"deadline_ms":7,"limits":{"log_bytes":1}}`: &kernelRequest{
+			Kernel: "k", Inputs: map[string]any{"s": specInput{Int8, []int{}}, "z": "f#c"}, DeadlineMS: 7, Limits: &Limits{LogBytes: 1}},
+		`{"sequence":3}`: &cancelRequest{Sequence: 3},
+		`{"prepared":3}`: &cancelRequest{Prepared: 3},
 		`{"tensors":[{"name":"x","dtype":"float64","shape":[2],"offset":65536,"length":16}]}`: &adoptRequest{Tensors: []Place{{Spec{"x", Float64, []int{2}}, 65536, 16}}},
 	} {
 		if got, err := json.Marshal(body); err != nil || string(got) != want {

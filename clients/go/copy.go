@@ -64,6 +64,9 @@ func (d Copied) input(ctx context.Context, c *Client, call *invokeRequest) (any,
 	if d.err != nil {
 		return nil, nil, argumentError("%w", d.err)
 	}
+	if call == nil {
+		return d.lasting(ctx, c)
+	}
 	if said, fits := d.inline(c, call); fits {
 		return said, nothing, nil
 	}
@@ -92,6 +95,22 @@ func (d Copied) input(ctx context.Context, c *Client, call *invokeRequest) (any,
 		}
 	}
 	return segmentInput{Segment: t.handle.segment.mapping.Segment}, done, nil
+}
+
+// lasting is a segment that the host has for itself once it has taken it: no other copy goes there.
+func (d Copied) lasting(ctx context.Context, c *Client) (any, func(bool), error) {
+	t, _, err := d.tensor(ctx, c, "x")
+	if err != nil {
+		return nil, nil, err
+	}
+	return segmentInput{Segment: t.handle.segment.mapping.Segment}, func(bool) { t.Release() }, nil
+}
+
+func (d Copied) elements() (Copied, *segment, error) {
+	if d.err != nil {
+		return Copied{}, nil, argumentError("%w", d.err)
+	}
+	return d, nil, nil
 }
 
 func (d Copied) tensor(ctx context.Context, c *Client, name string) (*Tensor, bool, error) {

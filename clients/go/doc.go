@@ -32,7 +32,8 @@
 //	Client ─▶ conn ── frames ─▶ data.sock
 //	  │         ├ reader goroutine: replies to who waits
 //	  │         └ upkeep goroutine: renewal of leases, tensors that the collector found
-//	  └─▶ Tensor ─▶ segment: a mapping and the lease that holds it
+//	  ├─▶ Tensor ─▶ segment: a mapping and the lease that holds it
+//	  └─▶ Prepared ─▶ line: a socket of its own, on which one call at a time sends and waits
 //
 // Package arrowalloc builds Arrow arrays in shared memory, package flight reads and puts over
 // Arrow Flight. docs/protocol.md is the protocol.

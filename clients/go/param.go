@@ -16,8 +16,8 @@ import (
 // A number reaches the kernel as it is: every integer type over its whole range (json.Number and
 // big.Int as well, as far as int64 and uint64 go) as an integer, a float as a float. A time.Duration is
 // refused, since it does not say in which unit the kernel counts: pass d.Milliseconds() or d.Seconds().
-func Param(name string, value any) CallOption {
-	return callOption(func(r *invokeRequest) error {
+func Param(name string, value any) KernelOption {
+	return kernelOption(func(r *kernelRequest) error {
 		said, err := parameter(value)
 		if err != nil {
 			return argumentError("parameter %q: %w", name, err)

@@ -26,6 +26,8 @@ const (
 	opRelease  op = 15
 	opRenew    op = 16
 	opInvoke   op = 17
+	opPrepare  op = 18
+	opCall     op = 19
 	opCancel   op = 20
 	opPing     op = 22
 	opGone     op = 65
@@ -70,20 +72,34 @@ func encodeFrame(h header, body any, payload []byte) ([]byte, error) {
 		return nil, argumentError("a request of %d bytes; at most %d fit into a frame: shorten its lists or names", len(text), bodyBytesMax)
 	}
 	frame := make([]byte, headerBytes, headerBytes+len(text)+len(payload))
+	encodeHeader(frame, h, len(text), len(payload))
+	return append(append(frame, text...), payload...), nil
+}
+
+func encodeHeader(frame []byte, h header, bodyBytes, payloadBytes int) {
 	frame[0], frame[1], frame[2], frame[3] = 'S', 'T', protocolVersion, byte(h.op)
 	binary.LittleEndian.PutUint32(frame[4:], h.sequence)
-	binary.LittleEndian.PutUint32(frame[8:], uint32(len(text)))
-	binary.LittleEndian.PutUint32(frame[12:], uint32(len(payload)))
+	binary.LittleEndian.PutUint32(frame[8:], uint32(bodyBytes))
+	binary.LittleEndian.PutUint32(frame[12:], uint32(payloadBytes))
 	copy(frame[16:], h.trace.traceID[:])
 	copy(frame[32:], h.trace.parentID[:])
 	frame[40] = h.trace.flags
-	return append(append(frame, text...), payload...), nil
 }
 
 // decodeFrame takes a packet apart: body and payload are parts of it.
 func decodeFrame(packet []byte) (h header, body, payload []byte, err error) {
-	refuse := func(format string, args ...any) (header, []byte, []byte, error) {
-		return header{}, nil, nil, protocolError(format, args...)
+	h, bodyBytes, err := decodeHeader(packet, len(packet))
+	if err != nil {
+		return header{}, nil, nil, err
+	}
+	body, payload = packet[headerBytes:headerBytes+bodyBytes], packet[headerBytes+bodyBytes:]
+	return h, body, payload, nil
+}
+
+// decodeHeader reads the beginning of a packet that has so many bytes in all. What is neither header nor body is payload.
+func decodeHeader(packet []byte, length int) (h header, body int, err error) {
+	refuse := func(format string, args ...any) (header, int, error) {
+		return header{}, 0, protocolError(format, args...)
 	}
 	// What is of another version is told so, however long its header is.
 	if len(packet) > 2 {
@@ -98,7 +114,7 @@ func decodeFrame(packet []byte) (h header, body, payload []byte, err error) {
 		return refuse("a frame of %d bytes is shorter than its header of %d", len(packet), headerBytes)
 	}
 	bodyBytes, payloadBytes := binary.LittleEndian.Uint32(packet[8:]), binary.LittleEndian.Uint32(packet[12:])
-	had := len(packet) - headerBytes
+	had := length - headerBytes
 	if uint64(bodyBytes)+uint64(payloadBytes) != uint64(had) || bodyBytes > bodyBytesMax || payloadBytes > payloadBytesMax {
 		return refuse("a header says %d body bytes of at most %d and %d payload bytes of at most %d, the packet has %d",
 			bodyBytes, bodyBytesMax, payloadBytes, payloadBytesMax, had)
@@ -108,8 +124,8 @@ func decodeFrame(packet []byte) (h header, body, payload []byte, err error) {
 		sequence: binary.LittleEndian.Uint32(packet[4:]),
 		trace:    traceContext{[16]byte(packet[16:32]), [8]byte(packet[32:40]), packet[40]},
 	}
-	if payloadBytes != 0 && h.op != opInvoke && h.op != opOK {
-		return refuse("%d payload bytes after op %d; only INVOKE and the OK to it carry a payload", payloadBytes, h.op)
+	if payloadBytes != 0 && h.op != opInvoke && h.op != opCall && h.op != opOK {
+		return refuse("%d payload bytes after op %d; only INVOKE, CALL and the OK to them carry a payload", payloadBytes, h.op)
 	}
 	if reserved := packet[41:44]; reserved[0]|reserved[1]|reserved[2] != 0 {
 		return refuse("reserved bytes %x in a header; they are 0", reserved)
@@ -117,8 +133,7 @@ func decodeFrame(packet []byte) (h header, body, payload []byte, err error) {
 	if flags := binary.LittleEndian.Uint32(packet[44:]); flags != 0 {
 		return refuse("flags %#x in a header; none is known", flags)
 	}
-	body, payload = packet[headerBytes:headerBytes+bodyBytes], packet[headerBytes+bodyBytes:]
-	return h, body, payload, nil
+	return h, int(bodyBytes), nil
 }
 
 // decodeBody reads a reply's JSON; an empty body stands for {}.
@@ -198,24 +213,31 @@ type leasesRequest struct {
 	LeaseMS int64    `json:"lease_ms,omitempty"`
 }
 
+// cancelRequest has one of the two.
 type cancelRequest struct {
 	traced
-	Sequence uint32 `json:"sequence"`
+	Sequence uint32 `json:"sequence,omitempty"`
+	Prepared uint64 `json:"prepared,omitempty"`
+}
+
+// kernelRequest is all of PREPARE, and what INVOKE has in common with it.
+type kernelRequest struct {
+	traced
+	Kernel     string         `json:"kernel"`
+	Inputs     map[string]any `json:"inputs"`
+	Parameters map[string]any `json:"parameters,omitempty"`
+	DeadlineMS int64          `json:"deadline_ms,omitempty"`
+	Limits     *Limits        `json:"limits,omitempty"`
 }
 
 type invokeRequest struct {
-	traced
-	Kernel         string            `json:"kernel"`
-	Inputs         map[string]any    `json:"inputs"`
-	Parameters     map[string]any    `json:"parameters,omitempty"`
+	kernelRequest
 	Publish        map[string]string `json:"publish,omitempty"`
 	Replace        bool              `json:"replace,omitempty"`
 	Seal           bool              `json:"seal,omitempty"`
-	DeadlineMS     int64             `json:"deadline_ms,omitempty"`
 	LeaseMS        int64             `json:"lease_ms,omitempty"`
 	InlineBytes    int64             `json:"inline_bytes,omitempty"`
 	Map            *bool             `json:"map,omitempty"`
-	Limits         *Limits           `json:"limits,omitempty"`
 	Verify         bool              `json:"verify,omitempty"`
 	IdempotencyKey string            `json:"idempotency_key,omitempty"`
 	// Goes behind the JSON.
@@ -229,6 +251,12 @@ type inlineInput struct {
 type segmentInput struct {
 	Segment string `json:"segment"`
 	Tensor  string `json:"tensor,omitempty"`
+}
+
+// specInput is an input of PREPARE that each CALL brings.
+type specInput struct {
+	DType DType `json:"dtype"`
+	Shape []int `json:"shape"`
 }
 
 // mappedReply is the OK to CREATE, ADOPT, MAP, LOOKUP and PUBLISH.
@@ -287,6 +315,28 @@ type invokeReply struct {
 		Total       float64 `json:"total"`
 	} `json:"seconds"`
 	RequestID string `json:"request_id"`
+}
+
+type prepareReply struct {
+	Prepared     uint64          `json:"prepared"`
+	RequestBytes int64           `json:"request_bytes"`
+	Inputs       []preparedPlace `json:"inputs"`
+	ReplyBytes   int64           `json:"reply_bytes"`
+	Outputs      []preparedPlace `json:"outputs"`
+	RequestID    string          `json:"request_id"`
+}
+
+// preparedPlace is a tensor's in the payload of a CALL, or of the OK to it.
+type preparedPlace struct {
+	Port   string `json:"port"`
+	DType  DType  `json:"dtype"`
+	Shape  []int  `json:"shape"`
+	Offset int64  `json:"offset"`
+	Length int64  `json:"length"`
+}
+
+type callReply struct {
+	Notes []Note `json:"notes"`
 }
 
 // grantedLeases is what any reply may say about leases, for replies that nobody waits for any more.

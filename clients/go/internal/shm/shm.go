@@ -212,3 +212,12 @@ func Offset(within, slice []byte) (int, bool) {
 	}
 	return int(at - base), true
 }
+
+// Overlap says whether two slices have a byte in common.
+func Overlap(a, b []byte) bool {
+	if len(a) == 0 || len(b) == 0 {
+		return false
+	}
+	begin, other := uintptr(unsafe.Pointer(unsafe.SliceData(a))), uintptr(unsafe.Pointer(unsafe.SliceData(b)))
+	return begin < other+uintptr(len(b)) && other < begin+uintptr(len(a))
+}

@@ -24,7 +24,7 @@ import (
 )
 
 func main() {
-	d := &driver{handles: map[string]*handle{}}
+	d := &driver{handles: map[string]*handle{}, prepared: map[string]*strait.Prepared{}}
 	in := bufio.NewReader(os.Stdin)
 	for {
 		line, err := in.ReadBytes('\n')
@@ -53,6 +53,8 @@ type driver struct {
 	// Calls on several goroutines look handles up and keep outputs.
 	mu      sync.Mutex
 	handles map[string]*handle
+	// By names of their own.
+	prepared map[string]*strait.Prepared
 }
 
 // handle is a tensor, or an array of the Go heap.
@@ -89,6 +91,7 @@ type request struct {
 	Params   map[string]any    `json:"parameters"`
 	Files    map[string]string `json:"files"`
 	Publish  map[string]string `json:"publish"`
+	Prepared string            `json:"prepared"`
 }
 
 type answer map[string]any
@@ -171,6 +174,17 @@ func (d *driver) operate(ctx context.Context, r *request) (answer, error) {
 		return d.calls(ctx, r)
 	case "concurrent":
 		return d.concurrent(ctx, r), nil
+	case "prepare":
+		return d.prepare(ctx, r)
+	case "call_prepared":
+		return d.callPrepared(ctx, r)
+	case "close_prepared":
+		prepared, err := d.preparedNamed(r.Prepared)
+		if err != nil {
+			return nil, err
+		}
+		delete(d.prepared, r.Prepared)
+		return answer{}, prepared.Close()
 	case "delete":
 		return answer{}, d.client.Delete(ctx, r.Name)
 	case "list":
@@ -202,6 +216,8 @@ func (d *driver) connect(ctx context.Context, r *request) (answer, error) {
 		return nil, err
 	}
 	d.client = client
+	// The session that they were of is closed.
+	clear(d.prepared)
 	welcome := client.Welcome()
 	return answer{"host_id": welcome.HostID, "move_min_bytes": welcome.MoveMinBytes, "inline_bytes": welcome.InlineBytes}, nil
 }
@@ -475,6 +491,14 @@ func (d *driver) inputs(said map[string]any) (strait.Inputs, error) {
 			continue
 		}
 		object, _ := value.(map[string]any)
+		if dtype, brought := object["dtype"].(string); brought {
+			shape, err := sizes(object["shape"])
+			if err != nil {
+				return nil, err
+			}
+			inputs[port] = strait.EachOf(strait.DType(dtype), shape...)
+			continue
+		}
 		name, _ := object["handle"].(string)
 		h, err := d.handle(name)
 		if err != nil {
@@ -535,28 +559,136 @@ func (d *driver) calls(ctx context.Context, r *request) (answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	notes, pages := []answer{}, []answer{}
-	for _, note := range result.Notes {
-		notes = append(notes, answer{"key": note.Key, "text": note.Text})
-	}
+	pages := []answer{}
 	for _, page := range result.Pages {
 		pages = append(pages, answer{"port": page.Port, "device": page.Device, "inode": page.Inode})
 	}
 	return answer{
-		"outputs": outputs, "notes": notes, "pages": pages, "seconds": seconds, "copied_bytes": result.CopiedBytes,
+		"outputs": outputs, "notes": notes(result), "pages": pages, "seconds": seconds, "copied_bytes": result.CopiedBytes,
 		"client_copied_bytes": d.client.ClientStats().CopiedBytes - before,
 	}, nil
 }
 
 func (d *driver) call(ctx context.Context, r *request, inputs strait.Inputs) (*strait.Result, error) {
-	if r.Cancel != 0 {
-		cancellable, cancel := context.WithCancel(ctx)
-		timer := time.AfterFunc(time.Duration(r.Cancel)*time.Millisecond, cancel)
-		defer timer.Stop()
-		defer cancel()
-		ctx = cancellable
-	}
+	ctx, stop := r.cancellable(ctx)
+	defer stop()
 	return d.client.Call(ctx, r.Kernel, inputs, r.options()...)
+}
+
+// cancellable is cancelled when the request says so, and by what it returns.
+func (r *request) cancellable(ctx context.Context) (context.Context, func()) {
+	if r.Cancel == 0 {
+		return ctx, func() {}
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	timer := time.AfterFunc(time.Duration(r.Cancel)*time.Millisecond, cancel)
+	return ctx, func() {
+		timer.Stop()
+		cancel()
+	}
+}
+
+func sizes(said any) ([]int, error) {
+	list, ok := said.([]any)
+	shape := make([]int, len(list))
+	for i, size := range list {
+		number, _ := size.(json.Number)
+		n, err := strconv.Atoi(number.String())
+		shape[i], ok = n, ok && err == nil
+	}
+	if !ok {
+		return nil, fmt.Errorf("%w: `shape` is %v", errDriver, said)
+	}
+	return shape, nil
+}
+
+func (d *driver) prepare(ctx context.Context, r *request) (answer, error) {
+	name, ok := r.As.(string)
+	if !ok {
+		return nil, fmt.Errorf("%w: `as` is %v", errDriver, r.As)
+	}
+	inputs, err := d.inputs(r.Inputs)
+	if err != nil {
+		return nil, err
+	}
+	var options []strait.PrepareOption
+	for name, value := range r.Params {
+		options = append(options, strait.Param(name, parameter(value)))
+	}
+	if r.Deadline != nil {
+		options = append(options, strait.Deadline(time.Duration(*r.Deadline)*time.Millisecond))
+	}
+	if r.ID != "" {
+		ctx = strait.WithRequestID(ctx, r.ID)
+	}
+	prepared, err := d.client.Prepare(ctx, r.Kernel, inputs, options...)
+	if err != nil {
+		return nil, err
+	}
+	if before := d.prepared[name]; before != nil {
+		if err := before.Close(); err != nil {
+			return nil, err
+		}
+	}
+	d.prepared[name] = prepared
+	return answer{"inputs": places(prepared.Inputs()), "outputs": places(prepared.Outputs())}, nil
+}
+
+func places(specs []strait.Spec) []answer {
+	all := []answer{}
+	for _, spec := range specs {
+		all = append(all, answer{"port": spec.Name, "dtype": spec.DType, "shape": append([]int{}, spec.Shape...)})
+	}
+	return all
+}
+
+func (d *driver) preparedNamed(name string) (*strait.Prepared, error) {
+	prepared, known := d.prepared[name]
+	if !known {
+		return nil, fmt.Errorf("%w: nothing prepared is named %q", errDriver, name)
+	}
+	return prepared, nil
+}
+
+// callPrepared runs what is prepared as often as asked.
+func (d *driver) callPrepared(ctx context.Context, r *request) (answer, error) {
+	prepared, err := d.preparedNamed(r.Prepared)
+	if err != nil {
+		return nil, err
+	}
+	inputs, err := d.inputs(r.Inputs)
+	if err != nil {
+		return nil, err
+	}
+	before := d.client.ClientStats().CopiedBytes
+	var result *strait.Result
+	seconds := []float64{}
+	for range max(r.Repeat, 1) {
+		cancellable, stop := r.cancellable(ctx)
+		start := time.Now()
+		result, err = prepared.Call(cancellable, inputs)
+		stop()
+		if err != nil {
+			return nil, err
+		}
+		seconds = append(seconds, time.Since(start).Seconds())
+	}
+	outputs, err := d.outputs(r, result)
+	if err != nil {
+		return nil, err
+	}
+	return answer{
+		"outputs": outputs, "notes": notes(result), "seconds": seconds,
+		"client_copied_bytes": d.client.ClientStats().CopiedBytes - before,
+	}, nil
+}
+
+func notes(result *strait.Result) []answer {
+	all := []answer{}
+	for _, note := range result.Notes {
+		all = append(all, answer{"key": note.Key, "text": note.Text})
+	}
+	return all
 }
 
 // outputs describes, writes, keeps or releases what a call gave back.

@@ -1,0 +1,494 @@
+package strait
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"sync"
+
+	"strait/internal/shm"
+)
+
+// Of one tensor, at the beginning of a payload: eight sizes, those beyond its axes 0.
+const sizesBytes = 8 * rankMax
+
+// Brought stands for an input whose elements each call of a Prepared brings. Each and EachOf make it.
+type Brought struct {
+	dtype DType
+	shape []int
+}
+
+// Each is an input of that type and shape, at most: what a call brings may be smaller along every axis.
+func Each[T Element](shape ...int) Brought { return EachOf(DTypeOf[T](), shape...) }
+
+// EachOf is Each for element types that Go lacks.
+func EachOf(dtype DType, shape ...int) Brought { return Brought{dtype, slices.Clone(shape)} }
+
+func (b Brought) input(_ context.Context, _ *Client, call *invokeRequest) (any, func(bool), error) {
+	if call != nil {
+		return nil, nil, argumentError("an Each has no elements; it goes into Prepare")
+	}
+	_, err := byteSize(b.dtype, b.shape)
+	if err != nil {
+		err = argumentError("%w", err)
+	}
+	// The wire's empty shape is a list and not null.
+	return specInput{b.dtype, append([]int{}, b.shape...)}, nothing, err
+}
+
+func (b Brought) tensor(context.Context, *Client, string) (*Tensor, bool, error) {
+	return nil, false, argumentError("an Each has no elements; it goes into Prepare")
+}
+
+func (b Brought) elements() (Copied, *segment, error) {
+	return Copied{}, nil, notBrought("an Each")
+}
+
+// Prepared is a kernel that the host has checked, opened and bound once, to be called again and again on small tensors: a
+// call takes a fraction of a Client.Call's time. It has a socket of its own, and a thread and memory in the host, until
+// Close, or that of its Client, or until the garbage collector finds it.
+//
+// Any number of goroutines may use it at once; its calls run one after another. Prepare the kernel several times to have
+// calls side by side. A call occupies a thread of the operating system while it waits.
+type Prepared struct {
+	conn *conn
+	line *line
+	// By it the host is told to end a call.
+	number    uint64
+	requestID string
+	inputs    []preparedPlace
+	outputs   []preparedPlace
+	replyLen  int
+
+	// Held by the call that is under way, and so is all that follows. A channel, so that a context can end the wait for it.
+	calling  chan struct{}
+	sequence uint32
+	// The header and the sizes of the inputs; the elements follow.
+	head   []byte
+	packet [][]byte
+	// The header and the sizes of the outputs of the reply.
+	replyHead []byte
+	answer    [][]byte
+	// What is received between outputs: something only beside a body.
+	gaps []byte
+}
+
+// rests is memory for what is received behind outputs: an ERROR, or what a body moves there. A call that is under way has one.
+var rests = sync.Pool{New: func() any { return new([bodyBytesMax + 1]byte) }}
+
+// zeros are between tensors and behind them.
+var zeros [payloadBytesMax]byte
+
+// Prepare makes a kernel ready for many calls. An input is an Each, whose elements every call brings, or anything that goes
+// into Client.Call, which is then the same for all calls: it is kept for as long as what is prepared, whatever becomes of its
+// name, and must not be written to meanwhile. A Slice is copied into shared memory.
+//
+// What calls bring, and what they give back, has at most 128 KiB together; a RemoteError says so.
+//
+// ctx is for preparing only. When it ends, preparing is cancelled. Its request id (WithRequestID) is that of all calls.
+func (c *Client) Prepare(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Prepared, error) {
+	asked := &kernelRequest{Kernel: kernel}
+	for _, option := range options {
+		if err := option.prepare(asked); err != nil {
+			return nil, err
+		}
+	}
+	uses, err := c.say(ctx, inputs, asked, nil)
+	// By then the host has what it keeps.
+	defer func() { uses.done(true) }()
+	if err != nil {
+		return nil, err
+	}
+	defer runtime.KeepAlive(inputs)
+	var reply prepareReply
+	came, err := c.conn.request(ctx, opPrepare, asked, beside{}, &reply)
+	if err != nil {
+		return nil, err
+	}
+	if err := reply.check(asked, len(came.fds)); err != nil {
+		closeAll(came.fds)
+		return nil, err
+	}
+	socket, err := c.conn.newLine(came.fds[0])
+	if err != nil {
+		return nil, err
+	}
+	return newPrepared(socket, &reply), nil
+}
+
+// check holds the host's word against what was asked, and against itself.
+func (r *prepareReply) check(asked *kernelRequest, fds int) error {
+	if fds != 1 {
+		return protocolError("%d descriptors beside the OK to PREPARE, which has one", fds)
+	}
+	brought := 0
+	for _, said := range asked.Inputs {
+		if _, brings := said.(specInput); brings {
+			brought++
+		}
+	}
+	ports := map[string]bool{}
+	for _, place := range r.Inputs {
+		ports[place.Port] = true
+		said, brings := asked.Inputs[place.Port].(specInput)
+		if !brings || place.DType != said.DType || !slices.Equal(place.Shape, said.Shape) {
+			return protocolError("prepared input %q is %s, which was not asked for", place.Port, spec(place.DType, place.Shape))
+		}
+	}
+	if len(r.Inputs) != brought || len(ports) != brought {
+		return protocolError("%d prepared inputs that are not the %d that were asked for", len(r.Inputs), brought)
+	}
+	if err := checkPlaces(r.Inputs, r.RequestBytes); err != nil {
+		return protocolError("prepared inputs: %w", err)
+	}
+	if err := checkPlaces(r.Outputs, r.ReplyBytes); err != nil {
+		return protocolError("prepared outputs: %w", err)
+	}
+	return nil
+}
+
+// checkPlaces says whether tensors lie in a payload of so many bytes as they must: one behind the other, behind their sizes.
+func checkPlaces(places []preparedPlace, had int64) error {
+	if had < 0 || had > payloadBytesMax {
+		return fmt.Errorf("a payload of %d bytes; at most %d are possible", had, payloadBytesMax)
+	}
+	end := int64(len(places)) * sizesBytes
+	for _, place := range places {
+		bytes, err := byteSize(place.DType, place.Shape)
+		switch {
+		case err != nil:
+			return fmt.Errorf("%q: %w", place.Port, err)
+		case place.Offset != end || place.Length != bytes || bytes > had:
+			return fmt.Errorf("%q, %s, has %d bytes at %d of %d; it must have %d at %d",
+				place.Port, spec(place.DType, place.Shape), place.Length, place.Offset, had, bytes, end)
+		}
+		end += (bytes + alignBytes - 1) / alignBytes * alignBytes
+	}
+	if end != had {
+		return fmt.Errorf("they have %d bytes together, not %d", end, had)
+	}
+	return nil
+}
+
+func newPrepared(socket *line, reply *prepareReply) *Prepared {
+	p := &Prepared{
+		conn:      socket.conn,
+		line:      socket,
+		number:    reply.Prepared,
+		requestID: reply.RequestID,
+		inputs:    reply.Inputs,
+		outputs:   reply.Outputs,
+		replyLen:  int(reply.ReplyBytes),
+		calling:   make(chan struct{}, 1),
+		head:      make([]byte, headerBytes+sizesBytes*len(reply.Inputs)),
+		replyHead: make([]byte, headerBytes+sizesBytes*len(reply.Outputs)),
+		gaps:      make([]byte, alignBytes*len(reply.Outputs)),
+	}
+	encodeHeader(p.head, header{op: opCall}, 0, int(reply.RequestBytes))
+	runtime.AddCleanup(p, func(l *line) { _ = l.drop(closed("forgotten")) }, socket)
+	return p
+}
+
+// Close ends what is prepared, here and in the host. A call that is under way, and every later one, fails with
+// ErrDisconnected. A second Close does nothing.
+func (p *Prepared) Close() error {
+	_ = p.line.drop(closed("closed here"))
+	return nil
+}
+
+func closed(how string) error {
+	return fmt.Errorf("strait: %w: what was prepared was %s", ErrDisconnected, how)
+}
+
+// Inputs are those that a call brings, in the kernel's order, as large as they can be.
+func (p *Prepared) Inputs() []Spec { return specs(p.inputs) }
+
+// Outputs are the kernel's, in its order, as large as they can be.
+func (p *Prepared) Outputs() []Spec { return specs(p.outputs) }
+
+func specs(places []preparedPlace) []Spec {
+	all := make([]Spec, len(places))
+	for i, place := range places {
+		all[i] = Spec{place.Port, place.DType, slices.Clone(place.Shape)}
+	}
+	return all
+}
+
+// PreparedOption changes one call of a Prepared: Into.
+type PreparedOption interface {
+	prepared(p *Prepared, outputs []output) error
+}
+
+// output is where the elements of an output go.
+type output struct {
+	bytes []byte
+	// They are a []bool.
+	truths bool
+}
+
+type preparedOption func(p *Prepared, outputs []output) error
+
+func (o preparedOption) prepared(p *Prepared, outputs []output) error { return o(p, outputs) }
+
+// Into receives an output in the caller's own slice and not in fresh memory. The slice has room for the largest the output
+// can be, and may be one that goes in, since that has been sent by then. If the call fails, anything may be in it. Tensors of
+// the Result are views of it.
+//
+// The Call fails with ErrArgument, before anything is sent, if there is no such output or it does not fit.
+func Into[T Element](port string, elements []T) PreparedOption {
+	return preparedOption(func(p *Prepared, outputs []output) error {
+		i := slices.IndexFunc(p.outputs, func(place preparedPlace) bool { return place.Port == port })
+		if i < 0 {
+			return argumentError("no output %q; there are %q", port, ports(p.outputs))
+		}
+		place, bytes := &p.outputs[i], shm.Raw(elements)
+		if !holds[T](place.DType) || int64(len(bytes)) < place.Length {
+			return argumentError("output %q can be %s; it does not go into %d elements of %s",
+				port, spec(place.DType, place.Shape), len(elements), DTypeOf[T]())
+		}
+		bytes = bytes[:place.Length:place.Length]
+		for j := range outputs {
+			// One packet is received in all of them, in pieces.
+			if shm.Overlap(outputs[j].bytes, bytes) {
+				return argumentError("outputs %q and %q cannot both go into one slice", p.outputs[j].Port, port)
+			}
+		}
+		outputs[i] = output{bytes, DTypeOf[T]() == Bool8}
+		return nil
+	})
+}
+
+func ports(places []preparedPlace) []string {
+	all := make([]string, len(places))
+	for i, place := range places {
+		all[i] = place.Port
+	}
+	return all
+}
+
+// Call runs the kernel on the elements of inputs, one for each of p.Inputs: a Slice, Scalar, Raw or tensor. They have the
+// element type and the number of axes that were prepared, and are at most as large along each axis; smaller ones take longer.
+// The elements are sent from where they lie.
+//
+// The Result has Tensors, Notes and the RequestID. Its tensors are in memory of the Go heap, fresh for each call and the
+// caller's own, unless Into says where. They need no Release.
+//
+// When ctx ends, the call is cancelled, and Call returns when the host says that it is over; the error is then both ctx's
+// and the host's RemoteError with CANCELLED. A deadline of ctx's is not told to the host beforehand: see Deadline.
+//
+// The error is ErrArgument if inputs or options do not fit, and nothing is sent then; a RemoteError if the kernel fails,
+// which concerns no later call; ErrDisconnected if the connection, or what is prepared, has ended; ErrProtocol if the host
+// breaks the protocol. After the last two, and if the host does not say that a cancelled call is over, it has ended.
+func (p *Prepared) Call(ctx context.Context, inputs Inputs, options ...PreparedOption) (*Result, error) {
+	if err := ended(ctx); err != nil {
+		return nil, err
+	}
+	outputs := make([]output, len(p.outputs))
+	for _, option := range options {
+		if err := option.prepared(p, outputs); err != nil {
+			return nil, err
+		}
+	}
+	brought, drop, err := p.brought(inputs)
+	defer drop()
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case p.calling <- struct{}{}:
+		defer func() { <-p.calling }()
+	case <-ctx.Done():
+		return nil, ended(ctx)
+	case <-p.line.done:
+		return nil, p.line.end()
+	}
+	for i := range outputs {
+		if outputs[i].bytes == nil {
+			outputs[i].bytes = shm.Raw(make([]uint64, (p.outputs[i].Length+7)/8))[:p.outputs[i].Length]
+		}
+	}
+	stop := p.line.watch(ctx, p.number)
+	result, err := p.exchange(brought, outputs)
+	stop()
+	for _, output := range outputs {
+		if output.truths {
+			// Whatever was received there: a Go bool has no other bytes.
+			for i, b := range output.bytes {
+				output.bytes[i] = min(b, 1)
+			}
+		}
+	}
+	if err != nil && ctx.Err() != nil {
+		return nil, fmt.Errorf("%w: %w", ended(ctx), err)
+	}
+	return result, err
+}
+
+// brought is the elements that a call brings, in the kernel's order. What it returns ends their use, also when it fails.
+func (p *Prepared) brought(inputs Inputs) ([]Copied, func(), error) {
+	all := make([]Copied, 0, len(p.inputs))
+	var held []*segment
+	drop := func() {
+		for _, segment := range held {
+			segment.drop()
+		}
+	}
+	for i := range p.inputs {
+		place := &p.inputs[i]
+		input := inputs[place.Port]
+		if input == nil {
+			return nil, drop, argumentError("input %q is missing; a call brings %q", place.Port, ports(p.inputs))
+		}
+		elements, segment, err := input.elements()
+		if segment != nil {
+			held = append(held, segment)
+		}
+		if err == nil {
+			err = place.fits(elements)
+		}
+		if err != nil {
+			return nil, drop, fmt.Errorf("input %q: %w", place.Port, err)
+		}
+		all = append(all, elements)
+	}
+	if len(inputs) > len(all) {
+		for port := range inputs {
+			if !slices.Contains(ports(p.inputs), port) {
+				return nil, drop, argumentError("input %q is not one that a call brings; those are %q", port, ports(p.inputs))
+			}
+		}
+	}
+	return all, drop, nil
+}
+
+func (p *preparedPlace) fits(elements Copied) error {
+	fits := elements.dtype == p.DType && len(elements.shape) == len(p.Shape)
+	for axis := 0; fits && axis < len(p.Shape); axis++ {
+		fits = elements.shape[axis] <= p.Shape[axis]
+	}
+	if !fits {
+		return argumentError("%s does not fit %s, which was prepared", spec(elements.dtype, elements.shape), spec(p.DType, p.Shape))
+	}
+	return nil
+}
+
+// exchange is one CALL and its reply. But for a failure of the kernel's, an error is the end of what is prepared.
+func (p *Prepared) exchange(brought []Copied, outputs []output) (*Result, error) {
+	p.sequence = max(p.sequence+1, 1)
+	p.pack(brought)
+	p.answer = append(p.answer[:0], p.replyHead)
+	for i := range outputs {
+		bytes := outputs[i].bytes
+		p.answer = append(p.answer, bytes, p.gaps[alignBytes*i:][:-len(bytes)&(alignBytes-1)])
+	}
+	rest := rests.Get().(*[bodyBytesMax + 1]byte)
+	defer rests.Put(rest)
+	p.answer = append(p.answer, rest[:])
+	n, err := p.line.exchange(p.packet, p.answer)
+	// Memory of others is not kept, nor written to.
+	clear(p.packet)
+	defer clear(p.answer)
+	if err != nil {
+		return nil, p.line.drop(err)
+	}
+	p.conn.calls.Add(1)
+	for _, elements := range brought {
+		p.conn.copiedBytes.Add(int64(len(elements.bytes)))
+	}
+	result, err := p.received(n, outputs)
+	if err != nil && !errors.As(err, new(*RemoteError)) {
+		return nil, p.line.drop(err)
+	}
+	return result, err
+}
+
+// pack puts the frame of a CALL together.
+func (p *Prepared) pack(brought []Copied) {
+	binary.LittleEndian.PutUint32(p.head[4:], p.sequence)
+	p.packet = append(p.packet[:0], p.head)
+	for i, elements := range brought {
+		sizes := p.head[headerBytes+sizesBytes*i:]
+		for axis, size := range elements.shape {
+			binary.LittleEndian.PutUint64(sizes[8*axis:], uint64(size))
+		}
+		room := (int(p.inputs[i].Length) + alignBytes - 1) / alignBytes * alignBytes
+		p.packet = append(p.packet, elements.bytes, zeros[:room-len(elements.bytes)])
+	}
+}
+
+// received reads the n bytes of a reply from where they were received.
+func (p *Prepared) received(n int, outputs []output) (*Result, error) {
+	h, bodyBytes, err := decodeHeader(p.replyHead[:min(n, headerBytes)], n)
+	switch {
+	case err != nil:
+		return nil, err
+	case h.sequence != p.sequence:
+		return nil, protocolError("the reply to call %d answers call %d", p.sequence, h.sequence)
+	case h.op == opError:
+		remote := &RemoteError{}
+		if err := decodeBody(linear(p.answer, n)[headerBytes:], remote); err != nil {
+			return nil, err
+		}
+		return nil, remote
+	case h.op != opOK:
+		return nil, protocolError("op %d answers a CALL", h.op)
+	case n-headerBytes-bodyBytes != p.replyLen:
+		return nil, protocolError("%d payload bytes answer a CALL; %d were said", n-headerBytes-bodyBytes, p.replyLen)
+	}
+	var reply callReply
+	if bodyBytes > 0 {
+		packet := linear(p.answer, n)
+		if err := decodeBody(packet[headerBytes:headerBytes+bodyBytes], &reply); err != nil {
+			return nil, err
+		}
+		// To where it is without a body.
+		payload := packet[headerBytes+bodyBytes:]
+		copy(p.replyHead[headerBytes:], payload)
+		for i := range outputs {
+			copy(outputs[i].bytes, payload[p.outputs[i].Offset:])
+		}
+	}
+	result := &Result{Notes: reply.Notes, RequestID: p.requestID, Tensors: make([]*Tensor, len(outputs))}
+	for i := range outputs {
+		place, err := p.outputs[i].smaller(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes])
+		if err != nil {
+			return nil, err
+		}
+		p.conn.copiedBytes.Add(place.Length)
+		s := &segment{conn: p.conn, mapping: Mapping{Tensors: []Place{place}}, memory: outputs[i].bytes, fd: -1, holders: 1}
+		result.Tensors[i] = newTensor(s, &s.mapping.Tensors[0])
+	}
+	return result, nil
+}
+
+// linear is a copy of the first n bytes of what lies in parts.
+func linear(parts [][]byte, n int) []byte {
+	all := make([]byte, 0, n)
+	for _, part := range parts {
+		all = append(all, part[:min(len(part), n-len(all))]...)
+	}
+	return all
+}
+
+// smaller is an output with the sizes that came, in memory of its own.
+func (p *preparedPlace) smaller(sizes []byte) (Place, error) {
+	shape := make([]int, len(p.Shape))
+	for axis := range rankMax {
+		size, most := binary.LittleEndian.Uint64(sizes[8*axis:]), uint64(0)
+		if axis < len(shape) {
+			most = uint64(p.Shape[axis])
+		}
+		if size > most {
+			return Place{}, protocolError("output %q has %d along axis %d; %s was said", p.Port, size, axis, spec(p.DType, p.Shape))
+		}
+		if axis < len(shape) {
+			shape[axis] = int(size)
+		}
+	}
+	// No more than the bytes of the largest.
+	bytes, err := byteSize(p.DType, shape)
+	return Place{Spec{p.Port, p.DType, shape}, 0, bytes}, err
+}
