@@ -1,12 +1,10 @@
 # The socket of a kernel that is prepared (prepared.jl): one CALL at a time, and the reply to it.
 #
-# A reply is looked for a while before the task waits for it: a small call is answered sooner than Julia's event loop
-# wakes a task. Neither way blocks the thread for long.
+# A task that waits for a reply waits as it does for any of a session's: other tasks of its thread go on. To look for the reply for a
+# while before that is no quicker on busy processors, where the host then gets its turn that much later.
 
 "Bytes of a tensor's sizes in the payload of a CALL, and of the OK to it."
 const SIZES_BYTES = 64
-"How long a reply is looked for, in nanoseconds."
-const LOOK_NS = UInt64(50_000)
 
 mutable struct CallSocket
     number::UInt64                     # by which the host knows what is prepared
@@ -58,7 +56,6 @@ The bytes of the reply that is owed, in `received`. Other than to an ERROR or OK
 and the socket is over: no call gets the reply to another one.
 """
 function receive_call!(socket::CallSocket)
-    until = time_ns() + LOOK_NS
     while true
         check_open(socket)
         count, fds, flags = disable_sigint() do
@@ -67,9 +64,7 @@ function receive_call!(socket::CallSocket)
             found
         end
         if count == -Libc.EAGAIN
-            # Other threads may be waiting for this one, to collect garbage.
-            GC.safepoint()
-            time_ns() < until || wait_until_ready(() -> wait(socket.watcher))
+            wait_until_ready(() -> wait(socket.watcher))
         elseif count <= 0
             finish!(socket, Disconnected("what was prepared is over: $(count == 0 ? "the host ended it" : Libc.strerror(-count)); prepare it anew"))
         else

@@ -375,13 +375,14 @@ end
     Strait.cancel!(prepared)
 
 Asks the host to end the call that is under way, if one is; that one throws a [`RemoteError`](@ref) with reason `CANCELLED`, and the next is
-not concerned. From another task than the one that calls. Answers whether the host knows what was prepared.
+not concerned. From another task than the one that calls. Returns `nothing`.
 """
 function cancel!(prepared::Prepared)
     c = prepared.session.connection
     check_open(prepared.socket)
     prepared.socket.cancelled[] = true
-    return field(ask(c, CANCEL, with_options(prepared.session, (prepared = prepared.socket.number,))), "cancelled", Bool)
+    ask(c, CANCEL, with_options(prepared.session, (prepared = prepared.socket.number,)))
+    return nothing
 end
 
 """
@@ -394,6 +395,8 @@ function Base.close(prepared::Prepared)
     check_owner(c)
     finish!(socket, Disconnected("what was prepared of $(prepared.kernel) was closed by this program; prepare it anew"))
     locked(() -> delete!(c.call_sockets, socket), c)
+    # The host looks at the socket between calls, not while one runs.
+    socket.owed && quietly(() -> tell(c, CANCEL, (prepared = socket.number,)))
     return nothing
 end
 
