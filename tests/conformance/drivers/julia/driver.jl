@@ -44,15 +44,18 @@ function place(array::Array)
     nowhere = (device = 0, inode = 0)
     isempty(array) && return nowhere
     address = UInt(pointer(array))
-    for line in eachline("/proc/self/maps")
-        range, _, _, device, inode = split(line; limit = 6)
-        low, high = (parse(UInt, word; base = 16) for word in split(range, '-'))
-        low <= address < high || continue
-        inode == "0" && return nowhere
-        major, minor = (parse(Int, word; base = 16) for word in split(device, ':'))
-        return (device = major << 8 | minor, inode = parse(Int, inode))
+    # Closed at once, not when it is garbage: descriptors are counted.
+    return open("/proc/self/maps") do maps
+        for line in eachline(maps)
+            range, _, _, device, inode = split(line; limit = 6)
+            low, high = (parse(UInt, word; base = 16) for word in split(range, '-'))
+            low <= address < high || continue
+            inode == "0" && return nowhere
+            major, minor = (parse(Int, word; base = 16) for word in split(device, ':'))
+            return (device = major << 8 | minor, inode = parse(Int, inode))
+        end
+        return nowhere
     end
-    return nowhere
 end
 
 describe(array::Array) =
@@ -187,7 +190,7 @@ function call_prepared(d::Driver, request)
     given = Dict{String,Any}(port => array_of(d, value["handle"]) for (port, value) in request["inputs"])
     ports = [input.name for input in called.inputs if haskey(given, input.name)]
     # One that is not an input is one too many.
-    inputs = [given[port] for port in vcat(ports, setdiff(keys(given), ports))]
+    inputs = [given[port] for port in vcat(ports, setdiff(collect(keys(given)), ports))]
     after = option(request, "cancel_after_ms")
     seconds, copied, found = Float64[], 0, nothing
     for _ in 1:something(option(request, "repeat"), 1)
