@@ -22,13 +22,16 @@ function small_calls(s, count)
     plain, x = zeros(128), zeros(s, Float64, 128)
     in_frames() = call(s, "scale-shift", plain; a = 2)
     in_segments() = release!(s, call(s, "scale-shift", x; a = 2, options = (inline_bytes = 0,)))
+    scale = prepare(s, "scale-shift", plain; a = 2)
+    prepared() = scale(plain)
     ping() = Strait.ping(s)
-    foreach(_ -> (in_frames(); in_segments(); ping()), 1:300)
-    framed, mapped, pings = Float64[], Float64[], Float64[]
+    foreach(_ -> (prepared(); in_frames(); in_segments(); ping()), 1:300)
+    ready, framed, mapped, pings = Float64[], Float64[], Float64[], Float64[]
     for _ in 1:count
-        foreach((times, ask) -> push!(times, seconds(ask)), (framed, mapped, pings), (in_frames, in_segments, ping))
+        foreach((times, ask) -> push!(times, seconds(ask)), (ready, framed, mapped, pings), (prepared, in_frames, in_segments, ping))
     end
-    for (what, times) in (("in frames", framed), ("in segments, and release", mapped)), (name, part) in (("p50", 0.5), ("p99", 0.99))
+    close(scale)
+    for (what, times) in (("prepared", ready), ("in frames", framed), ("in segments, and release", mapped)), (name, part) in (("p50", 0.5), ("p99", 0.99))
         report("call of 1 KiB $what, $name", 1e6, quantile(sort(times), part), quantile(sort(pings), part), "a PING")
     end
 end

@@ -144,7 +144,8 @@ function dashed(declared, key::Symbol)
     return any(entry -> entry.name == other, declared) ? other : name
 end
 
-const Given = Union{AbstractArray,Number,AbstractString}
+# The last two: for `prepare` only.
+const Given = Union{AbstractArray,Number,AbstractString,TensorSpec,Fixed}
 
 function merge_inputs(found::Union{Nothing,Kernel}, kernel, inputs::Tuple, given::Vector{Pair{String,Any}})
     if all(input -> input isa Given, inputs)
@@ -448,7 +449,7 @@ end
 
 "What an INVOKE's reply tells beside its results."
 told_of(body::Dict{String,Any}) = (
-    notes = Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(body, "notes")],
+    notes = told_notes(body),
     copied_bytes = size_field(body, "copied_bytes", 0),
     pages = [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
              for page in (haskey(body, "pages") ? objects(body, "pages") : Dict{String,Any}[])],

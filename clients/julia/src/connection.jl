@@ -54,6 +54,7 @@ mutable struct Connection
     timer_at::Float64
     mapped::Set{Mapped}
     tensors::Dict{UInt,Tuple{Mapped,Int}}   # by the address of an array's first element
+    call_sockets::Set{CallSocket}      # of kernels that are prepared: they end with the connection
     mapped_bytes::Int
     collect_at::Int                    # of `mapped_bytes`: when to look for garbage
     draining_until::Float64
@@ -74,7 +75,7 @@ now() = time_ns() / 1e9
 
 function Connection(fd::Cint; renew::Bool = true)
     return Connection(getpid_now(), fd, payload_room(send_buffer_bytes(fd)), FDWatcher(RawFD(fd), true, false), Threads.Condition(), 0, Dict(), false, 0,
-        nothing, Leases(renew), nothing, Inf, Set{Mapped}(), Dict(), 0, COLLECT_BYTES_MIN, Inf,
+        nothing, Leases(renew), nothing, Inf, Set{Mapped}(), Dict(), Set{CallSocket}(), 0, COLLECT_BYTES_MIN, Inf,
         Threads.Atomic{Int}(0), 0, Threads.Atomic{Bool}(false), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0),
         Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX))
 end
@@ -152,7 +153,7 @@ function abandon!(c::Connection, sequence::UInt32)
             return false
         end
         pending.wanted = false
-        return pending.op == INVOKE
+        return pending.op in (INVOKE, PREPARE)
     end
     if cancel
         quietly(() -> tell(c, CANCEL, (sequence = sequence,)))
@@ -332,6 +333,8 @@ function finish!(c::Connection, ending::StraitError)
             c.timer = nothing
             # Wakes whoever waits for the descriptor.
             c.fd < 0 || ccall(:shutdown, Cint, (Cint, Cint), c.fd, SHUT_RDWR)
+            foreach(socket -> finish!(socket, ending), c.call_sockets)
+            empty!(c.call_sockets)
         end
         close_if_ended!(c)
         notify(c.changed)

@@ -93,7 +93,8 @@ end
     ProtocolError
 
 The host said something that the protocol does not allow. After a frame that cannot be read the session is over; of an
-answer that cannot be right nothing is kept, and the session goes on.
+answer that cannot be right nothing is kept, and the session goes on. After a wrong reply to the call of a prepared kernel
+that kernel is over.
 """
 struct ProtocolError <: StraitError
     message::String

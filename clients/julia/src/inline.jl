@@ -22,13 +22,17 @@ end
 take_inline(c::Connection, payload::Vector{UInt8}, place::Place) = take_inline(c, payload, place, place.spec.type, size(place.spec))
 
 function take_inline(c::Connection, payload::Vector{UInt8}, place::Place, ::Type{T}, dims::Dims{N}) where {T,N}
-    array = Array{T,N}(undef, dims)
+    return copy_inline!(c, Array{T,N}(undef, dims), payload, place.offset)
+end
+
+"Fills an array with the elements that lie `offset` bytes into what came."
+function copy_inline!(c::Connection, array::Array{T}, bytes::Vector{UInt8}, offset::Int) where {T}
     if T === Bool
         # Any byte but 0 is true to the host; Julia's own are 0 and 1.
-        foreach(n -> array[n] = payload[place.offset+n] != 0x00, 1:place.bytes)
-    else
-        GC.@preserve payload array unsafe_copyto!(Ptr{UInt8}(pointer(array)), pointer(payload, place.offset + 1), place.bytes)
+        foreach(n -> array[n] = bytes[offset+n] != 0x00, eachindex(array))
+    elseif !isempty(array)
+        GC.@preserve bytes array unsafe_copyto!(Ptr{UInt8}(pointer(array)), pointer(bytes, offset + 1), sizeof(array))
     end
-    Threads.atomic_add!(c.copied_bytes, place.bytes)
+    Threads.atomic_add!(c.copied_bytes, sizeof(array))
     return array
 end

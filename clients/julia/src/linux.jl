@@ -5,6 +5,7 @@ const SOCK_SEQPACKET = Cint(5)
 const SOCK_NONBLOCK = Cint(0o4000)
 const SOCK_CLOEXEC = Cint(0o2000000)
 const SOL_SOCKET = Cint(1)
+const SO_TYPE = Cint(3)
 const SO_SNDBUF = Cint(7)
 const SCM_RIGHTS = Cint(1)
 const SHUT_RDWR = Cint(2)
@@ -92,10 +93,14 @@ function connect_seqpacket(path::String)
 end
 
 "A socket's send buffer; 0 if Linux does not say."
-function send_buffer_bytes(fd::Cint)
-    bytes, size = Ref{Cint}(0), Ref{UInt32}(sizeof(Cint))
-    ccall(:getsockopt, Cint, (Cint, Cint, Cint, Ref{Cint}, Ref{UInt32}), fd, SOL_SOCKET, SO_SNDBUF, bytes, size)
-    return Int(bytes[])
+send_buffer_bytes(fd::Cint) = socket_option(fd, SO_SNDBUF)
+"Whether a descriptor is a socket of whole packets."
+is_seqpacket(fd::Cint) = socket_option(fd, SO_TYPE) == SOCK_SEQPACKET
+
+function socket_option(fd::Cint, option::Cint)
+    value, size = Ref{Cint}(0), Ref{UInt32}(sizeof(Cint))
+    ccall(:getsockopt, Cint, (Cint, Cint, Cint, Ref{Cint}, Ref{UInt32}), fd, SOL_SOCKET, option, value, size)
+    return Int(value[])
 end
 
 "Sends one packet with descriptors beside it: 0, or the errno."
@@ -112,13 +117,21 @@ function send_packet(fd::Cint, packet::Vector{UInt8}, fds::Vector{Cint} = Cint[]
         GC.@preserve iov begin
             message = Ref(MsgHdr(C_NULL, 0, Base.unsafe_convert(Ptr{IOVec}, iov), 1,
                 isempty(fds) ? Ptr{UInt8}(C_NULL) : pointer(control), length(control), 0))
-            while true
-                sent = ccall(:sendmsg, Cssize_t, (Cint, Ref{MsgHdr}, Cint), fd, message, MSG_DONTWAIT | MSG_NOSIGNAL)
-                sent >= 0 && return 0
-                errno = Libc.errno()
-                errno == Libc.EINTR || return errno
-            end
+            send_message(fd, message)
         end
+    end
+end
+
+"Sends one packet of parts that lie apart: 0, or the errno. The caller keeps them alive."
+send_parts(fd::Cint, parts::Vector{IOVec}) = GC.@preserve parts send_message(fd,
+    Ref(MsgHdr(C_NULL, 0, pointer(parts), length(parts), Ptr{UInt8}(C_NULL), 0, 0)))
+
+function send_message(fd::Cint, message::Ref{MsgHdr})
+    while true
+        sent = ccall(:sendmsg, Cssize_t, (Cint, Ref{MsgHdr}, Cint), fd, message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        sent >= 0 && return 0
+        errno = Libc.errno()
+        errno == Libc.EINTR || return errno
     end
 end
 
@@ -135,13 +148,17 @@ function receive_packet!(buffer::Vector{UInt8}, control::Vector{UInt8}, fd::Cint
                 count = ccall(:recvmsg, Cssize_t, (Cint, Ref{MsgHdr}, Cint), fd, message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC)
                 count >= 0 && return (Int(count), fds_in(control, Int(message[].controllen)), message[].flags)
                 errno = Libc.errno()
-                errno == Libc.EINTR || return (-Int(errno), Cint[], Cint(0))
+                errno == Libc.EINTR || return (-Int(errno), NO_FDS, Cint(0))
             end
         end
     end
 end
 
+"Never filled."
+const NO_FDS = Cint[]
+
 function fds_in(control::Vector{UInt8}, filled::Int)
+    filled == 0 && return NO_FDS
     fds = Cint[]
     at = 0
     GC.@preserve control while at + CMSG_HEADER <= filled

@@ -35,6 +35,7 @@ end
 function reap_all()
     for c in lock(() -> collect(REAPER.connections), REAPER.lock)
         try
+            close_abandoned!(c)
             quietly(() -> reap!(c))
             quietly(() -> drain!(c))
             over = locked(() -> isempty(c.mapped), c)

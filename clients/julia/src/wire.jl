@@ -18,6 +18,8 @@
     RELEASE = 15
     RENEW = 16
     INVOKE = 17
+    PREPARE = 18
+    CALL = 19
     CANCEL = 20
     PING = 22
     LIMITS = 23
@@ -87,6 +89,12 @@ end
 The op, sequence, body and payload of the frame that the first `count` bytes of `packet` are; throws [`ProtocolError`](@ref).
 """
 function decode_frame(packet::Vector{UInt8}, count::Int = length(packet))
+    op, sequence, bytes = decode_header(packet, count)
+    return (op, sequence, decode_body(packet, bytes), packet[HEADER_BYTES+bytes+1:count])
+end
+
+"The op and sequence of such a frame, and the bytes of its body; the rest is payload."
+function decode_header(packet::Vector{UInt8}, count::Int)
     wrong(what) = throw(ProtocolError(what))
     # What is of another version is told so, however long its header is.
     if count > 2
@@ -102,16 +110,19 @@ function decode_frame(packet::Vector{UInt8}, count::Int = length(packet))
     header.flags == 0 || wrong("a frame with flags $(header.flags)")
     op = findfirst(op -> UInt8(op) == header.op, instances(Op))
     op === nothing && wrong("a frame with op $(header.op)")
-    payload == 0 || instances(Op)[op] in (INVOKE, OK) || wrong("a frame with $payload bytes of payload, which only INVOKE and the OK to it have")
-    behind = HEADER_BYTES + Int(bytes)
+    payload == 0 || instances(Op)[op] in (INVOKE, CALL, OK) || wrong("a frame with $payload bytes of payload, which only INVOKE, CALL and the OK to them have")
+    return (instances(Op)[op], header.sequence, Int(bytes))
+end
+
+function decode_body(packet::Vector{UInt8}, bytes::Int)
+    bytes == 0 && return Dict{String,Any}()
     body = try
-        bytes == 0 ? Dict{String,Any}() : JSON.decode(packet[HEADER_BYTES+1:behind])
+        JSON.decode(packet[HEADER_BYTES+1:HEADER_BYTES+bytes])
     catch e
         e isa JSON.ParseError || rethrow()
-        wrong(sprint(showerror, e))
+        throw(ProtocolError(sprint(showerror, e)))
     end
-    body isa Dict{String,Any} || wrong("a body that is no object")
-    return (instances(Op)[op], header.sequence, body, packet[behind+1:count])
+    return body isa Dict{String,Any} ? body : throw(ProtocolError("a body that is no object"))
 end
 
 "`body[key]`, which must be a `T`."
@@ -143,12 +154,15 @@ What a tensor is, without its elements.
 - `name`: in its segment
 - `type`: of its elements
 - `dims`: Julia's, as `size` gives them: the wire's shape from back to front
+
+`TensorSpec(T, dims...)` is one without a name, for [`prepare`](@ref).
 """
 struct TensorSpec
     name::String
     type::DataType
     dims::Vector{Int}
 end
+TensorSpec(T::DataType, dims::Integer...) = TensorSpec("", T, collect(Int, dims))
 Base.:(==)(a::TensorSpec, b::TensorSpec) = (a.name, a.type, a.dims) == (b.name, b.type, b.dims)
 Base.ndims(spec::TensorSpec) = length(spec.dims)
 Base.size(spec::TensorSpec) = Tuple(spec.dims)
@@ -215,6 +229,10 @@ function place(name::String, body::Dict{String,Any}, whole::String, whole_bytes:
         throw(ProtocolError("tensor $(repr(name)) is at $offset, no multiple of $ALIGN_BYTES"))
     return Place(TensorSpec(name, T, dims), offset, bytes)
 end
+
+"The words of a kernel, `key => text`."
+told_notes(body::Dict{String,Any}) =
+    Pair{String,String}[field(note, "key", String) => field(note, "text", String) for note in objects(body, "notes")]
 
 "What an ERROR says, as an exception."
 function failure(body::Dict{String,Any})

@@ -44,5 +44,13 @@ connect(ARGS[1]) do s
         call(s, "scale-shift", x; a = n) == n .* (1:100) || error("a wrong result after an interrupt")
         until(() -> isempty(s.connection.waiting), "every answer was taken")
     end
+    spins, scale = prepare(s, "spins/k", x), prepare(s, "scale-shift", x; a = 2)
+    for n in 1:2
+        println("spins")
+        flush(stdout)
+        interrupted(() -> spins(x))
+        until(() -> stats(s).host["running"] == 0, "the prepared kernel ended on the host")
+        scale(x) == 2 .* (1:100) || error("a wrong result after an interrupt")
+    end
 end
 println("done")

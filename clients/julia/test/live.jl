@@ -22,6 +22,16 @@ end
 
 zscored(x, k) = (mean = sum(x; dims = k) ./ size(x, k); (x .- mean) ./ sqrt.(sum(abs2, x .- mean; dims = k) ./ size(x, k)))
 
+"Whether `done()` within ten seconds."
+function soon(done)
+    began = time()
+    while time() - began < 10
+        done() && return true
+        sleep(0.02)
+    end
+    return false
+end
+
 with_host() do address, host
     s = connect(address)
     own() = stats(s).host["own"]
@@ -143,6 +153,66 @@ with_host() do address, host
         close(narrow)
     end
 
+    @testset "prepared calls" begin
+        told() = stats(s).host
+        framed() = (copied = told()["copied"]; (copied["frame_in"], copied["frame_out"]))
+        held = (told()["segments"], told()["leases"], told()["account"]["connections"])
+        fds = open_fds()
+        p = prepare(s, "scale-shift", zeros(8, 5); a = 2, b = 1)
+        @test p.inputs == [Strait.TensorSpec("x", Float64, [8, 5])] && p.outputs == [Strait.TensorSpec("y", Float64, [8, 5])]
+        before, own_copies = framed(), Strait.client_stats(s).copied_bytes
+        x = rand(8, 5)
+        for _ in 1:50
+            @test p(x) == 2 .* x .+ 1
+        end
+        @test framed() == before .+ 50 * 320 && Strait.client_stats(s).copied_bytes == own_copies + 50 * 640
+        # Fewer rows, views, what lies in a segment.
+        for given in (x[:, 1:2], view(x, 1:3, 2:3), transpose(rand(5, 8)), zeros(8, 0), fill!(zeros(s, Float64, 8, 5), 3))
+            y = zeros(size(given))
+            @test p(given) == 2 .* given .+ 1 == call!(y, p, given) && p(x) == 2 .* x .+ 1
+        end
+        released = zeros(s, Float64, 8, 5)
+        release!(s, released)
+        @test_throws Released p(released)
+        @test (told()["segments"], told()["account"]["connections"]) == (held[1] + 1, held[3] + 1)
+        # An axis is Julia's own; every type; the kernel's notes.
+        for k in 1:2
+            prepare(z -> (@test z(x) ≈ zscored(x, k)), s, "zscore", x; axis = k)
+        end
+        for (_, T) in Strait.DTYPES
+            T <: Real || continue
+            prepare(s, "cast", fill(0f0, 3); to = T) do cast
+                @test cast.outputs[1].type === T && isequal(cast(Float32[0, 1, 3]), T === Bool ? [false, true, true] : T.([0, 1, 3]))
+            end
+        end
+        prepare(s, "clip", 0f0; hi = 3) do clip
+            @test clip(7f0)[] === 3f0 && clip(fill(2f0))[] === 2f0
+        end
+        prepare(s, "filter-finite", zeros(3)) do finite
+            found = Strait.invocation(finite, [1.0, NaN, 2.0])
+            @test found.outputs.y == [1, 2] && found.notes == ["dropped" => "1"] && finite([1.0, 2.0]) == [1, 2]
+        end
+        # What is the same for all calls is kept, whatever becomes of it.
+        publish!(s, "kept", x)
+        kept = prepare(s, "scale-shift", "kept"; a = 3)
+        copied = prepare(s, "scale-shift", Strait.Fixed(view(x, :, 1)); a = 3)
+        inside = fill!(zeros(s, Float64, 4), 2)
+        segment = prepare(s, "scale-shift", Strait.Fixed(inside); a = 3)
+        delete!(s, "kept")
+        @test isempty(kept.inputs) && kept() == 3 .* x && copied() == 3 .* x[:, 1] && segment() == fill(6.0, 4)
+        foreach(close, (kept, copied, segment))
+        @test thrown(() -> prepare(s, "scale-shift", Int32[1]), RemoteError).reason == "BAD_INPUT"
+        @test thrown(() -> prepare(s, "scale-shift", zeros(20_000)), RemoteError).reason in ("BAD_INPUT", "LIMIT_RESULT_BYTES")
+        @test thrown(() -> prepare(s, "no-such", zeros(2)), RemoteError).reason == "KERNEL_NOT_FOUND"
+        # Many tasks.
+        tasks = [Threads.@spawn([sum(p(fill(Float64(n), 8, 5))) for _ in 1:20]) for n in 1:6]
+        @test all(fetch(task) == fill(40.0 * (2n + 1), 20) for (n, task) in enumerate(tasks))
+        close(p)
+        @test_throws Disconnected p(x)
+        release!(s, inside)
+        @test soon(() -> (GC.gc(); told()["account"]["connections"] == held[3])) && soon(() -> (GC.gc(); open_fds() == fds))
+    end
+
     @testset "integers arrive exactly" begin
         @test call(s, "clip", [2^53, 2^53 + 1, 2^53 + 2]; hi = 2^53 + 1) == [2^53, 2^53 + 1, 2^53 + 1]
         @test call(s, "clip", [-2^53 - 6, -2^53 - 1]; lo = -(2^53 + 1)) == [-2^53 - 1, -2^53 - 1]
@@ -198,9 +268,11 @@ with_host() do address, host
         x = zeros(s, Float64, 10_000)
         x .= 3
         y = call(s, "scale-shift", x; a = 2)
-        @test Strait.find_tensor(s.connection, y) !== nothing
+        p = prepare(s, "scale-shift", zeros(3); a = 2)
+        @test Strait.find_tensor(s.connection, y) !== nothing && p(ones(2)) == [2, 2]
         kill(host, 9)
         wait(host)
+        @test_throws Disconnected p(ones(2))
         @test_throws Disconnected call(s, "scale-shift", x)
         @test_throws Disconnected stats(s)
         @test_throws NoHost connect(address)
@@ -208,16 +280,6 @@ with_host() do address, host
         @test all(==(6), y) && all(==(3), x)
         close(s)
     end
-end
-
-"Whether `done()` within ten seconds."
-function soon(done)
-    began = time()
-    while time() - began < 10
-        done() && return true
-        sleep(0.02)
-    end
-    return false
 end
 
 "A program of this folder in a process of its own."
@@ -233,6 +295,50 @@ end
 end
 
 if haskey(ENV, "STRAIT_TEST_PLUGINS")
+    @testset "prepared calls that fail and that are ended" begin
+        plugin(name) = joinpath(ENV["STRAIT_TEST_PLUGINS"], name)
+        with_host(; plugins = [plugin("traps.wasm"), plugin("spins.wasm")]) do address, host
+            s = connect(address)
+            running() = stats(s).host["running"]
+            x = rand(10)
+            beside = prepare(s, "scale-shift", x; a = 2)
+            traps = prepare(s, "traps/k", x; options = (request_id = "mine-8",))
+            for _ in 1:3
+                e = thrown(() -> traps(x), RemoteError)
+                @test (e.reason, e.request_id) == ("GUEST_TRAP", "mine-8") && e.backtrace !== nothing && beside(x) == 2 .* x
+            end
+            spins = prepare(s, "spins/k", x)
+            overdue = prepare(s, "spins/k", x; options = (deadline_ms = 50,))
+            for _ in 1:3
+                @test occursin("DEADLINE", thrown(() -> overdue(x), RemoteError).reason)
+                task = @async thrown(() -> spins(x), RemoteError)
+                @test soon(() -> running() == 1)
+                Strait.cancel!(spins)
+                @test fetch(task).reason == "CANCELLED" && beside(x) == 2 .* x
+                # An interrupt ends the kernel, too.
+                task = @async thrown(() -> spins(x), InterruptException)
+                @test soon(() -> running() == 1)
+                schedule(task, InterruptException(); error = true)
+                @test fetch(task) isa InterruptException && soon(() -> running() == 0) && beside(x) == 2 .* x
+            end
+            # Closed while it runs.
+            task = @async thrown(() -> spins(x), Disconnected)
+            @test soon(() -> running() == 1)
+            close(spins)
+            says(fetch(task), "closed by this program")
+            @test soon(() -> running() == 0) && beside(x) == 2 .* x
+            # So is what belongs to a session that ends.
+            other = connect(address)
+            spins = prepare(other, "spins/k", x)
+            task = @async thrown(() -> spins(x), Disconnected)
+            @test soon(() -> running() == 1)
+            close(other)
+            says(fetch(task), "closed by this program")
+            @test soon(() -> running() == 0)
+            close(s)
+            @test_throws Disconnected beside(x)
+        end
+    end
     @testset "Ctrl-C" begin
         with_host(; plugins = [joinpath(ENV["STRAIT_TEST_PLUGINS"], "spins.wasm")]) do address, host
             s = connect(address)
@@ -247,7 +353,7 @@ if haskey(ENV, "STRAIT_TEST_PLUGINS")
                 kill(child, 2)
             end
             wait(child)
-            @test said == ["spins", "spins", "spins", "spins", "done"] && success(child)
+            @test said == [fill("spins", 6); "done"] && success(child)
             close(s)
         end
     end

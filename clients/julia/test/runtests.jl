@@ -18,6 +18,7 @@ include("peer.jl")
     @testset "arrays" begin include("arrays.jl") end
     @testset "a hostile host" begin include("hostile.jl") end
     @testset "inline" begin include("inline.jl") end
+    @testset "prepared" begin include("prepared.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
     else

@@ -23,6 +23,7 @@ mutable struct Driver
     session::Union{Nothing,Strait.Session}
     handles::Dict{String,Any}
     axes::Dict{String,Vector{String}}         # of each kernel: its parameters of kind axis
+    prepared::Dict{String,Strait.Prepared}
 end
 
 session(d::Driver) = d.session === nothing ? throw(DriverError("no session")) : d.session
@@ -43,15 +44,18 @@ function place(array::Array)
     nowhere = (device = 0, inode = 0)
     isempty(array) && return nowhere
     address = UInt(pointer(array))
-    for line in eachline("/proc/self/maps")
-        range, _, _, device, inode = split(line; limit = 6)
-        low, high = (parse(UInt, word; base = 16) for word in split(range, '-'))
-        low <= address < high || continue
-        inode == "0" && return nowhere
-        major, minor = (parse(Int, word; base = 16) for word in split(device, ':'))
-        return (device = major << 8 | minor, inode = parse(Int, inode))
+    # Closed at once, not when it is garbage: descriptors are counted.
+    return open("/proc/self/maps") do maps
+        for line in eachline(maps)
+            range, _, _, device, inode = split(line; limit = 6)
+            low, high = (parse(UInt, word; base = 16) for word in split(range, '-'))
+            low <= address < high || continue
+            inode == "0" && return nowhere
+            major, minor = (parse(Int, word; base = 16) for word in split(device, ':'))
+            return (device = major << 8 | minor, inode = parse(Int, inode))
+        end
+        return nowhere
     end
-    return nowhere
 end
 
 describe(array::Array) =
@@ -73,6 +77,7 @@ option(request, key) = get(request, key, nothing)
 function connect!(d::Driver, request)
     d.session === nothing || close(d.session)
     d.session = nothing
+    empty!(d.prepared)
     s = d.session = connect(request["address"]; renew = something(option(request, "renew"), true))
     return (host_id = s.welcome["host_id"], move_min_bytes = s.welcome["move_min_bytes"], inline_bytes = s.welcome["inline_bytes"])
 end
@@ -107,6 +112,8 @@ function parameters(d::Driver, request, inputs)
     return [name => name in axes ? rank(d, first(values(inputs))) - value : plain(value) for (name, value) in given]
 end
 rank(::Driver, array::Array) = ndims(array)
+rank(d::Driver, fixed::Strait.Fixed) = rank(d, fixed.value)
+rank(::Driver, spec::Strait.TensorSpec) = ndims(spec)
 function rank(d::Driver, name::String)
     flight, tensor = occursin('#', name) ? split(name, '#') : (name, nothing)
     tensors = Dict(flights(session(d)))[flight]
@@ -158,6 +165,50 @@ function call_all(d::Driver, request)
         return answer
     end
 end
+
+# ---- prepared calls
+
+prepared_input(::Driver, name::String) = name
+prepared_input(d::Driver, given) = haskey(given, "dtype") ? Strait.TensorSpec(TYPES[given["dtype"]], reverse(Int.(given["shape"]))...) :
+    Strait.Fixed(array_of(d, given["handle"]))
+
+specs(ports) = [(port = t.name, dtype = dtype(eltype(t)), shape = reverse(size(t))) for t in ports]
+
+function prepare!(d::Driver, request)
+    s = session(d)
+    inputs = Dict{String,Any}(port => prepared_input(d, given) for (port, given) in request["inputs"])
+    options = (; (Symbol(key) => request[key] for key in ("deadline_ms", "request_id") if option(request, key) !== nothing)...)
+    keywords = (Symbol(name) => value for (name, value) in parameters(d, request, inputs))
+    made = d.prepared[request["as"]] = prepare(s, request["kernel"], inputs; options = options, keywords...)
+    return (inputs = specs(made.inputs), outputs = specs(made.outputs))
+end
+
+prepared(d::Driver, request) = get(() -> throw(DriverError("nothing is prepared as $(request["prepared"])")), d.prepared, request["prepared"])
+
+function call_prepared(d::Driver, request)
+    called = prepared(d, request)
+    given = Dict{String,Any}(port => array_of(d, value["handle"]) for (port, value) in request["inputs"])
+    ports = [input.name for input in called.inputs if haskey(given, input.name)]
+    # One that is not an input is one too many.
+    inputs = [given[port] for port in vcat(ports, setdiff(collect(keys(given)), ports))]
+    after = option(request, "cancel_after_ms")
+    seconds, copied, found = Float64[], 0, nothing
+    for _ in 1:something(option(request, "repeat"), 1)
+        after === nothing || Timer(_ -> @async(cancel!(called)), after / 1000)
+        began = time_ns()
+        found = invocation(called, inputs...)
+        push!(seconds, (time_ns() - began) / 1e9)
+        copied += found.client_copied_bytes
+    end
+    for (port, y) in pairs(found.outputs)
+        file = get(something(option(request, "files"), Dict()), String(port), nothing)
+        file === nothing || write_from(y, file)
+    end
+    return (outputs = Dict(String(port) => describe(y) for (port, y) in pairs(found.outputs)),
+        notes = [(key = key, text = text) for (key, text) in found.notes], client_copied_bytes = copied, seconds = seconds)
+end
+
+close_prepared(d::Driver, request) = (close(prepared(d, request)); delete!(d.prepared, request["prepared"]); NamedTuple())
 
 function concurrent(d::Driver, request)
     repeat = something(option(request, "repeat"), 1)
@@ -227,6 +278,9 @@ function perform(d::Driver, request)
     op == "write" && (read_into!(array_of(d, request["handle"]), request["file"]); return NamedTuple())
     op == "call" && return call_all(d, request)
     op == "concurrent" && return concurrent(d, request)
+    op == "prepare" && return prepare!(d, request)
+    op == "call_prepared" && return call_prepared(d, request)
+    op == "close_prepared" && return close_prepared(d, request)
     op == "delete" && (delete!(session(d), request["name"]); return NamedTuple())
     op == "list" && return (flights = [(name = name, tensors = [(name = t.name, dtype = dtype(eltype(t)), shape = reverse(size(t)))
                                                                 for t in tensors]) for (name, tensors) in flights(session(d))],)
@@ -268,7 +322,7 @@ function failed(e)
 end
 
 function main()
-    driver = Driver(nothing, Dict(), Dict())
+    driver = Driver(nothing, Dict(), Dict(), Dict())
     for line in eachline(stdin)
         isempty(line) && continue
         request = JSON.decode(line)
