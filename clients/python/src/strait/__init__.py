@@ -30,6 +30,7 @@ from ._errors import (
     RemoteError,
     StraitError,
 )
+from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
 from ._session import Call, ClientStats, Session, connect
 from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
@@ -50,10 +51,12 @@ __all__ = [
     "Pages",
     "Parameter",
     "Port",
+    "Prepared",
     "ProtocolError",
     "ReleasedError",
     "RemoteError",
     "Session",
+    "Spec",
     "StraitError",
     "Tensor",
     "__version__",
