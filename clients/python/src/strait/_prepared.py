@@ -85,20 +85,23 @@ class Spec:
 class _Place:
     """A tensor's place in the payload of each call, or of each reply."""
 
-    __slots__ = ("port", "spec", "dtype", "shape", "offset", "room", "plain")
+    __slots__ = ("port", "spec", "dtype", "shape", "offset", "room", "plain", "truth")
 
     def __init__(self, tensor: Tensor) -> None:
         self.port = tensor.name
         self.spec = Spec(tensor.dtype, tensor.shape)
-        self.dtype = _dtypes.to_numpy(tensor.dtype)
+        dtype = _dtypes.to_numpy(tensor.dtype)
+        #: numpy hands its memory on as it is; of a type that it does not know itself (bfloat16) only as bytes.
+        self.plain = dtype.isbuiltin == 1
+        # numpy's own object, which most arrays have and is found equal at once.
+        self.dtype = np.dtype(dtype.str) if self.plain else dtype
+        #: Truth values: a byte that is neither 0 nor 1 is true, which numpy would not see everywhere.
+        self.truth = self.dtype.kind == "b"
         #: The largest, as all here.
         self.shape = tensor.shape
         self.offset = tensor.offset
         #: Bytes that it has in each packet, however small it is.
         self.room = -(-tensor.length // ALIGN_BYTES) * ALIGN_BYTES
-        #: numpy hands its memory on as it is; of a type that it does not know itself (bfloat16) only as bytes.
-        self.plain = self.dtype.isbuiltin == 1
-
     def taken(self, value: Any) -> "np.ndarray[Any, Any]":
         """What a call brings, as it is sent; a copy only if its elements do not lie in order, or are of another library."""
         what = f"input {self.port!r}"
@@ -120,7 +123,7 @@ class _Place:
 
     def view(self, buffer: memoryview, shape: Tuple[int, ...]) -> "np.ndarray[Any, Any]":
         """The elements in a reply; of booleans their bytes."""
-        dtype = np.dtype(np.uint8) if self.dtype == np.bool_ else self.dtype
+        dtype = np.dtype(np.uint8) if self.truth else self.dtype
         return np.ndarray(shape, dtype, buffer, HEADER.size + self.offset)
 
 
@@ -170,6 +173,7 @@ class Prepared:
         # An ERROR, or an OK with what the kernel has to say.
         self._buffer = bytearray(HEADER.size + BODY_BYTES_MAX + self._reply_bytes)
         self._memory = memoryview(self._buffer)
+        self._usual = not any(place.truth for place in self._outputs)
         self._views = [place.view(self._memory, place.shape) for place in self._outputs]
 
     @property
@@ -205,9 +209,10 @@ class Prepared:
                 self._session._count_call(size)
                 raise from_host(failure)
             results = self._results(into)
-        self._session._count_call(size + sum([result.nbytes for result in results]))
         if len(results) == 1:
+            self._session._count_call(size + results[0].nbytes)
             return results[0]
+        self._session._count_call(size + sum(result.nbytes for result in results))
         return {place.port: result for place, result in zip(self._outputs, results)}
 
     def _in_order(self, arrays: Sequence[Any], by_port: Dict[str, Any]) -> Tuple[Any, ...]:
@@ -360,6 +365,8 @@ class Prepared:
         return shapes
 
     def _results(self, into: Optional[List[Optional["np.ndarray[Any, Any]"]]]) -> List["np.ndarray[Any, Any]"]:
+        if self._usual and into is None and self._shapes is None:
+            return [view.copy() for view in self._views]
         results = []
         for index, (place, view) in enumerate(zip(self._outputs, self._views)):
             out = None if into is None else into[index]
@@ -368,8 +375,7 @@ class Prepared:
                 if out is not None:
                     corner: Tuple[Any, ...] = (*map(slice, view.shape), Ellipsis)
                     out = out[corner]
-            if place.dtype == np.bool_:
-                # A byte that is neither 0 nor 1 is true, which numpy would not see everywhere.
+            if place.truth:
                 results.append(np.asarray(np.not_equal(view, 0, out=out)))
             elif out is None:
                 results.append(view.copy())
