@@ -90,6 +90,29 @@ class Caller(threading.Thread):
         return self.outcome
 
 
+@pytest.fixture
+def scripted():
+    """Makes a session whose host is a `Peer`."""
+    made = []
+
+    def make(send_buffer_bytes=None, **welcome):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if send_buffer_bytes is not None:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        peer = Peer(theirs)
+        hello = threading.Thread(target=lambda: peer.say(Op.WELCOME, peer.expect(Op.HELLO)[0], welcome))
+        hello.start()
+        session = Session(Connection(ours, "test/1", True), None)
+        hello.join()
+        made.append((session, theirs))
+        return peer, session
+
+    yield make
+    for session, theirs in made:
+        session.close()
+        theirs.close()
+
+
 def open_fds():
     return len(os.listdir("/proc/self/fd"))
 

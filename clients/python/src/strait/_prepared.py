@@ -147,7 +147,10 @@ class Prepared:
         self._connection: Connection = session._connection
         self._kernel = kernel
         self._pid = os.getpid()
+        # Held by the one call that is under way.
         self._lock = threading.Lock()
+        # Held by whoever cancels it, and then none begins.
+        self._cancelling = threading.Lock()
         self._end: Optional[StraitError] = None
         #: What the kernel had to say in the last call that succeeded.
         self.notes: Dict[str, str] = {}
@@ -271,6 +274,10 @@ class Prepared:
     # One call. All of it under the lock.
 
     def _begin(self) -> None:
+        if self._cancelling.locked():
+            # What ends the call before must not end this one.
+            with self._cancelling:
+                pass
         self._check_end()
         if self._steps:
             self._settle()
@@ -311,6 +318,8 @@ class Prepared:
             except ConnectionResetError as error:
                 self._over(error)
         self._reply()
+        # What was asked is done in order: a cancel that is still on its way would end the next call.
+        self._connection.call(Op.PING, {}).close()
         steps.clear()
 
     def _reply(self) -> Optional[Dict[str, Any]]:
@@ -392,12 +401,13 @@ class Prepared:
         Returns when that call is over, and at once if there is none.
         """
         self._connection.check_process()
-        sequence, pause = self._sequence, 0.001
-        while self._lock.locked() and self._steps and self._sequence == sequence and self._end is None:
-            # Also for a while in vain: the host may not have looked at its socket yet.
-            self._connection.call(Op.CANCEL, {"prepared": self._number}).close()
-            time.sleep(pause)
-            pause = min(2 * pause, _CANCEL_SECONDS_MAX)
+        pause = 0.001
+        with self._cancelling:
+            while len(self._steps) == 1 and self._lock.locked() and self._end is None:
+                # Also for a while in vain: the host may not have looked at its socket yet.
+                self._connection.call(Op.CANCEL, {"prepared": self._number}).close()
+                time.sleep(pause)
+                pause = min(2 * pause, _CANCEL_SECONDS_MAX)
 
     def _ask_to_cancel(self) -> None:
         try:
