@@ -8,7 +8,6 @@ import signal
 import socket
 import struct
 import tempfile
-import threading
 import time
 
 import numpy as np
@@ -18,7 +17,7 @@ import strait
 from conftest import serve
 from strait import _dtypes, _wire
 from strait._wire import Op
-from test_connection import Caller, open_fds, scripted  # noqa: F401
+from test_connection import Caller, interrupt_main_thread, open_fds, scripted  # noqa: F401
 from test_interrupt import notebook, running, spinning  # noqa: F401
 
 PLACE = {"port": "x", "dtype": "float64", "shape": [2], "offset": 64, "length": 16}
@@ -310,7 +309,7 @@ def test_an_interrupted_call_is_cancelled_and_its_reply_is_nobodys(ready):
 
     def host():
         sequence, _ = lane.expect()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_main_thread(peer)
         assert peer.answer(Op.CANCEL, {"cancelled": False}) == {"prepared": 3}
         # The next call asks again, for the host may not have looked at its socket.
         assert peer.answer(Op.CANCEL, {"cancelled": True}) == {"prepared": 3}
@@ -333,7 +332,7 @@ def test_a_reply_that_came_late_is_held_against_its_call(ready):
 
     def host():
         sequence, _ = lane.expect()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_main_thread(peer)
         peer.answer(Op.CANCEL, {"cancelled": False})
         lane.say(Op.OK, sequence + 1, data=payload(1, 1))
 
