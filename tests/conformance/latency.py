@@ -19,9 +19,18 @@ def measure(host, folder):
         with tempfile.NamedTemporaryFile() as file:
             Path(file.name).write_bytes(bytes(ELEMENTS * 8))
             driver.do("make", **{"as": "x"}, dtype="float64", shape=[ELEMENTS], file=file.name, how="segment")
-        call = {"kernel": "scale-shift", "inputs": {"x": {"handle": "x"}}, "parameters": {"a": 2.0}}
-        driver.do("call", **call, repeat=WARM_UP)
-        return sorted(driver.do("call", **call, repeat=CALLS)["seconds"])
+            driver.do("make", **{"as": "ordinary"}, dtype="float64", shape=[ELEMENTS], file=file.name, how="copy")
+        kernel, parameters = "scale-shift", {"a": 2.0}
+        spec = {"dtype": "float64", "shape": [ELEMENTS]}
+        driver.do("prepare", **{"as": "p"}, kernel=kernel, inputs={"x": spec}, parameters=parameters)
+        ways = {
+            "INVOKE": ("call", {"kernel": kernel, "inputs": {"x": {"handle": "x"}}, "parameters": parameters}),
+            "INVOKE, frames": ("call", {"kernel": kernel, "inputs": {"x": {"handle": "ordinary"}}, "parameters": parameters}),
+            "CALL": ("call_prepared", {"prepared": "p", "inputs": {"x": {"handle": "ordinary"}}}),
+        }
+        for op, fields in ways.values():
+            driver.do(op, **fields, repeat=WARM_UP)
+        return {way: sorted(driver.do(op, **fields, repeat=CALLS)["seconds"]) for way, (op, fields) in ways.items()}
     finally:
         driver.stop()
 
@@ -29,11 +38,11 @@ def measure(host, folder):
 def main():
     host = Host()
     try:
-        print(f"{'language':10} {'p50 us':>8} {'p99 us':>8}   scale-shift of {ELEMENTS * 8} bytes, {CALLS} calls")
+        print(f"{'language':10} {'way':14} {'p50 us':>8} {'p99 us':>8}   scale-shift of {ELEMENTS * 8} bytes, {CALLS} calls")
         for language, folder in languages().items():
-            seconds = measure(host, folder)
-            p50, p99 = (seconds[int(len(seconds) * part)] * 1e6 for part in (0.5, 0.99))
-            print(f"{language:10} {p50:8.0f} {p99:8.0f}")
+            for way, seconds in measure(host, folder).items():
+                p50, p99 = (seconds[int(len(seconds) * part)] * 1e6 for part in (0.5, 0.99))
+                print(f"{language:10} {way:14} {p50:8.0f} {p99:8.0f}")
     finally:
         host.stop()
 

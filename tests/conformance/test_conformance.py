@@ -30,6 +30,7 @@ class Bench:
         self.folder = folder
         self._handles = []
         self._flights = []
+        self._prepared = []
 
     def make(self, x, dtype, how="copy"):
         """A handle with the array x; and what the driver answered."""
@@ -73,12 +74,35 @@ class Bench:
             os.unlink(file)
         return data, answer
 
+    def prepare(self, kernel, inputs, **fields):
+        """What is prepared, by its name, and the answer."""
+        name = unique("prepared")
+        answer = self.driver.do("prepare", kernel=kernel, inputs=inputs, **{"as": name}, **fields)
+        self._prepared.append(name)
+        return name, answer
+
+    def call_prepared(self, prepared, inputs, ports=("y",), **fields):
+        """Bytes of each output, and the answer."""
+        files = {port: str(self.folder / unique("out")) for port in ports}
+        answer = self.driver.do("call_prepared", prepared=prepared, inputs=inputs, files=files, **fields)
+        data = {}
+        for port, file in files.items():
+            data[port] = Path(file).read_bytes()
+            os.unlink(file)
+        return data, answer
+
+    def close_prepared(self, prepared):
+        self.driver.do("close_prepared", prepared=prepared)
+        self._prepared.remove(prepared)
+
     def drop(self, handle):
         self._handles.remove(handle)
 
     def clear(self):
         if not self.driver.alive:
             return
+        for prepared in self._prepared:
+            self.driver.ask("close_prepared", prepared=prepared)
         for handle in self._handles:
             self.driver.ask("release", handle=handle)
         for name in self._flights:
@@ -366,6 +390,202 @@ def test_published_outputs(driver, bench):
     assert again["y"] == (x * 2).tobytes()
     assert bench.read(bench.get(name)[0])[0] == again["y"]
     assert bench.read(got)[0] == data["y"], "what was mapped before the replacement changed"
+
+
+# Prepared calls
+
+
+def prepared_cases():
+    for index, entry in enumerate(CASES["prepared"]["kernels"]):
+        for dtype in entry["dtypes"]:
+            yield pytest.param(entry, dtype, id=f"{entry['kernel']}-{dtype}-{index}")
+
+
+@pytest.mark.parametrize("entry, dtype", list(prepared_cases()))
+def test_prepared_calls(driver, bench, entry, dtype):
+    kernel, given = entry["kernel"], entry["parameters"]
+    for shapes in entry["shapes"]:
+        most = shapes["most"]
+        prepared, answer = bench.prepare(kernel, {"x": {"dtype": dtype, "shape": most}}, parameters=given)
+        assert answer["inputs"] == [{"port": "x", "dtype": dtype, "shape": most}]
+        (output,) = answer["outputs"]
+        for index, shape in enumerate(shapes["calls"]):
+            x = reference.make(dtype, shape, entry["fill"], salt=str(index))
+            handle, _ = bench.make(x, dtype, "segment" if index % 2 else "copy")
+            wanted, to, notes = reference.expected(kernel, given, x, dtype)
+            assert (output["port"], output["dtype"]) == ("y", to)
+            before = framed(driver)
+            data, answer = bench.call_prepared(prepared, {"x": {"handle": handle}})
+            same(answer["outputs"]["y"], wanted.astype(reference.numpy_dtype(to)), to)
+            assert place(answer["outputs"]["y"]) == (0, 0)
+            reference.check(data["y"], wanted, to, entry["tolerance"], entry.get("zero_sign"))
+            assert {note["key"]: note["text"] for note in answer["notes"]} == notes
+            bytes_out = answer["outputs"]["y"]["bytes"]
+            assert answer["client_copied_bytes"] == x.nbytes + bytes_out, "into a frame and out of one"
+            assert framed(driver) == (before[0] + x.nbytes, before[1] + bytes_out)
+        bench.close_prepared(prepared)
+
+
+def test_prepared_refuses_what_was_not_prepared(driver, bench):
+    plan = CASES["prepared"]["refused"]
+    prepared, _ = bench.prepare("scale-shift", {"x": plan["most"]}, parameters={"a": 2.0})
+    x = reference.make(plan["most"]["dtype"], plan["most"]["shape"], "normal")
+    right, _ = bench.make(x, plan["most"]["dtype"])
+    before = framed(driver)
+    misfits = [[bench.make(reference.make(wrong["dtype"], wrong["shape"], "normal"), wrong["dtype"])[0]] for wrong in plan["calls"]]
+    for handles in [*misfits, [], [right, right]]:
+        inputs = {port: {"handle": handle} for port, handle in zip("xz", handles)}
+        failed(driver.ask("call_prepared", prepared=prepared, inputs=inputs), {"kinds": ["argument"]})
+    assert framed(driver) == before, "a misfit was sent"
+    data, _ = bench.call_prepared(prepared, {"x": {"handle": right}})
+    assert data["y"] == (x * 2).tobytes()
+
+
+def test_prepare_refuses_what_an_invoke_would(driver, bench):
+    spec = {"dtype": "float64", "shape": [3]}
+    for kernel, inputs, parameters, code, reason in [
+        ("no-such-kernel", {"x": spec}, {}, "NOT_FOUND", "KERNEL_NOT_FOUND"),
+        ("scale-shift", {"x": spec}, {"slope": 2.0}, "INVALID_ARGUMENT", "UNKNOWN_PARAMETER"),
+        ("scale-shift", {"x": {**spec, "dtype": "int8"}}, {}, "INVALID_ARGUMENT", "BAD_INPUT"),
+        ("scale-shift", {"x": CASES["prepared"]["too_large"]}, {}, "INVALID_ARGUMENT", "BAD_INPUT"),
+        ("scale-shift", {"x": "no-such-flight"}, {}, "NOT_FOUND", "FLIGHT_NOT_FOUND"),
+        ("scale-shift", {}, {}, "INVALID_ARGUMENT", "MISSING_INPUT"),
+    ]:
+        request = unique("request")
+        answer = driver.ask("prepare", kernel=kernel, inputs=inputs, parameters=parameters, request_id=request, **{"as": unique()})
+        failed(answer, remote(code, reason), request)
+    driver.do("list")
+
+
+def test_prepared_with_inputs_that_are_the_same_for_all_calls(driver, bench):
+    x = reference.make("float64", [40, 3], "normal")
+    segment, _ = bench.make(x, "float64", "segment")
+    ordinary, _ = bench.make(x, "float64", "copy")
+    name, _ = bench.put(bench.make(x, "float64", "copy")[0])
+    for fixed in ({"handle": segment}, {"handle": ordinary}, name, f"{name}#{name}"):
+        prepared, answer = bench.prepare("scale-shift", {"x": fixed}, parameters={"a": 3.0})
+        assert answer["inputs"] == []
+        for _ in range(2):
+            before = framed(driver)
+            data, answer = bench.call_prepared(prepared, {})
+            assert data["y"] == (x * 3).tobytes()
+            assert answer["client_copied_bytes"] == x.nbytes and framed(driver) == (before[0], before[1] + x.nbytes)
+    # It stays, whatever becomes of its name.
+    driver.do("delete", name=name)
+    data, _ = bench.call_prepared(prepared, {})
+    assert data["y"] == (x * 3).tobytes()
+
+
+def test_prepared_goes_on_after_a_trap(driver, plugin_host, tmp_path):
+    connect(driver, plugin_host("traps"))
+    bench = Bench(driver, tmp_path)
+    x = reference.make("float64", [100], "normal")
+    handle, _ = bench.make(x, "float64", "copy")
+    spec = {"dtype": "float64", "shape": [100]}
+    request = unique("request")
+    traps, _ = bench.prepare("k", {"x": spec}, request_id=request)
+    scales, _ = bench.prepare("scale-shift", {"x": spec}, parameters={"a": 2.0})
+    for _ in range(3):
+        answer = driver.ask("call_prepared", prepared=traps, inputs={"x": {"handle": handle}})
+        failed(answer, remote("INTERNAL", "GUEST_TRAP"), request)
+        assert answer["backtrace"]
+        data, _ = bench.call_prepared(scales, {"x": {"handle": handle}})
+        assert data["y"] == (x * 2).tobytes()
+    bench.clear()
+
+
+def test_deadline_and_cancel_of_a_prepared_call(driver, plugin_host, tmp_path):
+    connect(driver, plugin_host("spins"))
+    bench = Bench(driver, tmp_path)
+    handle, _ = bench.make(np.ones(10), "float64", "copy")
+    spec, inputs = {"dtype": "float64", "shape": [10]}, {"x": {"handle": handle}}
+    late, _ = bench.prepare("k", {"x": spec}, **BEHAVIOUR["deadline"])
+    spins, _ = bench.prepare("k", {"x": spec}, deadline_ms=60000)
+    scales, _ = bench.prepare("scale-shift", {"x": spec}, parameters={"a": 2.0})
+    for _ in range(2):
+        failed(driver.ask("call_prepared", prepared=late, inputs=inputs), remote("DEADLINE_EXCEEDED", "DEADLINE"))
+        answer = driver.ask("call_prepared", prepared=spins, inputs=inputs, cancel_after_ms=BEHAVIOUR["cancel"]["after_ms"])
+        failed(answer, remote("CANCELLED", "CANCELLED"))
+        data, _ = bench.call_prepared(scales, inputs)
+        assert data["y"] == (np.ones(10) * 2).tobytes()
+    assert settled(lambda: driver.do("stats")["stats"]["running"], lambda now: now == 0) == 0
+    bench.clear()
+
+
+def test_prepared_ends_with_its_session(driver, host, bench):
+    x = reference.make("float64", [10], "normal")
+    handle, _ = bench.make(x, "float64", "copy")
+    prepared, _ = bench.prepare("scale-shift", {"x": {"dtype": "float64", "shape": [10]}})
+    bench.call_prepared(prepared, {"x": {"handle": handle}})
+    driver.address = None
+    driver.do("close")
+    failed(driver.ask("call_prepared", prepared=prepared, inputs={"x": {"handle": handle}}), {"kinds": ["disconnected"]})
+    bench._prepared.clear()
+    connect(driver, host)
+
+
+def test_prepared_ends_with_its_host(driver, plugin_host, tmp_path):
+    plugin_host("spins")
+    host = Host([Path(os.environ["STRAIT_TEST_PLUGINS"]) / "spins.wasm"])
+    try:
+        connect(driver, host)
+        bench = Bench(driver, tmp_path)
+        handle, _ = bench.make(np.ones(10), "float64", "copy")
+        spec, inputs = {"dtype": "float64", "shape": [10]}, {"x": {"handle": handle}}
+        spins, _ = bench.prepare("k", {"x": spec}, deadline_ms=60000)
+        scales, _ = bench.prepare("scale-shift", {"x": spec})
+        driver.send("call_prepared", prepared=spins, inputs=inputs)
+        time.sleep(BEHAVIOUR["killed"]["after_ms"] / 1000)
+        host.kill()
+        failed(driver.answer("call_prepared"), {"kinds": ["disconnected"]})
+        for prepared in (spins, scales):
+            failed(driver.ask("call_prepared", prepared=prepared, inputs=inputs), {"kinds": ["disconnected"]})
+    finally:
+        driver.address = None
+        host.stop()
+
+
+def test_prepared_calls_make_nothing_and_leave_nothing(driver, bench):
+    plan = CASES["prepared"]["repeated"]
+    x = reference.make(plan["dtype"], plan["shape"], "normal")
+    handle, _ = bench.make(x, plan["dtype"], "copy")
+    spec, inputs = {"dtype": plan["dtype"], "shape": plan["shape"]}, {"x": {"handle": handle}}
+
+    def counts():
+        stats = driver.do("stats")["stats"]
+        process, ours = stats["process"], driver.counts()
+        return {
+            "descriptors of the host": process["fds"],
+            "threads of the host": process["threads"],
+            "connections": stats["account"]["connections"],
+            "segments": stats["segments"],
+            "leases": stats["own"]["leases"],
+            "descriptors of the client": ours["fds"],
+            "mappings of the client": ours["mappings"],
+        }
+
+    def once(repeat):
+        prepared, _ = bench.prepare("scale-shift", {"x": spec}, parameters={"a": 2.0})
+        before = driver.do("stats")["stats"]
+        data, answer = bench.call_prepared(prepared, inputs, repeat=repeat)
+        assert data["y"] == (x * 2).tobytes() and len(answer["seconds"]) == repeat
+        assert answer["client_copied_bytes"] == 2 * x.nbytes * repeat
+        after = driver.do("stats")["stats"]
+        # What earlier tests let go of may end meanwhile.
+        assert after["segments"] <= before["segments"] and after["own"]["leases"] <= before["own"]["leases"]
+        assert after["copied"]["frame_in"] - before["copied"]["frame_in"] == x.nbytes * repeat
+        assert after["copied"]["frame_out"] - before["copied"]["frame_out"] == x.nbytes * repeat
+        bench.close_prepared(prepared)
+
+    once(plan["calls"])
+    before = counts()
+    for _ in range(plan["prepares"]):
+        once(1)
+    once(plan["calls"])
+    slack = BEHAVIOUR["thousand"]["slack"]
+    grown = lambda now: {what: (before[what], now[what]) for what in now if now[what] > before[what] + slack}
+    after = settled(counts, lambda now: not grown(now))
+    assert not grown(after), grown(after)
 
 
 # Failures

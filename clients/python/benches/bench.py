@@ -47,7 +47,7 @@ def wait_for(path):
 
 
 def small_calls(session):
-    """A call of 1 KiB and what is read of its result, against an empty round trip."""
+    """Calls of 1 KiB and what is read of their results, against an empty round trip."""
     x = session.empty(128)
     x[:] = 1
 
@@ -55,11 +55,19 @@ def small_calls(session):
         with session.call("scale-shift", x, a=2.0) as y:
             y[0]
 
+    ordinary = np.ones(128)
+    prepared = session.prepare("scale-shift", ordinary, a=2.0)
+
     ping, own = percentiles(session.ping)
     print(f"PING                        p50 {ping[0]:6.0f} us   p99 {ping[1]:6.0f} us   client's CPU {own:5.0f} us")
     took, own = percentiles(call)
     print(f"INVOKE of 1 KiB             p50 {took[0]:6.0f} us   p99 {took[1]:6.0f} us   client's CPU {own:5.0f} us")
     print(f"  against PING              {took[0] / ping[0]:10.1f}")
+    framed, own = percentiles(lambda: session.call("scale-shift", ordinary, a=2.0)[0])
+    print(f"INVOKE of 1 KiB in frames   p50 {framed[0]:6.0f} us   p99 {framed[1]:6.0f} us   client's CPU {own:5.0f} us")
+    took, own = percentiles(lambda: prepared(ordinary)[0])
+    print(f"CALL of 1 KiB, prepared     p50 {took[0]:6.0f} us   p99 {took[1]:6.0f} us   client's CPU {own:5.0f} us")
+    print(f"  against INVOKE in frames  {took[0] / framed[0]:10.2f}")
 
 
 def percentiles(work):

@@ -3,6 +3,7 @@
 import array
 import gc
 import os
+import select
 import signal
 import socket
 import threading
@@ -88,6 +89,37 @@ class Caller(threading.Thread):
         self.join(20)
         assert not self.is_alive()
         return self.outcome
+
+
+@pytest.fixture
+def scripted():
+    """Makes a session whose host is a `Peer`."""
+    made = []
+
+    def make(send_buffer_bytes=None, **welcome):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        if send_buffer_bytes is not None:
+            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
+        peer = Peer(theirs)
+        hello = threading.Thread(target=lambda: peer.say(Op.WELCOME, peer.expect(Op.HELLO)[0], welcome))
+        hello.start()
+        session = Session(Connection(ours, "test/1", True), None)
+        hello.join()
+        made.append((session, theirs))
+        return peer, session
+
+    yield make
+    for session, theirs in made:
+        session.close()
+        theirs.close()
+
+
+def interrupt_main_thread(peer):
+    """As Ctrl-C does, until it shows: one that comes just before a thread begins to wait is noticed only after that."""
+    while True:
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        if select.select([peer.socket], [], [], 1)[0]:
+            return
 
 
 def open_fds():
@@ -233,7 +265,7 @@ def test_an_interrupt_cancels_the_call_and_gives_its_results_back(peer, connecti
 
     def host():
         invoked, _ = peer.expect(Op.INVOKE)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_main_thread(peer)
         cancel, body = peer.expect(Op.CANCEL)
         assert body == {"sequence": invoked}
         with open("/proc/self/stat") as file:

@@ -1,39 +1,11 @@
 """Small tensors in frames against a scripted host: what a request says of its payload, and replies that lie."""
 
-import socket
-import threading
-
 import numpy as np
 import pytest
 
 import strait
-from strait._connection import Connection
-from strait._session import Session
 from strait._wire import Op
-from test_connection import Caller, Peer, open_fds
-
-
-@pytest.fixture
-def scripted():
-    """Makes a session whose host is a `Peer`."""
-    made = []
-
-    def make(send_buffer_bytes=None, **welcome):
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if send_buffer_bytes is not None:
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer_bytes)
-        peer = Peer(theirs)
-        hello = threading.Thread(target=lambda: peer.say(Op.WELCOME, peer.expect(Op.HELLO)[0], welcome))
-        hello.start()
-        session = Session(Connection(ours, "test/1", True), None)
-        hello.join()
-        made.append((session, theirs))
-        return peer, session
-
-    yield make
-    for session, theirs in made:
-        session.close()
-        theirs.close()
+from test_connection import Caller, open_fds, scripted  # noqa: F401
 
 
 def floats(count, offset=0, **changes):

@@ -62,9 +62,13 @@ def test_frames_are_those_of_the_protocol():
     for op, header, body in frames:
         body, _, payload = body.strip().partition("\n")
         text = re.sub(r"<segment:(\d)>", lambda found: found[1] * 32, body)
-        header = bytes.fromhex(header).ljust(_wire.HEADER.size, b"\0")
-        out_of_place = any(header[12:16]) and op != "INVOKE"
-        if op in ("PREPARE", "CALL", "STREAM") or header[2] != _wire.PROTOCOL or out_of_place or any(header[41:48]):
+        header = bytes.fromhex(header)
+        if op == "CALL":
+            # Without a body its payload follows at once.
+            header, payload = header[:16], header[16:].hex()
+        header = header.ljust(_wire.HEADER.size, b"\0")
+        out_of_place = any(header[12:16]) and op not in ("INVOKE", "CALL")
+        if op == "STREAM" or header[2] != _wire.PROTOCOL or out_of_place or any(header[41:48]):
             # An example of what is refused: a reserved op, another version, a payload, flags.
             continue
         payload = bytes.fromhex(payload)

@@ -20,6 +20,7 @@ if sys.platform != "linux":
     raise ImportError(f"strait hosts and clients need Linux; this is {sys.platform}")
 
 from ._array import Array, Arrays
+from ._call import Call
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -30,8 +31,9 @@ from ._errors import (
     RemoteError,
     StraitError,
 )
+from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
-from ._session import Call, ClientStats, Session, connect
+from ._session import ClientStats, Session, connect
 from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
 
 __all__ = [
@@ -50,10 +52,12 @@ __all__ = [
     "Pages",
     "Parameter",
     "Port",
+    "Prepared",
     "ProtocolError",
     "ReleasedError",
     "RemoteError",
     "Session",
+    "Spec",
     "StraitError",
     "Tensor",
     "__version__",

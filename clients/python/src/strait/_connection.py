@@ -242,13 +242,13 @@ class Connection:
             reply, pending.reply = pending.reply, None
         if reply is not None:
             self._discard(reply)
-        elif waited is not None and pending.op == Op.INVOKE:
+        elif waited is not None and pending.op in (Op.INVOKE, Op.PREPARE):
             self.cancel(pending)
             self._stray_until = time.monotonic() + _STRAY_SECONDS
             self._bell.put(None)
 
     def cancel(self, pending: Pending) -> None:
-        """Asks the host to end a running INVOKE; the INVOKE's own reply tells how it went."""
+        """Asks the host to end a running INVOKE or PREPARE, whose own reply tells how it went."""
         if self._end is None:
             try:
                 self.request(Op.CANCEL, {"sequence": pending.sequence}, abandoned=True)
@@ -416,6 +416,11 @@ class Connection:
     @property
     def closed(self) -> bool:
         return self._end is not None
+
+    @property
+    def end(self) -> Optional[StraitError]:
+        """Why it is over."""
+        return self._end
 
     @property
     def draining(self) -> Optional[float]:

@@ -47,6 +47,8 @@ class Op(enum.IntEnum):
     RELEASE = 15
     RENEW = 16
     INVOKE = 17
+    PREPARE = 18
+    CALL = 19
     CANCEL = 20
     PING = 22
     LIMITS = 23
@@ -67,9 +69,14 @@ class TraceContext(NamedTuple):
 NO_TRACE = TraceContext()
 
 
+def packet_room(send_buffer_bytes: int) -> int:
+    """Bytes that a packet can have, on a socket with such a send buffer."""
+    return send_buffer_bytes - _SOCKET_OWN_BYTES
+
+
 def payload_room(send_buffer_bytes: int) -> int:
     """Bytes of payload that a frame with the longest body has room for, on a socket with such a send buffer."""
-    return max(0, min(PAYLOAD_BYTES_MAX, send_buffer_bytes - _SOCKET_OWN_BYTES - HEADER.size - BODY_BYTES_MAX))
+    return max(0, min(PAYLOAD_BYTES_MAX, packet_room(send_buffer_bytes) - HEADER.size - BODY_BYTES_MAX))
 
 
 def encode(
@@ -110,8 +117,10 @@ def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tupl
             f"a frame with {body_bytes} bytes of body and {payload_bytes} of payload; at most {BODY_BYTES_MAX} and "
             f"{PAYLOAD_BYTES_MAX} are allowed"
         )
-    if payload_bytes and op not in (Op.INVOKE, Op.OK):
-        raise ProtocolError(f"a frame of op {op} with {payload_bytes} bytes of payload; only INVOKE and the OK to it have any")
+    if payload_bytes and op not in (Op.INVOKE, Op.CALL, Op.OK):
+        raise ProtocolError(
+            f"a frame of op {op} with {payload_bytes} bytes of payload; only INVOKE, CALL and the OK to them have any"
+        )
     if flags or reserved != bytes(3):
         raise ProtocolError(
             f"a frame with reserved bytes {reserved!r} and flags {flags:#x}; all of them are 0 in version {PROTOCOL}"

@@ -18,12 +18,14 @@ class Driver:
     def __init__(self):
         self.session = None
         self.handles = {}
+        self.prepared = {}
 
     def hello(self):
         return {"language": "python", "client": f"strait-python/{strait.__version__}", "fork": "refused"}
 
     def connect(self, address, renew=True):
         self.close()
+        self.prepared.clear()
         self.session = strait.connect(address, renew=renew)
         return {"host_id": self.session.host_id, "move_min_bytes": self.session.move_min_bytes, "inline_bytes": self.session.inline_bytes}
 
@@ -94,6 +96,45 @@ class Driver:
             else:
                 output.release()
         return answer
+
+    def prepare(self, kernel, inputs, parameters=None, deadline_ms=None, request_id=None, **fields):
+        specs = {port: strait.Spec(x["dtype"], x["shape"]) for port, x in inputs.items() if "dtype" in x}
+        fixed = {port: self.handles[x["handle"]] if isinstance(x, dict) else x for port, x in inputs.items() if port not in specs}
+        made = self.session.prepare(
+            kernel, inputs=specs, fixed=fixed, parameters=parameters, deadline=seconds(deadline_ms), request_id=request_id
+        )
+        self.prepared[fields["as"]] = made
+        return {
+            key: [{"port": port, "dtype": spec.dtype, "shape": list(spec.shape)} for port, spec in specs.items()]
+            for key, specs in (("inputs", made.inputs), ("outputs", made.outputs))
+        }
+
+    def call_prepared(self, prepared, inputs, files=None, cancel_after_ms=None, repeat=1):
+        prepared = self.prepared[prepared]
+        order = [port for port in prepared.inputs if port in inputs]
+        given = [self.handles[inputs[port]["handle"]] for port in [*order, *(port for port in inputs if port not in order)]]
+        before = self.session.client_stats().copied_bytes
+        times, result = [], None
+        for _ in range(repeat):
+            if cancel_after_ms is not None:
+                threading.Timer(cancel_after_ms / 1000, prepared.cancel).start()
+            start = time.perf_counter()
+            result = prepared(*given)
+            times.append(time.perf_counter() - start)
+        copied = self.session.client_stats().copied_bytes - before
+        outputs = {next(iter(prepared.outputs)): result} if isinstance(result, np.ndarray) else result
+        for port, file in (files or {}).items():
+            write(outputs[port], file)
+        return {
+            "outputs": {port: {**array(output), "dtype": prepared.outputs[port].dtype} for port, output in outputs.items()},
+            "notes": [{"key": key, "text": text} for key, text in prepared.notes.items()],
+            "client_copied_bytes": copied,
+            "seconds": times,
+        }
+
+    def close_prepared(self, prepared):
+        self.prepared.pop(prepared).close()
+        return {}
 
     def concurrent(self, calls, repeat=1):
         answers = [None] * len(calls)
