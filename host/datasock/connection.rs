@@ -178,7 +178,10 @@ impl Stop {
     fn cancel(&self) {
         match self {
             Self::Call(call) => call.cancel(),
-            Self::Lane(lane) => lane.cancel(),
+            // It is under way until this connection has its answer, whatever it says.
+            Self::Lane(lane) => {
+                let _ = lane.cancel();
+            }
         }
     }
 }

@@ -32,6 +32,8 @@ pub(super) struct Lane {
     socket: FrameSocket,
     /// Of what it does now.
     cancel: Mutex<CancelToken>,
+    /// It does something.
+    busy: AtomicBool,
     ended: AtomicBool,
 }
 
@@ -39,6 +41,7 @@ impl Lane {
     fn token(&self) -> CancelToken {
         let token = CancelToken::default();
         *self.cancel.lock() = token.clone();
+        self.busy.store(true, Ordering::SeqCst);
         // Whoever ends it sees the new token, or is seen here.
         if self.ended.load(Ordering::SeqCst) {
             token.cancel();
@@ -46,10 +49,11 @@ impl Lane {
         token
     }
 
-    /// Ends what it does now.
-    pub(super) fn cancel(&self) {
+    /// Ends what it does now; false if that is nothing.
+    pub(super) fn cancel(&self) -> bool {
         let token = self.cancel.lock().clone();
         token.cancel();
+        self.busy.load(Ordering::SeqCst)
     }
 
     /// Ends it, whatever it does.
@@ -85,6 +89,7 @@ impl Lane {
                 true => self.stream(prepared, &mut incoming, asked),
                 false => self.call(prepared, &asked),
             };
+            self.busy.store(false, Ordering::SeqCst);
             if !goes_on {
                 return incoming.discard();
             }
@@ -417,6 +422,7 @@ impl Lanes {
         let lane = Arc::new(Lane {
             socket: ours,
             cancel: Mutex::default(),
+            busy: AtomicBool::new(false),
             ended: AtomicBool::new(false),
         });
         let preparing =
@@ -456,12 +462,9 @@ impl Lanes {
         })
     }
 
-    /// Ends what `number` does now; false if there is none of that number.
+    /// Ends what `number` does now; false if there is none of that number, or it does nothing.
     pub(super) fn cancel(&self, number: u64) -> bool {
-        self.lanes
-            .get(&number)
-            .inspect(|lane| lane.cancel())
-            .is_some()
+        self.lanes.get(&number).is_some_and(|lane| lane.cancel())
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -498,6 +501,7 @@ fn run(
         Ok(prepared) => prepared,
         Err(status) => return drop(answer.send(Err(status))),
     };
+    lane.busy.store(false, Ordering::SeqCst);
     // Nobody waits for it if the connection has ended.
     if answer.send(Ok(prepared.to_wire(number))).is_ok() {
         lane.serve(&prepared);

@@ -159,8 +159,31 @@ pub struct Elements<'a> {
     bytes: &'a [u8],
     /// None: all that was prepared.
     shape: Option<&'a [u64]>,
-    /// Whether they fit an input of that name and dtype.
-    check: fn(&str, Dtype) -> Result<(), Error>,
+    kind: Kind,
+}
+
+/// What elements are.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Of a Rust type: whether that fits an input of that name and dtype.
+    Typed(fn(&str, Dtype) -> Result<(), Error>),
+    Dtype(Dtype),
+    /// Whatever was prepared.
+    Any,
+}
+
+impl Kind {
+    fn check(self, name: &str, dtype: Dtype) -> Result<(), Error> {
+        match self {
+            Self::Typed(check) => check(name, dtype),
+            Self::Dtype(own) if own != dtype => Err(Error::Dtype {
+                name: name.to_owned(),
+                dtype,
+                asked: own,
+            }),
+            Self::Dtype(_) | Self::Any => Ok(()),
+        }
+    }
 }
 
 impl<'a, T: Element> From<&'a [T]> for Elements<'a> {
@@ -168,7 +191,7 @@ impl<'a, T: Element> From<&'a [T]> for Elements<'a> {
         Self {
             bytes: bytemuck::cast_slice(elements),
             shape: None,
-            check: element::check::<T>,
+            kind: Kind::Typed(element::check::<T>),
         }
     }
 }
@@ -186,7 +209,17 @@ impl<'a> Elements<'a> {
         Self {
             bytes,
             shape: None,
-            check: |_, _| Ok(()),
+            kind: Kind::Any,
+        }
+    }
+
+    /// Of a tensor of that dtype and shape: little-endian, row-major, contiguous.
+    #[must_use]
+    pub fn of_tensor(spec: &'a TensorSpec, bytes: &'a [u8]) -> Self {
+        Self {
+            bytes,
+            shape: Some(&spec.shape),
+            kind: Kind::Dtype(spec.dtype),
         }
     }
 
@@ -210,6 +243,12 @@ pub struct PreparedResult<'a> {
 }
 
 impl<'a> PreparedResult<'a> {
+    /// The output ports, in the kernel's order.
+    #[must_use]
+    pub fn ports(&self) -> Vec<&'a str> {
+        self.places.iter().map(|place| &*place.name).collect()
+    }
+
     /// The tensor of an output port.
     ///
     /// # Errors
@@ -319,7 +358,7 @@ impl Prepared {
             });
         }
         for (tensor, given) in self.inputs.iter().zip(elements) {
-            (given.check)(&tensor.port, tensor.dtype)?;
+            given.kind.check(&tensor.port, tensor.dtype)?;
             let shape = given.shape.unwrap_or(&tensor.shape);
             if !within(shape, &tensor.shape) {
                 return Err(Error::Shape {

@@ -1,5 +1,7 @@
 //! The Rust client's conformance driver; `tests/conformance/README.md` says what it is asked.
 
+mod prepared;
+
 use std::collections::HashMap;
 use std::fs;
 use std::io::{self, BufRead, Write};
@@ -11,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use strait_client::{
     CallInput, CallResult, Client, Dtype, Error, NewTensor, OpenSegment, Options, Output, Param,
-    TensorPlace, TensorSpec, TensorView, address,
+    Prepared, TensorPlace, TensorSpec, TensorView, address,
 };
 
 /// Why an operation has no answer: the client's word, or this driver's own mistake.
@@ -54,6 +56,7 @@ struct Driver {
     client: Option<Client>,
     handles: HashMap<String, Handle>,
     calls: AtomicU64,
+    prepared: HashMap<String, Prepared>,
 }
 
 #[derive(Deserialize)]
@@ -120,6 +123,12 @@ impl Driver {
             "read" => self.read(&text("handle")?, &text("file")?),
             "write" => self.write(&text("handle")?, &text("file")?),
             "call" => self.call_and_keep(serde_json::from_value(fields)?),
+            "prepare" => self.prepare(serde_json::from_value(fields)?),
+            "call_prepared" => self.call_prepared(&serde_json::from_value(fields)?),
+            "close_prepared" => {
+                self.prepared.remove(&text("prepared")?);
+                Ok(json!({}))
+            }
             "concurrent" => self.concurrent(&fields),
             "delete" => {
                 self.client()?.drop_flight(&text("name")?)?;
@@ -157,6 +166,7 @@ impl Driver {
         let welcome = client.welcome();
         let answer = json!({ "host_id": welcome.host_id, "move_min_bytes": welcome.move_min_bytes, "inline_bytes": welcome.inline_bytes });
         self.client = Some(client);
+        self.prepared.clear();
         self.calls = AtomicU64::new(0);
         Ok(answer)
     }
