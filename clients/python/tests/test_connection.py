@@ -284,6 +284,26 @@ def test_an_interrupt_cancels_the_call_and_gives_its_results_back(peer, connecti
     assert ping.result().op == Op.OK
 
 
+def test_an_interrupt_ends_the_wait_whatever_its_handler_asks_for(peer, connection):
+    """As after polars, whose handler lets Linux go on with what it was doing."""
+
+    session = Session(connection, None)
+
+    def host():
+        invoked, _ = peer.expect(Op.INVOKE)
+        interrupt_main_thread(peer)
+        assert peer.expect(Op.CANCEL)[1] == {"sequence": invoked}
+
+    signal.siginterrupt(signal.SIGINT, False)
+    try:
+        caller = Caller(host)
+        with pytest.raises(KeyboardInterrupt):
+            session.call("k", inputs={"x": "flight"})
+        assert caller.result() is None
+    finally:
+        signal.siginterrupt(signal.SIGINT, True)
+
+
 def test_a_call_that_nobody_waits_for_is_cancelled(peer, connection):
     call = Session(connection, None).start("k", inputs={"x": "flight"}, deadline=1.5, a=2)
     sequence, body = peer.expect(Op.INVOKE)

@@ -304,7 +304,9 @@ def test_threads_wait_for_each_other(ready):
     assert [caller.result().tolist() for caller in callers] == [[float(n)] * 2 for n in range(8)]
 
 
-def test_an_interrupted_call_is_cancelled_and_its_reply_is_nobodys(ready):
+@pytest.mark.parametrize("interrupts", [True, False])
+def test_an_interrupted_call_is_cancelled_and_its_reply_is_nobodys(ready, interrupts):
+    """Whatever the handler asks Linux to do with what it was doing."""
     peer, _, prepared, lane = ready
 
     def host():
@@ -320,11 +322,15 @@ def test_an_interrupted_call_is_cancelled_and_its_reply_is_nobodys(ready):
         peer.say(Op.OK, ping, {})
         lane.answer(2, 2)
 
-    caller = Caller(host)
-    with pytest.raises(KeyboardInterrupt):
-        prepared(X)
-    assert prepared(X).tolist() == [2.0, 2.0]
-    caller.result()
+    signal.siginterrupt(signal.SIGINT, interrupts)
+    try:
+        caller = Caller(host)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(X)
+        assert prepared(X).tolist() == [2.0, 2.0]
+        assert caller.result() is None
+    finally:
+        signal.siginterrupt(signal.SIGINT, True)
 
 
 def test_a_reply_that_came_late_is_held_against_its_call(ready):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import struct
 from pathlib import Path
 from typing import List, Mapping, Optional
 
@@ -79,3 +80,12 @@ def connect(sock: socket.socket, path: str) -> None:
         sock.connect(f"/proc/self/fd/{directory}/{os.path.basename(path)}")
     finally:
         os.close(directory)
+
+
+def interruptible(sock: socket.socket) -> None:
+    """Lets a signal (Ctrl-C) end the wait for a packet, whatever its handler asks for.
+
+    Some libraries (polars) install handlers after which Linux goes on waiting by itself, except on a socket that has
+    a timeout. This one is of days, and who waits then waits again.
+    """
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", 1_000_000, 0))

@@ -63,6 +63,7 @@ class Connection:
     def __init__(self, sock: socket.socket, name: str, renew: bool) -> None:
         self._pid = os.getpid()
         self._socket = sock
+        _address.interruptible(sock)
         self._sending = threading.Lock()
         # Held for short, never over a system call that waits. Guards all below.
         self._lock = threading.Lock()

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Deque, Dict, List, Mapping, NoReturn, Opt
 
 import numpy as np
 
-from . import _dtypes, _foreign, _wire
+from . import _address, _dtypes, _foreign, _wire
 from ._array import Array, view_of
 from ._connection import Connection
 from ._errors import DisconnectedError, ProtocolError, StraitError, from_host
@@ -294,7 +294,12 @@ class Prepared:
         try:
             # One step each, for `map` and `extend` run no Python code: an interrupt comes before or after both.
             steps.extend(map(self._socket.sendmsg, (parts,), ((),), (_SEND_FLAGS,)))
-            steps.extend(map(self._socket.recvmsg_into, ([self._buffer],)))
+            while len(steps) == 1:
+                try:
+                    steps.extend(map(self._socket.recvmsg_into, ([self._buffer],)))
+                except BlockingIOError:
+                    # After days; see `_address.interruptible`.
+                    pass
         except (BrokenPipeError, ConnectionResetError) as error:
             self._over(error)
         except BaseException:
@@ -525,6 +530,7 @@ def _open(fd: int, request_bytes: int) -> socket.socket:
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
             raise ProtocolError(f"the OK to PREPARE brings a socket of another kind: {sock.family!r}, {sock.type!r}")
         sock.settimeout(None)
+        _address.interruptible(sock)
         room = _wire.packet_room(sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))
         if HEADER.size + request_bytes > room:
             raise ValueError(
