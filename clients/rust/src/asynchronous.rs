@@ -18,6 +18,7 @@ use crate::prepared::{Prepare, Prepared};
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
+use crate::stream::PreparedStream;
 use crate::wire::{
     Flight, Kernel, Mapping, NewTensor, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
 };
@@ -328,6 +329,14 @@ impl Prepare<'_, AsyncClient> {
     /// and the ends of the connection.
     pub async fn send(self) -> Result<Prepared, Error> {
         self.run().await
+    }
+
+    /// Has the host make it ready for chunks of rows: the shapes of inputs begin with the most rows of one.
+    ///
+    /// # Errors
+    /// As [`Self::send`]; `UNSUPPORTED` for a kernel that must see whole tensors.
+    pub async fn stream(self) -> Result<PreparedStream, Error> {
+        self.of_chunks().run().await.map(PreparedStream)
     }
 }
 

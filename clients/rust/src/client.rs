@@ -22,6 +22,7 @@ use crate::prepared::{Prepare, Prepared};
 use crate::segment::{AdoptedSegment, MappedSegment, OpenSegment};
 use crate::session::{self, Options, Session};
 use crate::stats::Stats;
+use crate::stream::PreparedStream;
 use crate::wire::{
     Flight, Kernel, Mapping, NewTensor, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
 };
@@ -367,6 +368,15 @@ impl Prepare<'_, Client> {
     /// and the ends of the connection.
     pub fn send(self) -> Result<Prepared, Error> {
         self.session().wait(self.run())
+    }
+
+    /// Has the host make it ready for chunks of rows: the shapes of inputs begin with the most rows of one.
+    ///
+    /// # Errors
+    /// As [`Self::send`]; `UNSUPPORTED` for a kernel that must see whole tensors.
+    pub fn stream(self) -> Result<PreparedStream, Error> {
+        let prepared = self.session().wait(self.of_chunks().run());
+        prepared.map(PreparedStream)
     }
 }
 

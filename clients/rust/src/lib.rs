@@ -50,6 +50,7 @@ mod prepared;
 mod segment;
 mod session;
 mod stats;
+mod stream;
 mod tensor;
 
 pub use argument::{CallInput, Param};
@@ -68,5 +69,6 @@ pub use strait_memory::Inode;
 /// The protocol's frames and bodies.
 pub use strait_protocol as wire;
 pub use strait_tensor::{Dtype, TensorPlace, TensorSpec};
+pub use stream::{PreparedStream, Rows};
 pub use tensor::TensorView;
 pub use wire::{Flight, Kernel, Limits, Mapping, NewTensor, Welcome};

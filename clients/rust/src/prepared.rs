@@ -14,7 +14,7 @@ use crate::element::{self, Element};
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::session::{Session, milliseconds};
-use crate::tensor::TensorView;
+use crate::tensor::{TensorView, range};
 use crate::wire::{
     self, HEADER_BYTES, Header, Limits, Note, Op, PreparedInput, PreparedTensor, SIZES_BYTES,
     TraceContext,
@@ -98,6 +98,12 @@ impl<'a, C> Prepare<'a, C> {
         self.session
     }
 
+    /// The same for chunks of rows.
+    pub(crate) fn of_chunks(mut self) -> Self {
+        self.request.stream = true;
+        self
+    }
+
     pub(crate) async fn run(mut self) -> Result<Prepared, Error> {
         if let Some(misfit) = self.misfit.take() {
             return Err(misfit);
@@ -135,30 +141,30 @@ impl<C> fmt::Debug for Prepare<'_, C> {
 /// nothing that grows with them. It waits on the calling thread, so asynchronous code calls from a thread that may wait.
 #[derive(Debug)]
 pub struct Prepared {
-    session: Session,
+    pub(crate) session: Session,
     socket: FrameSocket,
-    number: u64,
-    inputs: Vec<PreparedTensor>,
+    pub(crate) number: u64,
+    pub(crate) inputs: Vec<PreparedTensor>,
     /// The sizes of all inputs, as they stand before the elements.
     sizes: Vec<u8>,
     request_bytes: u32,
     outputs: Vec<PreparedTensor>,
     /// Where the outputs of the last call are in what was received.
-    places: Vec<TensorPlace>,
+    pub(crate) places: Vec<TensorPlace>,
     reply_bytes: usize,
     /// What was received; an array of words, so that elements are aligned.
     received: Vec<u128>,
     sequence: u32,
     /// A call is under way, or was broken off.
-    broken: bool,
+    pub(crate) broken: bool,
 }
 
 /// Elements that a call brings.
 #[derive(Clone, Copy, Debug)]
 pub struct Elements<'a> {
-    bytes: &'a [u8],
+    pub(crate) bytes: &'a [u8],
     /// None: all that was prepared.
-    shape: Option<&'a [u64]>,
+    pub(crate) shape: Option<&'a [u64]>,
     kind: Kind,
 }
 
@@ -332,9 +338,8 @@ impl Prepared {
         }
         // If this is not reached again, the next reply would be taken for another call's.
         self.broken = true;
-        self.sequence = self.sequence.wrapping_add(1).max(1);
-        self.send(elements)?;
-        let notes = self.receive()?;
+        self.send(Op::Call, elements)?;
+        let (_, notes) = self.receive(&[Op::Ok])?;
         let bytes = self.places.iter().map(|place| place.length);
         self.session.count_copied(bytes.sum());
         let received: &[u8] = bytemuck::cast_slice(&self.received);
@@ -346,7 +351,7 @@ impl Prepared {
         })
     }
 
-    fn check(&self, elements: &[Elements<'_>]) -> Result<(), Error> {
+    pub(crate) fn check(&self, elements: &[Elements<'_>]) -> Result<(), Error> {
         if elements.len() != self.inputs.len() {
             return Err(Error::Inputs {
                 prepared: self
@@ -383,14 +388,15 @@ impl Prepared {
         Ok(())
     }
 
-    fn send(&mut self, elements: &[Elements<'_>]) -> Result<(), Error> {
+    pub(crate) fn send(&mut self, op: Op, elements: &[Elements<'_>]) -> Result<(), Error> {
+        self.sequence = self.sequence.wrapping_add(1).max(1);
         let sizes = self.sizes.chunks_exact_mut(SIZES_BYTES);
         for ((sizes, tensor), given) in sizes.zip(&self.inputs).zip(elements) {
             let shape = given.shape.unwrap_or(&tensor.shape);
             sizes.copy_from_slice(&wire::sizes(shape));
         }
         let header = Header {
-            op: Op::Call,
+            op,
             sequence: self.sequence,
             body_bytes: 0,
             payload_bytes: self.request_bytes,
@@ -412,7 +418,8 @@ impl Prepared {
         Ok(())
     }
 
-    fn receive(&mut self) -> Result<Vec<Note>, Error> {
+    /// A reply that is one of `ops`: which, and what the kernel had to say.
+    pub(crate) fn receive(&mut self, ops: &[Op]) -> Result<(Op, Vec<Note>), Error> {
         let packet: &mut [u8] = bytemuck::cast_slice_mut(&mut self.received);
         let received = self.socket.recv(packet);
         let received = received.map_err(|error| over(error, "receive a prepared call's reply"))?;
@@ -434,7 +441,7 @@ impl Prepared {
             )));
         }
         match header.op {
-            Op::Ok => {}
+            op if ops.contains(&op) => {}
             Op::Error => {
                 let failure: wire::Failure = parse(body)?;
                 self.broken = false;
@@ -474,7 +481,13 @@ impl Prepared {
             packet.copy_within(from..from + self.reply_bytes, HEADER_BYTES);
         }
         self.broken = false;
-        Ok(notes)
+        Ok((header.op, notes))
+    }
+
+    /// What was received of an output last.
+    pub(crate) fn received(&self, place: &TensorPlace) -> &[u8] {
+        let received: &[u8] = bytemuck::cast_slice(&self.received);
+        &received[HEADER_BYTES..][range(place)]
     }
 
     /// Its number in this session, by which the host can be told to end a call: see

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use strait_client::wire::{self, Op};
+use strait_client::{Dtype, Error, TensorSpec};
 
 use super::{Prepared, bytes};
 use crate::guest;
@@ -489,4 +490,70 @@ fn a_stream_has_no_turn_while_it_waits() {
     }
     let counted: Vec<f64> = (1..=sent).map(f64::from).collect();
     assert_eq!(super::floats(&y[0]), counted);
+}
+
+#[test]
+fn the_rust_client_streams() {
+    let host = Served::with_plugin(&gathers(), &[]);
+    if host.has_workers() {
+        return;
+    }
+    let client = strait_client::Client::connect_to(&host.directory()).unwrap();
+    let spec = |rows| TensorSpec {
+        dtype: Dtype::Float64,
+        shape: vec![rows, 2],
+    };
+    let most = spec(16);
+    let mut stream = client.prepare("cumsum").input("x", &most).stream().unwrap();
+    assert_eq!(stream.inputs()[0].shape, [16, 2]);
+    for round in 0..2 {
+        let x = ramp(100);
+        let mut sums: Vec<f64> = Vec::new();
+        for rows in x.chunks(14) {
+            let came = stream.chunk(&[rows.into()]).unwrap();
+            assert!(came.notes.is_empty());
+            sums.extend(came.tensor("y").unwrap().as_slice::<f64>().unwrap());
+        }
+        let came = stream.last(&[(&[0.0; 0][..]).into()]).unwrap();
+        assert_eq!(came.tensor("y").unwrap().shape(), [0, 2]);
+        let mut sum = [0.0; 2];
+        for (at, y) in sums.iter().enumerate() {
+            sum[at % 2] += x[at];
+            assert_eq!(*y, sum[at % 2], "{round} {at}");
+        }
+        assert_eq!(sums.len(), x.len());
+    }
+    // More than was prepared, and a part of a row: not sent.
+    for wrong in [34, 3] {
+        let refused = stream.chunk(&[(&ramp(wrong)[..]).into()]).unwrap_err();
+        assert!(
+            matches!(refused, Error::Shape { .. } | Error::Length { .. }),
+            "{refused}"
+        );
+    }
+    let one = TensorSpec {
+        dtype: Dtype::Float64,
+        shape: vec![4],
+    };
+    let mut stream = client
+        .prepare("gathers/k")
+        .input("x", &one)
+        .stream()
+        .unwrap();
+    stream.chunk(&[(&[0.0][..]).into()]).unwrap();
+    let Err(Error::Remote(failure)) = stream.chunk(&[(&[2.0][..]).into()]) else {
+        panic!("it traps");
+    };
+    assert_eq!(
+        (&*failure.reason, &failure.details["chunk"]),
+        ("GUEST_TRAP", &json!(1))
+    );
+    let over = stream.chunk(&[(&[0.0][..]).into()]).unwrap_err();
+    assert!(matches!(over, Error::Disconnected), "{over}");
+    let refused = client
+        .prepare("zscore")
+        .input("x", &most)
+        .stream()
+        .unwrap_err();
+    assert!(matches!(refused, Error::Remote(failure) if failure.reason == "UNSUPPORTED"));
 }

@@ -125,7 +125,7 @@ fn a_host_that_breaks_the_protocol_is_named() {
         (
             b"ST\x02\x04\x02\0\0\0\0\0\0\0\x02",
             "{}",
-            "only INVOKE, CALL and the OK to them carry a payload",
+            "only INVOKE, CALL, CHUNK, LAST and the answers to them carry a payload",
         ),
         (
             b"ST\x02\x05\x02\0\0\0\x02",

@@ -1,0 +1,140 @@
+//! Kernels that are given a tensor in chunks of rows.
+
+use strait_tensor::TensorPlace;
+
+use crate::error::Error;
+use crate::prepared::{Elements, Prepared};
+use crate::tensor::{TensorView, range};
+use crate::wire::{Note, Op, PreparedTensor};
+
+/// A kernel that is ready for tensors that come in chunks of rows. What the kernel keeps goes on from the first chunk to the
+/// last, and all rows that it gives are bit for bit those of one call on all rows.
+///
+/// It has a socket of its own; dropping it ends it in the host. It waits on the calling thread.
+#[derive(Debug)]
+pub struct PreparedStream(pub(crate) Prepared);
+
+/// What came of a chunk: rows of the outputs.
+#[derive(Debug)]
+pub struct Rows {
+    outputs: Vec<(TensorPlace, Vec<u128>)>,
+    /// What the kernel had to say, at the end.
+    pub notes: Vec<Note>,
+}
+
+impl Rows {
+    /// The rows of an output port.
+    ///
+    /// # Errors
+    /// [`Error::NoTensor`] if the kernel has no such port.
+    pub fn tensor(&self, port: &str) -> Result<TensorView<'_>, Error> {
+        let output = self.outputs.iter().find(|(place, _)| place.name == port);
+        let (place, words) = output.ok_or_else(|| Error::NoTensor {
+            name: port.to_owned(),
+            known: self
+                .outputs
+                .iter()
+                .map(|(place, _)| place.name.clone())
+                .collect(),
+        })?;
+        Ok(TensorView::of(place, bytemuck::cast_slice(words)))
+    }
+
+    /// Appends the rows at `place`, which are `bytes`, to output `index`.
+    fn append(&mut self, index: usize, place: &TensorPlace, bytes: &[u8]) {
+        let (all, words) = &mut self.outputs[index];
+        let from = range(all).end;
+        words.resize((from + bytes.len()).div_ceil(size_of::<u128>()), 0);
+        bytemuck::cast_slice_mut::<u128, u8>(words)[from..from + bytes.len()]
+            .copy_from_slice(bytes);
+        all.length += bytes.len() as u64;
+        if let (Some(rows), Some(more)) = (all.spec.shape.first_mut(), place.spec.shape.first()) {
+            *rows += more;
+        }
+    }
+}
+
+impl PreparedStream {
+    /// The inputs that come in chunks, in their order; their shapes begin with the most rows of a chunk.
+    #[must_use]
+    pub fn inputs(&self) -> &[PreparedTensor] {
+        &self.0.inputs
+    }
+
+    /// Its number in this session, as [`Prepared::number`].
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.0.number
+    }
+
+    /// Sends the next rows of [`Self::inputs`] in their order, perhaps none, and waits for what comes of them.
+    ///
+    /// # Errors
+    /// As [`Prepared::call`]; [`Error::Remote`] says which chunk it was (`details.chunk`), and ends the stream.
+    pub fn chunk(&mut self, elements: &[Elements<'_>]) -> Result<Rows, Error> {
+        self.send(Op::Chunk, elements)
+    }
+
+    /// Sends the last rows, perhaps none, and waits for the rest. The next chunk begins another stream.
+    ///
+    /// # Errors
+    /// As [`Self::chunk`].
+    pub fn last(&mut self, elements: &[Elements<'_>]) -> Result<Rows, Error> {
+        self.send(Op::Last, elements)
+    }
+
+    fn send(&mut self, op: Op, elements: &[Elements<'_>]) -> Result<Rows, Error> {
+        let stream = &mut self.0;
+        // As many rows as there are elements for.
+        let shapes = elements.iter().zip(&stream.inputs).map(|(given, tensor)| {
+            let rest = tensor.shape.get(1..).unwrap_or_default();
+            let row = rest
+                .iter()
+                .fold(tensor.dtype.size(), |bytes, size| bytes * size);
+            let rows = (given.bytes.len() as u64).checked_div(row).unwrap_or(0);
+            [&[rows], rest].concat()
+        });
+        let shapes: Vec<_> = shapes.collect();
+        let mut shaped = elements.to_vec();
+        for (given, shape) in shaped.iter_mut().zip(&shapes) {
+            given.shape = given.shape.or(Some(shape));
+        }
+        stream.check(&shaped)?;
+        if stream.broken {
+            return Err(Error::Disconnected);
+        }
+        stream.broken = true;
+        stream.send(op, &shaped)?;
+        let mut rows = Rows {
+            outputs: stream
+                .places
+                .iter()
+                .map(|place| {
+                    let mut none = place.clone();
+                    (none.offset, none.length) = (0, 0);
+                    if let Some(rows) = none.spec.shape.first_mut() {
+                        *rows = 0;
+                    }
+                    (none, Vec::new())
+                })
+                .collect(),
+            notes: Vec::new(),
+        };
+        loop {
+            let received = stream.receive(&[Op::Ok, Op::Chunk]);
+            // Until the last of them is here, and after an error for good.
+            stream.broken = true;
+            let (op, notes) = received?;
+            for (index, place) in stream.places.iter().enumerate() {
+                let bytes = stream.received(place);
+                rows.append(index, place, bytes);
+                stream.session.count_copied(bytes.len() as u64);
+            }
+            if op == Op::Ok {
+                stream.broken = false;
+                rows.notes = notes;
+                return Ok(rows);
+            }
+        }
+    }
+}
