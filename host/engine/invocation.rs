@@ -137,20 +137,25 @@ impl Plan {
         });
         match copies.fold(0, usize::saturating_add) <= FEW_BYTES {
             true => (self.room.end, Vec::new()),
-            false => (self.room.start, self.between_windows()),
+            // Where a window is as well: before and after `run`, and with smaller tensors, there is none.
+            false => {
+                let mut parts = self.between_windows();
+                parts.extend(self.windows());
+                (self.room.start, parts)
+            }
         }
+    }
+
+    fn windows(&self) -> impl Iterator<Item = Range<usize>> {
+        self.spots.iter().filter_map(|spot| match *spot {
+            Spot::Window { at, bytes } => Some(at..at + bytes),
+            Spot::Copy { .. } => None,
+        })
     }
 
     /// The parts of the room where no window is.
     fn between_windows(&self) -> Vec<Range<usize>> {
-        let mut windows: Vec<_> = self
-            .spots
-            .iter()
-            .filter_map(|spot| match *spot {
-                Spot::Window { at, bytes } => Some(at..at + bytes),
-                Spot::Copy { .. } => None,
-            })
-            .collect();
+        let mut windows: Vec<_> = self.windows().collect();
         windows.sort_by_key(|window| window.start);
         let mut from = self.room.start;
         let mut between = Vec::with_capacity(windows.len() + 1);

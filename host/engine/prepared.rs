@@ -188,7 +188,10 @@ impl Ready for Prepared {
     fn waiting_bytes(&self) -> u64 {
         // What is kept, and the guest's own pages.
         let kept = self.kept.unwrap_or(0) as u64;
-        self.plan.own_bytes() + kept
+        let size = self.made.as_ref().map_or(0, |made| made.memory().size());
+        // What it took in `bind`.
+        let beyond = size.saturating_sub(self.plan.room.end) as u64;
+        self.plan.own_bytes() + kept + beyond
     }
 
     fn run(
