@@ -26,7 +26,7 @@ use super::limits::State;
 use super::placement::{self, Placement, Spot};
 use super::results::Making;
 use super::spare::Used;
-use super::stream::{Batches, Stream};
+use super::stream::{Batch, Batches, Stream};
 use super::windows::Windows;
 use super::{Compiled, Engine};
 
@@ -90,7 +90,7 @@ pub(super) fn start_over(
         .publish()
 }
 
-/// Runs what has waited with batch after batch, to its end; what the kernel had to say, and its guest.
+/// Runs what has waited with batch after batch, from `first` to its end; what the kernel had to say, and its guest.
 ///
 /// # Errors
 /// [`Broken`]; what was given before stays given.
@@ -99,11 +99,12 @@ pub(super) fn stream(
     job: &Job,
     supplies: &Supplies,
     (plan, made): (&Plan, Made),
+    first: Batch,
     batches: &mut dyn Batches,
 ) -> Result<(Vec<(String, String)>, Made), Broken> {
     Bound::resume(engine, job, supplies, (plan, made))?
         .enter_with(false)?
-        .stream(batches)?
+        .stream(first, batches)?
         .told()
 }
 
@@ -487,7 +488,7 @@ impl<'a> Running<'a> {
     }
 
     /// The same with batch after batch.
-    fn stream(self, batches: &mut dyn Batches) -> Result<Finished<'a>, Broken> {
+    fn stream(self, first: Batch, batches: &mut dyn Batches) -> Result<Finished<'a>, Broken> {
         let (job, copies) = (self.call.job, &self.call.engine.copies);
         self.watched(|instance, placed, results| {
             let kernel = job.kernel.kernel();
@@ -499,7 +500,7 @@ impl<'a> Running<'a> {
                 &placed.spots,
                 placed.records.clone(),
             );
-            stream.run(instance, batches, copies)
+            stream.run(instance, first, batches, copies)
         })
     }
 

@@ -1,9 +1,10 @@
 //! Kernels that try to keep, to take or to be more than a prepared call gives them.
 
-use serde_json::json;
+use serde_json::{Value, json};
 use strait_client::wire::{self, Op};
 
 use super::memory::REMEMBERS;
+use super::stream::{flat, frame};
 use super::{Prepared, brought, bytes, floats};
 use crate::guest;
 use crate::served::{Served, number, put, ramp};
@@ -76,7 +77,54 @@ fn nothing_is_kept_where_a_window_is_at_other_sizes() {
     assert_ne!(first(&few)[1], first(&small(&prepared, &full))[1]);
 }
 
-/// Has 64 MiB more from `bind` on.
+/// Takes its time in `open`, a good part of a second.
+const OPENS_SLOWLY: &str = "
+;; It streams.
+(func $open (param i32 i32 i32 i32 i32 i32) (result i32)
+  (local $left i64)
+  (local.set $left (i64.const 1000000000))
+  (loop $on (br_if $on (i64.ne (i64.const 0) (local.tee $left (i64.sub (local.get $left) (i64.const 1))))))
+  (global.set $shape (i32.load offset=4 (local.get 4)))
+  (global.set $rank (i32.load offset=8 (local.get 4)))
+  (i32.store8 (i32.const 512) (i32.const 0))
+  (i32.store (i32.const 516) (local.get 4))
+  (i32.store (i32.const 520) (local.get 5))
+  i32.const 512)";
+
+fn stream_of(kernel: &str, most: u64) -> Value {
+    json!({"kernel": kernel, "stream": true, "deadline_ms": 60_000,
+        "inputs": {"x": {"dtype": "float64", "shape": [most]}}})
+}
+
+#[test]
+fn a_stream_after_the_first_has_the_time_for_open_that_the_first_had() {
+    // Its globals cannot be taken back: each stream has another instance.
+    let host = Served::with_plugin(&guest::component("slow", OPENS_SLOWLY), &[]);
+    if host.has_workers() {
+        return;
+    }
+    let mut client = host.greeted();
+    let prepared = Prepared::by(&mut client, stream_of("slow/k", 4));
+    for _ in 0..2 {
+        prepared
+            .socket
+            .send(&[&flat(&prepared, true, &ramp(4))], &[])
+            .unwrap();
+        let mut y = vec![Vec::new()];
+        prepared.collect(&mut y);
+        assert_eq!(floats(&y[0]), ramp(4));
+    }
+}
+
+/// Has 64 MiB more once an element is 4.
+const GROWS: &str = "
+;; It streams.
+(func $run (param i32) (result i32)
+  (if (f64.eq (f64.load (i32.wrap_i64 (global.get $x))) (f64.const 4)) (then (drop (memory.grow (i32.const 1024)))))
+  (memory.copy (i32.wrap_i64 (global.get $y)) (i32.wrap_i64 (global.get $x)) (i32.wrap_i64 (global.get $bytes)))
+  i32.const 0)";
+
+/// Has as much more from `bind` on.
 const GROWS_IN_BIND: &str = "
 (func $bind (param i32 i32 i32 i32) (result i32)
   (global.set $x (i64.load (local.get 0)))
@@ -89,6 +137,49 @@ const GROWS_IN_BIND: &str = "
   i32.const 528)";
 
 const GROWN: u64 = 64 << 20;
+
+#[test]
+fn memory_that_a_stream_keeps_between_chunks_is_its_principals() {
+    let plugin = guest::component_without_globals("grows", GROWS);
+    let host = Served::with_plugin(&plugin, &[]);
+    if host.has_workers() {
+        return;
+    }
+    let mut client = host.greeted();
+    let prepared = Prepared::by(&mut client, stream_of("grows/k", 4));
+    let charged = || number(&host.greeted().ok(Op::Stats, json!({})), "/account/bytes");
+    let before = charged();
+    for _ in 0..2 {
+        for (x, last, more) in [(0.0, false, 0), (4.0, false, GROWN), (0.0, true, 0)] {
+            let sent = flat(&prepared, last, &[x, 0.0, 0.0, 0.0]);
+            prepared.socket.send(&[&sent], &[]).unwrap();
+            let mut y = vec![Vec::new()];
+            prepared.collect(&mut y);
+            assert_eq!(floats(&y[0])[0], x);
+            host.eventually(&mut host.greeted(), "what it keeps is counted", |stats| {
+                number(stats, "/account/bytes") == before + more
+            });
+        }
+    }
+    drop(prepared);
+    host.eventually(&mut client, "nothing is left", |stats| {
+        number(stats, "/account/bytes") == 0
+    });
+    // Nor has it more than its principal may have.
+    let host = Served::with_plugin(&plugin, &[("STRAIT__QUOTA__BYTES", "33554432")]);
+    let mut client = host.greeted();
+    let prepared = Prepared::by(&mut client, stream_of("grows/k", 4));
+    prepared
+        .socket
+        .send(&[&flat(&prepared, false, &[4.0, 0.0, 0.0, 0.0])], &[])
+        .unwrap();
+    let message = prepared
+        .receive()
+        .expect("the stream's end")
+        .refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
+    assert!(message.contains("chunk 0 of a stream"), "{message}");
+    assert!(prepared.receive().is_none(), "the stream is over");
+}
 
 #[test]
 fn memory_that_a_guest_has_from_bind_on_is_its_principals() {
@@ -132,6 +223,56 @@ fn handles_of_a_plugins_own_resources_do_not_outlive_a_call() {
     for _ in 0..3 {
         assert_eq!(prepared.call(&[0.0; 4])[0], first);
     }
+}
+
+#[test]
+fn rows_without_bytes_are_counted_as_far_as_anybody_can_count() {
+    let host = Served::start(&[]);
+    if host.has_workers() {
+        return;
+    }
+    let mut client = host.greeted();
+    let rows = u64::MAX / 2;
+    for (shape, kernel) in [
+        ([5, 0], "cumsum"),
+        ([5, 0], "scale-shift"),
+        ([rows, 0], "clip"),
+    ] {
+        let mut request = stream_of(kernel, 1);
+        request["inputs"]["x"]["shape"] = json!(shape);
+        let reply = client.ask(Op::Prepare, request);
+        if shape[0] == rows {
+            // More than a guest can count: it may say so.
+            if reply.op() == Op::Error {
+                continue;
+            }
+        }
+        let prepared = Prepared::of(reply);
+        'stream: for last in [false, false, false, true] {
+            let mut payload = wire::sizes(&shape).to_vec();
+            let length = usize::try_from(number(&prepared.told, "/request_bytes")).unwrap();
+            payload.resize(length, 0);
+            prepared
+                .socket
+                .send(&[&frame(last, 5, &payload)], &[])
+                .unwrap();
+            loop {
+                let reply = prepared.receive().expect("an answer");
+                let done = reply.op() != Op::Chunk;
+                if shape[0] == rows && reply.op() == Op::Error {
+                    break 'stream;
+                }
+                assert_ne!(reply.op(), Op::Error, "{}", reply.text);
+                assert_eq!(wire::shape(&reply.payload[..64], 2), Some(shape.to_vec()));
+                if done {
+                    break;
+                }
+            }
+        }
+    }
+    // The host is there.
+    let prepared = Prepared::by(&mut client, super::scale_shift(brought(4)));
+    assert_eq!(prepared.call(&ramp(4)), super::shifted(&ramp(4)));
 }
 
 #[test]
