@@ -3,7 +3,9 @@
 use std::fmt::Write;
 use std::sync::Arc;
 
-use wasmparser::{ExternalKind, FuncType, Operator, Parser, Payload, ValType, Validator};
+use wasmparser::{
+    CanonicalFunction, ExternalKind, FuncType, Operator, Parser, Payload, ValType, Validator,
+};
 use wit_component::ComponentEncoder;
 
 use super::LoadError;
@@ -50,7 +52,8 @@ pub(super) fn component(bytes: Arc<[u8]>) -> Result<Arc<[u8]>, LoadError> {
 }
 
 /// Whether instances of the component `bytes` keep nothing from one call to the next but what is in their memory, and what
-/// is in one global: the stack pointer, which is the same before and after a call.
+/// is in one global: the stack pointer, which is the same before and after a call. Handles of its own resources lie in a table
+/// of the component.
 pub(super) fn keeps_memory_only(bytes: &[u8]) -> bool {
     looks_like_memory_only(bytes).unwrap_or(false)
 }
@@ -79,6 +82,13 @@ fn looks_like_memory_only(bytes: &[u8]) -> wasmparser::Result<bool> {
                             | Operator::DataDrop { .. }
                     );
                     if keeps {
+                        return Ok(false);
+                    }
+                }
+            }
+            Payload::ComponentCanonicalSection(functions) => {
+                for function in functions {
+                    if matches!(function?, CanonicalFunction::ResourceNew { .. }) {
                         return Ok(false);
                     }
                 }

@@ -26,7 +26,7 @@ use super::limits::State;
 use super::placement::{self, Placement, Spot};
 use super::results::Making;
 use super::spare::Used;
-use super::stream::{Batches, Stream};
+use super::stream::{Batch, Batches, Stream};
 use super::windows::Windows;
 use super::{Compiled, Engine};
 
@@ -90,7 +90,7 @@ pub(super) fn start_over(
         .publish()
 }
 
-/// Runs what has waited with batch after batch, to its end; what the kernel had to say, and its guest.
+/// Runs what has waited with batch after batch, from `first` to its end; what the kernel had to say, and its guest.
 ///
 /// # Errors
 /// [`Broken`]; what was given before stays given.
@@ -99,11 +99,12 @@ pub(super) fn stream(
     job: &Job,
     supplies: &Supplies,
     (plan, made): (&Plan, Made),
+    first: Batch,
     batches: &mut dyn Batches,
 ) -> Result<(Vec<(String, String)>, Made), Broken> {
     Bound::resume(engine, job, supplies, (plan, made))?
         .enter_with(false)?
-        .stream(batches)?
+        .stream(first, batches)?
         .told()
 }
 
@@ -137,20 +138,25 @@ impl Plan {
         });
         match copies.fold(0, usize::saturating_add) <= FEW_BYTES {
             true => (self.room.end, Vec::new()),
-            false => (self.room.start, self.between_windows()),
+            // Where a window is as well: before and after `run`, and with smaller tensors, there is none.
+            false => {
+                let mut parts = self.between_windows();
+                parts.extend(self.windows());
+                (self.room.start, parts)
+            }
         }
+    }
+
+    fn windows(&self) -> impl Iterator<Item = Range<usize>> {
+        self.spots.iter().filter_map(|spot| match *spot {
+            Spot::Window { at, bytes } => Some(at..at + bytes),
+            Spot::Copy { .. } => None,
+        })
     }
 
     /// The parts of the room where no window is.
     fn between_windows(&self) -> Vec<Range<usize>> {
-        let mut windows: Vec<_> = self
-            .spots
-            .iter()
-            .filter_map(|spot| match *spot {
-                Spot::Window { at, bytes } => Some(at..at + bytes),
-                Spot::Copy { .. } => None,
-            })
-            .collect();
+        let mut windows: Vec<_> = self.windows().collect();
         windows.sort_by_key(|window| window.start);
         let mut from = self.room.start;
         let mut between = Vec::with_capacity(windows.len() + 1);
@@ -482,7 +488,7 @@ impl<'a> Running<'a> {
     }
 
     /// The same with batch after batch.
-    fn stream(self, batches: &mut dyn Batches) -> Result<Finished<'a>, Broken> {
+    fn stream(self, first: Batch, batches: &mut dyn Batches) -> Result<Finished<'a>, Broken> {
         let (job, copies) = (self.call.job, &self.call.engine.copies);
         self.watched(|instance, placed, results| {
             let kernel = job.kernel.kernel();
@@ -494,7 +500,7 @@ impl<'a> Running<'a> {
                 &placed.spots,
                 placed.records.clone(),
             );
-            stream.run(instance, batches, copies)
+            stream.run(instance, first, batches, copies)
         })
     }
 

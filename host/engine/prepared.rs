@@ -188,7 +188,10 @@ impl Ready for Prepared {
     fn waiting_bytes(&self) -> u64 {
         // What is kept, and the guest's own pages.
         let kept = self.kept.unwrap_or(0) as u64;
-        self.plan.own_bytes() + kept
+        let size = self.made.as_ref().map_or(0, |made| made.memory().size());
+        // What it took in `bind`.
+        let beyond = size.saturating_sub(self.plan.room.end) as u64;
+        self.plan.own_bytes() + kept + beyond
     }
 
     fn run(
@@ -233,16 +236,20 @@ impl Ready for Prepared {
         cancel: &CancelToken,
     ) -> Result<Vec<(String, String)>, Failed> {
         self.used = None;
-        // Each batch brings its own.
-        let deadline = Instant::now() + RENEWAL;
+        // Each batch brings its own deadline, and its turn.
+        let first = batches.next().map_err(|cause| {
+            let kernel = &self.job.kernel.kernel().name;
+            Failed::new(kernel, super::Stage::Run, cause)
+        })?;
         if self.made.is_none() {
-            self.bind(deadline, cancel)?;
+            self.bind(first.deadline, cancel)?;
         }
-        let supplies = supplies(&self.job, &self.inputs, Vec::new(), deadline, cancel);
+        let supplies = supplies(&self.job, &self.inputs, Vec::new(), first.deadline, cancel);
         let made = self.made.take();
         let made = made.ok_or_else(|| lost(&self.job, "a prepared kernel is not bound"))?;
         let (engine, job, waits) = (&*self.engine, &self.job, (&self.plan, made));
-        let ended = engine.counted(|| invocation::stream(engine, job, &supplies, waits, batches));
+        let ended =
+            engine.counted(|| invocation::stream(engine, job, &supplies, waits, first, batches));
         let (notes, made) = ended.map_err(|broken| named(job, broken))?;
         self.used = Some(made);
         Ok(notes)

@@ -40,6 +40,12 @@ pub trait Batches {
     /// Why none comes: the invocation ends with that.
     fn next(&mut self) -> Result<Batch, Cause>;
 
+    /// The guest has taken so many bytes of memory in all since its first batch, and keeps them while it waits for the next one.
+    ///
+    /// # Errors
+    /// It may not: the invocation ends with that.
+    fn keeps(&mut self, bytes: u64) -> Result<(), Cause>;
+
     /// Takes rows of each output. `done`: all that comes of the last batch was given with these. When that must be done with,
     /// which may have changed.
     ///
@@ -59,7 +65,7 @@ struct Side<'a> {
     /// Rows that there is room for.
     most: u64,
     row_bytes: usize,
-    /// In the whole tensor: the first row that is in the room.
+    /// In the whole tensor: the first row that is in the room. Beyond 2^64, which only rows without bytes can get to, from 0 on.
     first: u64,
     /// Rows in the room: of an input to be consumed, of an output written.
     rows: u64,
@@ -107,6 +113,8 @@ pub(super) struct Stream<'a> {
     outputs: Vec<Side<'a>>,
     /// Guest addresses of the chunk records, which lie one after the other.
     records: Range<usize>,
+    /// Bytes that the guest has taken and that `Batches` know of.
+    taken: usize,
 }
 
 const STAGE: Stage = Stage::Run;
@@ -131,23 +139,28 @@ impl<'a> Stream<'a> {
             inputs: sides(&mut { inputs }),
             outputs: sides(&mut { outputs }),
             records,
+            taken: 0,
         }
     }
 
-    /// Calls `run` with batch after batch; its last answer. It ends early after a store into an input.
+    /// Calls `run` with batch after batch, `first` and what follows; its last answer. It ends early after a store into an input.
     pub(super) fn run(
         &mut self,
         instance: &mut Instance,
+        first: Batch,
         batches: &mut dyn Batches,
         copies: &CopyPlaces,
     ) -> Result<u32, Broken> {
+        let had = instance.regions().memory().size();
+        let mut batch = first;
         loop {
-            let batch = batches.next().map_err(|cause| STAGE.broke(cause))?;
             instance.extend(batch.deadline);
-            let answer = self.batch(instance, &batch, batches, copies)?;
+            let answer = self.batch(instance, &batch, (batches, had), copies)?;
             if answer != DONE || batch.last || instance.faults().any_written() {
                 return Ok(answer);
             }
+            drop(batch);
+            batch = batches.next().map_err(|cause| STAGE.broke(cause))?;
         }
     }
 
@@ -155,7 +168,7 @@ impl<'a> Stream<'a> {
         &mut self,
         instance: &mut Instance,
         batch: &Batch,
-        batches: &mut dyn Batches,
+        (batches, had): (&mut dyn Batches, usize),
         copies: &CopyPlaces,
     ) -> Result<u32, Broken> {
         let mut fed = vec![0; batch.brought.len()];
@@ -170,6 +183,13 @@ impl<'a> Stream<'a> {
             let answer = instance.call(STAGE, |guest, store| guest.call_run(store, mode))?;
             if (answer != DONE && answer != MORE) || instance.faults().any_written() {
                 return Ok(answer);
+            }
+            let taken = instance.regions().memory().size() - had;
+            let waits = answer == MORE || mode == 0;
+            if waits && taken != self.taken {
+                let kept = batches.keeps(taken as u64);
+                kept.map_err(|cause| STAGE.broke(cause))?;
+                self.taken = taken;
             }
             let moved = instance
                 .regions()
@@ -237,7 +257,8 @@ impl<'a> Stream<'a> {
         });
         let outputs = self.outputs.iter().map(|side| {
             let offset = side.bytes(side.rows) as u64;
-            [side.first + side.rows, side.most - side.rows, offset]
+            let first = side.first.wrapping_add(side.rows);
+            [first, side.most - side.rows, offset]
         });
         for (record, words) in records
             .chunks_exact_mut(RECORD_BYTES)
@@ -287,7 +308,7 @@ impl<'a> Stream<'a> {
                 .regions_mut()
                 .with_mut(all, |rows| rows.copy_within(gone.., 0))
                 .map_err(|e| STAGE.broke(e))?;
-            side.first += moved;
+            side.first = side.first.wrapping_add(*moved);
             side.rows -= moved;
         }
         for (side, moved) in self.outputs.iter_mut().zip(of_outputs) {
@@ -316,7 +337,7 @@ impl<'a> Stream<'a> {
                 *first = side.rows;
             }
             outputs.push((spec, bytes));
-            side.first += side.rows;
+            side.first = side.first.wrapping_add(side.rows);
             side.rows = 0;
         }
         let given = batches.give(outputs, done);

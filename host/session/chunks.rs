@@ -8,6 +8,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use strait_memory::Charge;
 use strait_tensor::TensorSpec;
 
 use super::prepare::Deadline;
@@ -56,6 +57,8 @@ struct Chunks<'a> {
     at: (u64, bool),
     deadline: Deadline,
     turn: Option<OwnTurn>,
+    /// Of memory that the guest has taken.
+    memory: Option<Charge>,
     /// What came of the last chunk.
     end: Vec<Vec<u8>>,
     /// Why it ended, where that is not the engine's affair.
@@ -82,6 +85,7 @@ impl Prepared {
             at: (0, false),
             deadline: Deadline::after(self.deadline_ms),
             turn: None,
+            memory: None,
             end: Vec::new(),
             refused: None,
         };
@@ -167,6 +171,13 @@ impl Batches for Chunks<'_> {
             last: chunk.last,
             deadline: self.deadline.at,
         })
+    }
+
+    fn keeps(&mut self, bytes: u64) -> Result<(), Cause> {
+        self.memory = None;
+        let charge = self.prepared.caller.charge(bytes);
+        self.memory = Some(charge.map_err(|status| self.refuse(status))?);
+        Ok(())
     }
 
     fn give(

@@ -239,9 +239,17 @@ pub fn module(plugin: &str, text: &str) -> String {
 
 /// A core module with the section that bindings put in.
 pub fn with_bindings(wat: &str) -> Vec<u8> {
+    with_bindings_and(wat, None)
+}
+
+/// The same for the world `plugin` of the WIT package `other`, if there is one.
+fn with_bindings_and(wat: &str, other: Option<&str>) -> Vec<u8> {
     let mut module = wat::parse_str(wat).unwrap_or_else(|e| panic!("{e}: {wat}"));
     let mut resolve = wit_parser::Resolve::default();
-    let (package, _) = resolve.push_path("wit").unwrap();
+    let (mut package, _) = resolve.push_path("wit").unwrap();
+    if let Some(other) = other {
+        package = resolve.push_str("other.wit", other).unwrap();
+    }
     let world = resolve.select_world(&[package], Some("plugin")).unwrap();
     embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8).unwrap();
     module
@@ -249,6 +257,15 @@ pub fn with_bindings(wat: &str) -> Vec<u8> {
 
 /// The same as [`component`], but what are globals there lies in memory: such a guest keeps nothing elsewhere.
 pub fn component_without_globals(plugin: &str, text: &str) -> Vec<u8> {
+    encoded(&without_globals(plugin, text), None)
+}
+
+/// The same, with what the world `plugin` of the WIT package `other` has beside.
+pub fn component_with(plugin: &str, text: &str, other: &str) -> Vec<u8> {
+    encoded(&without_globals(plugin, text), Some(other))
+}
+
+fn without_globals(plugin: &str, text: &str) -> String {
     let mut module = module(plugin, text);
     let globals = ["x", "y", "bytes", "in", "out", "x2", "y2"].map(|name| (name, "i64"));
     let words = ["shape", "rank", "heap"].map(|name| (name, "i32"));
@@ -273,12 +290,12 @@ pub fn component_without_globals(plugin: &str, text: &str) -> Vec<u8> {
             module = module.replace("(data (i32.const 700)", &first);
         }
     }
-    encoded(&module)
+    module
 }
 
-fn encoded(module: &str) -> Vec<u8> {
+fn encoded(module: &str, other: Option<&str>) -> Vec<u8> {
     ComponentEncoder::default()
-        .module(&with_bindings(module))
+        .module(&with_bindings_and(module, other))
         .unwrap()
         .validate(true)
         .encode()
@@ -287,5 +304,5 @@ fn encoded(module: &str) -> Vec<u8> {
 
 /// The component of a guest file's text. `plugin` is the name that it gives itself.
 pub fn component(plugin: &str, text: &str) -> Vec<u8> {
-    encoded(&module(plugin, text))
+    encoded(&module(plugin, text), None)
 }

@@ -1,5 +1,6 @@
 //! Kernels that are prepared once and called again and again, each over a socket of its own.
 
+mod attack;
 mod life;
 mod memory;
 mod stream;

@@ -46,7 +46,7 @@ fn chunk(prepared: &Prepared, last: bool, rows: &[f64], width: u64) -> Vec<u8> {
     frame(last, 5, &payload)
 }
 
-fn frame(last: bool, sequence: u32, payload: &[u8]) -> Vec<u8> {
+pub(super) fn frame(last: bool, sequence: u32, payload: &[u8]) -> Vec<u8> {
     let op = if last { Op::Last } else { Op::Chunk };
     let mut frame = packet(op as u8, sequence, b"");
     frame[12..16].copy_from_slice(&u32::try_from(payload.len()).unwrap().to_le_bytes());
@@ -56,7 +56,7 @@ fn frame(last: bool, sequence: u32, payload: &[u8]) -> Vec<u8> {
 
 impl Prepared {
     /// The outputs of all frames up to the OK to one chunk, appended to `outputs`; the OK.
-    fn collect(&self, outputs: &mut [Vec<u8>]) -> Frame {
+    pub(super) fn collect(&self, outputs: &mut [Vec<u8>]) -> Frame {
         loop {
             let reply = self.receive().expect("an answer");
             assert_eq!(reply.sequence(), 5);
@@ -192,7 +192,7 @@ fn however_the_rows_are_cut_the_result_is_that_of_one_invocation() {
 }
 
 /// The same for tensors with one axis.
-fn flat(prepared: &Prepared, last: bool, x: &[f64]) -> Vec<u8> {
+pub(super) fn flat(prepared: &Prepared, last: bool, x: &[f64]) -> Vec<u8> {
     let mut payload = wire::sizes(&[x.len() as u64]).to_vec();
     payload.extend(bytes(x));
     payload.resize(
