@@ -42,6 +42,7 @@ mod leash;
 mod limits;
 mod panicked;
 mod placement;
+mod plan;
 mod prepared;
 #[expect(unsafe_code, reason = "reads and writes of guest memory")]
 mod regions;

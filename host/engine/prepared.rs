@@ -18,8 +18,9 @@ use strait_tensor::TensorSpec;
 
 use super::error::{Broken, Limit};
 use super::instance::Made;
-use super::invocation::{self, Plan};
+use super::invocation;
 use super::job::{Brought, Done, FilledBody, Output, OutputBody, Results, Source, Supplies};
+use super::plan::Plan;
 use super::stream::Batches;
 use super::{CancelToken, Cause, Engine, Failed, Job, core_module};
 use strait_memory::{InputSource, ResultPages};
