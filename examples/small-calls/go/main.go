@@ -44,11 +44,32 @@ func run(ctx context.Context, address string, calls int) error {
 		return err
 	}
 	defer x.Release()
+	err = tell("Go", calls, func(i int) error {
+		x.Data()[0] = float64(i)
+		return call(ctx, c, x)
+	})
+	if err != nil {
+		return err
+	}
+	inputs := strait.Inputs{"x": strait.Each[float64](elements)}
+	prepared, err := c.Prepare(ctx, "scale-shift", inputs, strait.Param("a", 2), strait.Param("b", 1))
+	if err != nil {
+		return err
+	}
+	defer prepared.Close()
+	own := make([]float64, elements)
+	return tell("Go, prepared", calls, func(i int) error {
+		own[0] = float64(i)
+		return callPrepared(ctx, prepared, own)
+	})
+}
+
+// tell times cycle and writes one line of JSON.
+func tell(client string, calls int, cycle func(i int) error) error {
 	times := make([]time.Duration, 0, calls)
 	for i := range warmCalls + calls {
 		begun := time.Now()
-		x.Data()[0] = float64(i)
-		if err := call(ctx, c, x); err != nil {
+		if err := cycle(i); err != nil {
 			return err
 		}
 		if i >= warmCalls {
@@ -56,7 +77,23 @@ func run(ctx context.Context, address string, calls int) error {
 		}
 	}
 	slices.Sort(times)
-	return json.NewEncoder(os.Stdout).Encode(figures{"Go", calls, percentile(times, 50), percentile(times, 99)})
+	return json.NewEncoder(os.Stdout).Encode(figures{client, calls, percentile(times, 50), percentile(times, 99)})
+}
+
+// callPrepared is a call of what was prepared: elements of this process, and back into it.
+func callPrepared(ctx context.Context, prepared *strait.Prepared, x []float64) error {
+	result, err := prepared.Call(ctx, strait.Inputs{"x": strait.Slice(x)})
+	if err != nil {
+		return err
+	}
+	y, err := strait.As[float64](result.Tensor("y"))
+	if err != nil {
+		return err
+	}
+	if want := 2*x[0] + 1; y[0] != want {
+		return fmt.Errorf("the first element is %v, expected %v", y[0], want)
+	}
+	return nil
 }
 
 type figures struct {

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::time::{Duration, Instant};
 
-use strait_client::{Client, Dtype, NewTensor, OpenSegment};
+use strait_client::{Client, Dtype, NewTensor, OpenSegment, Prepared, TensorSpec};
 
 const ELEMENTS: u64 = 128;
 const WARM_CALLS: u32 = 200;
@@ -26,16 +26,47 @@ fn main() -> Result<(), Box<dyn Error>> {
     for i in 0..WARM_CALLS {
         cycle(&client, &mut x, i.into())?;
     }
-    let mut times = (0..calls)
+    let times = (0..calls)
         .map(|i| cycle(&client, &mut x, i.into()))
         .collect::<Result<Vec<_>, _>>()?;
+    tell("Rust", times);
+    let spec = TensorSpec {
+        dtype: Dtype::Float64,
+        shape: vec![ELEMENTS],
+    };
+    let prepare = client.prepare("scale-shift").input("x", &spec);
+    let mut prepared = prepare.param("a", 2).param("b", 1).send()?;
+    for i in 0..WARM_CALLS {
+        prepared_cycle(&mut prepared, i.into())?;
+    }
+    let times = (0..calls)
+        .map(|i| prepared_cycle(&mut prepared, i.into()))
+        .collect::<Result<Vec<_>, _>>()?;
+    tell("Rust, prepared", times);
+    Ok(())
+}
+
+fn tell(client: &str, mut times: Vec<Duration>) {
     times.sort_unstable();
     println!(
-        r#"{{"client":"Rust","calls":{calls},"p50_us":{},"p99_us":{}}}"#,
+        r#"{{"client":"{client}","calls":{},"p50_us":{},"p99_us":{}}}"#,
+        times.len(),
         percentile(&times, 50),
         percentile(&times, 99)
     );
-    Ok(())
+}
+
+/// A call of what was prepared: elements of this process, and back into it.
+fn prepared_cycle(prepared: &mut Prepared, first: f64) -> Result<Duration, Box<dyn Error>> {
+    let begun = Instant::now();
+    let mut x = [0.0_f64; ELEMENTS as usize];
+    x[0] = first;
+    let result = prepared.call(&[(&x[..]).into()])?;
+    let (got, want) = (result.tensor("y")?.as_slice::<f64>()?[0], 2.0 * first + 1.0);
+    if got != want {
+        return Err(format!("the first element is {got}, expected {want}").into());
+    }
+    Ok(begun.elapsed())
 }
 
 /// One whole cycle: the kernel, its result read and given back.
