@@ -419,10 +419,13 @@ impl Lanes {
             cancel: Mutex::default(),
             ended: AtomicBool::new(false),
         });
-        let preparing =
-            session
-                .caller()
-                .preparing(session.id, request, room, request_id, lane.token())?;
+        let preparing = session.caller().preparing(
+            Some(session.id),
+            request,
+            room,
+            request_id,
+            lane.token(),
+        )?;
         self.last += 1;
         let number = self.last;
         let (answer, result) = oneshot::channel();
