@@ -166,7 +166,10 @@ impl<'a> Batches<'a> {
                     let values = values.get(range);
                     let lost = || host_bug("answering a chunk", "rows beyond its payload");
                     body.extend_from_slice(values.ok_or_else(lost)?);
-                    body.resize(body.len().next_multiple_of(BUFFER_ALIGN as usize), 0);
+                    body.resize(
+                        length_of((body.len() as u64).next_multiple_of(BUFFER_ALIGN))?,
+                        0,
+                    );
                 }
                 Bytes::from(body)
             }

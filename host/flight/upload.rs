@@ -123,6 +123,9 @@ impl Metadata {
     }
 }
 
+/// Rows of a batch, and where in its body each column's values are.
+type BatchPlace = (u64, Vec<Range<usize>>);
+
 /// What the schema says that the stream holds.
 #[derive(Debug)]
 pub(super) struct Columns {
@@ -198,7 +201,7 @@ impl Columns {
         &self,
         batch: arrow_ipc::RecordBatch<'_>,
         body_bytes: usize,
-    ) -> Result<(u64, Vec<Range<usize>>), Status> {
+    ) -> Result<BatchPlace, Status> {
         if batch.compression().is_some() {
             return Err(bad_tensor(
                 "the batch is compressed; send it uncompressed: the copy is local",
@@ -389,7 +392,7 @@ pub(super) fn read_message(
     data: &FlightData,
     body_bytes: usize,
     columns: &mut Option<Columns>,
-) -> Result<Option<(u64, Vec<Range<usize>>)>, Status> {
+) -> Result<Option<BatchPlace>, Status> {
     if data.data_header.is_empty() {
         if body_bytes == 0 {
             return Ok(None); // application metadata alone
