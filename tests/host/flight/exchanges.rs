@@ -80,6 +80,8 @@ async fn batches_come_back_summed() {
     let rig = Rig::new().await;
     let used = rig.used();
     let rows = 3 * MIB / 8;
+    let copied = || rig.host.stats(None).host.unwrap().copied;
+    let before = copied();
     let replies = rig
         .exchanging(asking(cmd(&cumsum()), &floats(rows)).await)
         .await
@@ -91,6 +93,19 @@ async fn batches_come_back_summed() {
             .all(|reply| reply.data_body.len() <= 512 << 10)
     );
     assert_eq!(f64s(&flight_data_to_batches(&replies).unwrap()), sums(rows));
+    let (after, bytes) = (copied(), 3 * MIB as u64);
+    let more = |place: &str| after[place] - before[place];
+    assert_eq!(
+        [more("flight_in"), more("guest_in"), more("guest_out")],
+        [bytes; 3]
+    );
+    // gRPC's copy, and that for the socket unless the client takes long frames.
+    assert!(
+        [bytes, 2 * bytes].contains(&more("flight_out")),
+        "{}",
+        more("flight_out")
+    );
+    assert_eq!([more("frame_in"), more("frame_out")], [0; 2]);
     eventually("what it had is given back", || rig.used() == used).await;
     rig.end().await;
 }
@@ -154,7 +169,7 @@ async fn what_is_no_exchange_is_refused_by_name() {
             "nope",
         ),
         (
-            ask(json!({"kernel": "histogram", "parameters": {"bins": 3, "lo": 0.0, "hi": 1.0}}))
+            ask(json!({"kernel": "histogram", "parameters": {"bins": 4, "lo": 0.0, "hi": 1.0}}))
                 .await,
             Code::Unimplemented,
             "UNSUPPORTED_OP",
