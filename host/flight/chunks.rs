@@ -102,7 +102,12 @@ impl<'a> Edge<'a> {
         if !self.put(VecDeque::from([schema])) {
             return Err(gone());
         }
-        let first = self.receive()?.ok_or_else(gone)?;
+        let first = self.receive().map_err(|mut status| {
+            // As of the chunks that come after it.
+            status.message = format!("chunk 0 of a stream: {}", status.message);
+            status.with("chunk", 0)
+        })?;
+        let first = first.ok_or_else(gone)?;
         let ended = prepared.stream(first, cancel, self).and_then(|called| {
             let Called { payload, notes } = called;
             let notes = match notes.is_empty() {

@@ -215,6 +215,17 @@ def test_an_error_in_the_middle_says_where(client):
         exchange(client, cmd("cumsum"), schema, batches())
 
 
+def test_compressed_batches_are_refused(client):
+    writer, reader = client.do_exchange(cmd("cumsum"))
+    schema = pa.schema([("x", pa.float64())])
+    writer.begin(schema, pa.ipc.IpcWriteOptions(compression="zstd"))
+    writer.write_batch(pa.record_batch([np.ones(1000)], schema=schema))
+    with pytest.raises(pa.ArrowInvalid, match="chunk 0 of a stream: the batch is compressed"):
+        reader.read_chunk()
+    with pytest.raises(pa.ArrowInvalid):
+        writer.close()
+
+
 @pytest.mark.parametrize(
     "descriptor, schema, words",
     [
