@@ -425,10 +425,13 @@ impl Lanes {
             busy: AtomicBool::new(false),
             ended: AtomicBool::new(false),
         });
-        let preparing =
-            session
-                .caller()
-                .preparing(session.id, request, room, request_id, lane.token())?;
+        let preparing = session.caller().preparing(
+            Some(session.id),
+            request,
+            room,
+            request_id,
+            lane.token(),
+        )?;
         self.last += 1;
         let number = self.last;
         let (answer, result) = oneshot::channel();

@@ -66,6 +66,8 @@ struct Passing {
     taken: u64,
     /// There is a place for all that comes.
     has_place: bool,
+    /// None goes past.
+    all_stay: bool,
 }
 
 /// What the two ends of an upload, before tonic and behind it, tell each other of a body that goes past it.
@@ -78,13 +80,21 @@ impl Bodies {
         found.cloned().unwrap_or_default()
     }
 
+    /// Of a stream of messages whose bodies stay in them.
+    pub(super) fn staying() -> Self {
+        let bodies = Self::default();
+        bodies.0.lock().all_stay = true;
+        bodies
+    }
+
     /// Whether the body of a message of that length goes past gRPC.
     pub(super) fn take_past(&self, length: u32) -> bool {
-        length
-            > match self.0.lock().has_place {
-                true => PLACED_PAST_BYTES_MIN,
-                false => PAST_BYTES_MIN,
-            }
+        let passing = self.0.lock();
+        let least = match passing.has_place {
+            true => PLACED_PAST_BYTES_MIN,
+            false => PAST_BYTES_MIN,
+        };
+        !passing.all_stay && length > least
     }
 
     /// From now on there is a place for all that comes.

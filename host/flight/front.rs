@@ -42,6 +42,7 @@ const PREFIX_BYTES: usize = 5;
 const WRITTEN_BYTES_MAX: u64 = 1 << 20;
 
 const DO_PUT: &str = "DoPut";
+const DO_EXCHANGE: &str = "DoExchange";
 const CALLS: [&str; 11] = [
     "Handshake",
     "ListFlights",
@@ -50,7 +51,7 @@ const CALLS: [&str; 11] = [
     "GetSchema",
     "DoGet",
     DO_PUT,
-    "DoExchange",
+    DO_EXCHANGE,
     "DoAction",
     "ListActions",
     "unknown",
@@ -95,7 +96,11 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
         let (mut parts, body) = request.into_parts();
         parts.extensions.insert(call.clone());
         parts.extensions.insert(refused.clone());
-        let bodies = (name == DO_PUT).then(Bodies::default);
+        let bodies = match name {
+            DO_PUT => Some(Bodies::default()),
+            DO_EXCHANGE => Some(Bodies::staying()),
+            _ => None,
+        };
         if let Some(bodies) = &bodies {
             parts.extensions.insert(bodies.clone());
         }
@@ -234,7 +239,7 @@ impl Arriving {
             if length > REQUEST_BYTES_MAX {
                 return Err(bad_request(format!(
                     "the request has {length} bytes; at most {REQUEST_BYTES_MAX} are taken: \
-                     only DoPut takes more, in as many messages as it needs"
+                     only DoPut and DoExchange take more, in as many messages as it needs"
                 )));
             }
             if self.messages > 1 {

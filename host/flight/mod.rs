@@ -6,6 +6,7 @@
 //!                                                                   ├─▶ read    DoGet: a segment as messages
 //!                                                                   ├─▶ upload  DoPut: messages into a segment
 //!                                                Front, bodies ─ values of long messages ─▲
+//!                                                                   ├─▶ exchange  DoExchange: batches through a kernel, `outbox` what comes of them
 //!                                                                   └─▶ action  DoAction
 //! ```
 //! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
@@ -13,12 +14,16 @@
 
 mod action;
 mod authority;
+mod batches;
 mod bodies;
 mod call;
+mod chunks;
 mod connection;
+mod exchange;
 mod front;
 mod gather;
 mod info;
+mod outbox;
 mod read;
 mod refused;
 mod service;

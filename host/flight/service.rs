@@ -20,7 +20,7 @@ use super::call::Call;
 use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
-use super::{action, read, upload};
+use super::{action, exchange, read, upload};
 use crate::error::{Code, Reason, Status};
 use crate::session::{self, Answer, Caller, Host, StreamPermit};
 
@@ -355,16 +355,19 @@ impl FlightService for Service {
         ))
     }
 
+    /// Answers its head at once, as DoPut.
     async fn do_exchange(
         &self,
         request: Request<Streaming<FlightData>>,
     ) -> Answered<Self::DoExchangeStream> {
         let call = Call::of(&request)?;
-        call.answer(Err(Status::new(
-            Code::Unimplemented,
-            Reason::UnsupportedOp,
-            "this version has no DoExchange; DoPut the inputs, GetFlightInfo with the invocation as cmd, DoGet the results",
-        )))
+        let refused = Refused::of(&request);
+        let place = {
+            let caller = call.caller.clone();
+            async move { stream_place(&caller).await }
+        };
+        let replies = exchange::start(&call, place, request.into_inner(), refused);
+        call.answer(Ok(replies))
     }
 
     async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {

@@ -123,9 +123,12 @@ impl Metadata {
     }
 }
 
+/// Rows of a batch, and where in its body each column's values are.
+type BatchPlace = (u64, Vec<Range<usize>>);
+
 /// What the schema says that the stream holds.
 #[derive(Debug)]
-struct Columns {
+pub(super) struct Columns {
     plans: Vec<ColumnPlan>,
     /// As it is kept in the segment.
     schema: Schema,
@@ -148,6 +151,13 @@ impl Columns {
             [only] => only.values.gathered_bytes() + bytes >= HUGE_MIN_BYTES,
             _ => false,
         }
+    }
+
+    /// Name and row of each.
+    pub(super) fn rows(&self) -> impl ExactSizeIterator<Item = (&str, &Row)> {
+        self.plans
+            .iter()
+            .map(|plan| (plan.name.as_str(), &plan.row))
     }
 
     fn values(&mut self) -> impl Iterator<Item = &mut Values> {
@@ -191,7 +201,7 @@ impl Columns {
         &self,
         batch: arrow_ipc::RecordBatch<'_>,
         body_bytes: usize,
-    ) -> Result<(u64, Vec<Range<usize>>), Status> {
+    ) -> Result<BatchPlace, Status> {
         if batch.compression().is_some() {
             return Err(bad_tensor(
                 "the batch is compressed; send it uncompressed: the copy is local",
@@ -296,56 +306,11 @@ impl Arriving {
             Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
             None => data.data_body.len(),
         };
-        if data.data_header.is_empty() {
-            if body_bytes == 0 {
-                return Ok(()); // application metadata alone
-            }
-            return Err(bad_request(format!(
-                "a message with a body of {body_bytes} bytes and no header"
-            )));
-        }
-        if data.data_header.len() > HEADER_BYTES_MAX {
-            return Err(bad_tensor(format!(
-                "a message has a header of {} bytes, at most {HEADER_BYTES_MAX} are read; \
-                 send fewer columns or less metadata",
-                data.data_header.len()
-            )));
-        }
-        let message = arrow_ipc::root_as_message(&data.data_header)
-            .map_err(|error| unreadable(&error.to_string()))?;
-        if let Some(pair) = message.custom_metadata().into_iter().flatten().next() {
-            return Err(bad_tensor(format!(
-                "a message has metadata of its own (`{:.100}`), which is not kept; put it into the schema's",
-                pair.key().unwrap_or_default()
-            )));
-        }
-        match (message.header_type(), &mut self.columns) {
-            (MessageHeader::Schema, None) => {
-                let schema = message
-                    .header_as_schema()
-                    .ok_or_else(|| bad_request("a schema message without a schema"))?;
-                self.columns = Some(Columns::of(schema)?);
-                Ok(())
-            }
-            (MessageHeader::RecordBatch, Some(columns)) => {
-                let batch = message
-                    .header_as_record_batch()
-                    .ok_or_else(|| bad_request("a batch message without a batch"))?;
-                let (rows, ranges) = columns.batch(batch, body_bytes)?;
-                let here = to_come.is_none().then_some(&data.data_body[..]);
-                self.store(rows, &ranges, here)
-            }
-            (MessageHeader::Schema, Some(_)) => {
-                Err(bad_request("a second schema; one upload is one table"))
-            }
-            (MessageHeader::DictionaryBatch, _) => Err(bad_tensor(
-                "a dictionary batch; tensors are not dictionary-encoded, decode them first",
-            )),
-            (other, _) => Err(bad_request(format!(
-                "a message of kind {}; an upload is a schema and then record batches",
-                other.variant_name().unwrap_or("unknown")
-            ))),
-        }
+        let Some((rows, ranges)) = read_message(data, body_bytes, &mut self.columns)? else {
+            return Ok(());
+        };
+        let here = to_come.is_none().then_some(&data.data_body[..]);
+        self.store(rows, &ranges, here)
     }
 
     /// A batch of `rows` rows: of each column the range of its body, which is `here` or to come.
@@ -421,6 +386,63 @@ impl Arriving {
     }
 }
 
+/// Reads the next message of a table, whose body has `body_bytes` bytes: its schema becomes `columns`; of a batch its rows, and
+/// where in the body each column's values are.
+pub(super) fn read_message(
+    data: &FlightData,
+    body_bytes: usize,
+    columns: &mut Option<Columns>,
+) -> Result<Option<BatchPlace>, Status> {
+    if data.data_header.is_empty() {
+        if body_bytes == 0 {
+            return Ok(None); // application metadata alone
+        }
+        return Err(bad_request(format!(
+            "a message with a body of {body_bytes} bytes and no header"
+        )));
+    }
+    if data.data_header.len() > HEADER_BYTES_MAX {
+        return Err(bad_tensor(format!(
+            "a message has a header of {} bytes, at most {HEADER_BYTES_MAX} are read; \
+             send fewer columns or less metadata",
+            data.data_header.len()
+        )));
+    }
+    let message = arrow_ipc::root_as_message(&data.data_header)
+        .map_err(|error| unreadable(&error.to_string()))?;
+    if let Some(pair) = message.custom_metadata().into_iter().flatten().next() {
+        return Err(bad_tensor(format!(
+            "a message has metadata of its own (`{:.100}`), which is not kept; put it into the schema's",
+            pair.key().unwrap_or_default()
+        )));
+    }
+    match (message.header_type(), &mut *columns) {
+        (MessageHeader::Schema, None) => {
+            let schema = message
+                .header_as_schema()
+                .ok_or_else(|| bad_request("a schema message without a schema"))?;
+            *columns = Some(Columns::of(schema)?);
+            Ok(None)
+        }
+        (MessageHeader::RecordBatch, Some(columns)) => {
+            let batch = message
+                .header_as_record_batch()
+                .ok_or_else(|| bad_request("a batch message without a batch"))?;
+            columns.batch(batch, body_bytes).map(Some)
+        }
+        (MessageHeader::Schema, Some(_)) => {
+            Err(bad_request("a second schema; one stream is one table"))
+        }
+        (MessageHeader::DictionaryBatch, _) => Err(bad_tensor(
+            "a dictionary batch; tensors are not dictionary-encoded, decode them first",
+        )),
+        (other, _) => Err(bad_request(format!(
+            "a message of kind {}; a table is a schema and then record batches",
+            other.variant_name().unwrap_or("unknown")
+        ))),
+    }
+}
+
 /// The way of long bodies, which ends with the upload: the connection may have its end of it for longer.
 #[derive(Debug)]
 struct Way(Bodies);
@@ -431,8 +453,8 @@ impl Drop for Way {
     }
 }
 
-/// For `bytes` of its upload.
-fn reserved(caller: &Caller, bytes: u64) -> Result<Charge, Status> {
+/// For `bytes` of what a stream brings.
+pub(super) fn reserved(caller: &Caller, bytes: u64) -> Result<Charge, Status> {
     let charge = caller.account().segments().try_reserve(bytes);
     Ok(charge.map_err(MemoryError::from)?)
 }
@@ -449,7 +471,7 @@ fn unreadable(found: &str) -> Status {
 }
 
 /// What the client's stream ended with instead of its end.
-fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
+pub(super) fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> Status {
     match status.code() {
         // tonic's own limit on a message.
         tonic::Code::OutOfRange | tonic::Code::ResourceExhausted => Status::new(

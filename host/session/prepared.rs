@@ -33,6 +33,7 @@ pub struct Preparing {
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
     streams: bool,
+    in_frames: bool,
 }
 
 /// A kernel that can be called.
@@ -48,6 +49,8 @@ pub struct Prepared {
     request_bytes: u64,
     /// It takes chunks, and not calls.
     streams: bool,
+    /// What travels does so in frames of the data socket, and is counted here.
+    in_frames: bool,
     outputs: Vec<PreparedTensor>,
     reply_bytes: u64,
     // One call at a time.
@@ -66,23 +69,24 @@ pub struct Called {
 }
 
 impl Caller {
-    /// Checks what a PREPARE asks for. Inputs and results that travel have `room` bytes each way.
+    /// Checks what a PREPARE asks for. Inputs and results that travel have `room` bytes each way. `session`:
+    /// whose leased segments may be inputs by id, of one that came on the data socket.
     ///
     /// # Errors
     /// What it is answered.
     pub fn preparing(
         &self,
-        session: SessionId,
+        session: Option<SessionId>,
         request: wire::Prepare,
         room: u64,
         request_id: Arc<str>,
         cancel: CancelToken,
     ) -> Result<Preparing, Status> {
-        let framed = Framed {
+        let framed = session.map(|session| Framed {
             session,
             payload: &[],
             room,
-        };
+        });
         let mut invoke = wire::Invoke {
             kernel: request.kernel,
             parameters: request.parameters,
@@ -103,7 +107,7 @@ impl Caller {
                         format!("input `{port}`: PREPARE takes no bytes; give its dtype and shape");
                     Err(Status::new(Code::InvalidArgument, Reason::BadInput, how))
                 }
-                PreparedInput::Fixed(input) => self.resolve(Some(framed), &port, &input),
+                PreparedInput::Fixed(input) => self.resolve(framed, &port, &input),
             };
             resolved.insert(port, found);
         }
@@ -150,6 +154,7 @@ impl Caller {
             inputs,
             request_bytes,
             streams: request.stream,
+            in_frames: session.is_some(),
         })
     }
 
@@ -270,6 +275,7 @@ impl Preparing {
             mut inputs,
             request_bytes,
             streams,
+            in_frames,
         } = self;
         let Checked {
             job, means, charge, ..
@@ -315,6 +321,7 @@ impl Preparing {
             inputs,
             request_bytes,
             streams,
+            in_frames,
             outputs,
             reply_bytes,
             ready: Mutex::new(ready),
@@ -443,7 +450,9 @@ impl Prepared {
             let elements = part.ok_or_else(|| {
                 refused(Reason::BadFrame, "a tensor beyond the payload".to_owned())
             })?;
-            self.caller.host.framed.inputs.add(elements.len() as u64);
+            if self.in_frames {
+                self.caller.host.framed.inputs.add(elements.len() as u64);
+            }
             all.push(Brought { shape, elements });
         }
         // Of a stream only rows differ, and those may be cut anywhere.
@@ -521,7 +530,9 @@ impl Prepared {
                 return Err(Status::new(Code::Internal, Reason::BadAnswer, message));
             }
             sizes.extend(wire::sizes(&spec.shape));
-            self.caller.host.framed.results.add(bytes.len() as u64);
+            if self.in_frames {
+                self.caller.host.framed.results.add(bytes.len() as u64);
+            }
             let room = tensor.length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
             bytes.resize(usize::try_from(room).map_err(|_| lost())?, 0);
             payload.push(bytes);

@@ -36,8 +36,8 @@ pub use reply::{
     Released, Renewed, ResultEntry, Seconds, Shutdown, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Hello, InlineTensor, Input,
-    Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Prepare,
+    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Exchange, Hello, InlineTensor,
+    Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Prepare,
     PreparedInput, Publish, Request, SegmentId,
 };
 pub use stats::{

@@ -211,6 +211,28 @@ request! {
     }
 }
 request! {
+    /// The `cmd` of Flight's DoExchange.
+    Exchange {
+        /// `kernel` or `plugin/kernel`.
+        kernel: String,
+        /// Port to an input that is there as a whole. Those that come in batches are the columns of the client's schema.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        inputs: BTreeMap<String, Input>,
+        /// Parameter to value.
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        parameters: BTreeMap<String, serde_json::Value>,
+        /// Most rows that the kernel gets at a time; longer batches are cut. None: about 1 MiB of them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        rows: Option<u64>,
+        /// Wall time of each of those steps in milliseconds.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        deadline_ms: Option<u64>,
+        /// Tighter limits than the host's own.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        limits: Option<Limits>,
+    }
+}
+request! {
     /// INVOKE.
     Invoke {
         /// `kernel` or `plugin/kernel`.

@@ -4,6 +4,7 @@ mod bodies;
 mod calls;
 mod ending;
 mod endpoints;
+mod exchanges;
 mod raw;
 mod readers;
 mod requests;
