@@ -116,6 +116,40 @@ fn a_stream_after_the_first_has_the_time_for_open_that_the_first_had() {
     }
 }
 
+/// Writes rows for ever.
+const FLOODS: &str = "
+;; It streams.
+(func $step (param i32) (result i32)
+  (i64.store offset=24 (i32.wrap_i64 (global.get $out)) (i64.load offset=8 (i32.wrap_i64 (global.get $out))))
+  i32.const 2)";
+
+#[test]
+fn rows_without_end_end_at_the_deadline_however_slowly_they_are_read() {
+    let host = Served::with_plugin(&guest::component_without_globals("floods", FLOODS), &[]);
+    if host.has_workers() {
+        return;
+    }
+    let mut client = host.greeted();
+    let mut request = stream_of("floods/k", 4000);
+    request["deadline_ms"] = json!(50);
+    let prepared = Prepared::by(&mut client, request);
+    let sent = flat(&prepared, false, &[0.0]);
+    prepared.socket.send(&[&sent], &[]).unwrap();
+    let mut frames = 0;
+    let end = loop {
+        let reply = prepared.receive().expect("an answer");
+        if reply.op() != Op::Chunk {
+            break reply;
+        }
+        frames += 1;
+        assert!(frames < 10_000, "no end to it");
+        // Always less quickly than they are made.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    end.refused("DEADLINE_EXCEEDED", "DEADLINE");
+    assert!(frames > 0);
+}
+
 /// Has 64 MiB more once an element is 4.
 const GROWS: &str = "
 ;; It streams.
