@@ -350,3 +350,47 @@ fn a_hundred_that_come_and_go_leave_nothing() {
     }
     assert_eq!(number(&after, "/account/connections"), 1);
 }
+
+/// Never comes back from `open`.
+const SPINS_IN_OPEN: &str = "
+(func $open (param i32 i32 i32 i32 i32 i32) (result i32) (loop $on (br $on)) unreachable)";
+
+#[test]
+fn a_host_ends_whatever_its_prepared_kernels_do() {
+    let plugins = [
+        guest::component_without_globals("opens", SPINS_IN_OPEN),
+        guest::component_without_globals("floods", FLOODS),
+        guest::component_without_globals("grows", GROWS),
+    ];
+    for workers in ["1", "4"] {
+        let settings = [
+            ("STRAIT__SERVER__DRAIN_MS", "500"),
+            ("STRAIT__ENGINE__WORKERS", workers),
+        ];
+        let host = Served::with_plugins(&plugins, &settings);
+        if host.has_workers() {
+            return;
+        }
+        let mut client = host.greeted();
+        // One stream waits for its next chunk, and the answers of another are not read.
+        let waits = Prepared::by(&mut client, stream_of("grows/k", 4));
+        let sent = flat(&waits, false, &ramp(4));
+        waits.socket.send(&[&sent], &[]).unwrap();
+        waits.collect(&mut [Vec::new()]);
+        let deaf = Prepared::by(&mut client, stream_of("floods/k", 4000));
+        let sent = flat(&deaf, false, &[0.0]);
+        deaf.socket.send(&[&sent], &[]).unwrap();
+        // A PREPARE is under way, and with one worker another waits for its turn.
+        let mut other = host.greeted();
+        let opens =
+            json!({"kernel": "opens/k", "inputs": {"x": brought(4)}, "deadline_ms": 60_000});
+        other.begin(Op::Prepare, &opens, &[]);
+        other.begin(Op::Prepare, &opens, &[]);
+        host.eventually(&mut host.greeted(), "a PREPARE is under way", |stats| {
+            number(stats, "/account/running") >= 1
+        });
+        host.terminate();
+        host.ended();
+        assert!(waits.socket.send(&[b"x"], &[]).is_err());
+    }
+}
