@@ -394,3 +394,38 @@ fn a_host_ends_whatever_its_prepared_kernels_do() {
         assert!(waits.socket.send(&[b"x"], &[]).is_err());
     }
 }
+
+/// The first element of `x2`; stores one there before, if `x` begins with 5, or has it filled, if with 6.
+const WRITES_TO_ITS_INPUT: &str = "
+(func $run (param i32) (result i32)
+  (local $what f64) (local $x2 i32)
+  (local.set $what (f64.load (i32.wrap_i64 (global.get $x))))
+  (local.set $x2 (i32.wrap_i64 (global.get $x2)))
+  (if (f64.eq (local.get $what) (f64.const 5)) (then (f64.store (local.get $x2) (f64.const 99))))
+  (if (f64.eq (local.get $what) (f64.const 6)) (then (memory.fill (local.get $x2) (i32.const 1) (i32.const 4096))))
+  (f64.store (i32.wrap_i64 (global.get $y)) (f64.load (local.get $x2)))
+  i32.const 0)";
+
+#[test]
+fn a_store_into_an_input_that_stays_is_of_no_use_to_the_next_call() {
+    let (shapes, _) = COUNTS_UNDER_A_WINDOW.split_once("(func $run").unwrap();
+    let text = format!("{shapes}{WRITES_TO_ITS_INPUT}");
+    let plugin = guest::component_without_globals("writes", &text);
+    let host = Served::with_plugin(&plugin, &[]);
+    let mut client = host.greeted();
+    put(&mut client, "fixed", 65_536);
+    let request = json!({"kernel": "writes/k", "inputs": {"x": brought(4), "x2": "fixed"}});
+    let prepared = Prepared::by(&mut client, request);
+    for what in [0.0, 5.0, 0.0, 6.0, 0.0, 6.0, 5.0, 0.0] {
+        for count in [4, 2] {
+            let reply = prepared.ask(&small(&prepared, &[what; 4][..count]));
+            if what != 0.0 {
+                reply.refused("INTERNAL", "INPUT_WRITTEN");
+                continue;
+            }
+            assert_eq!(reply.op(), Op::Ok, "{}", reply.text);
+            let from = usize::try_from(number(&prepared.told, "/outputs/0/offset")).unwrap();
+            assert_eq!(floats(&reply.payload[from..from + 8]), ramp(1));
+        }
+    }
+}
