@@ -7,6 +7,7 @@
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Instant;
 
 use strait_memory::Charge;
 use strait_tensor::TensorSpec;
@@ -180,11 +181,7 @@ impl Batches for Chunks<'_> {
         Ok(())
     }
 
-    fn give(
-        &mut self,
-        outputs: Vec<(TensorSpec, Vec<u8>)>,
-        done: bool,
-    ) -> Result<std::time::Instant, Cause> {
+    fn give(&mut self, outputs: Vec<(TensorSpec, Vec<u8>)>, done: bool) -> Result<Instant, Cause> {
         let payload = self.prepared.payload(outputs);
         let payload = payload.map_err(|status| self.refuse(status))?;
         if done && self.at.1 {
@@ -196,13 +193,15 @@ impl Batches for Chunks<'_> {
             return Err(self.left());
         }
         if !done && self.edge.is_full() {
-            // Whoever does not read keeps no turn, and what waits for that has its time anew.
+            // Whoever does not read keeps no turn, and that is not the kernel's time: it has what is left of its own.
+            let left = self.deadline.at.saturating_duration_since(Instant::now());
             self.turn = None;
             if !self.edge.flush() {
                 return Err(self.left());
             }
             self.deadline = Deadline::after(self.prepared.deadline_ms);
             self.take_turn()?;
+            self.deadline.at = Instant::now() + left;
         }
         Ok(self.deadline.at)
     }

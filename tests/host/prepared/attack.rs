@@ -116,6 +116,40 @@ fn a_stream_after_the_first_has_the_time_for_open_that_the_first_had() {
     }
 }
 
+/// Writes rows for ever.
+const FLOODS: &str = "
+;; It streams.
+(func $step (param i32) (result i32)
+  (i64.store offset=24 (i32.wrap_i64 (global.get $out)) (i64.load offset=8 (i32.wrap_i64 (global.get $out))))
+  i32.const 2)";
+
+#[test]
+fn rows_without_end_end_at_the_deadline_however_slowly_they_are_read() {
+    let host = Served::with_plugin(&guest::component_without_globals("floods", FLOODS), &[]);
+    if host.has_workers() {
+        return;
+    }
+    let mut client = host.greeted();
+    let mut request = stream_of("floods/k", 4000);
+    request["deadline_ms"] = json!(50);
+    let prepared = Prepared::by(&mut client, request);
+    let sent = flat(&prepared, false, &[0.0]);
+    prepared.socket.send(&[&sent], &[]).unwrap();
+    let mut frames = 0;
+    let end = loop {
+        let reply = prepared.receive().expect("an answer");
+        if reply.op() != Op::Chunk {
+            break reply;
+        }
+        frames += 1;
+        assert!(frames < 10_000, "no end to it");
+        // Always less quickly than they are made.
+        std::thread::sleep(std::time::Duration::from_millis(1));
+    };
+    end.refused("DEADLINE_EXCEEDED", "DEADLINE");
+    assert!(frames > 0);
+}
+
 /// Has 64 MiB more once an element is 4.
 const GROWS: &str = "
 ;; It streams.
@@ -315,4 +349,83 @@ fn a_hundred_that_come_and_go_leave_nothing() {
         assert_eq!(number(&after, nothing), 0, "{nothing} {after}");
     }
     assert_eq!(number(&after, "/account/connections"), 1);
+}
+
+/// Never comes back from `open`.
+const SPINS_IN_OPEN: &str = "
+(func $open (param i32 i32 i32 i32 i32 i32) (result i32) (loop $on (br $on)) unreachable)";
+
+#[test]
+fn a_host_ends_whatever_its_prepared_kernels_do() {
+    let plugins = [
+        guest::component_without_globals("opens", SPINS_IN_OPEN),
+        guest::component_without_globals("floods", FLOODS),
+        guest::component_without_globals("grows", GROWS),
+    ];
+    for workers in ["1", "4"] {
+        let settings = [
+            ("STRAIT__SERVER__DRAIN_MS", "500"),
+            ("STRAIT__ENGINE__WORKERS", workers),
+        ];
+        let host = Served::with_plugins(&plugins, &settings);
+        if host.has_workers() {
+            return;
+        }
+        let mut client = host.greeted();
+        // One stream waits for its next chunk, and the answers of another are not read.
+        let waits = Prepared::by(&mut client, stream_of("grows/k", 4));
+        let sent = flat(&waits, false, &ramp(4));
+        waits.socket.send(&[&sent], &[]).unwrap();
+        waits.collect(&mut [Vec::new()]);
+        let deaf = Prepared::by(&mut client, stream_of("floods/k", 4000));
+        let sent = flat(&deaf, false, &[0.0]);
+        deaf.socket.send(&[&sent], &[]).unwrap();
+        // A PREPARE is under way, and with one worker another waits for its turn.
+        let mut other = host.greeted();
+        let opens =
+            json!({"kernel": "opens/k", "inputs": {"x": brought(4)}, "deadline_ms": 60_000});
+        other.begin(Op::Prepare, &opens, &[]);
+        other.begin(Op::Prepare, &opens, &[]);
+        host.eventually(&mut host.greeted(), "a PREPARE is under way", |stats| {
+            number(stats, "/account/running") >= 1
+        });
+        host.terminate();
+        host.ended();
+        assert!(waits.socket.send(&[b"x"], &[]).is_err());
+    }
+}
+
+/// The first element of `x2`; stores one there before, if `x` begins with 5, or has it filled, if with 6.
+const WRITES_TO_ITS_INPUT: &str = "
+(func $run (param i32) (result i32)
+  (local $what f64) (local $x2 i32)
+  (local.set $what (f64.load (i32.wrap_i64 (global.get $x))))
+  (local.set $x2 (i32.wrap_i64 (global.get $x2)))
+  (if (f64.eq (local.get $what) (f64.const 5)) (then (f64.store (local.get $x2) (f64.const 99))))
+  (if (f64.eq (local.get $what) (f64.const 6)) (then (memory.fill (local.get $x2) (i32.const 1) (i32.const 4096))))
+  (f64.store (i32.wrap_i64 (global.get $y)) (f64.load (local.get $x2)))
+  i32.const 0)";
+
+#[test]
+fn a_store_into_an_input_that_stays_is_of_no_use_to_the_next_call() {
+    let (shapes, _) = COUNTS_UNDER_A_WINDOW.split_once("(func $run").unwrap();
+    let text = format!("{shapes}{WRITES_TO_ITS_INPUT}");
+    let plugin = guest::component_without_globals("writes", &text);
+    let host = Served::with_plugin(&plugin, &[]);
+    let mut client = host.greeted();
+    put(&mut client, "fixed", 65_536);
+    let request = json!({"kernel": "writes/k", "inputs": {"x": brought(4), "x2": "fixed"}});
+    let prepared = Prepared::by(&mut client, request);
+    for what in [0.0, 5.0, 0.0, 6.0, 0.0, 6.0, 5.0, 0.0] {
+        for count in [4, 2] {
+            let reply = prepared.ask(&small(&prepared, &[what; 4][..count]));
+            if what != 0.0 {
+                reply.refused("INTERNAL", "INPUT_WRITTEN");
+                continue;
+            }
+            assert_eq!(reply.op(), Op::Ok, "{}", reply.text);
+            let from = usize::try_from(number(&prepared.told, "/outputs/0/offset")).unwrap();
+            assert_eq!(floats(&reply.payload[from..from + 8]), ramp(1));
+        }
+    }
 }
