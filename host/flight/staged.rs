@@ -1,7 +1,7 @@
 //! The values of an upload from their arrival to the segment that is to have them.
 //!
 //! ```text
-//! short, few:           ─▶ Vec of each column ────────── copy ─────▶ segment
+//! short, few:           ─▶ Vec of each column, or the message ─ copy ▶ segment
 //! long, or many so far: ─▶ file, where the segment has them ───────▶ the file becomes the segment
 //!                           └─ elsewhere (several long batches of several columns) ── copy ──▶ segment
 //! ```
@@ -11,6 +11,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use strait_memory::{Copied, Growing, MemoryError, Open, Segment};
 use strait_tensor::layout::{HUGE_ALIGN_BYTES, HUGE_MIN_BYTES, TENSOR_ALIGN_BYTES};
 use strait_tensor::{FileLayout, TensorPlace};
@@ -31,6 +32,8 @@ const DROPPED_HERE_BYTES_MAX: usize = 1 << 20;
 #[derive(Debug)]
 enum Part {
     Here(Vec<u8>),
+    /// A part of a message that is nearly all values, as it came.
+    Kept(Bytes),
     InFile(Range<u64>),
 }
 
@@ -48,9 +51,22 @@ impl Values {
         self.gathered.extend_from_slice(bytes);
     }
 
-    /// How many bytes are put together.
-    pub(super) fn gathered_bytes(&self) -> u64 {
-        self.gathered.len() as u64
+    /// Keeps `bytes` as they came.
+    pub(super) fn keep(&mut self, bytes: Bytes) {
+        if !bytes.is_empty() {
+            self.flush();
+            self.parts.push(Part::Kept(bytes));
+        }
+    }
+
+    /// How many bytes are in memory of this process.
+    pub(super) fn held_bytes(&self) -> u64 {
+        let held = self.parts.iter().map(|part| match part {
+            Part::Here(bytes) => bytes.len() as u64,
+            Part::Kept(bytes) => bytes.len() as u64,
+            Part::InFile(_) => 0,
+        });
+        held.sum::<u64>() + self.gathered.len() as u64
     }
 
     fn is_empty(&self) -> bool {
@@ -85,7 +101,7 @@ impl Values {
 impl Drop for Values {
     /// On a thread of their own if they are many: an upload may be dropped on a thread of the runtime.
     fn drop(&mut self) {
-        let here = |part: &Part| matches!(part, Part::Here(_));
+        let here = |part: &Part| matches!(part, Part::Here(_) | Part::Kept(_));
         if (self.parts.iter().any(here) || self.gathered.len() > DROPPED_HERE_BYTES_MAX)
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -137,8 +153,15 @@ impl Staged {
             ([tensor], [values]) => {
                 staged.end = tensor.offset.next_multiple_of(HUGE_ALIGN_BYTES);
                 staged.kind = Kind::Single(staged.end);
-                let gathered = std::mem::take(&mut values.gathered);
-                staged.append(&gathered, values)?;
+                values.flush();
+                for part in std::mem::take(&mut values.parts) {
+                    match part {
+                        Part::Here(bytes) => staged.append(&bytes, values)?,
+                        Part::Kept(bytes) => staged.append(&bytes, values)?,
+                        // There was no file before this one.
+                        Part::InFile(_) => {}
+                    }
+                }
             }
             (_, values) if values.iter().all(|values| values.is_empty()) => {
                 staged.end = layout.capacity.next_multiple_of(TENSOR_ALIGN_BYTES);
@@ -260,6 +283,10 @@ pub(super) fn finish(
             // Each goes as soon as it is in the segment.
             match (part, &file) {
                 (Part::Here(bytes), _) => {
+                    segment.write_at(offset, &bytes, copied)?;
+                    offset += bytes.len() as u64;
+                }
+                (Part::Kept(bytes), _) => {
                     segment.write_at(offset, &bytes, copied)?;
                     offset += bytes.len() as u64;
                 }

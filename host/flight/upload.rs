@@ -17,6 +17,7 @@ use std::sync::Arc;
 use arrow_flight::FlightData;
 use arrow_ipc::{KeyValue, MessageHeader};
 use arrow_schema::Schema;
+use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
 use strait_tensor::layout::HUGE_MIN_BYTES;
@@ -148,7 +149,7 @@ impl Columns {
     /// Whether a single column has so many values, with `bytes` more, that they go to a file.
     fn has_many(&self, bytes: u64) -> bool {
         match self.plans.as_slice() {
-            [only] => only.values.gathered_bytes() + bytes >= HUGE_MIN_BYTES,
+            [only] => only.values.held_bytes() + bytes >= HUGE_MIN_BYTES,
             _ => false,
         }
     }
@@ -299,6 +300,11 @@ struct Arriving {
     way: Way,
 }
 
+/// Whether a body of `length` bytes with so many bytes of values is kept as it is.
+fn is_kept(length: u64, values: u64) -> bool {
+    length > COPY_INLINE_BYTES_MAX as u64 && length - length / 8 <= values
+}
+
 impl Arriving {
     /// The next message, whose body has `to_come` bytes if it is not in `data`.
     fn take(&mut self, data: &FlightData, to_come: Option<u64>) -> Result<(), Status> {
@@ -309,7 +315,7 @@ impl Arriving {
         let Some((rows, ranges)) = read_message(data, body_bytes, &mut self.columns)? else {
             return Ok(());
         };
-        let here = to_come.is_none().then_some(&data.data_body[..]);
+        let here = to_come.is_none().then_some(&data.data_body);
         self.store(rows, &ranges, here)
     }
 
@@ -318,7 +324,7 @@ impl Arriving {
         &mut self,
         rows: u64,
         ranges: &[Range<usize>],
-        here: Option<&[u8]>,
+        here: Option<&Bytes>,
     ) -> Result<(), Status> {
         let Some(columns) = &mut self.columns else {
             return Err(host_bug("storing an upload", "a batch before its schema"));
@@ -351,10 +357,17 @@ impl Arriving {
                 let route = staged.place(ranges, columns.values())?;
                 route.write(0, body)?;
             }
+            (_, Some(body)) if is_kept(body.len() as u64, bytes) => {
+                self.charge.absorb(reserved(caller, body.len() as u64)?);
+                for (values, range) in columns.values().zip(ranges) {
+                    values.keep(body.slice(range.clone()));
+                }
+            }
             (_, body) => {
                 self.charge.absorb(reserved(caller, bytes)?);
+                let body = body.map_or(&[][..], |body| body);
                 for (values, range) in columns.values().zip(ranges) {
-                    values.gather(&body.unwrap_or_default()[range.clone()]);
+                    values.gather(&body[range.clone()]);
                 }
                 self.host.uploads_copied().add(bytes);
             }

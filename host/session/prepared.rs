@@ -113,6 +113,14 @@ impl Caller {
         }
         let kernel = self.host.plugins.find(&invoke.kernel)?;
         if request.stream {
+            if self.host.config.workers.enabled {
+                let message = "streams do not run in worker processes yet, and this host has workers.enabled; call the kernel with whole tensors";
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::Unsupported,
+                    message,
+                ));
+            }
             check_stream(kernel.kernel(), &resolved)?;
         }
         let outputs = kernel.kernel().outputs.len() as u64;

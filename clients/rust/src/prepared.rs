@@ -148,7 +148,7 @@ pub struct Prepared {
     /// The sizes of all inputs, as they stand before the elements.
     sizes: Vec<u8>,
     request_bytes: u32,
-    outputs: Vec<PreparedTensor>,
+    pub(crate) outputs: Vec<PreparedTensor>,
     /// Where the outputs of the last call are in what was received.
     pub(crate) places: Vec<TensorPlace>,
     reply_bytes: usize,

@@ -49,7 +49,8 @@ impl Rows {
             .copy_from_slice(bytes);
         all.length += bytes.len() as u64;
         if let (Some(rows), Some(more)) = (all.spec.shape.first_mut(), place.spec.shape.first()) {
-            *rows += more;
+            // Rows without elements may be any number.
+            *rows = rows.saturating_add(*more);
         }
     }
 }
@@ -126,6 +127,13 @@ impl PreparedStream {
             stream.broken = true;
             let (op, notes) = received?;
             for (index, place) in stream.places.iter().enumerate() {
+                let (is, prepared) = (&place.spec.shape, &stream.outputs[index].shape);
+                if is.is_empty() || is[1..] != prepared[1..] {
+                    return Err(Error::Protocol(format!(
+                        "the reply to CHUNK: output {:?} has rows of {is:?}, and {prepared:?} was said",
+                        place.name
+                    )));
+                }
                 let bytes = stream.received(place);
                 rows.append(index, place, bytes);
                 stream.session.count_copied(bytes.len() as u64);

@@ -218,6 +218,14 @@ fn whole_flat(client: &mut Raw, kernel: &str, parameters: &Value, x: &[f64]) -> 
 fn what_does_not_stream_is_refused_by_name() {
     let host = Served::start(&[]);
     let mut client = host.greeted();
+    if host.has_workers() {
+        let request = json!({"kernel": "cumsum", "stream": true,
+            "inputs": {"x": {"dtype": "float64", "shape": [4, 2]}}});
+        let refused = client.ask(Op::Prepare, request);
+        let message = refused.refused("INVALID_ARGUMENT", "UNSUPPORTED");
+        assert!(message.contains("workers.enabled"), "{message}");
+        return;
+    }
     let taps = client.create(3);
     taps.fill(&ramp(3));
     client.ok(
