@@ -34,6 +34,7 @@ from ._errors import (
 from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
 from ._session import ClientStats, Session, connect
+from ._stream import PreparedStream
 from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "Parameter",
     "Port",
     "Prepared",
+    "PreparedStream",
     "ProtocolError",
     "ReleasedError",
     "RemoteError",

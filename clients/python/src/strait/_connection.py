@@ -374,8 +374,11 @@ class Connection:
                 self._wake(pending)
                 return
             self._pending.pop(sequence, None)
+        reply = Reply(op, body, [])
+        # As above: else nobody would close them.
+        reply.fds = fds
         self._incoming.clear()
-        self._discard(Reply(op, body, fds))
+        self._discard(reply)
 
     def _discard(self, reply: Reply) -> None:
         reply.close()

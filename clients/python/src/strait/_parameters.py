@@ -1,12 +1,13 @@
-"""What a kernel's parameters are in JSON."""
+"""What a kernel's parameters, and the options of a call, are in JSON."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Dict, Mapping, Optional
 
 import numpy as np
 
 from . import _dtypes, _foreign
+from ._wire import milliseconds
 
 
 def parameter(key: str, value: Any) -> Any:
@@ -35,3 +36,19 @@ def parameter(key: str, value: Any) -> Any:
         f"parameter {key!r} is {type(value).__name__}; an int, float, truth value, text or list of numbers is needed: "
         "convert it to what you mean, as by float(x)"
     )
+
+
+def options(
+    parameters: Mapping[str, Any], deadline: Optional[float], limits: Optional[Mapping[str, int]], request_id: Optional[str]
+) -> Dict[str, Any]:
+    """What an INVOKE and a PREPARE say alike."""
+    body: Dict[str, Any] = {}
+    if parameters:
+        body["parameters"] = {key: parameter(key, value) for key, value in parameters.items()}
+    if deadline is not None:
+        body["deadline_ms"] = milliseconds(deadline)
+    if limits:
+        body["limits"] = dict(limits)
+    if request_id is not None:
+        body["request_id"] = request_id
+    return body

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 #: The sizes of one tensor, as they stand before the elements.
 _SIZES = struct.Struct(f"<{AXES_MAX}Q")
 _SEQUENCE = struct.Struct("<I")
+_OP_AT = 3
 _SEQUENCE_AT = 4
 #: What is sent behind a tensor that is smaller than it could be.
 _GAP = memoryview(bytes(PAYLOAD_BYTES_MAX))
@@ -102,8 +103,19 @@ class _Place:
         self.offset = tensor.offset
         #: Bytes that it has in each packet, however small it is.
         self.room = -(-tensor.length // ALIGN_BYTES) * ALIGN_BYTES
+
     def taken(self, value: Any) -> "np.ndarray[Any, Any]":
         """What a call brings, as it is sent; a copy only if its elements do not lie in order, or are of another library."""
+        array = self.elements(value)
+        if not _within(array.shape, self.shape):
+            raise ValueError(
+                f"input {self.port!r} has the shape {list(array.shape)}, and at most {list(self.shape)} was prepared, axis by axis; prepare a "
+                "larger shape by itself"
+            )
+        return array.astype(self.dtype, order="C", copy=False)
+
+    def elements(self, value: Any) -> "np.ndarray[Any, Any]":
+        """`value` as an array of the dtype that was prepared, of any shape, byte order and strides."""
         what = f"input {self.port!r}"
         if isinstance(value, Array):
             array, dtype = view_of(value._usable(), value._tensor), value.dtype_name
@@ -114,12 +126,7 @@ class _Place:
             dtype = self.spec.dtype if same else _dtypes.to_name(array.dtype)
         if dtype != self.spec.dtype:
             raise TypeError(f"{what} is {dtype}, and {self.spec} was prepared; convert it, or prepare {dtype}")
-        if not _within(array.shape, self.shape):
-            raise ValueError(
-                f"{what} has the shape {list(array.shape)}, and at most {list(self.shape)} was prepared, axis by axis; prepare a "
-                "larger shape by itself"
-            )
-        return array.astype(self.dtype, order="C", copy=False)
+        return array
 
     def view(self, buffer: memoryview, shape: Tuple[int, ...]) -> "np.ndarray[Any, Any]":
         """The elements in a reply; of booleans their bytes."""
@@ -206,7 +213,7 @@ class Prepared:
         with self._lock:
             self._begin()
             self._exchange(parts)
-            failure = self._reply()
+            failure = self._reply(self._steps[1])
             self._steps.clear()
             if failure is not None:
                 self._session._count_call(size)
@@ -322,14 +329,14 @@ class Prepared:
                 pass
             except ConnectionResetError as error:
                 self._over(error)
-        self._reply()
+        self._reply(steps[1])
         # What was asked is done in order: a cancel that is still on its way would end the next call.
         self._connection.call(Op.PING, {}).close()
         steps.clear()
 
-    def _reply(self) -> Optional[Dict[str, Any]]:
+    def _reply(self, received: Tuple[int, Any, int, Any]) -> Optional[Dict[str, Any]]:
         """Holds the reply that was received against its call: what failed, or None, and then the payload is where the views are."""
-        length, _, flags, _ = self._steps[1]
+        length, _, flags, _ = received
         if not length:
             self._over(None)
         buffer, sizes_at = self._buffer, HEADER.size
@@ -354,7 +361,7 @@ class Prepared:
             self._wrong(f"it has the sequence {sequence} where {self._sequence} was asked")
         if op == Op.ERROR:
             return body
-        if op != Op.OK:
+        if op != self._reply_header[_OP_AT]:
             self._wrong(f"it is of op {op}")
         if len(payload) != self._reply_bytes:
             self._wrong(f"a payload of {len(payload)} bytes where {self._reply_bytes} were said")
@@ -433,7 +440,7 @@ class Prepared:
 
     def _wrong(self, what: str) -> NoReturn:
         """No later reply could be trusted."""
-        self._finish(ProtocolError(f"the reply to CALL: {what}"))
+        self._finish(ProtocolError(f"the reply to {Op(self._header[_OP_AT]).name}: {what}"))
         self._socket.close()
         self._check_end()
         raise AssertionError("it has ended")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
+from itertools import repeat
 from typing import TYPE_CHECKING, Any, Dict, List, Optional
 
 from ._errors import ProtocolError
@@ -24,16 +26,15 @@ class Reply:
         self.payload = payload
 
     def __del__(self) -> None:
-        # An interrupt may have come before anybody took it.
-        self.close()
+        # An interrupt may have come before anybody took it, or before it was more than a name.
+        if hasattr(self, "fds"):
+            self.close()
 
     def close(self) -> None:
         """Closes the descriptors that nobody took."""
-        while self.fds:
-            fd = self.fds.pop()
-            # -1: somebody took it.
-            if fd >= 0:
-                os.close(fd)
+        # No Python code is run, so that an interrupt comes before or after all of it. -1: somebody took it.
+        taken = filter((-1).__lt__, map(list.pop, repeat(self.fds, len(self.fds))))
+        deque(map(os.close, taken), maxlen=0)
 
 
 class Grant:

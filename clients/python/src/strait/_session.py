@@ -7,19 +7,19 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from . import _address, _dtypes, _foreign
+from . import _address, _dtypes, _foreign, _parameters, _prepare, _stream
 from ._array import Array, Arrays, LazyInfo, Placed, Segment, view_of
 from ._call import Call, Scratch
 from ._connection import Connection
 from ._errors import ProtocolError, RemoteError
 from ._pages import HUGE_MIN_BYTES, Pages
-from ._parameters import parameter
-from ._prepared import Prepared, Spec
+from ._prepared import Prepared, Result
 from ._reply import Grant, Reply
+from ._stream import PreparedStream
 from ._wire import ALIGN_BYTES, Flight, Kernel, Op, SegmentMapping, Tensor, milliseconds
 
 VERSION = "0.1.0"
@@ -368,7 +368,7 @@ class Session:
         copy = functools.partial(self._copied, copies)
         body: Dict[str, Any] = {"kernel": kernel}
         body["inputs"] = {port: self._input(port, value, copy) for port, value in given.items()}
-        body.update(_options({**(parameters or {}), **more_parameters}, deadline, limits, request_id))
+        body.update(_parameters.options({**(parameters or {}), **more_parameters}, deadline, limits, request_id))
         if publish:
             body["publish"] = dict(publish)
         for option, wanted in (("replace", replace), ("seal", seal), ("verify", verify)):
@@ -410,41 +410,35 @@ class Session:
 
         `deadline`: seconds of each call; `limits` and `request_id` are each call's, too. All that `start` says about parameters holds.
         """
-        self._connection.check()
-        given = dict(inputs or {})
-        if args:
-            given.update(self._by_position(kernel, args, {**given, **(fixed or {})}))
-        twice = [port for port in given if port in (fixed or {})]
-        if twice:
-            raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given as fixed and as what calls bring")
-        kept: List[Segment] = []
-        wanted: Dict[str, Spec] = {}
-        body: Dict[str, Any] = {"kernel": kernel, "inputs": {}}
-        for port, value in given.items():
-            if isinstance(value, str):
-                body["inputs"][port] = value
-            else:
-                spec = wanted[port] = Spec.of(value, f"input {port!r}")
-                body["inputs"][port] = {"dtype": spec.dtype, "shape": spec.shape}
-        for port, value in (fixed or {}).items():
-            body["inputs"][port] = self._input(port, value, functools.partial(self._in_segment, kept))
-        body.update(_options({**(parameters or {}), **more_parameters}, deadline, limits, request_id))
-        try:
-            reply = self._connection.call(Op.PREPARE, body)
-        except RemoteError as error:
-            self._forget_ports(kernel, error)
-            raise
-        prepared = Prepared(self, kernel, reply, wanted)
-        self._prepared.add(prepared)
-        # The session may have been closed just before.
-        self._connection.check()
-        return prepared
+        parameters = {**(parameters or {}), **more_parameters}
+        options: Dict[str, Any] = dict(deadline=deadline, limits=limits, request_id=request_id)
+        return _prepare.prepare(self, kernel, args, inputs=inputs, fixed=fixed, parameters=parameters, **options)
 
-    def _in_segment(self, kept: List[Segment], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
-        segment, arrays = self._create([("x", dtype, array.shape)])
-        self._copy(arrays[0], array)
-        kept.append(segment)
-        return {"segment": segment.mapping.segment}
+    def prepare_stream(self, kernel: str, *args: Any, **options: Any) -> PreparedStream:
+        """Makes a kernel ready for tensors that come in chunks of rows, along axis 0.
+
+            with s.prepare_stream("cumsum", strait.Spec("float64", (4096, 3))) as sums:
+                y = sums.chunk(x)
+
+        As `prepare`, with the same options; the shapes begin with the most rows that are sent at a time. Those inputs that the kernel
+        takes whole are `fixed`; they may also be given under their names, as parameters are: `taps="taps"`.
+        """
+        return _stream.prepared(self, kernel, args, **options)
+
+    def stream(self, kernel: str, chunks: Iterable[Any], *, rows: Optional[int] = None, **options: Any) -> Iterator[Result]:
+        """What comes of a kernel's input chunk by chunk: for each what a prepared call would return, and once more with the rest.
+
+            for y in s.stream("fir", chunks, taps="taps"):
+                ...
+
+        `chunks`: any iterable of arrays that agree in all but the number of their rows, axis 0, or of mappings from ports to those. All
+        rows that come are, one after another, bit for bit those of one call on all rows; how many come with which chunk, perhaps none,
+        is the kernel's affair. `rows`: the most that are sent at a time, longer chunks being cut; None: as many as have about 32 KiB.
+        The options are those of `prepare_stream`.
+
+        The stream ends in the host when the loop has, however that ends and once nobody holds the iterator.
+        """
+        return _stream.stream(self, kernel, chunks, rows, options)
 
     def _forget_ports(self, kernel: str, error: RemoteError) -> None:
         """Another version of the plugin may be loaded by now."""
@@ -452,23 +446,30 @@ class Session:
             self._ports.pop(kernel, None)
 
     def _by_position(self, kernel: str, args: Sequence[Any], given: Mapping[str, Any]) -> Dict[str, Any]:
-        ports = self._ports.get(kernel)
+        ports = self._ports_of(kernel)
         if ports is None:
-            kinds = self.kernels(kernel)
-            if not kinds:
-                # The call itself is to say so.
-                return {}
-            ports = [port.name for port in kinds[0].inputs]
-            if any([port.name for port in other.inputs] != ports for other in kinds):
-                known = ", ".join(f"{found.plugin}/{found.name}" for found in kinds)
-                raise ValueError(f"several plugins have a kernel {kernel!r}: name one of {known}")
-            self._ports[kernel] = ports
+            # The call itself is to say so.
+            return {}
         if len(args) > len(ports):
             raise TypeError(f"kernel {kernel!r} has {len(ports)} inputs ({', '.join(ports)}); {len(args)} were given")
         twice = [port for port in ports[: len(args)] if port in given]
         if twice:
             raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given by position and by name")
         return dict(zip(ports, args))
+
+    def _ports_of(self, kernel: str) -> Optional[List[str]]:
+        """The kernel's inputs in their order; None if there is no such kernel."""
+        ports = self._ports.get(kernel)
+        if ports is None:
+            kinds = self.kernels(kernel)
+            if not kinds:
+                return None
+            ports = [port.name for port in kinds[0].inputs]
+            if any([port.name for port in other.inputs] != ports for other in kinds):
+                known = ", ".join(f"{found.plugin}/{found.name}" for found in kinds)
+                raise ValueError(f"several plugins have a kernel {kernel!r}: name one of {known}")
+            self._ports[kernel] = ports
+        return ports
 
     def _input(self, port: str, value: Any, copy: Callable[[str, "np.ndarray[Any, Any]"], Any]) -> Any:
         """An input as a request names it; `copy` takes what the host cannot see yet."""
@@ -566,22 +567,6 @@ class Session:
                     continue
                 arrays.append((port, Array(self._placed, segment, tensor, memory, info)))
         return arrays[0][1] if len(arrays) == 1 else Arrays(arrays, info)
-
-
-def _options(
-    parameters: Mapping[str, Any], deadline: Optional[float], limits: Optional[Mapping[str, int]], request_id: Optional[str]
-) -> Dict[str, Any]:
-    """What an INVOKE and a PREPARE say alike."""
-    body: Dict[str, Any] = {}
-    if parameters:
-        body["parameters"] = {key: parameter(key, value) for key, value in parameters.items()}
-    if deadline is not None:
-        body["deadline_ms"] = milliseconds(deadline)
-    if limits:
-        body["limits"] = dict(limits)
-    if request_id is not None:
-        body["request_id"] = request_id
-    return body
 
 
 def _kernel_key(entry: Mapping[str, Any]) -> str:

@@ -54,8 +54,13 @@ class Op(enum.IntEnum):
     LIMITS = 23
     WORKERS = 24
     PLUGINS = 25
+    CHUNK = 64
     GONE = 65
     SHUTDOWN = 66
+    LAST = 67
+
+
+_WITH_PAYLOAD = frozenset((Op.INVOKE, Op.CALL, Op.CHUNK, Op.LAST, Op.OK))
 
 
 class TraceContext(NamedTuple):
@@ -117,9 +122,9 @@ def decode(frame: Union[bytes, bytearray], length: Optional[int] = None) -> Tupl
             f"a frame with {body_bytes} bytes of body and {payload_bytes} of payload; at most {BODY_BYTES_MAX} and "
             f"{PAYLOAD_BYTES_MAX} are allowed"
         )
-    if payload_bytes and op not in (Op.INVOKE, Op.CALL, Op.OK):
+    if payload_bytes and op not in _WITH_PAYLOAD:
         raise ProtocolError(
-            f"a frame of op {op} with {payload_bytes} bytes of payload; only INVOKE, CALL and the OK to them have any"
+            f"a frame of op {op} with {payload_bytes} bytes of payload; only INVOKE, CALL, CHUNK, LAST and the answers to them carry a payload"
         )
     if flags or reserved != bytes(3):
         raise ProtocolError(
@@ -297,6 +302,8 @@ class Kernel:
     combine: str = "none"
     #: With `"tree"`.
     block_tree: Union[BlockTree, None] = None
+    #: Whether it takes its inputs, but for those that are `whole`, in chunks of rows.
+    streaming: bool = False
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "Kernel":
@@ -334,6 +341,7 @@ class Kernel:
                 body.get("split_axis"),
                 body.get("combine", "none"),
                 BlockTree(tree["block_rows"], tree["partials"], tree["merge"]) if tree is not None else None,
+                body.get("streaming", False),
             )
         except (AttributeError, KeyError, TypeError) as error:
             raise ProtocolError(f"a malformed kernel: {error!r}") from None
