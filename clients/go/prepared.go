@@ -77,6 +77,8 @@ type Prepared struct {
 	answer    [][]byte
 	// What is received between outputs: something only beside a body.
 	gaps []byte
+	// Those of the outputs that were received last.
+	places []Place
 }
 
 // rests is memory for what is received behind outputs: an ERROR, or what a body moves there. A call that is under way has one.
@@ -196,6 +198,7 @@ func newPrepared(socket *line, streams bool, reply *prepareReply) *Prepared {
 		head:      make([]byte, headerBytes+sizesBytes*len(reply.Inputs)),
 		replyHead: make([]byte, headerBytes+sizesBytes*len(reply.Outputs)),
 		gaps:      make([]byte, alignBytes*len(reply.Outputs)),
+		places:    make([]Place, len(reply.Outputs)),
 	}
 	encodeHeader(p.head, header{op: opCall}, 0, int(reply.RequestBytes))
 	runtime.AddCleanup(p, func(l *line) { _ = l.drop(closed("forgotten")) }, socket)
@@ -422,12 +425,12 @@ func (p *Prepared) call(brought []Copied, outputs []output) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, reply, places, err := p.received(n, outputs)
+	_, reply, err := p.received(n, outputs)
 	if err != nil {
 		return nil, err
 	}
 	result := p.result(reply.Notes)
-	for i, place := range places {
+	for i, place := range p.places {
 		result.Tensors[i] = p.tensor(place, outputs[i].bytes)
 	}
 	return result, nil
@@ -478,9 +481,9 @@ func (p *Prepared) pack(op op, brought []Copied) {
 }
 
 // received reads the n bytes of a reply from where they were received: an OK, or for a stream a CHUNK, before which there
-// are more. The elements of outputs are in their memory then, and have these places.
-func (p *Prepared) received(n int, outputs []output) (op, callReply, []Place, error) {
-	refuse := func(err error) (op, callReply, []Place, error) { return 0, callReply{}, nil, err }
+// are more. The elements of outputs are in their memory then, and p.places says what they are.
+func (p *Prepared) received(n int, outputs []output) (op, callReply, error) {
+	refuse := func(err error) (op, callReply, error) { return 0, callReply{}, err }
 	h, bodyBytes, err := decodeHeader(p.replyHead[:min(n, headerBytes)], n)
 	switch {
 	case err != nil:
@@ -511,15 +514,14 @@ func (p *Prepared) received(n int, outputs []output) (op, callReply, []Place, er
 			copy(outputs[i].bytes, payload[p.outputs[i].Offset:])
 		}
 	}
-	places := make([]Place, len(outputs))
 	for i := range outputs {
-		places[i], err = p.outputs[i].sized(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes], p.streams)
+		p.places[i], err = p.outputs[i].sized(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes], p.streams)
 		if err != nil {
 			return refuse(err)
 		}
-		p.conn.copiedBytes.Add(places[i].Length)
+		p.conn.copiedBytes.Add(p.places[i].Length)
 	}
-	return h.op, reply, places, nil
+	return h.op, reply, nil
 }
 
 // result has no tensors yet.

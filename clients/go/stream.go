@@ -194,11 +194,11 @@ func (s *Stream) gather(all []rows) ([]Note, error) {
 		if err != nil {
 			return nil, err
 		}
-		op, reply, places, err := p.received(n, s.room)
+		op, reply, err := p.received(n, s.room)
 		if err != nil {
 			return nil, err
 		}
-		for i, place := range places {
+		for i, place := range p.places {
 			if err := all[i].append(place, s.room[i].bytes[:place.Length]); err != nil {
 				return nil, err
 			}
