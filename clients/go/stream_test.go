@@ -344,6 +344,30 @@ func TestStreamsEndWithTheirConnection(t *testing.T) {
 	}
 }
 
+func TestACancelledChunkLeavesNothing(t *testing.T) {
+	c, ctx := dial(t), context.Background()
+	// Piece after piece, for longer than any test.
+	x := Inputs{"x": Slice(make([]bool, 1<<24))}
+	leavesNothing(t, "cancelled", func(t *testing.T) {
+		for i := range 10 {
+			s := must[*Stream](t)(c.PrepareStream(ctx, "cumsum", Inputs{"x": EachOf(Bool8, 1)}))
+			calls := c.ClientStats().Calls
+			limited, stop := context.WithTimeout(ctx, time.Duration(i)*time.Millisecond+50*time.Microsecond)
+			_, err := s.Chunk(limited, x)
+			stop()
+			if !errors.Is(err, context.DeadlineExceeded) {
+				t.Error(i, err)
+			}
+			sent := c.ClientStats().Calls > calls
+			if _, err := s.Chunk(ctx, Inputs{"x": Slice([]bool{true})}); errors.Is(err, ErrDisconnected) != sent {
+				t.Error(i, sent, err)
+			}
+			s.Close()
+		}
+	})
+	held(t, c, 1, 0)
+}
+
 func TestForgottenStreamEnds(t *testing.T) {
 	c, ctx := dial(t), context.Background()
 	before := openFDs(t)
