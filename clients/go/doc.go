@@ -34,6 +34,7 @@
 //	  │         └ upkeep goroutine: renewal of leases, tensors that the collector found
 //	  ├─▶ Tensor ─▶ segment: a mapping and the lease that holds it
 //	  └─▶ Prepared ─▶ line: a socket of its own, on which one call at a time sends and waits
+//	         └ Stream: its calls are chunks, each with any number of answers
 //
 // Package arrowalloc builds Arrow arrays in shared memory, package flight reads and puts over
 // Arrow Flight. docs/protocol.md is the protocol.

@@ -36,3 +36,30 @@ func ExamplePrepared() {
 	}
 	fmt.Println(y[127])
 }
+
+// A running sum of rows that come in chunks of any length.
+func ExampleClient_Stream() {
+	ctx := context.Background()
+	c, err := strait.Dial(ctx, "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+	chunks := func(yield func(strait.Inputs) bool) {
+		for _, x := range [][]float64{{1, 2, 3}, {}, {4}} {
+			if !yield(strait.Inputs{"x": strait.Slice(x)}) {
+				return
+			}
+		}
+	}
+	for rows, err := range c.Stream(ctx, "cumsum", strait.Inputs{"x": strait.Each[float64](4096)}, chunks) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		y, err := strait.As[float64](rows.Tensor("y"))
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(y)
+	}
+}

@@ -13,7 +13,7 @@ import (
 // line is the socket of what is prepared. Its system calls wait on their thread and not with the runtime's poller, with
 // which a call takes some 10 us more.
 //
-//	Prepared.Call ── enter ─▶ sendmsg, recvmsg ── leave
+//	Prepared.Call, Stream.Chunk ─▶ send, receive: enter, the system call, leave
 //	finish (Close, the end of the connection, a wrong reply, the collector) ends either, and what comes after
 type line struct {
 	conn *conn
@@ -113,11 +113,11 @@ func (l *line) end() error {
 	return l.err
 }
 
-// exchange sends one packet and waits for the next: parts of memory, in which the answer has so many bytes.
-func (l *line) exchange(packet, answer [][]byte) (int, error) {
+// send sends one packet: parts of memory.
+func (l *line) send(packet [][]byte) error {
 	fd, err := l.enter()
 	if err != nil {
-		return 0, err
+		return err
 	}
 	defer l.leave()
 	for {
@@ -126,8 +126,18 @@ func (l *line) exchange(packet, answer [][]byte) (int, error) {
 		}
 	}
 	if err != nil {
-		return 0, fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
+		return fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
 	}
+	return nil
+}
+
+// receive waits for the next packet, which has so many bytes in answer's parts of memory.
+func (l *line) receive(answer [][]byte) (int, error) {
+	fd, err := l.enter()
+	if err != nil {
+		return 0, err
+	}
+	defer l.leave()
 	for {
 		// Without room for them descriptors are not received, and MSG_CTRUNC tells of them.
 		n, _, flags, _, err := unix.RecvmsgBuffers(fd, answer, nil, 0)
@@ -139,7 +149,7 @@ func (l *line) exchange(packet, answer [][]byte) (int, error) {
 		case n == 0:
 			return 0, fmt.Errorf("strait: %w: the host ended what was prepared", ErrDisconnected)
 		case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0:
-			return 0, protocolError("the reply to a CALL is longer than a frame can be, or has descriptors")
+			return 0, protocolError("a reply is longer than a frame can be, or has descriptors")
 		}
 		return n, nil
 	}

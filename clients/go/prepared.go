@@ -21,7 +21,8 @@ type Brought struct {
 	shape []int
 }
 
-// Each is an input of that type and shape, at most: what a call brings may be smaller along every axis.
+// Each is an input of that type and shape, at most: what a call brings may be smaller along every axis. A chunk of a Stream
+// may have any number of rows.
 func Each[T Element](shape ...int) Brought { return EachOf(DTypeOf[T](), shape...) }
 
 // EachOf is Each for element types that Go lacks.
@@ -62,6 +63,8 @@ type Prepared struct {
 	inputs    []preparedPlace
 	outputs   []preparedPlace
 	replyLen  int
+	// It is a Stream's.
+	streams bool
 
 	// Held by the call that is under way, and so is all that follows. A channel, so that a context can end the wait for it.
 	calling  chan struct{}
@@ -74,6 +77,8 @@ type Prepared struct {
 	answer    [][]byte
 	// What is received between outputs: something only beside a body.
 	gaps []byte
+	// Those of the outputs that were received last.
+	places []Place
 }
 
 // rests is memory for what is received behind outputs: an ERROR, or what a body moves there. A call that is under way has one.
@@ -90,13 +95,16 @@ var zeros [payloadBytesMax]byte
 //
 // ctx is for preparing only. When it ends, preparing is cancelled. Its request id (WithRequestID) is that of all calls.
 func (c *Client) Prepare(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Prepared, error) {
-	asked := &kernelRequest{Kernel: kernel}
+	return c.prepare(ctx, &prepareRequest{kernelRequest: kernelRequest{Kernel: kernel}}, inputs, options)
+}
+
+func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inputs, options []PrepareOption) (*Prepared, error) {
 	for _, option := range options {
-		if err := option.prepare(asked); err != nil {
+		if err := option.prepare(&asked.kernelRequest); err != nil {
 			return nil, err
 		}
 	}
-	uses, err := c.say(ctx, inputs, asked, nil)
+	uses, err := c.say(ctx, inputs, &asked.kernelRequest, nil)
 	// By then the host has what it keeps.
 	defer func() { uses.done(true) }()
 	if err != nil {
@@ -116,11 +124,11 @@ func (c *Client) Prepare(ctx context.Context, kernel string, inputs Inputs, opti
 	if err != nil {
 		return nil, err
 	}
-	return newPrepared(socket, &reply), nil
+	return newPrepared(socket, asked.Stream, &reply), nil
 }
 
 // check holds the host's word against what was asked, and against itself.
-func (r *prepareReply) check(asked *kernelRequest, fds int) error {
+func (r *prepareReply) check(asked *prepareRequest, fds int) error {
 	if fds != 1 {
 		return protocolError("%d descriptors beside the OK to PREPARE, which has one", fds)
 	}
@@ -146,6 +154,9 @@ func (r *prepareReply) check(asked *kernelRequest, fds int) error {
 	}
 	if err := checkPlaces(r.Outputs, r.ReplyBytes); err != nil {
 		return protocolError("prepared outputs: %w", err)
+	}
+	if i := slices.IndexFunc(r.Outputs, func(place preparedPlace) bool { return len(place.Shape) == 0 }); asked.Stream && i >= 0 {
+		return protocolError("output %q of a stream has no axis, so that it has no rows", r.Outputs[i].Port)
 	}
 	return nil
 }
@@ -173,7 +184,7 @@ func checkPlaces(places []preparedPlace, had int64) error {
 	return nil
 }
 
-func newPrepared(socket *line, reply *prepareReply) *Prepared {
+func newPrepared(socket *line, streams bool, reply *prepareReply) *Prepared {
 	p := &Prepared{
 		conn:      socket.conn,
 		line:      socket,
@@ -182,10 +193,12 @@ func newPrepared(socket *line, reply *prepareReply) *Prepared {
 		inputs:    reply.Inputs,
 		outputs:   reply.Outputs,
 		replyLen:  int(reply.ReplyBytes),
+		streams:   streams,
 		calling:   make(chan struct{}, 1),
 		head:      make([]byte, headerBytes+sizesBytes*len(reply.Inputs)),
 		replyHead: make([]byte, headerBytes+sizesBytes*len(reply.Outputs)),
 		gaps:      make([]byte, alignBytes*len(reply.Outputs)),
+		places:    make([]Place, len(reply.Outputs)),
 	}
 	encodeHeader(p.head, header{op: opCall}, 0, int(reply.RequestBytes))
 	runtime.AddCleanup(p, func(l *line) { _ = l.drop(closed("forgotten")) }, socket)
@@ -297,17 +310,13 @@ func (p *Prepared) Call(ctx context.Context, inputs Inputs, options ...PreparedO
 	if err != nil {
 		return nil, err
 	}
-	select {
-	case p.calling <- struct{}{}:
-		defer func() { <-p.calling }()
-	case <-ctx.Done():
-		return nil, ended(ctx)
-	case <-p.line.done:
-		return nil, p.line.end()
+	if err := p.begin(ctx); err != nil {
+		return nil, err
 	}
+	defer func() { <-p.calling }()
 	for i := range outputs {
 		if outputs[i].bytes == nil {
-			outputs[i].bytes = shm.Raw(make([]uint64, (p.outputs[i].Length+7)/8))[:p.outputs[i].Length]
+			outputs[i].bytes = words(int(p.outputs[i].Length))
 		}
 	}
 	stop := p.line.watch(ctx, p.number)
@@ -326,6 +335,21 @@ func (p *Prepared) Call(ctx context.Context, inputs Inputs, options ...PreparedO
 	}
 	return result, err
 }
+
+// begin waits for the calls before this one, which holds p.calling then.
+func (p *Prepared) begin(ctx context.Context) error {
+	select {
+	case p.calling <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ended(ctx)
+	case <-p.line.done:
+		return p.line.end()
+	}
+}
+
+// words is fresh memory where elements of every type are aligned.
+func words(bytes int) []byte { return shm.Raw(make([]uint64, (bytes+7)/8))[:bytes:bytes] }
 
 // brought is the elements that a call brings, in the kernel's order. What it returns ends their use, also when it fails.
 func (p *Prepared) brought(inputs Inputs) ([]Copied, func(), error) {
@@ -347,7 +371,7 @@ func (p *Prepared) brought(inputs Inputs) ([]Copied, func(), error) {
 			held = append(held, segment)
 		}
 		if err == nil {
-			err = place.fits(elements)
+			err = place.fits(elements, p.streams)
 		}
 		if err != nil {
 			return nil, drop, fmt.Errorf("input %q: %w", place.Port, err)
@@ -364,10 +388,15 @@ func (p *Prepared) brought(inputs Inputs) ([]Copied, func(), error) {
 	return all, drop, nil
 }
 
-func (p *preparedPlace) fits(elements Copied) error {
+// fits says whether a call can bring elements; of rows for a stream there may be any number, each as it was prepared.
+func (p *preparedPlace) fits(elements Copied, streams bool) error {
 	fits := elements.dtype == p.DType && len(elements.shape) == len(p.Shape)
 	for axis := 0; fits && axis < len(p.Shape); axis++ {
-		fits = elements.shape[axis] <= p.Shape[axis]
+		if streams {
+			fits = axis == 0 || elements.shape[axis] == p.Shape[axis]
+		} else {
+			fits = elements.shape[axis] <= p.Shape[axis]
+		}
 	}
 	if !fits {
 		return argumentError("%s does not fit %s, which was prepared", spec(elements.dtype, elements.shape), spec(p.DType, p.Shape))
@@ -377,36 +406,68 @@ func (p *preparedPlace) fits(elements Copied) error {
 
 // exchange is one CALL and its reply. But for a failure of the kernel's, an error is the end of what is prepared.
 func (p *Prepared) exchange(brought []Copied, outputs []output) (*Result, error) {
-	p.sequence = max(p.sequence+1, 1)
-	p.pack(brought)
-	p.answer = append(p.answer[:0], p.replyHead)
-	for i := range outputs {
-		bytes := outputs[i].bytes
-		p.answer = append(p.answer, bytes, p.gaps[alignBytes*i:][:-len(bytes)&(alignBytes-1)])
-	}
-	rest := rests.Get().(*[bodyBytesMax + 1]byte)
+	rest := p.answerInto(outputs)
 	defer rests.Put(rest)
-	p.answer = append(p.answer, rest[:])
-	n, err := p.line.exchange(p.packet, p.answer)
 	// Memory of others is not kept, nor written to.
-	clear(p.packet)
 	defer clear(p.answer)
-	if err != nil {
-		return nil, p.line.drop(err)
-	}
-	p.conn.calls.Add(1)
-	for _, elements := range brought {
-		p.conn.copiedBytes.Add(int64(len(elements.bytes)))
-	}
-	result, err := p.received(n, outputs)
+	result, err := p.call(brought, outputs)
 	if err != nil && !errors.As(err, new(*RemoteError)) {
 		return nil, p.line.drop(err)
 	}
 	return result, err
 }
 
-// pack puts the frame of a CALL together.
-func (p *Prepared) pack(brought []Copied) {
+func (p *Prepared) call(brought []Copied, outputs []output) (*Result, error) {
+	if err := p.ask(opCall, brought); err != nil {
+		return nil, err
+	}
+	n, err := p.line.receive(p.answer)
+	if err != nil {
+		return nil, err
+	}
+	_, reply, err := p.received(n, outputs)
+	if err != nil {
+		return nil, err
+	}
+	result := p.result(reply.Notes)
+	for i, place := range p.places {
+		result.Tensors[i] = p.tensor(place, outputs[i].bytes)
+	}
+	return result, nil
+}
+
+// answerInto has replies received in outputs. What it returns goes back to rests.
+func (p *Prepared) answerInto(outputs []output) *[bodyBytesMax + 1]byte {
+	p.answer = append(p.answer[:0], p.replyHead)
+	for i := range outputs {
+		bytes := outputs[i].bytes
+		p.answer = append(p.answer, bytes, p.gaps[alignBytes*i:][:-len(bytes)&(alignBytes-1)])
+	}
+	rest := rests.Get().(*[bodyBytesMax + 1]byte)
+	p.answer = append(p.answer, rest[:])
+	return rest
+}
+
+// ask sends a request with what it brings.
+func (p *Prepared) ask(op op, brought []Copied) error {
+	p.sequence = max(p.sequence+1, 1)
+	p.pack(op, brought)
+	err := p.line.send(p.packet)
+	// Memory of others is not kept.
+	clear(p.packet)
+	if err != nil {
+		return err
+	}
+	p.conn.calls.Add(1)
+	for _, elements := range brought {
+		p.conn.copiedBytes.Add(int64(len(elements.bytes)))
+	}
+	return nil
+}
+
+// pack puts the frame of a request together.
+func (p *Prepared) pack(op op, brought []Copied) {
+	p.head[3] = byte(op)
 	binary.LittleEndian.PutUint32(p.head[4:], p.sequence)
 	p.packet = append(p.packet[:0], p.head)
 	for i, elements := range brought {
@@ -419,30 +480,32 @@ func (p *Prepared) pack(brought []Copied) {
 	}
 }
 
-// received reads the n bytes of a reply from where they were received.
-func (p *Prepared) received(n int, outputs []output) (*Result, error) {
+// received reads the n bytes of a reply from where they were received: an OK, or for a stream a CHUNK, before which there
+// are more. The elements of outputs are in their memory then, and p.places says what they are.
+func (p *Prepared) received(n int, outputs []output) (op, callReply, error) {
+	refuse := func(err error) (op, callReply, error) { return 0, callReply{}, err }
 	h, bodyBytes, err := decodeHeader(p.replyHead[:min(n, headerBytes)], n)
 	switch {
 	case err != nil:
-		return nil, err
+		return refuse(err)
 	case h.sequence != p.sequence:
-		return nil, protocolError("the reply to call %d answers call %d", p.sequence, h.sequence)
+		return refuse(protocolError("the reply to call %d answers call %d", p.sequence, h.sequence))
 	case h.op == opError:
 		remote := &RemoteError{}
 		if err := decodeBody(linear(p.answer, n)[headerBytes:], remote); err != nil {
-			return nil, err
+			return refuse(err)
 		}
-		return nil, remote
-	case h.op != opOK:
-		return nil, protocolError("op %d answers a CALL", h.op)
+		return refuse(remote)
+	case h.op != opOK && (h.op != opChunk || !p.streams):
+		return refuse(protocolError("op %d answers op %d", h.op, p.head[3]))
 	case n-headerBytes-bodyBytes != p.replyLen:
-		return nil, protocolError("%d payload bytes answer a CALL; %d were said", n-headerBytes-bodyBytes, p.replyLen)
+		return refuse(protocolError("%d payload bytes answer a call; %d were said", n-headerBytes-bodyBytes, p.replyLen))
 	}
 	var reply callReply
 	if bodyBytes > 0 {
 		packet := linear(p.answer, n)
 		if err := decodeBody(packet[headerBytes:headerBytes+bodyBytes], &reply); err != nil {
-			return nil, err
+			return refuse(err)
 		}
 		// To where it is without a body.
 		payload := packet[headerBytes+bodyBytes:]
@@ -451,17 +514,25 @@ func (p *Prepared) received(n int, outputs []output) (*Result, error) {
 			copy(outputs[i].bytes, payload[p.outputs[i].Offset:])
 		}
 	}
-	result := &Result{Notes: reply.Notes, RequestID: p.requestID, Tensors: make([]*Tensor, len(outputs))}
 	for i := range outputs {
-		place, err := p.outputs[i].smaller(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes])
+		p.places[i], err = p.outputs[i].sized(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes], p.streams)
 		if err != nil {
-			return nil, err
+			return refuse(err)
 		}
-		p.conn.copiedBytes.Add(place.Length)
-		s := &segment{conn: p.conn, mapping: Mapping{Tensors: []Place{place}}, memory: outputs[i].bytes, fd: -1, holders: 1}
-		result.Tensors[i] = newTensor(s, &s.mapping.Tensors[0])
+		p.conn.copiedBytes.Add(p.places[i].Length)
 	}
-	return result, nil
+	return h.op, reply, nil
+}
+
+// result has no tensors yet.
+func (p *Prepared) result(notes []Note) *Result {
+	return &Result{Notes: notes, RequestID: p.requestID, Tensors: make([]*Tensor, len(p.outputs))}
+}
+
+// tensor is an output in memory of its own.
+func (p *Prepared) tensor(place Place, memory []byte) *Tensor {
+	s := &segment{conn: p.conn, mapping: Mapping{Tensors: []Place{place}}, memory: memory, fd: -1, holders: 1}
+	return newTensor(s, &s.mapping.Tensors[0])
 }
 
 // linear is a copy of the first n bytes of what lies in parts.
@@ -473,15 +544,15 @@ func linear(parts [][]byte, n int) []byte {
 	return all
 }
 
-// smaller is an output with the sizes that came, in memory of its own.
-func (p *preparedPlace) smaller(sizes []byte) (Place, error) {
+// sized is an output with the sizes that came, in memory of its own. A stream's rows are as they were said.
+func (p *preparedPlace) sized(sizes []byte, streams bool) (Place, error) {
 	shape := make([]int, len(p.Shape))
 	for axis := range rankMax {
 		size, most := binary.LittleEndian.Uint64(sizes[8*axis:]), uint64(0)
 		if axis < len(shape) {
 			most = uint64(p.Shape[axis])
 		}
-		if size > most {
+		if size > most || streams && axis > 0 && size != most {
 			return Place{}, protocolError("output %q has %d along axis %d; %s was said", p.Port, size, axis, spec(p.DType, p.Shape))
 		}
 		if axis < len(shape) {

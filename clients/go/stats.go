@@ -59,13 +59,13 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 // ClientStats is what one client did.
 type ClientStats struct {
 	// CopiedBytes of tensors that were copied on this side: Slice inputs, small results (out of the reply, and each
-	// time that they go into a call or under a name), all that goes into a call of a Prepared and comes out of it, and
+	// time that they go into a call or under a name), all that goes into a call of a Prepared or Stream and comes out of it, and
 	// a bool8 with bytes that no Go bool has.
 	CopiedBytes int64
 	// HugeBytes of tensors to fill that got huge pages before the first fill. Tensors of less than 4 MiB
 	// do without; so does all memory where Linux has no huge pages at hand.
 	HugeBytes int64
-	// Calls that were sent, those of a Prepared among them.
+	// Calls that were sent, those of a Prepared and the chunks of a Stream among them.
 	Calls int64
 	// Mappings that live, those in the cache for copies among them.
 	Mappings int64

@@ -30,8 +30,10 @@ const (
 	opCall     op = 19
 	opCancel   op = 20
 	opPing     op = 22
+	opChunk    op = 64
 	opGone     op = 65
 	opShutdown op = 66
+	opLast     op = 67
 )
 
 const (
@@ -124,8 +126,8 @@ func decodeHeader(packet []byte, length int) (h header, body int, err error) {
 		sequence: binary.LittleEndian.Uint32(packet[4:]),
 		trace:    traceContext{[16]byte(packet[16:32]), [8]byte(packet[32:40]), packet[40]},
 	}
-	if payloadBytes != 0 && h.op != opInvoke && h.op != opCall && h.op != opOK {
-		return refuse("%d payload bytes after op %d; only INVOKE, CALL and the OK to them carry a payload", payloadBytes, h.op)
+	if payloadBytes != 0 && !h.op.carries() {
+		return refuse("%d payload bytes after op %d; only INVOKE, CALL, CHUNK, LAST and the answers to them carry a payload", payloadBytes, h.op)
 	}
 	if reserved := packet[41:44]; reserved[0]|reserved[1]|reserved[2] != 0 {
 		return refuse("reserved bytes %x in a header; they are 0", reserved)
@@ -134,6 +136,15 @@ func decodeHeader(packet []byte, length int) (h header, body int, err error) {
 		return refuse("flags %#x in a header; none is known", flags)
 	}
 	return h, int(bodyBytes), nil
+}
+
+// carries says whether a payload may follow the JSON.
+func (o op) carries() bool {
+	switch o {
+	case opInvoke, opCall, opChunk, opLast, opOK:
+		return true
+	}
+	return false
 }
 
 // decodeBody reads a reply's JSON; an empty body stands for {}.
@@ -220,7 +231,7 @@ type cancelRequest struct {
 	Prepared uint64 `json:"prepared,omitempty"`
 }
 
-// kernelRequest is all of PREPARE, and what INVOKE has in common with it.
+// kernelRequest is what INVOKE and PREPARE have in common.
 type kernelRequest struct {
 	traced
 	Kernel     string         `json:"kernel"`
@@ -228,6 +239,11 @@ type kernelRequest struct {
 	Parameters map[string]any `json:"parameters,omitempty"`
 	DeadlineMS int64          `json:"deadline_ms,omitempty"`
 	Limits     *Limits        `json:"limits,omitempty"`
+}
+
+type prepareRequest struct {
+	kernelRequest
+	Stream bool `json:"stream,omitempty"`
 }
 
 type invokeRequest struct {
@@ -326,7 +342,7 @@ type prepareReply struct {
 	RequestID    string          `json:"request_id"`
 }
 
-// preparedPlace is a tensor's in the payload of a CALL, or of the OK to it.
+// preparedPlace is a tensor's in the payload of a CALL or CHUNK, or of the answers to it.
 type preparedPlace struct {
 	Port   string `json:"port"`
 	DType  DType  `json:"dtype"`
