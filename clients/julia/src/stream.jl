@@ -291,10 +291,11 @@ function Base.iterate(streamed::ChunkStream, state = nothing)
     state === nothing && close(streamed)
     try
         next = state === nothing ? iterate(streamed.chunks) : iterate(streamed.chunks, state[2])
+        state === nothing && empty!(streamed.notes)
         if next === nothing
             state === nothing && return nothing
             y = last!(state[1])
-            streamed.notes = state[1].notes
+            append!(streamed.notes, state[1].notes)
             close(state[1])
             return y, :over
         end

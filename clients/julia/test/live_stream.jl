@@ -70,6 +70,16 @@ with_host() do address, host
             # Nothing was sent.
             @test isopen(st) && joined([y, last!(st, ones(2, 1))]) == [1 2 3 4; 1 2 3 4]
         end
+        # The host's own error, to a frame of more rows than were prepared, which the client sends only if it is made to.
+        prepare_stream(s, "cumsum", Strait.TensorSpec(Float64, 10)) do st
+            @test chunk!(st, ones(10)) == 1:10 && chunk!(st, ones(12)) == 11:22
+            brought = st.prepared.brought
+            brought[1] = Strait.CallTensor{Float64,1}("x", (11,), brought[1].place)
+            e = thrown(() -> chunk!(st, ones(11)), RemoteError)
+            @test e.reason == "BAD_INPUT" && e.details["chunk"] == 3
+            @test !isopen(st) && st.prepared.socket.fd == -1
+            says(thrown(() -> last!(st), Disconnected), "the stream of cumsum is over")
+        end
         # A chunk that does not fit, in the middle of a loop.
         streamed = stream(s, "cumsum", Any[ones(2, 3), ones(3, 3)]; rows = 10)
         e = thrown(() -> collect(streamed), ArgumentError)
