@@ -1,4 +1,5 @@
-# The socket of a kernel that is prepared (prepared.jl): one CALL at a time, and the reply to it.
+# The socket of a kernel that is prepared (prepared.jl): one CALL at a time, and the reply to it; or one chunk of a stream
+# (stream.jl), and the replies to it.
 #
 # A task that waits for a reply waits as it does for any of a session's: other tasks of its thread go on. To look for the reply for a
 # while before that is no quicker on busy processors, where the host then gets its turn that much later.
@@ -34,7 +35,8 @@ function CallSocket(number::UInt64, fd::Cint, inputs::Int, request_bytes::Int, r
 end
 
 "Sends what `head` and the parts behind it are. Called, as what follows, with the lock held; the caller keeps the parts alive."
-function send_call!(socket::CallSocket)
+function send_call!(socket::CallSocket, op::Op = CALL)
+    socket.head[4] = UInt8(op)
     socket.sequence = socket.sequence == typemax(UInt32) ? UInt32(1) : socket.sequence + UInt32(1)
     GC.@preserve socket unsafe_store!(Ptr{UInt32}(pointer(socket.head) + 4), socket.sequence)
     while true
@@ -75,11 +77,11 @@ function receive_call!(socket::CallSocket)
     end
 end
 
-"Op and body's bytes of what was received."
-function reply_header(socket::CallSocket, count::Int)
+"Op, one of `ops`, and body's bytes of what was received."
+function reply_header(socket::CallSocket, count::Int, ops = (OK, ERROR))
     op, sequence, bytes = trusted(() -> decode_header(socket.received, count), socket)
     sequence == socket.sequence || break_off!(socket, "sequence $sequence where $(socket.sequence) was asked")
-    op in (OK, ERROR) || break_off!(socket, "it is $op")
+    op in ops || break_off!(socket, "it is $op")
     return op, bytes
 end
 
@@ -94,7 +96,7 @@ function trusted(read, socket::CallSocket)
 end
 
 function break_off!(socket::CallSocket, what::String)
-    finish!(socket, ProtocolError("the reply to CALL: $what"))
+    finish!(socket, ProtocolError("the reply to $(Op(socket.head[4])): $what"))
     throw(socket.ending)
 end
 

@@ -25,14 +25,15 @@ function take_inline(c::Connection, payload::Vector{UInt8}, place::Place, ::Type
     return copy_inline!(c, Array{T,N}(undef, dims), payload, place.offset)
 end
 
-"Fills an array with the elements that lie `offset` bytes into what came."
-function copy_inline!(c::Connection, array::Array{T}, bytes::Vector{UInt8}, offset::Int) where {T}
+"Fills an array, all but its first `filled` elements, with those that lie `offset` bytes into what came."
+function copy_inline!(c::Connection, array::Array{T}, bytes::Vector{UInt8}, offset::Int, filled::Int = 0) where {T}
+    rest = length(array) - filled
     if T === Bool
         # Any byte but 0 is true to the host; Julia's own are 0 and 1.
-        foreach(n -> array[n] = bytes[offset+n] != 0x00, eachindex(array))
-    elseif !isempty(array)
-        GC.@preserve bytes array unsafe_copyto!(Ptr{UInt8}(pointer(array)), pointer(bytes, offset + 1), sizeof(array))
+        foreach(n -> array[filled+n] = bytes[offset+n] != 0x00, 1:rest)
+    elseif rest > 0
+        GC.@preserve bytes array unsafe_copyto!(Ptr{UInt8}(pointer(array, filled + 1)), pointer(bytes, offset + 1), rest * sizeof(T))
     end
-    Threads.atomic_add!(c.copied_bytes, sizeof(array))
+    Threads.atomic_add!(c.copied_bytes, rest * sizeof(T))
     return array
 end

@@ -89,10 +89,11 @@ function prepare(f::Function, s::Session, kernel::AbstractString, inputs...; par
     end
 end
 
-function prepare_with(s::Session, kernel::String, given::Vector{Pair{String,Any}}, parameters::Vector{Pair{String,Any}};
+function prepare_with(s::Session, kernel::String, given::Vector{Pair{String,Any}}, parameters::Vector{Pair{String,Any}}, streams::Bool = false;
     deadline_ms = nothing, limits = nothing, request_id = nothing)
     c = ready!(s)
     body = Dict{String,Any}("kernel" => kernel)
+    streams && (body["stream"] = true)
     deadline_ms === nothing || (body["deadline_ms"] = milliseconds(deadline_ms, "deadline_ms"))
     limits === nothing || (body["limits"] = Dict(named(limits)))
     for (key, value) in pairs(with_options(s, NamedTuple(); request_id = request_id))
@@ -243,22 +244,22 @@ end
 refuse_count(prepared::Prepared, count) = throw(ArgumentError(
     "$count inputs; a call of $(prepared.kernel) brings $(length(prepared.brought)): $(port_names(prepared.brought))"))
 
-"An input as a dense array that fits what was prepared."
-function dense_input(c::Connection, tensor::CallTensor{T,N}, x::Array{T,N}) where {T,N}
-    check_size(tensor, x)
+"An input as a dense array that fits what was prepared; `check` throws if its size does not."
+function dense_input(c::Connection, tensor::CallTensor{T,N}, x::Array{T,N}, check = check_size) where {T,N}
+    check(tensor, x)
     # An array that was released reads as zeros.
     find_tensor(c, x)
     return x
 end
-function dense_input(::Connection, tensor::CallTensor{T,N}, x::AbstractArray) where {T,N}
+function dense_input(::Connection, tensor::CallTensor{T,N}, x::AbstractArray, check = check_size) where {T,N}
     E = tensor_type(x)
     E === T || throw(ArgumentError("input $(repr(tensor.port)) has elements of type $E; $T was prepared"))
     ndims(x) == N || throw(ArgumentError("input $(repr(tensor.port)) has $(ndims(x)) dimensions; $N were prepared"))
-    check_size(tensor, x)
+    check(tensor, x)
     return copy_shown!(Array{T,N}(undef, size(x)), x)
 end
-dense_input(c::Connection, tensor::CallTensor, x::Number) = dense_input(c, tensor, fill(x))
-dense_input(::Connection, tensor::CallTensor, x) = throw(ArgumentError(
+dense_input(c::Connection, tensor::CallTensor, x::Number, check = check_size) = dense_input(c, tensor, fill(x), check)
+dense_input(::Connection, tensor::CallTensor, x, check = check_size) = throw(ArgumentError(
     "input $(repr(tensor.port)) cannot be a $(typeof(x)) here; a call brings arrays and numbers, and what is the same for all calls is given to prepare"))
 
 check_size(tensor::CallTensor, x) = all(size(x) .<= tensor.dims) || throw(ArgumentError(
@@ -325,35 +326,46 @@ function settle!(c::Connection, socket::CallSocket)
     return nothing
 end
 
-"What is to be sent. Sizes are the wire's, from back to front."
-function put_inputs!(prepared::Prepared, arrays::Vector{Any})
+"What is to be sent: of each array the part that `portion` says. Sizes are the wire's, from back to front."
+function put_inputs!(prepared::Prepared, arrays::Vector{Any}, portion = whole)
     socket, parts = prepared.socket, empty!(prepared.socket.parts)
     push!(parts, IOVec(pointer(socket.head), length(socket.head)))
     sizes = pointer(socket.head, HEADER_BYTES + 1)
     GC.@preserve socket for (tensor, array) in zip(prepared.brought, arrays)
-        put_input!(parts, Ptr{UInt64}(sizes), prepared.gap, tensor, array)
+        put_input!(parts, Ptr{UInt64}(sizes), prepared.gap, tensor, array, portion)
         sizes += SIZES_BYTES
     end
     return nothing
 end
 
-function put_input!(parts::Vector{IOVec}, sizes::Ptr{UInt64}, gap::Vector{UInt8}, tensor::CallTensor{T,N}, array::Array{T,N}) where {T,N}
-    foreach(n -> unsafe_store!(sizes, size(array, N + 1 - n), n), 1:N)
-    push!(parts, IOVec(Ptr{UInt8}(pointer(array)), sizeof(array)))
-    rest = cld(tensor.place.bytes, ALIGN_BYTES) * ALIGN_BYTES - sizeof(array)
+"All of an array: its first element, and its size."
+whole(array::Array) = (pointer(array), size(array))
+
+function put_input!(parts::Vector{IOVec}, sizes::Ptr{UInt64}, gap::Vector{UInt8}, tensor::CallTensor{T,N}, array::Array{T,N}, portion) where {T,N}
+    from, dims = portion(array)
+    foreach(n -> unsafe_store!(sizes, dims[N+1-n], n), 1:N)
+    bytes = prod(dims) * sizeof(T)
+    push!(parts, IOVec(Ptr{UInt8}(from), bytes))
+    rest = cld(tensor.place.bytes, ALIGN_BYTES) * ALIGN_BYTES - bytes
     rest == 0 || push!(parts, IOVec(pointer(gap), rest))
     return nothing
 end
 
 function take_outputs!(prepared::Prepared, body_bytes::Int, count::Int, ys::Union{Nothing,Vector{Any}})
     socket, c = prepared.socket, prepared.session.connection
-    payload = HEADER_BYTES + body_bytes
-    said = length(socket.received) - HEADER_BYTES - BODY_BYTES_MAX
-    count - payload == said || break_off!(socket, "a payload of $(count - payload) bytes where $said were said")
+    payload = reply_payload(socket, body_bytes, count)
     shapes = Any[reply_size(socket, tensor, payload + SIZES_BYTES * (index - 1)) for (index, tensor) in enumerate(prepared.given)]
     ys === nothing || foreach(check_filled, prepared.given, shapes, ys)
     return Any[copy_inline!(c, ys === nothing ? new_output(tensor, shape) : ys[index], socket.received, payload + tensor.place.offset)
                for (index, (tensor, shape)) in enumerate(zip(prepared.given, shapes))]
+end
+
+"Where the payload begins in what was received, which is as long as was said."
+function reply_payload(socket::CallSocket, body_bytes::Int, count::Int)
+    payload = HEADER_BYTES + body_bytes
+    said = length(socket.received) - HEADER_BYTES - BODY_BYTES_MAX
+    count - payload == said || break_off!(socket, "a payload of $(count - payload) bytes where $said were said")
+    return payload
 end
 
 new_output(::CallTensor{T,N}, dims::Dims{N}) where {T,N} = Array{T,N}(undef, dims)

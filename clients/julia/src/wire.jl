@@ -25,8 +25,10 @@
     LIMITS = 23
     WORKERS = 24
     PLUGINS = 25
+    CHUNK = 64
     GONE = 65
     SHUTDOWN = 66
+    LAST = 67
 end
 
 const HEADER_BYTES = 48
@@ -110,7 +112,8 @@ function decode_header(packet::Vector{UInt8}, count::Int)
     header.flags == 0 || wrong("a frame with flags $(header.flags)")
     op = findfirst(op -> UInt8(op) == header.op, instances(Op))
     op === nothing && wrong("a frame with op $(header.op)")
-    payload == 0 || instances(Op)[op] in (INVOKE, CALL, OK) || wrong("a frame with $payload bytes of payload, which only INVOKE, CALL and the OK to them have")
+    payload == 0 || instances(Op)[op] in (INVOKE, CALL, CHUNK, LAST, OK) ||
+        wrong("a $(instances(Op)[op]) with $payload bytes of payload, which only INVOKE, CALL, CHUNK, LAST and the answers to them carry")
     return (instances(Op)[op], header.sequence, Int(bytes))
 end
 

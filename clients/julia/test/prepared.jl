@@ -23,14 +23,14 @@ say(peer, op, sequence, body = nothing, payload = UInt8[]; fds = Cint[]) =
 "The same frame without a body, where there was `{}`."
 bare_body(packet) = (packet[9:12] .= 0x00; vcat(packet[1:48], packet[51:end]))
 
-"A session, what it prepared over a scripted socket, and the log of the connection. `script(calls)` is the socket's host."
-function with_prepared(test, script; plan = plan, given = (zeros(3, 2), [true, false]), log = Tuple{Op,Dict{String,Any}}[], answer = (op, body) -> (OK, done()))
+"A session, what it prepared (by `make`) over a scripted socket, and the log of the connection. `script(calls)` is the socket's host."
+function with_prepared(test, script; plan = plan, given = (zeros(3, 2), [true, false]), make = prepare, log = Tuple{Op,Dict{String,Any}}[], answer = (op, body) -> (OK, done()))
     calls, theirs = call_sockets()
     reply(op, body) = op == KERNELS ? (OK, done(kernels = DECLARED, more = false)) : op == PREPARE ? plan(theirs) : answer(op, body)
     host = @async script(calls)
     with_peer(serve(reply, log)) do s, peer
         try
-            test(s, prepare(s, "mix", given...; options = (deadline_ms = 500,)), log)
+            test(s, make(s, "mix", given...; options = (deadline_ms = 500,)), log)
         finally
             hang_up(calls)
         end

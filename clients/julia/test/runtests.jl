@@ -19,8 +19,10 @@ include("peer.jl")
     @testset "a hostile host" begin include("hostile.jl") end
     @testset "inline" begin include("inline.jl") end
     @testset "prepared" begin include("prepared.jl") end
+    @testset "streams" begin include("stream.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
+        @testset "live streams" begin include("live_stream.jl") end
     else
         @info "STRAIT_BIN is not set: nothing is tested against a real host"
     end
