@@ -243,7 +243,7 @@ impl Rig {
     pub fn check_holdings(&self, before: &Holdings, what: &str) {
         let begin = std::time::Instant::now();
         loop {
-            let now = self.holdings();
+            let now = self.holdings_now();
             if now == *before {
                 return;
             }
@@ -267,7 +267,22 @@ impl Rig {
         plugins.len() as u64
     }
 
+    /// Once nothing goes away any more by itself: what was replaced is freed, and forgotten by workers, a moment later.
     pub fn holdings(&self) -> Holdings {
+        let (mut last, mut same) = (self.holdings_now(), 0);
+        for _ in 0..500 {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            let now = self.holdings_now();
+            same = if now == last { same + 1 } else { 0 };
+            last = now;
+            if same == 2 {
+                break;
+            }
+        }
+        last
+    }
+
+    fn holdings_now(&self) -> Holdings {
         // What belonged to workers that have ended goes a moment later; one thread stays with each that lives.
         for _ in 0..5000 {
             let living = self.stats()["workers"]["processes"].as_u64().unwrap();

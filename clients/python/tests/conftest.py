@@ -10,6 +10,10 @@ import pytest
 
 import strait
 
+# A shell ignores SIGINT for what it runs in the background, and then Python does; the tests interrupt themselves.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def serve(directory, *options):
     """A host in that directory, for as long as the generator is not gone on with; yields its address."""
