@@ -8,7 +8,7 @@ use strait_protocol::{self as wire, Op};
 use super::answer::{Answer, parse};
 use super::frames::{Outgoing, failure};
 use super::handlers::{
-    calls, greeting, kernels, leases, names, plugins, quotas, segments, workers,
+    calls, channels, greeting, kernels, leases, names, plugins, quotas, segments, workers,
 };
 use crate::error::{Code, Reason, Status};
 use crate::session::Session;
@@ -103,7 +103,7 @@ pub(super) fn respond(
         let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
         return asked.refused(&status, None);
     }
-    if matches!(op, Op::Create | Op::Adopt | Op::Map)
+    if matches!(op, Op::Create | Op::Adopt | Op::Map | Op::Stream)
         && let Err(status) = session.caller().account().check_answer(1)
     {
         return asked.refused(&status, None);
@@ -132,6 +132,7 @@ pub(super) fn respond(
             ),
         },
         Op::Map => asked.answer(segments::map),
+        Op::Stream => asked.answer(channels::stream),
         Op::Release => asked.answer(leases::release),
         Op::Renew => asked.answer(leases::renew),
         Op::Invoke => match parse(session, body) {
@@ -146,11 +147,6 @@ pub(super) fn respond(
         Op::Call | Op::Chunk | Op::Last => {
             let message = format!("{op:?} goes over the socket that the OK to PREPARE brings");
             let status = Status::new(Code::InvalidArgument, Reason::BadFrame, message);
-            asked.refused(&status, None)
-        }
-        Op::Stream => {
-            let message = format!("{op:?} is reserved for a later version; use INVOKE");
-            let status = Status::new(Code::Unimplemented, Reason::UnsupportedOp, message);
             asked.refused(&status, None)
         }
         // Those of a connection itself are refused here only for their descriptors, above.

@@ -20,11 +20,12 @@ use strait_memory::FrameSocket;
 use strait_protocol::{self as wire, Header, Op};
 use tokio::sync::oneshot;
 
+use super::channel;
 use super::frames::{Outgoing, encode, failure};
 use super::trace_span;
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::{Called, ChunkEdge, ChunkFrame, Prepared, Preparing, Session};
+use crate::session::{Called, ChunkEdge, ChunkFrame, Parted, Prepared, Preparing, Session};
 
 /// One prepared kernel's socket, as the connection that asked for it sees it.
 #[derive(Debug)]
@@ -85,9 +86,16 @@ impl Lane {
             };
             let span = trace_span(&asked.header);
             let _in_span = span.enter();
-            let goes_on = match prepared.streams() {
-                true => self.stream(prepared, &mut incoming, asked),
-                false => self.call(prepared, &asked),
+            let goes_on = match (prepared.streams(), prepared.channel()) {
+                (true, None) => self.stream(prepared, &mut incoming, asked),
+                (true, Some(channel)) => {
+                    let cancel = self.token();
+                    let (header, first) = asked.into_chunk();
+                    let mut edge = Edge::new(&self.socket, &mut incoming, header);
+                    channel::produce(prepared, channel, first, &cancel, &mut edge);
+                    false
+                }
+                (false, _) => self.call(prepared, &asked),
             };
             self.busy.store(false, Ordering::SeqCst);
             if !goes_on {
@@ -116,18 +124,10 @@ impl Lane {
     fn stream(&self, prepared: &Prepared, incoming: &mut Incoming<'_>, asked: Asked) -> bool {
         let cancel = self.token();
         let (header, first) = asked.into_chunk();
-        let mut edge = Edge {
-            socket: &self.socket,
-            incoming,
-            header,
-            unsent: None,
-        };
+        let mut edge = Edge::new(&self.socket, incoming, header);
         let ended = prepared.stream(first, &cancel, &mut edge);
-        let (goes_on, asked, sent) = (ended.is_ok(), edge.header, edge.flush());
-        sent && Answered::new(&asked, prepared, ended)
-            .send(&self.socket)
-            .is_ok()
-            && goes_on
+        let goes_on = ended.is_ok();
+        edge.end(prepared, ended) && goes_on
     }
 }
 
@@ -150,7 +150,7 @@ impl Asked {
 }
 
 /// What comes on the socket of one PREPARE.
-struct Incoming<'a> {
+pub(super) struct Incoming<'a> {
     socket: &'a FrameSocket,
     /// Bytes of each payload.
     payload: usize,
@@ -253,12 +253,31 @@ fn header_of(packet: &[u8], fds: usize, ops: &[Op]) -> Result<Header, String> {
 }
 
 /// The client's side of a stream.
-struct Edge<'a, 'b> {
-    socket: &'a FrameSocket,
+pub(super) struct Edge<'a, 'b> {
+    pub(super) socket: &'a FrameSocket,
     incoming: &'a mut Incoming<'b>,
     /// Of the chunk that was received last.
     header: Header,
     unsent: Option<Answered>,
+}
+
+impl<'a, 'b> Edge<'a, 'b> {
+    fn new(socket: &'a FrameSocket, incoming: &'a mut Incoming<'b>, header: Header) -> Self {
+        Self {
+            socket,
+            incoming,
+            header,
+            unsent: None,
+        }
+    }
+
+    /// Answers what was received last with what became of the stream. False if nobody is there any more.
+    pub(super) fn end(&mut self, prepared: &Prepared, ended: Result<Called, Status>) -> bool {
+        self.flush().is_ok()
+            && Answered::new(&self.header, prepared, ended)
+                .send(self.socket)
+                .is_ok()
+    }
 }
 
 impl ChunkEdge for Edge<'_, '_> {
@@ -274,19 +293,17 @@ impl ChunkEdge for Edge<'_, '_> {
         }))
     }
 
-    fn send(&mut self, payload: Vec<Vec<u8>>, done: bool) -> bool {
-        if !self.flush() {
-            return false;
-        }
+    fn send(&mut self, payload: Vec<Vec<u8>>, done: bool) -> Result<(), Parted> {
+        self.flush()?;
         let op = if done { Op::Ok } else { Op::Chunk };
         let answer = Answered::parts(op, &self.header, payload, Vec::new());
         match answer.send_now(self.socket) {
-            Ok(()) => true,
+            Ok(()) => Ok(()),
             Err(error) if error.kind() == ErrorKind::WouldBlock => {
                 self.unsent = Some(answer);
-                true
+                Ok(())
             }
-            Err(_) => false,
+            Err(_) => Err(Parted::Left),
         }
     }
 
@@ -294,9 +311,32 @@ impl ChunkEdge for Edge<'_, '_> {
         self.unsent.is_some()
     }
 
-    fn flush(&mut self) -> bool {
-        let unsent = self.unsent.take();
-        unsent.is_none_or(|answer| answer.send(self.socket).is_ok())
+    fn flush(&mut self) -> Result<(), Parted> {
+        let sent = self.unsent.take().map(|answer| answer.send(self.socket));
+        sent.transpose().map(drop).map_err(|_| Parted::Left)
+    }
+}
+
+/// What a kernel had to say, as a frame's body; empty if that is nothing.
+///
+/// # Errors
+/// `BAD_ANSWER` if that is more than a frame takes.
+pub(super) fn notes_body(notes: Vec<(String, String)>) -> Result<Vec<u8>, Status> {
+    if notes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let notes = notes
+        .into_iter()
+        .map(|(key, text)| wire::Note { key, text });
+    let notes = notes.collect();
+    let frame = encode(Op::Ok, 0, &wire::Called { notes }, Vec::new());
+    match frame.op {
+        Op::Error => Err(Status::new(
+            Code::Internal,
+            Reason::BadAnswer,
+            "the kernel left more notes than a frame takes; the plugin must leave fewer or shorter ones",
+        )),
+        _ => Ok(frame.body),
     }
 }
 
@@ -321,27 +361,10 @@ impl Answered {
             Ok(called) => called,
             Err(status) => return error(&status),
         };
-        let notes = called.notes.iter().map(|(key, text)| wire::Note {
-            key: key.clone(),
-            text: text.clone(),
-        });
-        let body = match called.notes.is_empty() {
-            true => Vec::new(),
-            false => {
-                let notes = notes.collect();
-                let body = encode(Op::Ok, 0, &wire::Called { notes }, Vec::new());
-                if body.op == Op::Error {
-                    let status = Status::new(
-                        Code::Internal,
-                        Reason::BadAnswer,
-                        "the kernel left more notes than a frame takes; the plugin must leave fewer or shorter ones",
-                    );
-                    return error(&status);
-                }
-                body.body
-            }
-        };
-        Self::parts(Op::Ok, asked, called.payload, body)
+        match notes_body(called.notes) {
+            Ok(body) => Self::parts(Op::Ok, asked, called.payload, body),
+            Err(status) => error(&status),
+        }
     }
 
     fn parts(op: Op, asked: &Header, payload: Vec<Vec<u8>>, body: Vec<u8>) -> Self {

@@ -8,6 +8,7 @@
 //! Only this room knows the frames.
 
 mod answer;
+mod channel;
 mod connection;
 mod dispatch;
 mod frames;

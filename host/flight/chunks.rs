@@ -19,7 +19,7 @@ use super::refused::host_bug;
 use super::upload::{Columns, read_message};
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::{Called, ChunkEdge, ChunkFrame, Prepared};
+use crate::session::{Called, ChunkEdge, ChunkFrame, Parted, Prepared};
 
 /// What the thread gets: a message and what it is charged with, none at the client's end, or why nothing comes any more.
 pub(super) type Incoming = Result<Option<(FlightData, Charge)>, Status>;
@@ -48,8 +48,6 @@ pub(super) struct Edge<'a> {
     at: Option<At>,
     frame: Arc<Vec<u8>>,
     unsent: Option<VecDeque<FlightData>>,
-    /// Why it ended, where the other end of the edge cannot know.
-    refused: Option<Status>,
     is_stalled: bool,
     stall: Duration,
     call: &'a Call,
@@ -80,7 +78,6 @@ impl<'a> Edge<'a> {
             at: None,
             frame: Arc::default(),
             unsent: None,
-            refused: None,
             is_stalled: false,
             stall: call.caller.host().config().stall(),
             working: None,
@@ -99,53 +96,41 @@ impl<'a> Edge<'a> {
     pub(super) fn run(&mut self, prepared: &Prepared, cancel: &CancelToken) -> Result<(), Status> {
         let schema = self.batches.schema();
         let gone = || Status::new(Code::Cancelled, Reason::Cancelled, "nobody is there");
-        if !self.put(VecDeque::from([schema])) {
-            return Err(gone());
-        }
+        self.put(VecDeque::from([schema]))
+            .map_err(|parted| match parted {
+                Parted::Left => gone(),
+                Parted::Failed(status) => status,
+            })?;
         let first = self.receive().map_err(|mut status| {
             // As of the chunks that come after it.
             status.message = format!("chunk 0 of a stream: {}", status.message);
             status.with("chunk", 0)
         })?;
         let first = first.ok_or_else(gone)?;
-        let ended = prepared.stream(first, cancel, self).and_then(|called| {
-            let Called { payload, notes } = called;
-            let notes = match notes.is_empty() {
-                true => None,
-                false => Some(notes_json(notes)?),
-            };
-            let last = self.batches.of(payload, notes)?;
+        let Called { payload, notes } = prepared.stream(first, cancel, self)?;
+        let notes = match notes.is_empty() {
+            true => None,
+            false => Some(notes_json(notes)?),
+        };
+        let last = self.batches.of(payload, notes)?;
+        match self.put(last).and_then(|()| self.flush()) {
+            Err(Parted::Failed(status)) => Err(status),
             // Whether that is read concerns nobody any more.
-            let _ = self.put(last) && self.flush();
-            Ok(())
-        });
-        match self.refused.take() {
-            None => ended,
-            Some(mut refused) => {
-                if let Err(status) = ended {
-                    refused.details.extend(status.details);
-                }
-                Err(refused)
-            }
+            Ok(()) | Err(Parted::Left) => Ok(()),
         }
     }
 
-    /// False if nobody is there.
-    fn put(&mut self, messages: VecDeque<FlightData>) -> bool {
+    fn put(&mut self, messages: VecDeque<FlightData>) -> Result<(), Parted> {
         if messages.is_empty() {
-            return true;
+            return Ok(());
         }
-        if !self.flush() {
-            return false;
-        }
+        self.flush()?;
         match self.writer.offer(messages) {
-            Offered::Taken => true,
-            Offered::Full(messages) => {
-                self.unsent = Some(messages);
-                true
-            }
-            Offered::Left => false,
+            Offered::Taken => {}
+            Offered::Full(messages) => self.unsent = Some(messages),
+            Offered::Left => return Err(Parted::Left),
         }
+        Ok(())
     }
 
     /// The next rows of the batch at hand.
@@ -257,34 +242,28 @@ impl ChunkEdge for Edge<'_> {
         }
     }
 
-    fn send(&mut self, payload: Vec<Vec<u8>>, _: bool) -> bool {
-        match self.batches.of(payload, None) {
-            Ok(messages) => self.put(messages),
-            Err(status) => {
-                self.refused = Some(status);
-                false
-            }
-        }
+    fn send(&mut self, payload: Vec<Vec<u8>>, _: bool) -> Result<(), Parted> {
+        let messages = self.batches.of(payload, None);
+        self.put(messages.map_err(Parted::Failed)?)
     }
 
     fn is_full(&self) -> bool {
         self.unsent.is_some()
     }
 
-    fn flush(&mut self) -> bool {
+    fn flush(&mut self) -> Result<(), Parted> {
         while let Some(messages) = self.unsent.take() {
             match self.writer.offer(messages) {
-                Offered::Taken => return true,
-                Offered::Left => return false,
+                Offered::Taken => break,
+                Offered::Left => return Err(Parted::Left),
                 Offered::Full(messages) => self.unsent = Some(messages),
             }
             if !self.writer.wait(self.stall) {
                 self.is_stalled = true;
-                self.refused = Some(unread(self.stall));
-                return false;
+                return Err(Parted::Failed(unread(self.stall)));
             }
         }
-        true
+        Ok(())
     }
 }
 

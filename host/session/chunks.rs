@@ -29,7 +29,16 @@ pub struct ChunkFrame {
     pub last: bool,
 }
 
-/// Where the chunks of a stream come from and its results go. Whoever returns false has nobody left at the other end.
+/// Why nothing more can be sent.
+#[derive(Debug)]
+pub enum Parted {
+    /// Whoever asked for it has left.
+    Left,
+    /// Somebody is told this.
+    Failed(Status),
+}
+
+/// Where the chunks of a stream come from and its results go.
 pub trait ChunkEdge {
     /// Waits for the next chunk; none if none comes any more.
     ///
@@ -39,13 +48,19 @@ pub trait ChunkEdge {
 
     /// Sends rows of the outputs, the payload in parts, without waiting. `done`: they are the last for the chunk that was
     /// received last.
-    fn send(&mut self, payload: Vec<Vec<u8>>, done: bool) -> bool;
+    ///
+    /// # Errors
+    /// [`Parted`].
+    fn send(&mut self, payload: Vec<Vec<u8>>, done: bool) -> Result<(), Parted>;
 
     /// Whether something of that could not be sent yet.
     fn is_full(&self) -> bool;
 
     /// Waits until all of it is sent.
-    fn flush(&mut self) -> bool;
+    ///
+    /// # Errors
+    /// [`Parted`].
+    fn flush(&mut self) -> Result<(), Parted>;
 }
 
 /// The chunks of one stream, each in its turn among all invocations.
@@ -126,6 +141,13 @@ impl Chunks<'_> {
         self.refuse(Status::new(Code::Cancelled, Reason::Cancelled, gone))
     }
 
+    fn parted(&mut self, parted: Parted) -> Cause {
+        match parted {
+            Parted::Left => self.left(),
+            Parted::Failed(status) => self.refuse(status),
+        }
+    }
+
     fn take_turn(&mut self) -> Result<(), Cause> {
         let Prepared { caller, kernel, .. } = self.prepared;
         let turn = caller
@@ -144,9 +166,8 @@ impl Batches for Chunks<'_> {
     fn next(&mut self) -> Result<Batch, Cause> {
         // Others have theirs while it waits.
         self.turn = None;
-        if !self.edge.flush() {
-            return Err(self.left());
-        }
+        let flushed = self.edge.flush();
+        flushed.map_err(|parted| self.parted(parted))?;
         let chunk = match self.first.take() {
             Some(first) => first,
             None => {
@@ -189,16 +210,14 @@ impl Batches for Chunks<'_> {
             self.end = payload;
             return Ok(self.deadline.at);
         }
-        if !self.edge.send(payload, done) {
-            return Err(self.left());
-        }
+        let sent = self.edge.send(payload, done);
+        sent.map_err(|parted| self.parted(parted))?;
         if !done && self.edge.is_full() {
             // Whoever does not read keeps no turn, and that is not the kernel's time: it has what is left of its own.
             let left = self.deadline.at.saturating_duration_since(Instant::now());
             self.turn = None;
-            if !self.edge.flush() {
-                return Err(self.left());
-            }
+            let flushed = self.edge.flush();
+            flushed.map_err(|parted| self.parted(parted))?;
             self.deadline = Deadline::after(self.prepared.deadline_ms);
             self.take_turn()?;
             self.deadline.at = Instant::now() + left;

@@ -15,6 +15,7 @@
 mod account;
 mod answer;
 mod caller;
+mod channel;
 mod chunks;
 mod flights;
 mod idempotency;
@@ -52,7 +53,8 @@ pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
 pub use answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBody};
 pub use caller::{Caller, Kernels, Rights};
-pub use chunks::{ChunkEdge, ChunkFrame};
+pub use channel::{Channel, Consumer, Item, OpenChannel, Said, Sent, Woken, producer_lost};
+pub use chunks::{ChunkEdge, ChunkFrame, Parted};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
 pub use prepare::Framed;
 pub use prepared::{Called, Prepared, Preparing};

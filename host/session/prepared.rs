@@ -16,6 +16,7 @@ use strait_protocol::{self as wire, PreparedInput, PreparedTensor, SIZES_BYTES};
 use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::caller::Caller;
+use super::channel::{ChannelPlan, OpenChannel};
 use super::prepare::{Checked, Deadline, Found, Framed, Resolved};
 use super::run::still_waiting;
 use super::workers::{NoTurn, OwnTurn};
@@ -33,6 +34,7 @@ pub struct Preparing {
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
     streams: bool,
+    channel: Option<ChannelPlan>,
     in_frames: bool,
 }
 
@@ -53,6 +55,8 @@ pub struct Prepared {
     in_frames: bool,
     outputs: Vec<PreparedTensor>,
     reply_bytes: u64,
+    /// Where what comes of it goes, if not to whoever calls it.
+    channel: Option<OpenChannel>,
     // One call at a time.
     pub(super) ready: Mutex<Box<dyn Ready>>,
     // Of frames, and of memory that waits.
@@ -123,6 +127,18 @@ impl Caller {
             }
             check_stream(kernel.kernel(), &resolved)?;
         }
+        let channel = match request.channel {
+            Some(_) if !request.stream => {
+                let message = "`channel` is for what comes in chunks; set `stream`";
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::BadRequest,
+                    message,
+                ));
+            }
+            Some(asked) => Some(ChannelPlan::new(asked, self.host.config.stall())?),
+            None => None,
+        };
         let outputs = kernel.kernel().outputs.len() as u64;
         let together = room.saturating_sub(outputs * SIZES_BYTES as u64);
         // What is larger is refused as such, as if the host's own limit were that.
@@ -162,6 +178,7 @@ impl Caller {
             inputs,
             request_bytes,
             streams: request.stream,
+            channel,
             in_frames: session.is_some(),
         })
     }
@@ -283,6 +300,7 @@ impl Preparing {
             mut inputs,
             request_bytes,
             streams,
+            channel,
             in_frames,
         } = self;
         let Checked {
@@ -318,8 +336,12 @@ impl Preparing {
             })
             .collect();
         let (outputs, reply_bytes) = placed(largest.iter())?;
+        let kept = channel.as_ref().map_or(0, |plan| plan.bytes(reply_bytes));
         let waiting = ready.waiting_bytes().saturating_add(reply_bytes);
-        let memory = caller.charge(waiting)?;
+        let memory = caller.charge(waiting.saturating_add(kept))?;
+        let channel = channel
+            .map(|plan| caller.open_channel(plan, name, outputs.clone(), reply_bytes))
+            .transpose()?;
         Ok(Prepared {
             deadline_ms: deadline.ms,
             caller,
@@ -332,6 +354,7 @@ impl Preparing {
             in_frames,
             outputs,
             reply_bytes,
+            channel,
             ready: Mutex::new(ready),
             _charges: (charge, memory),
         })
@@ -342,12 +365,17 @@ impl Prepared {
     /// What the PREPARE is answered, as number `prepared`.
     #[must_use]
     pub fn to_wire(&self, prepared: u64) -> wire::Prepared {
+        // Nothing of a channel's comes back here.
+        let (reply_bytes, outputs) = match self.channel {
+            Some(_) => (0, Vec::new()),
+            None => (self.reply_bytes, self.outputs.clone()),
+        };
         wire::Prepared {
             prepared,
             request_bytes: self.request_bytes,
             inputs: self.inputs.clone(),
-            reply_bytes: self.reply_bytes,
-            outputs: self.outputs.clone(),
+            reply_bytes,
+            outputs,
             request_id: self.request_id.to_string(),
         }
     }
@@ -362,6 +390,12 @@ impl Prepared {
     #[must_use]
     pub fn request_id(&self) -> &Arc<str> {
         &self.request_id
+    }
+
+    /// The channel that what comes of it goes to.
+    #[must_use]
+    pub fn channel(&self) -> Option<&OpenChannel> {
+        self.channel.as_ref()
     }
 
     /// Whether it takes chunks and not calls.

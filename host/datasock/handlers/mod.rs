@@ -1,6 +1,7 @@
 //! What each request does, a noun a file: a body in, an answer out.
 
 pub(super) mod calls;
+pub(super) mod channels;
 pub(super) mod greeting;
 pub(super) mod kernels;
 pub(super) mod leases;

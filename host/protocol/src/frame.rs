@@ -83,7 +83,7 @@ ops! {
     Call = 19,
     /// Ends a running INVOKE, PREPARE or CALL.
     Cancel = 20,
-    /// Reserved.
+    /// Reads a channel, over a socket of its own.
     Stream = 21,
     /// Asks whether the host is there.
     Ping = 22,

@@ -33,16 +33,16 @@ pub use reason::{Code, Reason};
 pub use reply::{
     BlockTree, Called, Cancelled, Done, Failure, Flight, Flights, Gone, InlineResult, Invoked,
     Kernel, KernelList, Mapped, Mapping, Note, Pages, Parameter, Port, Prepared, PreparedTensor,
-    Released, Renewed, ResultEntry, Seconds, Shutdown, Welcome, Writers,
+    Released, Renewed, ResultEntry, Seconds, Shutdown, Streamed, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, Create, Empty, Exchange, Hello, InlineTensor,
-    Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor, PlacedTensor, Prepare,
-    PreparedInput, Publish, Request, SegmentId,
+    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty, Exchange,
+    Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor,
+    PlacedTensor, Prepare, PreparedInput, Publish, Request, SegmentId, Stream,
 };
 pub use stats::{
-    AccountStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,
-    WorkerStats,
+    AccountStats, ChannelStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats,
+    ProcessStats, Stats, WorkerStats,
 };
 pub use worker::{Worker, WorkerList};
 

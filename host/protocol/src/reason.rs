@@ -108,6 +108,8 @@ words! {
         TensorNotFound = "TENSOR_NOT_FOUND",
         /// The caller holds no such segment.
         SegmentNotFound = "SEGMENT_NOT_FOUND",
+        /// The principal has no channel of that name.
+        ChannelNotFound = "CHANNEL_NOT_FOUND",
         /// No plugin has that kernel.
         KernelNotFound = "KERNEL_NOT_FOUND",
         /// Another flight or plugin has the name.
@@ -168,6 +170,10 @@ words! {
         Draining = "DRAINING",
         /// The process that ran the kernel ended before it was done.
         WorkerLost = "WORKER_LOST",
+        /// Whoever wrote to the channel left before the last chunk.
+        ProducerLost = "PRODUCER_LOST",
+        /// Whoever read the channel left, and nobody came in its place.
+        ConsumerLost = "CONSUMER_LOST",
         /// This version does not have it.
         UnsupportedOp = "UNSUPPORTED_OP",
     }

@@ -278,6 +278,23 @@ pub struct Prepared {
     pub request_id: String,
 }
 
+/// OK to STREAM, with one descriptor: the socket on which batches come.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Streamed {
+    /// The channel's name.
+    pub channel: String,
+    /// Whose outputs come over it.
+    pub kernel: String,
+    /// The outputs in the payload of each batch, their shapes with the most rows of one.
+    pub outputs: Vec<PreparedTensor>,
+    /// Length of that payload in bytes.
+    pub batch_bytes: u64,
+    /// Number of the first batch that comes; the channel's first one is 1.
+    pub first: u64,
+    /// The request's id.
+    pub request_id: String,
+}
+
 /// A tensor in the payload of CALL or of the OK to it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PreparedTensor {

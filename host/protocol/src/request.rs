@@ -202,12 +202,22 @@ request! {
         /// Rows come in chunks, and what the kernel keeps of them goes on: CHUNK and LAST in the place of CALL.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         stream: bool,
+        /// What comes of the chunks goes to whoever reads the channel of that name, and not to who sends them.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        channel: Option<ChannelOptions>,
         /// Wall time of each CALL, CHUNK or LAST in milliseconds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline_ms: Option<u64>,
         /// Tighter limits than the host's own.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         limits: Option<Limits>,
+    }
+}
+request! {
+    /// STREAM.
+    Stream {
+        /// The channel to read.
+        channel: String,
     }
 }
 request! {
@@ -377,6 +387,23 @@ pub enum PreparedInput {
     },
     /// One that is there: a flight or a segment, which is kept for as long as the PREPARE.
     Fixed(Input),
+}
+
+/// A channel for PREPARE to open.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChannelOptions {
+    /// Its name, among those of the principal's channels.
+    pub name: String,
+    /// Most batches that wait for their acknowledgement; 8 if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub batches: Option<u64>,
+    /// Milliseconds without an acknowledgement, or a consumer, after which the stream fails; the host's `server.stall_ms` if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_ms: Option<u64>,
+    /// Milliseconds that a consumer which left has to come back, or another one in its place; 0 if missing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume_ms: Option<u64>,
 }
 
 /// A tensor in a frame's payload.

@@ -27,11 +27,31 @@ pub struct Stats {
     pub running: u64,
     /// What the principal has, and had.
     pub account: Option<AccountStats>,
+    /// The principal's channels, by name.
+    #[serde(default)]
+    pub channels: Vec<ChannelStats>,
     /// This session's part.
     pub own: OwnStats,
     /// The request's id; empty over Flight, where it is a header.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub request_id: String,
+}
+
+/// A channel, and how far its consumer is behind.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChannelStats {
+    /// Its name.
+    pub name: String,
+    /// Whose outputs come over it.
+    pub kernel: String,
+    /// Batches so far.
+    pub batches: u64,
+    /// Those that are not acknowledged.
+    pub lag_batches: u64,
+    /// How long the oldest of them has been there.
+    pub lag_ms: u64,
+    /// Whether somebody reads it now.
+    pub is_read: bool,
 }
 
 /// Counts that belong to nobody alone.

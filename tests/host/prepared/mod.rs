@@ -1,6 +1,7 @@
 //! Kernels that are prepared once and called again and again, each over a socket of its own.
 
 mod attack;
+mod channel;
 mod life;
 mod memory;
 mod stream;

@@ -11,7 +11,7 @@ use crate::guest;
 use crate::served::{Frame, Holdings, Random, Raw, Served, number, packet, ramp};
 
 /// Rows of `x` for a stream of `kernel`, at most `most` with `width` columns at a time; `taps` beside them for those that have some.
-fn prepare(
+pub(super) fn prepare(
     client: &mut Raw,
     kernel: &str,
     parameters: &Value,
@@ -35,7 +35,7 @@ fn request(kernel: &str, parameters: &Value, x: Value) -> Value {
 }
 
 /// A frame with `rows` of `width` columns each, as a chunk or as the last one.
-fn chunk(prepared: &Prepared, last: bool, rows: &[f64], width: u64) -> Vec<u8> {
+pub(super) fn chunk(prepared: &Prepared, last: bool, rows: &[f64], width: u64) -> Vec<u8> {
     let count = rows.len() as u64 / width;
     let mut payload = wire::sizes(&[count, width]).to_vec();
     payload.extend(bytes(rows));

@@ -1,0 +1,540 @@
+//! Channels: what comes of a stream, under a name, for another session of the same principal to read.
+//!
+//! ```text
+//! producer's lane ── push ──▶ Channel: batches from the first that is not acknowledged on ── send ──▶ Consumer
+//!                                      ◀───────────────── acknowledged ───────────────────────────────┘
+//! ```
+//! A batch is kept until the consumer has acknowledged it, so that one that comes back goes on there. There is no thread of
+//! a channel's own: the producer's lane, and whoever attaches a consumer, send what can be sent without waiting.
+
+use std::collections::VecDeque;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
+use strait_protocol::{self as wire, PreparedTensor};
+
+use super::account::Account;
+use super::caller::Caller;
+use super::flights::check_name;
+use crate::error::{Code, Reason, Status};
+
+/// Most batches that one channel keeps.
+const BATCHES_MAX: u64 = 1024;
+/// Those that it keeps if nobody says how many.
+const BATCHES: u64 = 8;
+/// What a consumer gets to take what is there when its channel fails.
+const FAREWELL: Duration = Duration::from_secs(1);
+
+/// What a channel hands on, in parts.
+#[derive(Debug)]
+pub enum Item {
+    /// Rows of the outputs, as the payload of a frame.
+    Rows(Vec<Vec<u8>>),
+    /// The end, and what the kernel had to say, as the body of a frame.
+    End(Vec<u8>),
+}
+
+/// What became of something that was sent without waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// It is on its way.
+    Whole,
+    /// The consumer has to read first.
+    Full,
+    /// Nobody is there any more.
+    Gone,
+}
+
+/// What a consumer has said.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Said {
+    /// Nothing yet.
+    Nothing,
+    /// It needs nothing up to the batch whose number ends in these bits.
+    Acknowledged(u32),
+    /// What is no acknowledgement, in words.
+    Wrong(String),
+    /// Nothing any more.
+    Gone,
+}
+
+/// Whoever reads a channel.
+pub trait Consumer: Send + Sync + std::fmt::Debug {
+    /// Sends `item`, whose number ends in these bits, without waiting.
+    fn send(&self, number: u32, item: &Item) -> Sent;
+
+    /// Takes the next thing that it said, without waiting.
+    fn said(&self) -> Said;
+
+    /// Tells why nothing more comes, if that can be done without waiting.
+    fn fail(&self, status: &Status);
+
+    /// Becomes readable with what it says, and writable when it has room.
+    fn fd(&self) -> BorrowedFd<'_>;
+}
+
+/// What came up while a producer waited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Woken {
+    /// The producer said something.
+    Producer,
+    /// The producer is gone.
+    Gone,
+    /// Something else, or nothing within the time.
+    Other,
+}
+
+#[derive(Debug)]
+struct Kept {
+    item: Item,
+    since: Instant,
+}
+
+#[derive(Debug)]
+struct State {
+    /// From the first that is not acknowledged on.
+    kept: VecDeque<Kept>,
+    /// Number of the first of them; of the first batch of all 1.
+    first: u64,
+    /// How many of them the present consumer was sent.
+    sent: usize,
+    consumer: Option<Arc<dyn Consumer>>,
+    /// When a consumer left that nobody has come after.
+    left: Option<Instant>,
+    /// When something was acknowledged, or a consumer came.
+    moved: Instant,
+}
+
+impl State {
+    fn lose(&mut self) {
+        self.consumer = None;
+        self.sent = 0;
+        self.left = Some(Instant::now());
+    }
+
+    /// Takes what the consumer said, and sends what it may have.
+    fn pump(&mut self) {
+        while let Some(consumer) = self.consumer.clone() {
+            match consumer.said() {
+                Said::Nothing => break,
+                Said::Acknowledged(bits) => {
+                    // Of those that were sent there are fewer than 2^32.
+                    let through = bits.wrapping_sub(low(self.first)).wrapping_add(1) as usize;
+                    if through > self.sent {
+                        let message = format!(
+                            "an acknowledgement of batch {bits}, and the batches from {} to {} are on their way",
+                            self.first,
+                            self.first + self.sent as u64 - u64::from(self.sent > 0),
+                        );
+                        consumer.fail(&bad_frame(message));
+                        return self.lose();
+                    }
+                    self.kept.drain(..through);
+                    self.first += through as u64;
+                    self.sent -= through;
+                    self.moved = Instant::now();
+                }
+                Said::Wrong(message) => {
+                    consumer.fail(&bad_frame(message));
+                    return self.lose();
+                }
+                Said::Gone => return self.lose(),
+            }
+        }
+        let Some(consumer) = self.consumer.clone() else {
+            return;
+        };
+        while let Some(kept) = self.kept.get(self.sent) {
+            match consumer.send(low(self.first + self.sent as u64), &kept.item) {
+                Sent::Whole => self.sent += 1,
+                Sent::Full => return,
+                Sent::Gone => return self.lose(),
+            }
+        }
+    }
+}
+
+/// The bits of a number that a frame has room for.
+#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
+fn low(number: u64) -> u32 {
+    number as u32
+}
+
+fn bad_frame(message: String) -> Status {
+    Status::new(Code::InvalidArgument, Reason::BadFrame, message)
+}
+
+/// How a channel is to be.
+#[derive(Clone, Debug)]
+pub(super) struct ChannelPlan {
+    name: String,
+    batches: usize,
+    wait: Duration,
+    resume: Duration,
+}
+
+impl ChannelPlan {
+    /// What `asked` asks for; a producer is held up for `stall` if that does not say how long.
+    ///
+    /// # Errors
+    /// `BAD_NAME`, `BAD_REQUEST`.
+    pub(super) fn new(asked: wire::ChannelOptions, stall: Duration) -> Result<Self, Status> {
+        check_name(&asked.name)?;
+        let batches = asked.batches.unwrap_or(BATCHES);
+        if !(1..=BATCHES_MAX).contains(&batches) {
+            let message =
+                format!("a channel keeps 1 to {BATCHES_MAX} batches, not {batches} (`batches`)");
+            return Err(Status::new(
+                Code::InvalidArgument,
+                Reason::BadRequest,
+                message,
+            ));
+        }
+        Ok(Self {
+            name: asked.name,
+            batches: usize::try_from(batches).unwrap_or(usize::MAX),
+            wait: asked.wait_ms.map_or(stall, Duration::from_millis),
+            resume: Duration::from_millis(asked.resume_ms.unwrap_or(0)),
+        })
+    }
+
+    /// Bytes that it can keep, of batches that have `batch_bytes` each.
+    pub(super) fn bytes(&self, batch_bytes: u64) -> u64 {
+        batch_bytes.saturating_mul(self.batches as u64)
+    }
+}
+
+/// One channel.
+#[derive(Debug)]
+pub struct Channel {
+    plan: ChannelPlan,
+    kernel: String,
+    outputs: Vec<PreparedTensor>,
+    batch_bytes: u64,
+    state: Mutex<State>,
+    /// Readable when a consumer has come.
+    came: OwnedFd,
+}
+
+/// A channel under its name, as its producer has it.
+#[derive(Debug)]
+pub struct OpenChannel {
+    channel: Arc<Channel>,
+    account: Arc<Account>,
+    ended: AtomicBool,
+}
+
+impl OpenChannel {
+    /// Ends it, if it has not ended: its name is free again, and its consumer is told why, if it does not have all there is.
+    pub fn end(&self, status: Option<&Status>) {
+        if self.ended.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let Channel { plan, state, .. } = &*self.channel;
+        self.account.channels().lock().remove(&plan.name);
+        if let Some(status) = status {
+            self.channel.fail(status, FAREWELL);
+        }
+        state.lock().consumer = None;
+    }
+}
+
+impl std::ops::Deref for OpenChannel {
+    type Target = Channel;
+
+    fn deref(&self) -> &Channel {
+        &self.channel
+    }
+}
+
+impl Drop for OpenChannel {
+    fn drop(&mut self) {
+        self.end(Some(&producer_lost()));
+    }
+}
+
+/// What a consumer is told whose producer is gone.
+#[must_use]
+pub fn producer_lost() -> Status {
+    let how = "the producer of the channel left before its last chunk, or the host ends; what came before stands";
+    Status::new(Code::Unavailable, Reason::ProducerLost, how)
+}
+
+impl Caller {
+    /// Opens a channel for what comes of `kernel`.
+    ///
+    /// # Errors
+    /// `NAME_TAKEN`; that there are no descriptors left.
+    pub(super) fn open_channel(
+        &self,
+        plan: ChannelPlan,
+        kernel: &str,
+        outputs: Vec<PreparedTensor>,
+        batch_bytes: u64,
+    ) -> Result<OpenChannel, Status> {
+        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
+        let came = rustix::event::eventfd(0, flags)
+            .map_err(|error| Status::no_descriptors(&format!("a channel: {error}")))?;
+        let channel = Arc::new(Channel {
+            plan,
+            kernel: kernel.to_owned(),
+            outputs,
+            batch_bytes,
+            state: Mutex::new(State {
+                kept: VecDeque::new(),
+                first: 1,
+                sent: 0,
+                consumer: None,
+                left: None,
+                moved: Instant::now(),
+            }),
+            came,
+        });
+        let name = channel.plan.name.clone();
+        let mut channels = self.account.channels().lock();
+        if channels.contains_key(&name) {
+            let message = format!(
+                "there is a channel `{name}` already; end its producer, or take another name"
+            );
+            return Err(
+                Status::new(Code::AlreadyExists, Reason::NameTaken, message).with("name", name)
+            );
+        }
+        channels.insert(name, Arc::clone(&channel));
+        drop(channels);
+        Ok(OpenChannel {
+            channel,
+            account: Arc::clone(&self.account),
+            ended: AtomicBool::new(false),
+        })
+    }
+
+    /// The principal's channel of that name.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`, `CHANNEL_NOT_FOUND`.
+    pub fn channel(&self, name: &str) -> Result<Arc<Channel>, Status> {
+        self.check_get()?;
+        let found = self.account.channels().lock().get(name).cloned();
+        found.ok_or_else(|| {
+            let name = super::shown(name);
+            let message = format!(
+                "there is no channel `{name}` of {}; it is there from its producer's PREPARE until that ends",
+                self.principal()
+            );
+            Status::new(Code::NotFound, Reason::ChannelNotFound, message).with("name", name)
+        })
+    }
+}
+
+impl Channel {
+    /// What a consumer is told of it, whose first batch will be number `first`.
+    #[must_use]
+    pub fn to_wire(&self, first: u64, request_id: &str) -> wire::Streamed {
+        wire::Streamed {
+            channel: self.plan.name.clone(),
+            kernel: self.kernel.clone(),
+            outputs: self.outputs.clone(),
+            batch_bytes: self.batch_bytes,
+            first,
+            request_id: request_id.to_owned(),
+        }
+    }
+
+    /// Its figures for STATS.
+    #[must_use]
+    pub fn stats(&self) -> wire::ChannelStats {
+        let state = self.state.lock();
+        let lag = state.kept.front().map(|kept| kept.since.elapsed());
+        wire::ChannelStats {
+            name: self.plan.name.clone(),
+            kernel: self.kernel.clone(),
+            batches: state.first - 1 + state.kept.len() as u64,
+            lag_batches: state.kept.len() as u64,
+            lag_ms: lag.map_or(0, |lag| u64::try_from(lag.as_millis()).unwrap_or(u64::MAX)),
+            is_read: state.consumer.is_some(),
+        }
+    }
+
+    /// Has `consumer` read from the first batch on that is not acknowledged: its number.
+    ///
+    /// # Errors
+    /// `WRONG_STATE` if somebody else reads it.
+    pub fn attach(&self, consumer: Arc<dyn Consumer>) -> Result<u64, Status> {
+        let mut state = self.state.lock();
+        // Whoever read it before may have left unnoticed.
+        state.pump();
+        if state.consumer.is_some() {
+            let name = &self.plan.name;
+            let message = format!(
+                "somebody reads the channel `{name}` already; a channel has one consumer at a time"
+            );
+            return Err(Status::new(
+                Code::FailedPrecondition,
+                Reason::WrongState,
+                message,
+            ));
+        }
+        (state.consumer, state.left) = (Some(consumer), None);
+        state.moved = Instant::now();
+        let first = state.first;
+        state.pump();
+        drop(state);
+        // Full of such, it is readable all the same.
+        let _ = rustix::io::write(&self.came, &1_u64.to_ne_bytes());
+        Ok(first)
+    }
+
+    /// Adds `item` as the next batch.
+    pub fn push(&self, item: Item) {
+        let mut state = self.state.lock();
+        let since = Instant::now();
+        if state.kept.is_empty() {
+            // It was nobody's fault that nothing was acknowledged.
+            state.moved = since;
+        }
+        state.kept.push_back(Kept { item, since });
+        state.pump();
+    }
+
+    /// Whether there is room for a batch.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.state.lock().kept.len() < self.plan.batches
+    }
+
+    /// Whether everything was acknowledged.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.state.lock().kept.is_empty()
+    }
+
+    /// Takes what the consumer said, sends what it may have, and says whether the producer has waited long enough.
+    ///
+    /// # Errors
+    /// `CONSUMER_LOST`, `DEADLINE`.
+    pub fn advance(&self) -> Result<(), Status> {
+        let mut state = self.state.lock();
+        state.pump();
+        let name = &self.plan.name;
+        if let Some(left) = state.left
+            && left.elapsed() >= self.plan.resume
+        {
+            let ms = self.plan.resume.as_millis();
+            let message = format!(
+                "the consumer of the channel `{name}` left after batch {} and none came in its place within {ms} ms (`resume_ms`)",
+                state.first - 1
+            );
+            return Err(Status::new(
+                Code::Unavailable,
+                Reason::ConsumerLost,
+                message,
+            ));
+        }
+        if !state.kept.is_empty() && state.moved.elapsed() >= self.plan.wait {
+            let (ms, kept) = (self.plan.wait.as_millis(), state.kept.len());
+            let who = match state.consumer {
+                Some(_) => "its consumer acknowledged none",
+                None => "nobody came to read them",
+            };
+            let message = format!(
+                "the channel `{name}` keeps {kept} batches from {} on and {who} for {ms} ms (`wait_ms`)",
+                state.first
+            );
+            return Err(Status::new(
+                Code::DeadlineExceeded,
+                Reason::Deadline,
+                message,
+            ));
+        }
+        Ok(())
+    }
+
+    /// Waits until the producer at `producer` says something (if `for_requests`) or leaves, the consumer moves, or `most` is over.
+    ///
+    /// # Errors
+    /// Any error of `poll`.
+    pub fn wait(
+        &self,
+        producer: BorrowedFd<'_>,
+        for_requests: bool,
+        most: Option<Duration>,
+    ) -> std::io::Result<Woken> {
+        let (consumer, unsent) = {
+            let state = self.state.lock();
+            (state.consumer.clone(), state.sent < state.kept.len())
+        };
+        let asked = match for_requests {
+            true => PollFlags::IN,
+            false => PollFlags::empty(),
+        };
+        let mut polled = vec![
+            PollFd::from_borrowed_fd(producer, asked),
+            PollFd::new(&self.came, PollFlags::IN),
+        ];
+        if let Some(consumer) = &consumer {
+            let mut events = PollFlags::IN;
+            events.set(PollFlags::OUT, unsent);
+            polled.push(PollFd::from_borrowed_fd(consumer.fd(), events));
+        }
+        let most = most.map(|most| Timespec {
+            tv_sec: i64::try_from(most.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: most.subsec_nanos().into(),
+        });
+        match rustix::event::poll(&mut polled, most.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let said = polled[0].revents();
+        if polled[1].revents().contains(PollFlags::IN) {
+            let _ = rustix::io::read(&self.came, &mut [0_u8; 8]);
+        }
+        Ok(if said.contains(PollFlags::IN) {
+            Woken::Producer
+        } else if said.intersects(PollFlags::HUP | PollFlags::ERR) {
+            Woken::Gone
+        } else {
+            Woken::Other
+        })
+    }
+
+    /// Tells the consumer why nothing more comes, after what it is still to have, for which it gets `most` of time.
+    fn fail(&self, status: &Status, most: Duration) {
+        let end = Instant::now() + most;
+        loop {
+            let (consumer, done) = {
+                let mut state = self.state.lock();
+                state.pump();
+                (state.consumer.clone(), state.sent == state.kept.len())
+            };
+            let Some(consumer) = consumer else { return };
+            let left = end.saturating_duration_since(Instant::now());
+            if done || left.is_zero() {
+                consumer.fail(status);
+                return;
+            }
+            let mut polled = [PollFd::from_borrowed_fd(
+                consumer.fd(),
+                PollFlags::IN | PollFlags::OUT,
+            )];
+            let timeout = Timespec {
+                tv_sec: 0,
+                tv_nsec: left.min(Duration::from_millis(50)).subsec_nanos().into(),
+            };
+            // Whatever it says, what can be sent is looked at again until the time is over.
+            let _ = rustix::event::poll(&mut polled, Some(&timeout));
+        }
+    }
+}
+
+impl Account {
+    /// The figures of its channels, by name.
+    pub(super) fn channel_stats(&self) -> Vec<wire::ChannelStats> {
+        let channels: Vec<_> = self.channels().lock().values().cloned().collect();
+        channels.iter().map(|channel| channel.stats()).collect()
+    }
+}
