@@ -2,6 +2,7 @@
 
 mod attack;
 mod life;
+mod lost;
 mod memory;
 mod stream;
 
