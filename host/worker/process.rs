@@ -69,7 +69,6 @@ pub(super) struct Process {
     cancels: Mutex<Channel>,
     lanes: Mutex<Vec<Channel>>,
     lane_free: Condvar,
-    /// Streams that are under way, and may be.
     streams: Mutex<usize>,
     streams_max: usize,
     keeper: Arc<Keeper>,
@@ -375,14 +374,13 @@ impl Process {
         if *streams >= self.streams_max {
             return Err(Cause::Streams(self.streams_max));
         }
-        let none = |error: io::Error| Cause::Host(format!("no socket for a stream: {error}"));
+        let none = |e: io::Error| Cause::Host(format!("no socket for a stream: {e}"));
         let (own, its) = FrameSocket::pair().map_err(none)?;
         let channel = Channel::new(own).map_err(none)?;
         channel::limit(&its).map_err(none)?;
         *streams += 1;
         self.census.fds.fetch_add(1, Ordering::Relaxed);
         drop(streams);
-        // From here on its end is counted.
         let lane = Lane {
             channel: Some(channel),
             process: Arc::clone(self),
