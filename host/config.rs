@@ -121,6 +121,8 @@ pub struct WorkerSettings {
     pub idle_ms: u64,
     /// Keep one that is ready for the next principal, or to succeed one that is lost.
     pub spare: bool,
+    /// Streams that are under way at a time in one: prepared ones and exchanges. Each has a thread there.
+    pub streams: usize,
     /// A plugin whose kernels cost a principal so many workers within [`Self::strikes_ms`] is out of service for it; 0: never.
     pub strikes: usize,
     /// Milliseconds.
@@ -152,6 +154,7 @@ impl Default for WorkerSettings {
             max: 16,
             idle_ms: 600_000,
             spare: true,
+            streams: 32,
             require_walls: false,
             memory_bytes: None,
             uids: None,
@@ -171,6 +174,12 @@ impl WorkerSettings {
     #[must_use]
     pub fn grace(&self) -> Duration {
         Duration::from_millis(self.grace_ms.min(3_600_000))
+    }
+
+    /// [`Self::streams`], at most 1024.
+    #[must_use]
+    pub fn streams(&self) -> usize {
+        self.streams.min(1024)
     }
 
     /// [`Self::strikes_ms`], at most a week.
@@ -452,11 +461,12 @@ impl Config {
         /// All that a guest can address.
         const GUEST: u64 = 4 << 30;
         let lanes = self.worker_lanes() as u64;
+        let streams = (self.workers.streams() as u64).saturating_mul(LANE_LEAST);
         let guest = self.limits.guest_bytes;
         let guest = guest.saturating_add(self.limits.window_bytes).min(GUEST);
-        let needed = BASE.saturating_add(lanes.saturating_mul(LANE + guest));
+        let needed = BASE.saturating_add(lanes.saturating_mul(LANE + guest) + streams);
         let asked = self.workers.memory_bytes.unwrap_or(needed);
-        asked.max(LEAST.saturating_add(lanes.saturating_mul(LANE_LEAST)))
+        asked.max(LEAST.saturating_add(lanes.saturating_mul(LANE_LEAST) + streams))
     }
 
     /// Descriptors that a worker process may have: a segment's for each input that it keeps warm, and what a run brings along.
@@ -465,8 +475,11 @@ impl Config {
         const BASE: u64 = 64;
         /// Its socket, its scrap memory and as many inputs as one message has.
         const LANE: u64 = 258;
+        /// Its socket and its scrap memory.
+        const STREAM: u64 = 2;
         let lanes = (self.worker_lanes() as u64).saturating_mul(LANE);
-        self.segments_max().saturating_add(BASE + lanes)
+        let streams = self.workers.streams() as u64 * STREAM;
+        self.segments_max().saturating_add(BASE + lanes + streams)
     }
 
     /// Where warm mappings of inputs wait.

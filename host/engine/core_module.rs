@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::sync::Arc;
 
 use wasmparser::{
-    CanonicalFunction, ExternalKind, FuncType, Operator, Parser, Payload, ValType, Validator,
+    CanonicalFunction, Encoding, ExternalKind, FuncType, Operator, Parser, Payload, ValType,
+    Validator,
 };
 use wit_component::ComponentEncoder;
 
@@ -51,10 +52,11 @@ pub(super) fn component(bytes: Arc<[u8]>) -> Result<Arc<[u8]>, LoadError> {
         .map_err(|e| refused(format!("{}: {e:#}", exports.misfit())))
 }
 
-/// Whether instances of the component `bytes` keep nothing from one call to the next but what is in their memory, and what
+/// Whether instances of the plugin `bytes` keep nothing from one call to the next but what is in their memory, and what
 /// is in one global: the stack pointer, which is the same before and after a call. Handles of its own resources lie in a table
 /// of the component.
-pub(super) fn keeps_memory_only(bytes: &[u8]) -> bool {
+#[must_use]
+pub fn keeps_memory_only(bytes: &[u8]) -> bool {
     looks_like_memory_only(bytes).unwrap_or(false)
 }
 
@@ -63,7 +65,19 @@ fn looks_like_memory_only(bytes: &[u8]) -> wasmparser::Result<bool> {
     let mut modules = 0;
     for payload in Parser::new(0).parse_all(bytes) {
         match payload? {
-            Payload::ModuleSection { .. } => modules += 1,
+            // Itself, or one in it.
+            Payload::Version {
+                encoding: Encoding::Module,
+                ..
+            } => modules += 1,
+            // Of a module that is not in a component yet.
+            Payload::ImportSection(imports) => {
+                for import in imports.into_imports() {
+                    if import?.name.starts_with("[resource-new]") {
+                        return Ok(false);
+                    }
+                }
+            }
             Payload::GlobalSection(globals) => {
                 for global in globals {
                     mutable += usize::from(global?.ty.mutable);

@@ -149,6 +149,8 @@ pub enum Cause {
     Host(String),
     /// The process that ran it is gone.
     Lost,
+    /// As many streams as there may be are under way in its process.
+    Streams(usize),
 }
 
 /// How a kernel says no.
@@ -283,6 +285,10 @@ impl fmt::Display for Failed {
             Cause::Host(how) => {
                 write!(f, "the host failed while running kernel `{kernel}`: {how}")
             }
+            Cause::Streams(most) => write!(
+                f,
+                "kernel `{kernel}` cannot stream now: {most} streams are under way in its worker process, and no more may be; finish or drop one, or have the operator raise workers.streams"
+            ),
             Cause::Lost => write!(
                 f,
                 "the worker process that ran kernel `{kernel}` ended before it was done; nothing of the invocation is left, ask again"
@@ -365,6 +371,9 @@ impl From<Failed> for Status {
             }
             Cause::Memory(status) => Self { message, ..*status },
             Cause::Host(_) => status(Code::Internal, Reason::Host),
+            Cause::Streams(most) => {
+                status(Code::ResourceExhausted, Reason::BudgetExceeded).with("limit", most)
+            }
             Cause::Lost => status(Code::Unavailable, Reason::WorkerLost),
         }
     }

@@ -70,6 +70,7 @@ use crate::plugin::{Description, Plugin, PluginError, PluginHash};
 
 pub use cache::{ArtifactKey, Cache};
 pub use compile::compile;
+pub use core_module::keeps_memory_only;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
     Brought, CancelToken, Done, Filled, FilledBody, FilledOutput, FramePart, InlineRoom, Input,
@@ -78,6 +79,7 @@ pub use job::{
 };
 pub use limits::Limits;
 pub use panicked::Panic;
+pub(crate) use prepared::RENEWAL;
 pub use prepared::Ready;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
 pub use spare::Used;
@@ -124,6 +126,8 @@ pub struct CopyPlaces {
 struct Compiled {
     pre: PluginPre<State>,
     traps: Arc<traps::TrapSites>,
+    /// See [`keeps_memory_only`].
+    memory_only: bool,
 }
 
 impl std::fmt::Debug for Compiled {
@@ -251,12 +255,18 @@ impl Engine {
         Ok(plugin)
     }
 
-    /// Takes over a plugin that was compiled and described elsewhere. See `cache.rs` on what is believed.
+    /// Takes over a plugin that was compiled and described elsewhere, where it is also known whether it
+    /// [`keeps_memory_only`]. See `cache.rs` on what is believed.
     ///
     /// # Errors
     /// [`LoadError::Artifact`].
-    pub fn adopt(&self, hash: PluginHash, artifact: &[u8]) -> Result<(), LoadError> {
-        let compiled = self.believed(artifact)?;
+    pub fn adopt(
+        &self,
+        hash: PluginHash,
+        artifact: &[u8],
+        memory_only: bool,
+    ) -> Result<(), LoadError> {
+        let compiled = self.believed(artifact, memory_only)?;
         self.compiled.lock().insert(hash, compiled);
         Ok(())
     }
@@ -266,14 +276,14 @@ impl Engine {
     /// # Errors
     /// [`LoadError::Artifact`], [`LoadError::Describe`].
     pub fn describe(&self, artifact: &[u8]) -> Result<Description, LoadError> {
-        let compiled = self.believed(artifact)?;
+        let compiled = self.believed(artifact, false)?;
         instance::describe(self, &compiled).map_err(LoadError::Describe)
     }
 
-    fn believed(&self, artifact: &[u8]) -> Result<Arc<Compiled>, LoadError> {
+    fn believed(&self, artifact: &[u8], memory_only: bool) -> Result<Arc<Compiled>, LoadError> {
         let component = cache::believed(&self.wasmtime, artifact)
             .map_err(|e| LoadError::Artifact(format!("{e:#}")))?;
-        self.ready(&component)
+        self.checked(&component, memory_only)
     }
 
     fn compile(&self, hash: &PluginHash, bytes: &[u8]) -> Result<Arc<Compiled>, LoadError> {
@@ -281,13 +291,21 @@ impl Engine {
             .cache
             .component(&self.wasmtime, hash, bytes)
             .map_err(|e| LoadError::NotAPlugin(format!("{e:#}")))?;
-        self.ready(&component)
+        self.checked(&component, keeps_memory_only(bytes))
     }
 
-    fn ready(&self, component: &Component) -> Result<Arc<Compiled>, LoadError> {
+    fn checked(
+        &self,
+        component: &Component,
+        memory_only: bool,
+    ) -> Result<Arc<Compiled>, LoadError> {
         let pre = compile::check(&self.wasmtime, &self.linker, component)?;
         let traps = Arc::new(traps::TrapSites::of(component));
-        Ok(Arc::new(Compiled { pre, traps }))
+        Ok(Arc::new(Compiled {
+            pre,
+            traps,
+            memory_only,
+        }))
     }
 
     fn compiled(&self, plugin: &Plugin) -> Result<Arc<Compiled>, LoadError> {

@@ -22,11 +22,11 @@ use super::invocation;
 use super::job::{Brought, Done, FilledBody, Output, OutputBody, Results, Source, Supplies};
 use super::plan::Plan;
 use super::stream::Batches;
-use super::{CancelToken, Cause, Engine, Failed, Job, core_module};
+use super::{CancelToken, Cause, Engine, Failed, Job};
 use strait_memory::{InputSource, ResultPages};
 
 /// What binding again may take while nobody waits for it: longer ones are bound by the run that needs them.
-const RENEWAL: Duration = Duration::from_millis(100);
+pub(crate) const RENEWAL: Duration = Duration::from_millis(100);
 
 /// A job that can be run again and again.
 pub trait Ready: Send + std::fmt::Debug {
@@ -59,7 +59,10 @@ pub trait Ready: Send + std::fmt::Debug {
     ) -> Result<Vec<(String, String)>, Failed>;
 
     /// Makes it ready for its next run. To be called when nobody waits for the one before any more.
-    fn renew(&mut self);
+    ///
+    /// # Errors
+    /// [`Failed`], if that cost a process; the next run is not concerned.
+    fn renew(&mut self) -> Result<(), Failed>;
 }
 
 /// No result has pages here.
@@ -79,7 +82,7 @@ impl Results for Unpaged {
 }
 
 /// In this process.
-pub(super) struct Prepared {
+struct Prepared {
     engine: Arc<Engine>,
     job: Job,
     /// Those in frames stand for what each run brings.
@@ -91,6 +94,24 @@ pub(super) struct Prepared {
     used: Option<Made>,
     /// Bytes of the guest's memory that are kept; none: each run has an instance of its own.
     kept: Option<usize>,
+}
+
+impl Engine {
+    /// Makes `job`, whose inputs in frames stand for what each run brings, ready to be run again and again in this process. All
+    /// results are to be bytes; no memory is asked for them.
+    ///
+    /// # Errors
+    /// [`Failed`].
+    pub fn ready(
+        self: &Arc<Self>,
+        job: Job,
+        inputs: Vec<Source<dyn InputSource>>,
+        deadline: Instant,
+        cancel: &CancelToken,
+    ) -> Result<Box<dyn Ready>, Failed> {
+        let prepared = Prepared::new(Arc::clone(self), job, inputs, deadline, cancel)?;
+        Ok(Box::new(prepared))
+    }
 }
 
 impl std::fmt::Debug for Prepared {
@@ -106,7 +127,7 @@ impl Prepared {
     ///
     /// # Errors
     /// [`Failed`].
-    pub(super) fn new(
+    fn new(
         engine: Arc<Engine>,
         job: Job,
         inputs: Vec<Source<dyn InputSource>>,
@@ -134,9 +155,7 @@ impl Prepared {
         self.kept = None;
         let (bytes, _) = self.plan.restored();
         let memory = made.memory();
-        if core_module::keeps_memory_only(&self.job.kernel.plugin.bytes)
-            && memory.size() == self.plan.room.end
-        {
+        if self.plan.compiled.memory_only && memory.size() == self.plan.room.end {
             match memory.space().keep(bytes) {
                 Ok(()) => self.kept = Some(bytes),
                 // It costs time only.
@@ -256,9 +275,9 @@ impl Ready for Prepared {
         Ok(notes)
     }
 
-    fn renew(&mut self) {
+    fn renew(&mut self) -> Result<(), Failed> {
         if self.made.is_some() {
-            return;
+            return Ok(());
         }
         if let Some(used) = self.used.take() {
             self.made = self.restored(used);
@@ -267,6 +286,7 @@ impl Ready for Prepared {
             // Whatever it fails of, the next run is told.
             let _ = self.bind(Instant::now() + RENEWAL, &CancelToken::default());
         }
+        Ok(())
     }
 }
 

@@ -10,7 +10,7 @@ use strait_tensor::TensorSpec;
 use super::job::{
     Done, FilledBody, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
 };
-use super::prepared::{Prepared, Ready};
+use super::prepared::Ready;
 use super::{Cause, Engine, Failed, LoadError, Stage, Used};
 use crate::plugin::Plugin;
 
@@ -177,14 +177,7 @@ impl Runner for Engine {
 
     fn prepare(self: Arc<Self>, job: Job, means: Means) -> Result<Box<dyn Ready>, Failed> {
         let (supplies, _) = means.here();
-        let Supplies {
-            inputs,
-            deadline,
-            cancel,
-            ..
-        } = supplies;
-        let prepared = Prepared::new(self, job, inputs, deadline, &cancel)?;
-        Ok(Box::new(prepared))
+        self.ready(job, supplies.inputs, supplies.deadline, &supplies.cancel)
     }
 
     fn renew(&self, used: Used) {

@@ -111,7 +111,7 @@ impl Prepared {
         let mut status = match (ended, refused) {
             (Ok(notes), _) => {
                 // Within the turn that the last chunk has.
-                ready.renew();
+                self.renew(&mut **ready);
                 let payload = std::mem::take(&mut chunks.end);
                 return Ok(Called { payload, notes });
             }

@@ -435,6 +435,7 @@ fn runner(
             .chain(options)
             .collect(),
         lanes: config.worker_lanes(),
+        streams: config.workers.streams(),
         require_walls: config.workers.require_walls,
         grace: config.workers.grace(),
         bounds: Bounds {

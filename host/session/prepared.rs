@@ -117,14 +117,6 @@ impl Caller {
         }
         let kernel = self.host.plugins.find(&invoke.kernel)?;
         if request.stream {
-            if self.host.config.workers.enabled {
-                let message = "streams do not run in worker processes yet, and this host has workers.enabled; call the kernel with whole tensors";
-                return Err(Status::new(
-                    Code::InvalidArgument,
-                    Reason::Unsupported,
-                    message,
-                ));
-            }
             check_stream(kernel.kernel(), &resolved)?;
         }
         let channel = match request.channel {
@@ -435,7 +427,14 @@ impl Prepared {
             self.warn(status);
         }
         answer(result);
-        ready.renew();
+        self.renew(&mut **ready);
+    }
+
+    /// Makes it ready for its next call, within the turn of the last one.
+    pub(super) fn renew(&self, ready: &mut dyn Ready) {
+        if let Err(failed) = ready.renew() {
+            self.caller.note_cost(&self.kernel.plugin, &failed);
+        }
     }
 
     pub(super) fn warn(&self, status: &Status) {

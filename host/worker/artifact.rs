@@ -10,22 +10,37 @@ use strait_memory::{Budget, Copied, MemoryError, Sealed, Segment};
 pub(super) struct Artifact {
     segment: Segment<Sealed>,
     bytes: u64,
+    memory_only: bool,
 }
 
 impl Artifact {
+    /// Of a plugin that keeps what it keeps from one call to the next in its memory only, or elsewhere.
+    ///
     /// # Errors
     /// There is no memory for it.
-    pub(super) fn new(artifact: &[u8], counted: &Arc<Budget>) -> Result<Self, MemoryError> {
+    pub(super) fn new(
+        artifact: &[u8],
+        memory_only: bool,
+        counted: &Arc<Budget>,
+    ) -> Result<Self, MemoryError> {
         let bytes = artifact.len() as u64;
         let segment = Segment::create(bytes, counted)?;
         segment.write_at(0, artifact, &Copied::new())?;
         let segment = segment.seal().map_err(|refused| refused.error)?;
-        Ok(Self { segment, bytes })
+        Ok(Self {
+            segment,
+            bytes,
+            memory_only,
+        })
     }
 
     /// Its own; the segment has whole pages.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    pub(super) fn memory_only(&self) -> bool {
+        self.memory_only
     }
 
     /// For a process that is to map it.

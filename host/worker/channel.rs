@@ -60,12 +60,17 @@ impl Channel {
     /// # Errors
     /// Linux refused.
     pub(super) fn new(socket: FrameSocket) -> io::Result<Self> {
-        set_socket_timeout(&socket, Timeout::Send, Some(SEND_MAX))?;
-        Ok(Self {
+        limit(&socket)?;
+        Ok(Self::limited(socket))
+    }
+
+    /// Of a socket that whoever made it has set a [`limit`] to: a confined process cannot.
+    pub(super) fn limited(socket: FrameSocket) -> Self {
+        Self {
             socket,
             packet: vec![0; 1 + PART_BYTES + 1],
             message: Vec::new(),
-        })
+        }
     }
 
     /// Until something comes, or the peer is gone.
@@ -173,6 +178,14 @@ impl Channel {
             Err(error) => bad(error.to_string()),
         }
     }
+}
+
+/// Sends nothing through `socket` for longer than [`SEND_MAX`], whoever has it.
+///
+/// # Errors
+/// Linux refused.
+pub(super) fn limit(socket: &FrameSocket) -> io::Result<()> {
+    Ok(set_socket_timeout(socket, Timeout::Send, Some(SEND_MAX))?)
 }
 
 /// Waits until something can be received.

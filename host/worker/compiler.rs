@@ -28,6 +28,7 @@ use super::process::Process;
 use super::program::{Program, Recipe, Spawned};
 use crate::engine::{
     ArtifactKey, Cache, Cause, EngineConfig, Failed, Interruption, LoadError, Stage, compile,
+    keeps_memory_only,
 };
 use crate::plugin::{Description, Plugin};
 
@@ -98,7 +99,9 @@ impl Compilers {
             plugin: Plugin::hash(&bytes),
             build: self.build().map_err(host)?,
         };
-        let kept = self.cache.read(&key).map(|kept| self.described(&kept));
+        let memory_only = keeps_memory_only(&bytes);
+        let kept = self.cache.read(&key);
+        let kept = kept.map(|kept| self.described(&kept, memory_only));
         let (artifact, description) = match kept {
             Some(Ok(described)) => described,
             tried => {
@@ -106,7 +109,7 @@ impl Compilers {
                     tracing::warn!(%error, "a compiled plugin of the cache is compiled anew");
                 }
                 let compiled = self.compile(&bytes, until)?;
-                let described = self.described(&compiled)?;
+                let described = self.described(&compiled, memory_only)?;
                 self.cache.write(&key, &compiled);
                 described
             }
@@ -214,8 +217,12 @@ impl Compilers {
     }
 
     /// Has a process run a plugin's `describe`.
-    fn described(&self, artifact: &[u8]) -> Result<(Artifact, Description), LoadError> {
-        let artifact = Artifact::new(artifact, &self.counted).map_err(host)?;
+    fn described(
+        &self,
+        artifact: &[u8],
+        memory_only: bool,
+    ) -> Result<(Artifact, Description), LoadError> {
+        let artifact = Artifact::new(artifact, memory_only, &self.counted).map_err(host)?;
         let process = Process::start(&self.describers, || false).map_err(host)?;
         let answer = describe(&process, &artifact);
         process.end_here();

@@ -1,6 +1,6 @@
 //! One run as it is told to a worker, and what is believed of the answers.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,9 @@ use super::messages::{
     Answer, Ask, Ended, Filled, FilledIn, Grant, Load, Outcome, Run, RunInput, RunSource,
 };
 use super::process::{Company, LOOK, Lane, Mapped};
-use crate::engine::{Cause, Done, Failed, InlineRoom, Job, Means, Output, OutputBody, Source};
+use crate::engine::{
+    CancelToken, Cause, Done, Failed, InlineRoom, Job, Means, Output, OutputBody, Source, Telling,
+};
 use crate::plugin::{Plugin, PluginHash, Port};
 
 /// What a worker gets to say the rest of what it has begun to say.
@@ -53,15 +55,48 @@ impl From<MemoryError> for Trouble {
 }
 
 /// Why nobody waits for a run any more, if nobody does.
-pub(super) fn over(job: &Job, means: &Means) -> Option<Cause> {
-    if means.cancel.is_cancelled() {
+pub(super) fn over(job: &Job, cancel: &CancelToken, deadline: Instant) -> Option<Cause> {
+    if cancel.is_cancelled() {
         return Some(Cause::Cancelled);
     }
-    (Instant::now() >= means.deadline).then_some(Cause::Deadline(job.deadline_ms))
+    (Instant::now() >= deadline).then_some(Cause::Deadline(job.deadline_ms))
+}
+
+/// A worker's next word on `lane`, with so many bytes of `tensors` at most, or that it has no more time for one: at `end`, or
+/// `grace` after the run was cancelled.
+///
+/// # Errors
+/// [`Trouble::Lost`].
+pub(super) fn next(
+    lane: &mut Lane,
+    cancel: &CancelToken,
+    mut end: Instant,
+    grace: Duration,
+    tensors: usize,
+) -> Result<Answer, Trouble> {
+    let mut cancelled = false;
+    loop {
+        let now = Instant::now();
+        if !cancelled && cancel.is_cancelled() {
+            cancelled = true;
+            end = end.min(now + grace);
+        }
+        match lane.wait(end.min(now + LOOK)) {
+            Err(ReceiveError::Late) if Instant::now() < end => {}
+            Err(error) => return Err(error.into()),
+            Ok(()) => return Ok(lane.answer_with(tensors, Instant::now() + REST_MAX)?),
+        }
+    }
+}
+
+/// Microseconds until `deadline`.
+pub(super) fn left_us(deadline: Instant) -> u64 {
+    let left = deadline.saturating_duration_since(Instant::now());
+    u64::try_from(left.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// What a worker says makes no sense: then neither does what else it has done.
-fn senseless(what: impl Into<String>) -> Trouble {
+pub(super) fn senseless(what: impl Into<String>) -> Trouble {
     Trouble::Lost(ReceiveError::Bad(what.into()))
 }
 
@@ -99,21 +134,14 @@ impl<'a> Exchange<'a> {
     /// # Errors
     /// [`Trouble`].
     pub(super) fn whole(&mut self, run: u64, open_only: bool) -> Result<Given, Trouble> {
-        let plugin = &self.job.kernel.plugin;
-        if !self.lane.process().has_plugin(&plugin.hash) {
-            // The first time here.
-            self.load(plugin)?;
-            if let Some(cause) = over(self.job, self.means) {
-                return Err(Trouble::Own(cause));
-            }
+        let telling = self.join(run)?;
+        if !open_only {
+            self.segments = self.ahead();
         }
-        let process = Arc::clone(self.lane.process());
-        let telling = self.means.cancel.telling(move || process.cancel(run));
-        self.company = Some(self.lane.process().join(plugin.hash));
-        self.begin(run, open_only)?;
-        let last = self.means.deadline + self.grace;
+        let (told, fds) = self.told(run, open_only)?;
+        self.ask(&Ask::Run(Box::new(told)), &fds)?;
         let ended = loop {
-            match self.answer(last, self.grace)? {
+            match self.answer()? {
                 Answer::Need(bytes) if !open_only && !self.granted => self.grant(&bytes)?,
                 Answer::Ended(ended) => break ended,
                 answer => return Err(senseless(format!("{answer:?} during a run"))),
@@ -123,13 +151,47 @@ impl<'a> Exchange<'a> {
         self.given(*ended, open_only)
     }
 
+    /// Before the `run` is told: it is among those of the process, which has its plugin, and is told when it is cancelled.
+    pub(super) fn join(&mut self, run: u64) -> Result<Telling<'a>, Trouble> {
+        let (job, means) = (self.job, self.means);
+        let plugin = &job.kernel.plugin;
+        if !self.lane.process().has_plugin(&plugin.hash) {
+            // The first time here.
+            self.load(plugin)?;
+            if let Some(cause) = over(job, &means.cancel, means.deadline) {
+                return Err(Trouble::Own(cause));
+            }
+        }
+        let process = Arc::clone(self.lane.process());
+        self.company = Some(process.join(plugin.hash));
+        Ok(means.cancel.telling(move || process.cancel(run)))
+    }
+
+    pub(super) fn ask(&mut self, ask: &Ask, fds: &[Arc<OwnedFd>]) -> Result<(), Trouble> {
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        Ok(self.lane.ask(ask, &fds)?)
+    }
+
+    pub(super) fn left_us(&self) -> u64 {
+        left_us(self.means.deadline)
+    }
+
+    /// The lane, of which nothing more is to come.
+    pub(super) fn into_lane(self) -> Lane {
+        self.lane
+    }
+
     /// Whether it ran, and nothing of another plugin beside it at any time.
     pub(super) fn was_alone(&self) -> bool {
         self.company.as_ref().is_some_and(Company::is_alone)
     }
 
-    /// Tells what to do.
-    fn begin(&mut self, run: u64, open_only: bool) -> Result<(), Trouble> {
+    /// What is to be done, and the descriptors beside that.
+    pub(super) fn told(
+        &mut self,
+        run: u64,
+        open_only: bool,
+    ) -> Result<(Run, Vec<Arc<OwnedFd>>), Trouble> {
         let job = self.job;
         let keeper = self.lane.process().keeper();
         let (mut inputs, mut fds) = (Vec::new(), Vec::new());
@@ -151,14 +213,7 @@ impl<'a> Exchange<'a> {
             };
             inputs.push(RunInput::new(input, source));
         }
-        if !open_only {
-            self.segments = self.ahead();
-        }
-        let left = self
-            .means
-            .deadline
-            .saturating_duration_since(Instant::now());
-        let ask = Ask::Run(Box::new(Run {
+        let told = Run {
             run,
             plugin: job.kernel.plugin.hash,
             kernel: job.kernel.index(),
@@ -167,14 +222,13 @@ impl<'a> Exchange<'a> {
             verify: job.verify,
             limits: job.limits,
             deadline_ms: job.deadline_ms,
-            left_us: u64::try_from(left.as_micros()).unwrap_or(u64::MAX),
+            left_us: self.left_us(),
             request_id: job.request_id.to_string(),
             ahead: self.segments.iter().map(PoolSegment::number).collect(),
             inline: job.inline,
             open_only,
-        }));
-        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
-        Ok(self.lane.ask(&ask, &fds)?)
+        };
+        Ok((told, fds))
     }
 
     /// Has the worker take over a plugin that was compiled before.
@@ -189,12 +243,20 @@ impl<'a> Exchange<'a> {
         let load = Load {
             plugin: plugin.hash,
             bytes: artifact.bytes(),
+            memory_only: artifact.memory_only(),
             description: plugin.description.clone(),
         };
         let ask = Ask::Load(Box::new(load));
         self.lane.ask(&ask, &[artifact.fd()?.as_fd()])?;
         let grace = self.grace.max(LOAD_GRACE);
-        match self.answer(Instant::now() + LOAD_MAX, grace)? {
+        let (cancel, end) = (&self.means.cancel, self.means.deadline + grace);
+        match next(
+            &mut self.lane,
+            cancel,
+            end.min(Instant::now() + LOAD_MAX),
+            grace,
+            0,
+        )? {
             Answer::Loaded(loaded) => {
                 loaded.map_err(|error| Trouble::Own(Cause::Load(Box::new(error))))?;
                 self.lane.process().add_plugin(plugin.hash);
@@ -204,22 +266,10 @@ impl<'a> Exchange<'a> {
         }
     }
 
-    /// The worker's next word, or that it has no more time for one: at `end`, or `grace` after nobody waits for the run any more.
-    fn answer(&mut self, end: Instant, grace: Duration) -> Result<Answer, Trouble> {
-        let mut end = end.min(self.means.deadline + grace);
-        let mut cancelled = false;
-        loop {
-            let now = Instant::now();
-            if !cancelled && self.means.cancel.is_cancelled() {
-                cancelled = true;
-                end = end.min(now + grace);
-            }
-            match self.lane.wait(end.min(now + LOOK)) {
-                Err(ReceiveError::Late) if Instant::now() < end => {}
-                Err(error) => return Err(error.into()),
-                Ok(()) => return Ok(self.lane.answer(Instant::now() + REST_MAX)?),
-            }
-        }
+    /// The worker's next word, if it comes before nobody waits for the run any more, or a little later.
+    pub(super) fn answer(&mut self) -> Result<Answer, Trouble> {
+        let (cancel, end) = (&self.means.cancel, self.means.deadline + self.grace);
+        next(&mut self.lane, cancel, end, self.grace, 0)
     }
 
     /// Results as large as the kernel's last ones were, if they are at hand.
@@ -283,7 +333,7 @@ impl<'a> Exchange<'a> {
     }
 
     /// Believes what the worker says as far as it fits what it was asked.
-    fn given(&mut self, ended: Ended, open_only: bool) -> Result<Given, Trouble> {
+    pub(super) fn given(&mut self, ended: Ended, open_only: bool) -> Result<Given, Trouble> {
         let process = Arc::clone(self.lane.process());
         process.set_totals(ended.totals);
         process.set_counts(ended.counts);

@@ -6,7 +6,7 @@ use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
 use super::confine::Bounds;
-use crate::engine::{EngineConfig, Failed, InlineRoom, Input, Limits, LoadError, Report};
+use crate::engine::{Brought, EngineConfig, Failed, InlineRoom, Input, Limits, LoadError, Report};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
 /// How a worker is set up.
@@ -18,6 +18,8 @@ pub(super) struct Start {
     /// The user that it is to become; none: it keeps the host's.
     pub(super) uid: Option<u32>,
     pub(super) bounds: Bounds,
+    /// Streams at a time.
+    pub(super) streams: usize,
 }
 
 /// To the worker, on its control channel. The lanes' sockets are beside `Start`.
@@ -31,6 +33,10 @@ pub(super) enum Control {
     ForgetResult(u64),
     /// Ends a run.
     Cancel(u64),
+    /// Nothing is to be kept of a prepared kernel. Answered by `Controlled::Forgotten`.
+    ForgetPrepared(u64),
+    /// A lane of its own for a stream, whose socket is beside it.
+    Lane,
     /// In the place of `Start`: the process compiles one plugin and ends. Answered by `Controlled::Compiled`.
     Compile(Compile),
 }
@@ -80,6 +86,63 @@ pub(super) enum Ask {
     /// Ask the plugin of the artifact of so many bytes, whose descriptor is beside, what it offers; answered by
     /// `Answer::Described`.
     Describe(u64),
+    /// Make a kernel ready, under that number, to be called or given chunks; answered by `Answer::Ended` with its outputs at their
+    /// largest and, if it is ready, `Answer::Waits`. Its inputs in frames have no bytes yet; descriptors as beside `Run`.
+    Prepare(u64, Box<Run>),
+    /// Run one that is ready; answered by `Answer::Ended` and, when it is ready again, `Answer::Waits`.
+    Call(Box<Call>),
+    /// On a lane of its own: give one that is ready what `Chunk`s bring; answered by `Answer::Ended` at the end, and then as `Call`.
+    Stream(Call),
+    /// Answered by any number of `Answer::Keeps` and `Answer::Piece`, the last of them done.
+    Chunk(Box<Chunk>),
+    /// The answer to `Keeps`, and to a `Piece` that is not done: go on, with so many microseconds.
+    GoOn(u64),
+    /// In the place of `Chunk` and `GoOn`: the stream ends.
+    Stop,
+}
+
+/// One run of a prepared kernel.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Call {
+    /// Its number among those that are prepared.
+    pub(super) prepared: u64,
+    /// Of the run, or of the whole stream, as in [`Run`].
+    pub(super) run: u64,
+    pub(super) left_us: u64,
+    pub(super) brought: Vec<Bring>,
+}
+
+/// Rows for a prepared kernel.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Chunk {
+    pub(super) brought: Vec<Bring>,
+    pub(super) last: bool,
+    pub(super) left_us: u64,
+}
+
+/// An input that a run or chunk brings.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Bring {
+    shape: Vec<u64>,
+    elements: ByteBuf,
+}
+
+impl Bring {
+    pub(super) fn all(brought: &[Brought]) -> Vec<Self> {
+        let bring = |brought: &Brought| Self {
+            shape: brought.shape.clone(),
+            elements: ByteBuf::from(&*brought.elements),
+        };
+        brought.iter().map(bring).collect()
+    }
+
+    pub(super) fn into_brought(all: Vec<Self>) -> Vec<Brought> {
+        let brought = |bring: Self| Brought {
+            shape: bring.shape,
+            elements: bring.elements.into_vec().into(),
+        };
+        all.into_iter().map(brought).collect()
+    }
 }
 
 /// A compiled plugin.
@@ -88,6 +151,8 @@ pub(super) struct Load {
     pub(super) plugin: PluginHash,
     /// Of the artifact.
     pub(super) bytes: u64,
+    /// Whether it keeps anything elsewhere than in its memory.
+    pub(super) memory_only: bool,
     /// What another process heard of it.
     pub(super) description: Description,
 }
@@ -211,6 +276,21 @@ pub(super) enum Answer {
     Need(Vec<u64>),
     Ended(Box<Ended>),
     Described(Box<Result<Description, LoadError>>),
+    /// The prepared kernel is ready (again), with so many bytes of memory.
+    Waits(u64),
+    /// Answered by `Ask::GoOn` or `Ask::Stop`: the guest of a stream has taken so many bytes since its first chunk.
+    Keeps(u64),
+    /// Rows of the outputs of a stream.
+    Piece(Box<Piece>),
+}
+
+/// Rows of each output, in the kernel's order.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Piece {
+    pub(super) outputs: Vec<(TensorSpec, ByteBuf)>,
+    /// All that comes of the chunk has come; otherwise it is answered by `Ask::GoOn` or `Ask::Stop`.
+    pub(super) done: bool,
+    pub(super) totals: Totals,
 }
 
 /// The end of a run.
@@ -227,8 +307,10 @@ pub(super) struct Ended {
 pub(super) enum Outcome {
     /// In the kernel's order; those without bytes are in the granted segments, in their order.
     Filled(Vec<Filled>, Report),
-    /// Of `open_only`.
+    /// Of `open_only`, and of what is prepared.
     Specs(Vec<(String, TensorSpec)>),
+    /// Of a stream, when all of its outputs have come: what the kernel had to say.
+    Streamed(Vec<(String, String)>),
 }
 
 /// A result, from which the file around it follows.

@@ -22,6 +22,7 @@ mod crew;
 mod exchange;
 mod log;
 mod messages;
+mod prepared;
 mod process;
 mod program;
 mod runner;

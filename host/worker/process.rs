@@ -12,10 +12,10 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use strait_memory::{Filler, FrameSocket, KeepsMappings};
 
-use super::channel::{Channel, ReceiveError};
+use super::channel::{self, Channel, ReceiveError};
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
 use super::program::{Census, Program, Recipe, Spawned};
-use crate::engine::{EngineConfig, RunnerProcess};
+use crate::engine::{Cause, EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
 
@@ -69,6 +69,8 @@ pub(super) struct Process {
     cancels: Mutex<Channel>,
     lanes: Mutex<Vec<Channel>>,
     lane_free: Condvar,
+    streams: Mutex<usize>,
+    streams_max: usize,
     keeper: Arc<Keeper>,
     gone: AtomicBool,
     burial: Arc<Burial>,
@@ -171,6 +173,8 @@ impl Process {
             lanes: Mutex::new(lanes),
             keeper: Arc::new(Keeper(Weak::clone(process))),
             lane_free: Condvar::new(),
+            streams: Mutex::new(0),
+            streams_max: recipe.start.streams,
             gone: AtomicBool::new(false),
             burial: Arc::default(),
             census: Arc::clone(&recipe.census),
@@ -354,10 +358,39 @@ impl Process {
                 return Lane {
                     channel: Some(channel),
                     process: Arc::clone(self),
+                    of_stream: false,
                 };
             }
             self.lane_free.wait(&mut lanes);
         }
+    }
+
+    /// A lane for one stream, which ends with it.
+    ///
+    /// # Errors
+    /// As many as there may be are under way; or there is none to be had.
+    pub(super) fn stream_lane(self: &Arc<Self>) -> Result<Lane, Cause> {
+        let mut streams = self.streams.lock();
+        if *streams >= self.streams_max {
+            return Err(Cause::Streams(self.streams_max));
+        }
+        let none = |e: io::Error| Cause::Host(format!("no socket for a stream: {e}"));
+        let (own, its) = FrameSocket::pair().map_err(none)?;
+        let channel = Channel::new(own).map_err(none)?;
+        channel::limit(&its).map_err(none)?;
+        *streams += 1;
+        self.census.fds.fetch_add(1, Ordering::Relaxed);
+        drop(streams);
+        let lane = Lane {
+            channel: Some(channel),
+            process: Arc::clone(self),
+            of_stream: true,
+        };
+        // One that is gone is found out by whoever asks it.
+        if let Err(error) = self.cancels.lock().send(&Control::Lane, &[its.as_fd()]) {
+            tracing::debug!(worker = &*self.name, %error, "a worker takes no stream");
+        }
+        Ok(lane)
     }
 
     fn controlled(&self, message: &Control) -> Result<Controlled, ReceiveError> {
@@ -368,7 +401,7 @@ impl Process {
     }
 
     /// Returns when it has let go of a segment, or is gone.
-    fn forget(&self, forget: &Control) {
+    pub(super) fn forget(&self, forget: &Control) {
         if self.is_gone() {
             return;
         }
@@ -515,6 +548,8 @@ pub(super) struct Lane {
     // Taken by `drop` only.
     channel: Option<Channel>,
     process: Arc<Process>,
+    /// It is one stream's, and nobody's after that.
+    of_stream: bool,
 }
 
 impl Lane {
@@ -536,13 +571,29 @@ impl Lane {
     }
 
     pub(super) fn answer(&mut self, until: Instant) -> Result<Answer, ReceiveError> {
+        self.answer_with(0, until)
+    }
+
+    /// The same, with so many bytes of tensors in it at most.
+    pub(super) fn answer_with(
+        &mut self,
+        tensors: usize,
+        until: Instant,
+    ) -> Result<Answer, ReceiveError> {
+        let most = ANSWER_BYTES_MAX.saturating_add(tensors);
         // A worker sends no descriptors.
-        Ok(self.channel().receive(ANSWER_BYTES_MAX, 0, Some(until))?.0)
+        Ok(self.channel().receive(most, 0, Some(until))?.0)
     }
 }
 
 impl Drop for Lane {
     fn drop(&mut self) {
+        if self.of_stream {
+            drop(self.channel.take());
+            self.process.census.fds.fetch_sub(1, Ordering::Relaxed);
+            *self.process.streams.lock() -= 1;
+            return;
+        }
         self.process.lanes.lock().extend(self.channel.take());
         self.process.lane_free.notify_one();
     }

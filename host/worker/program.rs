@@ -71,6 +71,7 @@ impl Recipe {
                 parked_bytes_max: 0,
                 bounds: DESCRIBER,
                 uid: None,
+                streams: 0,
             },
             census: Arc::default(),
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use strait_memory::{ResultPool, ResultSource, SharedSource};
+use strait_memory::{ResultPool, SharedSource};
 use strait_tensor::TensorSpec;
 
 use super::channel::ReceiveError;
@@ -16,11 +16,11 @@ use super::confine::Bounds;
 use super::crew::{Crew, CrewSettings, is_over};
 use super::exchange::{Exchange, Given, Trouble, over};
 use super::messages::Start;
+use super::prepared::Prepared;
 use super::program::{Program, Recipe, Role};
 use crate::engine::{
-    Batches, Brought, Cache, CancelToken, Cause, Done, EngineConfig, Failed, InlineRoom, Job,
-    Limit, LoadError, Means, OutputBody, Owner, Ready, Refusal, Runner, RunnerCounts,
-    RunnerProcess, Source, Stage,
+    Cache, CancelToken, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody,
+    Ready, Runner, RunnerCounts, RunnerProcess, Source, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -33,6 +33,8 @@ pub struct WorkerSettings<'a> {
     pub arguments: Vec<String>,
     /// Runs at a time.
     pub lanes: usize,
+    /// Streams at a time, beside those.
+    pub streams: usize,
     /// Whether to start none where a wall is lacking.
     pub require_walls: bool,
     /// What a run gets beyond its deadline, or after it was cancelled, to end by itself.
@@ -88,6 +90,7 @@ impl WorkerRunner {
                 parked_bytes_max: settings.parked_bytes_max,
                 bounds: settings.bounds,
                 uid: None,
+                streams: settings.streams,
             },
             census: Arc::default(),
         });
@@ -112,28 +115,11 @@ impl WorkerRunner {
             }
             given => given,
         };
-        given.map_err(|trouble| {
-            let took_process = match &trouble {
-                // It did not end when it was to: that the worker had to is its own doing.
-                Trouble::Lost(ReceiveError::Late) => was_alone,
-                // Whoever cancels a run may do it at the moment when something else ends its worker.
-                Trouble::Lost(_) => was_alone && !means.cancel.is_cancelled(),
-                Trouble::Failed(_) | Trouble::Own(_) => false,
-            };
-            let cause = match trouble {
-                Trouble::Failed(failed) => return failed,
-                Trouble::Own(cause) => cause,
-                Trouble::Lost(_) => over(job, means).unwrap_or(Cause::Lost),
-            };
-            Failed {
-                took_process,
-                ..Failed::new(&job.kernel.kernel().name, Stage::Run, cause)
-            }
-        })
+        given.map_err(|trouble| failed(job, trouble, was_alone, &means.cancel, means.deadline))
     }
 
     /// `alone`: in a worker that ends after it.
-    fn run_in(
+    pub(super) fn run_in(
         &self,
         job: &Job,
         means: &Means,
@@ -145,8 +131,7 @@ impl WorkerRunner {
         let seated = self.crew.take(means, alone)?;
         let lane = seated.process().lane();
         let mut exchange = Exchange::new(lane, job, means, self.grace);
-        let run = self.last_run.fetch_add(1, Ordering::Relaxed) + 1;
-        let given = exchange.whole(run, open_only);
+        let given = exchange.whole(self.next_run(), open_only);
         if let Err(Trouble::Lost(lost)) = &given {
             *was_alone = exchange.was_alone();
             // What it would have filled is forgotten with its seat.
@@ -155,7 +140,19 @@ impl WorkerRunner {
         given
     }
 
-    fn counted<R>(&self, run: impl FnOnce() -> R) -> R {
+    pub(super) fn next_run(&self) -> u64 {
+        self.last_run.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    pub(super) fn crew(&self) -> &Arc<Crew> {
+        &self.crew
+    }
+
+    pub(super) fn grace(&self) -> Duration {
+        self.grace
+    }
+
+    pub(super) fn counted<R>(&self, run: impl FnOnce() -> R) -> R {
         self.invocations.fetch_add(1, Ordering::Relaxed);
         self.running.fetch_add(1, Ordering::Relaxed);
         let given = run();
@@ -164,8 +161,35 @@ impl WorkerRunner {
     }
 }
 
+/// What is told of a run of `job` that was over or is, and did not end well; nothing of another plugin was beside it in its
+/// process, if it `was_alone`.
+pub(super) fn failed(
+    job: &Job,
+    trouble: Trouble,
+    was_alone: bool,
+    cancel: &CancelToken,
+    deadline: Instant,
+) -> Failed {
+    let took_process = match &trouble {
+        // It did not end when it was to: that the worker had to is its own doing.
+        Trouble::Lost(ReceiveError::Late) => was_alone,
+        // Whoever cancels a run may do it at the moment when something else ends its worker.
+        Trouble::Lost(_) => was_alone && !cancel.is_cancelled(),
+        Trouble::Failed(_) | Trouble::Own(_) => false,
+    };
+    let cause = match trouble {
+        Trouble::Failed(failed) => return failed,
+        Trouble::Own(cause) => cause,
+        Trouble::Lost(_) => over(job, cancel, deadline).unwrap_or(Cause::Lost),
+    };
+    Failed {
+        took_process,
+        ..Failed::new(&job.kernel.kernel().name, Stage::Run, cause)
+    }
+}
+
 /// Whether a run would find what it found the first time, and has time for it.
-fn can_be_repeated(means: &Means) -> bool {
+pub(super) fn can_be_repeated(means: &Means) -> bool {
     let is_final = |source: &Source<dyn SharedSource>| match source {
         Source::Segment(source) => source.is_final(),
         Source::Inline(_) => true,
@@ -235,108 +259,4 @@ impl Runner for WorkerRunner {
     fn end_idle(&self, now: Instant) {
         self.crew.end_idle(now);
     }
-}
-
-/// A prepared job whose runs each go to a worker as if they were the first: what is the same for all of them.
-#[derive(Debug)]
-struct Prepared {
-    runner: Arc<WorkerRunner>,
-    job: Job,
-    owner: Owner,
-    inputs: Vec<Source<dyn SharedSource>>,
-    results: ResultSource,
-    outputs: Vec<(String, TensorSpec)>,
-}
-
-impl Prepared {
-    /// Asks the kernel what it would give.
-    ///
-    /// # Errors
-    /// [`Failed`]; also if that does not fit a frame.
-    fn new(runner: Arc<WorkerRunner>, job: Job, means: Means) -> Result<Self, Failed> {
-        let prepared = Self {
-            owner: means.owner,
-            results: means.results.clone(),
-            inputs: Source::filled(&means.inputs, Vec::new()),
-            outputs: runner.open_only(&job, means)?,
-            runner,
-            job,
-        };
-        let mut room = prepared.job.inline;
-        let bytes: Vec<_> = prepared
-            .outputs
-            .iter()
-            .map(|(_, spec)| spec.bytes().unwrap_or(u64::MAX))
-            .collect();
-        let fits = bytes
-            .iter()
-            .all(|bytes| InlineRoom::takes(&mut room, *bytes));
-        if !fits {
-            let too_large = Cause::Limit {
-                limit: Limit::Result,
-                asked: bytes
-                    .iter()
-                    .fold(0, |sum, bytes| sum.saturating_add(*bytes)),
-                most: prepared.job.limits.result_bytes,
-            };
-            return Err(prepared.failed(Stage::Open, too_large));
-        }
-        Ok(prepared)
-    }
-
-    fn failed(&self, stage: Stage, cause: Cause) -> Failed {
-        Failed::new(&self.job.kernel.kernel().name, stage, cause)
-    }
-}
-
-impl Ready for Prepared {
-    fn outputs(&self) -> Vec<(String, TensorSpec)> {
-        self.outputs.clone()
-    }
-
-    fn waiting_bytes(&self) -> u64 {
-        0
-    }
-
-    fn run(
-        &mut self,
-        brought: Vec<Brought>,
-        deadline: Instant,
-        cancel: &CancelToken,
-    ) -> Result<Done, Failed> {
-        let resized = self.job.resized(&self.inputs, &brought);
-        let means = Means {
-            owner: self.owner,
-            inputs: Source::filled(&self.inputs, brought),
-            results: self.results.clone(),
-            deadline,
-            cancel: cancel.clone(),
-        };
-        let job = resized.as_ref().unwrap_or(&self.job);
-        let done = self.runner.invoke(job, means)?;
-        let inline = |body: &OutputBody| matches!(body, OutputBody::Inline { .. });
-        match done.outputs.iter().all(|output| inline(&output.body)) {
-            true => Ok(done),
-            false => Err(self.failed(
-                Stage::Results,
-                Cause::Contract("a result is larger than `open` first announced".to_owned()),
-            )),
-        }
-    }
-
-    fn stream(
-        &mut self,
-        _batches: &mut dyn Batches,
-        _cancel: &CancelToken,
-    ) -> Result<Vec<(String, String)>, Failed> {
-        let cause = Cause::Refused {
-            refusal: Refusal::Unsupported,
-            reason: "streams do not run in worker processes yet; this host has workers.enabled"
-                .to_owned(),
-            diagnostic: Vec::new(),
-        };
-        Err(self.failed(Stage::Run, cause))
-    }
-
-    fn renew(&mut self) {}
 }

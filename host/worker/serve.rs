@@ -3,14 +3,17 @@
 //! ```text
 //! control (the main thread) ── forget, cancel              the host is gone: so is this process
 //! lane (a thread each) ──── load ──▶ Engine ──▶ plugins
+//!                      ├─── prepare, call ──▶ prepared.rs; a lane of its own for each stream
 //!                      └─── run ───▶ Engine::fill ──▶ results: need ──▶ host ──▶ granted
 //! ```
+
+mod prepared;
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -85,8 +88,8 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     let told = control.send(&Controlled::Started(told), &[]);
     let worker = begun?;
     told.map_err(|e| e.to_string())?;
-    while let Ok((message, _)) = control.receive(ASK_BYTES_MAX, 0, None) {
-        let Some(answer) = worker.obey(message) else {
+    while let Ok((message, fds)) = control.receive(ASK_BYTES_MAX, 1, None) {
+        let Some(answer) = worker.obey(message, fds) else {
             continue;
         };
         if control.send(&answer, &[]).is_err() {
@@ -98,7 +101,7 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
 
 /// What all lanes share.
 struct Worker {
-    engine: Engine,
+    engine: Arc<Engine>,
     lot: Arc<Lot>,
     plugins: Mutex<HashMap<PluginHash, Arc<Plugin>>>,
     inputs: Mutex<HashMap<u64, Arc<Source>>>,
@@ -106,6 +109,9 @@ struct Worker {
     births: HugeBirths,
     counts_taken: Mutex<u64>,
     cancels: Mutex<Cancels>,
+    prepared: prepared::All,
+    /// To the threads of streams.
+    streams: mpsc::Sender<Channel>,
     /// The host decides how much there may be; here it is only counted.
     open: Arc<Budget>,
     mappings: Arc<Budget>,
@@ -138,8 +144,9 @@ impl InputSource for Source {
 impl Worker {
     fn begin(start: Start, lanes: Vec<OwnedFd>) -> Result<Arc<Self>, String> {
         let lot = Lot::new(start.parked_mappings_max, start.parked_bytes_max);
+        let (streams, their_lanes) = mpsc::channel();
         let worker = Arc::new(Self {
-            engine: Engine::new(start.engine, Arc::clone(&lot))?,
+            engine: Arc::new(Engine::new(start.engine, Arc::clone(&lot))?),
             lot,
             plugins: Mutex::default(),
             inputs: Mutex::default(),
@@ -147,6 +154,8 @@ impl Worker {
             births: HugeBirths::new(),
             counts_taken: Mutex::default(),
             cancels: Mutex::default(),
+            prepared: prepared::All::default(),
+            streams,
             open: Budget::new("bytes open in a worker", u64::MAX),
             mappings: Budget::new("results in a worker", u64::MAX),
         });
@@ -158,10 +167,11 @@ impl Worker {
                 .spawn(move || worker.serve_lane(channel))
                 .map_err(|e| e.to_string())?;
         }
+        worker.begin_streams(start.streams, their_lanes)?;
         Ok(worker)
     }
 
-    fn obey(&self, message: Control) -> Option<Controlled> {
+    fn obey(&self, message: Control, fds: Vec<OwnedFd>) -> Option<Controlled> {
         match message {
             Control::Start(_) | Control::Compile(_) => {
                 Some(Controlled::Started(Err("it has begun".to_owned())))
@@ -176,8 +186,20 @@ impl Worker {
                 drop(forgotten);
                 Some(Controlled::Forgotten(self.counts()))
             }
+            Control::ForgetPrepared(number) => {
+                let forgotten = self.prepared.lock().remove(&number);
+                drop(forgotten);
+                Some(Controlled::Forgotten(self.counts()))
+            }
             Control::Cancel(run) => {
                 self.cancels.lock().cancel(run);
+                None
+            }
+            Control::Lane => {
+                if let Some(socket) = fds.into_iter().next().map(FrameSocket::from) {
+                    // The threads stay as long as this process.
+                    let _ = self.streams.send(Channel::limited(socket));
+                }
                 None
             }
         }
@@ -209,7 +231,25 @@ impl Worker {
                     (ended, used) = self.run(&lane, *run, fds);
                     Answer::Ended(Box::new(ended))
                 }
-                Ok((Ask::Granted(_) | Ask::Denied, _)) => continue,
+                Ok((Ask::Prepare(number, run), fds)) => {
+                    match self.prepare(&mut lane.lock(), number, *run, fds) {
+                        Ok(()) => continue,
+                        Err(_) => return,
+                    }
+                }
+                Ok((Ask::Call(call), _)) => match self.call(&mut lane.lock(), *call) {
+                    Ok(()) => continue,
+                    Err(_) => return,
+                },
+                Ok((
+                    Ask::Granted(_)
+                    | Ask::Denied
+                    | Ask::Stream(_)
+                    | Ask::Chunk(_)
+                    | Ask::GoOn(_)
+                    | Ask::Stop,
+                    _,
+                )) => continue,
                 Err(ReceiveError::Gone) => return,
                 Err(error) => {
                     tracing::error!(%error, "the host cannot be understood");
@@ -227,8 +267,11 @@ impl Worker {
     }
 
     fn load(&self, load: Load, fds: Vec<OwnedFd>) -> Result<(), LoadError> {
-        self.engine
-            .adopt(load.plugin, artifact(fds, load.bytes)?.bytes())?;
+        self.engine.adopt(
+            load.plugin,
+            artifact(fds, load.bytes)?.bytes(),
+            load.memory_only,
+        )?;
         let plugin = Plugin {
             hash: load.plugin,
             // Nobody compiles it here.
@@ -265,27 +308,33 @@ impl Worker {
             Ok((outcome, used)) => (Ok(outcome), used),
             Err(failed) => (Err(failed), None),
         };
-        let ended = Ended {
-            outcome,
-            gone,
-            totals: Totals {
-                copied_in: self.engine.copies().guest_in.get(),
-                copied_out: self.engine.copies().guest_out.get(),
-                huge_asked: self.births.asked_bytes(),
-                huge: self.births.huge_bytes(),
-            },
-            counts: self.counts(),
-        };
-        (ended, used)
+        (self.ended(outcome, gone), used)
     }
 
-    fn outcome(
+    fn totals(&self) -> Totals {
+        Totals {
+            copied_in: self.engine.copies().guest_in.get(),
+            copied_out: self.engine.copies().guest_out.get(),
+            huge_asked: self.births.asked_bytes(),
+            huge: self.births.huge_bytes(),
+        }
+    }
+
+    fn ended(&self, outcome: Result<Outcome, Failed>, gone: Vec<usize>) -> Ended {
+        Ended {
+            outcome,
+            gone,
+            totals: self.totals(),
+            counts: self.counts(),
+        }
+    }
+
+    /// The job that a run is, and what holds its inputs.
+    fn job(
         &self,
         run: Run,
         fds: Vec<OwnedFd>,
-        cancel: CancelToken,
-        granted: &Arc<Granted>,
-    ) -> Result<(Outcome, Option<Used>), Failed> {
+    ) -> Result<(Job, Vec<Supply<dyn InputSource>>), Failed> {
         let kernel = self
             .plugins
             .lock()
@@ -293,7 +342,6 @@ impl Worker {
             .and_then(|plugin| KernelRef::new(plugin, run.kernel))
             .ok_or_else(|| host_failed("the worker does not have the plugin"))?;
         let failed = |cause: Cause| Failed::new(&kernel.kernel().name, Stage::Place, cause);
-        let deadline = Instant::now() + Duration::from_micros(run.left_us);
         let mut fds = fds.into_iter();
         let (mut inputs, mut sources) = (Vec::<Input>::new(), Vec::new());
         for input in run.inputs {
@@ -312,12 +360,6 @@ impl Worker {
             });
             inputs.push(input);
         }
-        let supplies = Supplies {
-            inputs: sources,
-            results: Arc::clone(granted) as Arc<dyn Results>,
-            deadline,
-            cancel,
-        };
         let job = Job {
             kernel,
             inputs,
@@ -328,7 +370,25 @@ impl Worker {
             deadline_ms: run.deadline_ms,
             request_id: Arc::from(run.request_id),
         };
-        if run.open_only {
+        Ok((job, sources))
+    }
+
+    fn outcome(
+        &self,
+        run: Run,
+        fds: Vec<OwnedFd>,
+        cancel: CancelToken,
+        granted: &Arc<Granted>,
+    ) -> Result<(Outcome, Option<Used>), Failed> {
+        let (deadline, open_only) = (deadline(run.left_us), run.open_only);
+        let (job, inputs) = self.job(run, fds)?;
+        let supplies = Supplies {
+            inputs,
+            results: Arc::clone(granted) as Arc<dyn Results>,
+            deadline,
+            cancel,
+        };
+        if open_only {
             let specs = self.engine.specs(&job, &supplies)?;
             return Ok((Outcome::Specs(specs), None));
         }
@@ -514,6 +574,10 @@ fn artifact(fds: Vec<OwnedFd>, bytes: u64) -> Result<ReadMapping, LoadError> {
     let fd = fd.ok_or_else(|| misfit("its descriptor is missing".to_owned()))?;
     let bytes = usize::try_from(bytes).map_err(|e| misfit(e.to_string()))?;
     ReadMapping::new(fd, bytes).map_err(|e| misfit(e.to_string()))
+}
+
+fn deadline(left_us: u64) -> Instant {
+    Instant::now() + Duration::from_micros(left_us)
 }
 
 /// The host knows of which kernel.

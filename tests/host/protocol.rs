@@ -461,15 +461,7 @@ fn floats() -> OwnedFd {
 /// Plays all of it; answers the ops that occurred.
 fn replay(document: &str) -> Result<HashSet<String>, String> {
     let mut replay = Replay::new();
-    let mut streams = false;
     for block in blocks(document) {
-        let of_a_socket = ["+socket", "on that socket"];
-        streams = block.body().contains("\"stream\":true")
-            || (streams && of_a_socket.iter().any(|words| block.info.ends_with(words)));
-        if streams && replay.host.has_workers() {
-            // That stands in the document, too.
-            continue;
-        }
         replay.play(&block)?;
     }
     replay.host.ended();

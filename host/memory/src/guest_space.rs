@@ -3,14 +3,14 @@
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Weak};
 
 use parking_lot::{Mutex, MutexGuard};
 
-use crate::memfd::create_memfd;
+use rustix::fs::MemfdFlags;
+
 use crate::pages::{Cover, FileAccess, Reservation};
-use crate::{HUGE_USIZE, PAGE_USIZE, ParkError, Seals};
+use crate::{HUGE_USIZE, PAGE_USIZE, ParkError, SCRAP_BYTES};
 
 /// Address space for one guest memory: [reserved](GuestSpaces::take) as a whole, made
 /// accessible from the front as the guest grows, and covered with nothing when it ends.
@@ -90,22 +90,32 @@ impl GuestSpace {
     pub fn keep(&self, bytes: usize) -> Result<(), ParkError> {
         let state = self.lock();
         self.check_own(&state, bytes)?;
-        let system = || ParkError::system("keeping a guest memory", bytes);
-        let kept = std::fs::File::from(create_memfd().map_err(|e| system()(e.into()))?);
-        kept.set_len(bytes as u64).map_err(system())?;
+        // In pieces: a process that runs kernels for a host may have no larger file (its limit is that of scrap memory).
+        (0..bytes).step_by(SCRAP_BYTES).try_for_each(|from| {
+            let piece = from..bytes.min(from + SCRAP_BYTES);
+            let kept = self.keep_piece(piece);
+            kept.map_err(ParkError::system("keeping a guest memory", bytes))
+        })
+    }
+
+    /// Lays what is at `piece` over itself, as pages of a file that nobody else has: what is written there from now on goes to
+    /// copies of them.
+    fn keep_piece(&self, piece: Range<usize>) -> io::Result<()> {
+        let file = rustix::fs::memfd_create(c"strait-kept", MemfdFlags::CLOEXEC)?;
+        rustix::fs::ftruncate(&file, piece.len() as u64)?;
+        let kept = Reservation::of_file(file.as_fd(), piece.len(), FileAccess::SharedReadWrite)?;
         let mut page = [0; PAGE_USIZE];
-        for offset in (0..bytes).step_by(PAGE_USIZE) {
-            // SAFETY: `check_own` found all of it accessible, which it stays while the lock is held; these are pages of no
-            // file that could shrink.
-            unsafe { self.reservation().copy_out(offset, &mut page) };
+        for at in (0..piece.len()).step_by(PAGE_USIZE) {
+            // SAFETY: the caller has found all of it accessible and holds the lock; these are pages of no file that could
+            // shrink.
+            unsafe { self.reservation().copy_out(piece.start + at, &mut page) };
             if page.iter().any(|byte| *byte != 0) {
-                kept.write_all_at(&page, offset as u64).map_err(system())?;
+                // SAFETY: mapped writable just now; nobody else has the file, nor this mapping of it.
+                unsafe { kept.copy_in(at, &page) };
             }
         }
-        rustix::fs::fcntl_add_seals(&kept, Seals::SEALED.0).map_err(|e| system()(e.into()))?;
         self.reservation()
-            .map_file(0..bytes, kept.as_fd(), 0, FileAccess::PrivateReadWrite)
-            .map_err(system())
+            .map_file(piece, file.as_fd(), 0, FileAccess::PrivateReadWrite)
     }
 
     /// The first `bytes` are again what they were when they were [kept](Self::keep), and `zeroed` (offsets) is zero.
@@ -349,8 +359,9 @@ mod tests {
 
     #[test]
     fn what_was_kept_comes_back_whatever_was_written() {
-        let (_spaces, space) = space(4 * MIB);
-        let kept = 2 * MIB;
+        let (_spaces, space) = space(5 * MIB);
+        // Two pieces of it.
+        let kept = 3 * MIB;
         write(&space, 8, b"kept");
         write(&space, kept - 4, b"last");
         space.keep(kept).expect("memory");

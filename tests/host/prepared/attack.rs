@@ -100,9 +100,6 @@ fn stream_of(kernel: &str, most: u64) -> Value {
 fn a_stream_after_the_first_has_the_time_for_open_that_the_first_had() {
     // Its globals cannot be taken back: each stream has another instance.
     let host = Served::with_plugin(&guest::component("slow", OPENS_SLOWLY), &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let prepared = Prepared::by(&mut client, stream_of("slow/k", 4));
     for _ in 0..2 {
@@ -126,9 +123,6 @@ const FLOODS: &str = "
 #[test]
 fn rows_without_end_end_at_the_deadline_however_slowly_they_are_read() {
     let host = Served::with_plugin(&guest::component_without_globals("floods", FLOODS), &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let mut request = stream_of("floods/k", 4000);
     request["deadline_ms"] = json!(50);
@@ -176,9 +170,6 @@ const GROWN: u64 = 64 << 20;
 fn memory_that_a_stream_keeps_between_chunks_is_its_principals() {
     let plugin = guest::component_without_globals("grows", GROWS);
     let host = Served::with_plugin(&plugin, &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let prepared = Prepared::by(&mut client, stream_of("grows/k", 4));
     let charged = || number(&host.greeted().ok(Op::Stats, json!({})), "/account/bytes");
@@ -220,9 +211,6 @@ fn memory_that_a_guest_has_from_bind_on_is_its_principals() {
     let plugin = guest::component_without_globals("binds", GROWS_IN_BIND);
     let request = || json!({"kernel": "binds/k", "inputs": {"x": brought(4)}});
     let host = Served::with_plugin(&plugin, &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let prepared = Prepared::by(&mut client, request());
     let charged = number(&client.ok(Op::Stats, json!({})), "/account/bytes");
@@ -262,9 +250,6 @@ fn handles_of_a_plugins_own_resources_do_not_outlive_a_call() {
 #[test]
 fn rows_without_bytes_are_counted_as_far_as_anybody_can_count() {
     let host = Served::start(&[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let rows = u64::MAX / 2;
     for (shape, kernel) in [
@@ -368,9 +353,6 @@ fn a_host_ends_whatever_its_prepared_kernels_do() {
             ("STRAIT__ENGINE__WORKERS", workers),
         ];
         let host = Served::with_plugins(&plugins, &settings);
-        if host.has_workers() {
-            return;
-        }
         let mut client = host.greeted();
         // One stream waits for its next chunk, and the answers of another are not read.
         let waits = Prepared::by(&mut client, stream_of("grows/k", 4));

@@ -29,8 +29,7 @@ fn it_ends_with_its_socket_or_its_connection_or_its_client() {
     let prepared = Prepared::by(&mut client, request());
     let stats = watcher.ok(Op::Stats, json!({}));
     assert_eq!(number(&stats, "/account/connections"), 3, "{stats}");
-    let memory = if host.has_workers() { 1 } else { 131_072 };
-    assert!(number(&stats, "/account/bytes") >= memory, "{stats}");
+    assert!(number(&stats, "/account/bytes") >= 131_072, "{stats}");
     drop(prepared);
     host.eventually(&mut watcher, "it has ended", |stats| {
         number(stats, "/account/connections") == 2 && number(stats, "/account/bytes") == 0
@@ -188,9 +187,6 @@ fn prepared_kernels_count_as_connections_and_their_memory_as_bytes() {
     host.eventually(&mut client, "they have ended", |stats| {
         number(stats, "/account/bytes") == 0
     });
-    if host.has_workers() {
-        return;
-    }
     let quota = (2 * each).to_string();
     let host = Served::with(&[], &[("STRAIT__QUOTA__BYTES", &quota)]);
     let mut client = host.greeted();

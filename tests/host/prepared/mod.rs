@@ -3,6 +3,7 @@
 mod attack;
 mod channel;
 mod life;
+mod lost;
 mod memory;
 mod stream;
 

@@ -115,9 +115,6 @@ fn signal(random: &mut Random, count: u64) -> Vec<f64> {
 #[test]
 fn however_the_rows_are_cut_the_result_is_that_of_one_invocation() {
     let host = Served::start(&[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let taps = client.create(7);
     taps.fill(&ramp(7));
@@ -218,14 +215,6 @@ fn whole_flat(client: &mut Raw, kernel: &str, parameters: &Value, x: &[f64]) -> 
 fn what_does_not_stream_is_refused_by_name() {
     let host = Served::start(&[]);
     let mut client = host.greeted();
-    if host.has_workers() {
-        let request = json!({"kernel": "cumsum", "stream": true,
-            "inputs": {"x": {"dtype": "float64", "shape": [4, 2]}}});
-        let refused = client.ask(Op::Prepare, request);
-        let message = refused.refused("INVALID_ARGUMENT", "UNSUPPORTED");
-        assert!(message.contains("workers.enabled"), "{message}");
-        return;
-    }
     let taps = client.create(3);
     taps.fill(&ramp(3));
     client.ok(
@@ -308,9 +297,6 @@ const NONE: [f64; 0] = [];
 #[test]
 fn rows_that_are_not_consumed_wait_for_more() {
     let host = Served::with_plugin(&gathers(), &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let prepared = stream_of(&mut client, 4, 10_000);
     let send = |last, x: &[f64]| {
@@ -351,9 +337,6 @@ fn rows_that_are_not_consumed_wait_for_more() {
 #[test]
 fn an_error_says_which_chunk_and_ends_the_stream() {
     let host = Served::with_plugin(&gathers(), &[]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let mut watcher = host.greeted();
     let before = Holdings::of(&host.eventually(&mut watcher, "at rest", |_| true));
@@ -452,9 +435,6 @@ fn an_error_says_which_chunk_and_ends_the_stream() {
 #[test]
 fn a_stream_has_no_turn_while_it_waits() {
     let host = Served::with_plugin(&gathers(), &[("STRAIT__ENGINE__WORKERS", "1")]);
-    if host.has_workers() {
-        return;
-    }
     let mut client = host.greeted();
     let streams = [(); 3].map(|()| stream_of(&mut client, 4, 60_000));
     let mut counts = [0.0; 3];
@@ -503,9 +483,6 @@ fn a_stream_has_no_turn_while_it_waits() {
 #[test]
 fn the_rust_client_streams() {
     let host = Served::with_plugin(&gathers(), &[]);
-    if host.has_workers() {
-        return;
-    }
     let client = strait_client::Client::connect_to(&host.directory()).unwrap();
     let spec = |rows| TensorSpec {
         dtype: Dtype::Float64,
