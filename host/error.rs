@@ -159,7 +159,7 @@ impl From<MemoryError> for Status {
             MemoryError::SealsLocked { .. } | MemoryError::Leased { .. } => {
                 Self::new(Code::InvalidArgument, Reason::BadSegment, message)
             }
-            MemoryError::StillWritable { .. } => {
+            MemoryError::StillWritable { .. } | MemoryError::KeptWritable { .. } => {
                 Self::new(Code::FailedPrecondition, Reason::StillWritable, message)
             }
             _ => Self::new(Code::Internal, Reason::Host, message),

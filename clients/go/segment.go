@@ -23,8 +23,8 @@ type Mapping struct {
 	Generation uint64 `json:"generation"`
 	// Bytes is the segment's length.
 	Bytes int64 `json:"bytes"`
-	// Writers says who can still write: "none"; "host" the host, which does not while anyone holds
-	// a lease; "creator" the client that made it; "anyone" whoever has the descriptor.
+	// Writers says who can still write: "none"; "host" the host, or "worker" the process of the host that ran the kernel,
+	// neither of which does while anyone holds a lease; "creator" the client that made it; "anyone" whoever has the descriptor.
 	Writers string  `json:"writers"`
 	Tensors []Place `json:"tensors"`
 }
@@ -49,6 +49,7 @@ type Place struct {
 const (
 	writersNone    = "none"
 	writersHost    = "host"
+	writersWorker  = "worker"
 	writersCreator = "creator"
 	writersAnyone  = "anyone"
 	// Tensors start on page boundaries, in a payload on multiples of this. It is enough for every element type.
@@ -111,7 +112,7 @@ func (c *conn) open(reply *mappedReply, fd int, write bool) ([]*Tensor, error) {
 	c.hold(reply.Lease, duration(reply.ExpiresMS))
 	s := &segment{conn: c, lease: reply.Lease, mapping: reply.Mapping, fd: -1}
 	err := s.mapping.check()
-	if err == nil && !write && s.mapping.Writers != writersNone && s.mapping.Writers != writersHost {
+	if err == nil && !write && !slices.Contains([]string{writersNone, writersHost, writersWorker}, s.mapping.Writers) {
 		err = fmt.Errorf("strait: segment %s can still be written to (writers: %q); it must be published first",
 			s.mapping.Segment, s.mapping.Writers)
 	}

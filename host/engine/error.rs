@@ -200,12 +200,6 @@ impl Failed {
     pub fn new(kernel: &str, stage: Stage, cause: impl Into<Cause>) -> Self {
         stage.broke(cause).of(kernel)
     }
-
-    /// A result of `kernel` could not be sealed.
-    #[must_use]
-    pub fn unsealed(kernel: &str, error: MemoryError) -> Self {
-        Stage::Publish.broke(error).of(kernel)
-    }
 }
 
 impl std::error::Error for Failed {}

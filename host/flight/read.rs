@@ -5,7 +5,7 @@
 //! several:     pages ── rows of each, side by side ─▶ body ──▶ gRPC's buffer ─▶ gathered ─▶ socket
 //! ```
 //! Each arrow but the last is a counted copy; whoever takes long frames gets them ungathered. The pages are mapped read-only for as long as the
-//! stream lives; nobody writes them, since the segment is sealed or a result that is held.
+//! stream lives; nobody writes them, since the segment is sealed or a result of this process that is held.
 //! Bodies are as the IPC format has them: each column's rows on a multiple of 64 bytes. A message
 //! is made when the connection asks for it: at most 512 KiB, some 50 us (a longer row takes longer).
 

@@ -22,6 +22,7 @@ use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
 use super::{action, exchange, read, upload};
 use crate::error::{Code, Reason, Status};
+use crate::lease::LiveSegment;
 use crate::session::{self, Answer, Caller, Host, StreamPermit};
 
 /// How long a stream waits for a place.
@@ -118,9 +119,20 @@ impl Service {
             }
             Source::Segment(id) => (call.caller.undelivered(id)?, None),
         };
+        let segment = settled(segment).await?;
         let rows = wanted.rows_of(&segment)?;
         read::stream(&self.host, segment, rows, (place, reading), call.clone())
     }
+}
+
+/// A segment whose bytes can be read where they lie: a worker process that filled it lets go first.
+async fn settled(segment: Arc<LiveSegment>) -> Result<Arc<LiveSegment>, Status> {
+    if segment.is_settled() {
+        return Ok(segment);
+    }
+    let seal = move || segment.seal().map(|()| segment);
+    let sealed = tokio::task::spawn_blocking(seal).await;
+    Ok(sealed.map_err(|error| host_bug("sealing a result", error))??)
 }
 
 /// A place among the principal's streams. tonic's own limits end with the response's head, so each

@@ -98,7 +98,7 @@ pub enum Body {
     Client(Segment<Lent<Client>>),
     /// Nobody can write.
     Sealed(Segment<Sealed>),
-    /// A result of the pool: only the host can write, and does not.
+    /// A result of the pool: only the host can write, or the worker process that filled it, and neither does.
     Result(PoolSegment),
     /// A failed change of state lost it.
     Lost,
@@ -115,6 +115,11 @@ pub enum SealError {
         "the client changed the host's own bytes of segment {0} (header or footer); write the tensors only"
     )]
     Tampered(SegmentId),
+    /// The same of a result: whatever ran in the worker process has taken it over.
+    #[error(
+        "the worker process that filled segment {0} changed the host's own bytes of it (header or footer), which no plugin can do by right; do not trust its tensors"
+    )]
+    TamperedResult(SegmentId),
     /// An earlier failure lost it.
     #[error("segment {0} was lost in an earlier failure; create a new one")]
     Lost(SegmentId),
@@ -131,14 +136,17 @@ pub struct LiveSegment {
     capacity: u64,
     tensors: Vec<TensorPlace>,
     framing: Option<Framing>,
+    is_result: bool,
     lot: Arc<Lot>,
     // Locked for seal, park and chunk copies; never while a kernel runs.
     body: Mutex<Body>,
+    // Locked, before `body`, while a result is being sealed.
+    sealing: Mutex<()>,
 }
 
 impl LiveSegment {
-    /// A segment of `owner` with `tensors` in its first `bytes` bytes. `framing` is what the host
-    /// wrote around them, where a client could have overwritten it.
+    /// A segment of `owner` with `tensors` in its first `bytes` bytes. `framing` is what belongs
+    /// around them, where others than the host could have written something else.
     ///
     /// # Errors
     /// If Linux gives no random bytes for the id.
@@ -166,8 +174,10 @@ impl LiveSegment {
             capacity,
             tensors,
             framing,
+            is_result: matches!(body, Body::Result(_)),
             lot: Arc::clone(lot),
             body: Mutex::new(body),
+            sealing: Mutex::default(),
         }))
     }
 
@@ -220,12 +230,32 @@ impl LiveSegment {
         }
     }
 
-    /// Ends all writing, for a segment that a client filled. Sealed ones and results stay as they are.
+    /// Whether nobody but the host can write.
+    pub fn is_settled(&self) -> bool {
+        match &*self.body() {
+            Body::Sealed(_) => true,
+            Body::Result(result) => !result.is_filled_elsewhere(),
+            Body::Open(_) | Body::Client(_) | Body::Lost => false,
+        }
+    }
+
+    /// Ends all writing but the host's own. It waits for a worker process, where one filled it: not for a thread that
+    /// serves others. Sealed ones stay as they are, and results that this process filled.
     ///
     /// # Errors
-    /// [`SealError::Memory`] with `StillWritable` if the client still maps it writable: nothing
-    /// changed. [`SealError::Tampered`]: it is sealed and cannot be published; its tensors can still be used.
+    /// [`SealError::Memory`] with `StillWritable` if the client still maps it writable, with `KeptWritable` if a worker
+    /// does: nothing changed. [`SealError::Tampered`], [`SealError::TamperedResult`]: it is sealed and cannot be
+    /// published; its tensors can still be used.
     pub fn seal(&self) -> Result<(), SealError> {
+        let _sealing = self.sealing.lock();
+        let ending = match &mut *self.body() {
+            Body::Result(result) => result.ending(),
+            _ => None,
+        };
+        // Whoever only wants to know of the segment does not wait for this.
+        if let Some(ending) = ending {
+            ending.end()?;
+        }
         let mut body = self.body();
         let (after, error) = match std::mem::replace(&mut *body, Body::Lost) {
             Body::Open(open) => match open.seal() {
@@ -236,6 +266,12 @@ impl LiveSegment {
                 Ok(sealed) => (Body::Sealed(sealed), None),
                 Err(refused) => (Body::Client(refused.segment), Some(refused.error)),
             },
+            Body::Result(result) if result.is_sealable() || result.is_filled_elsewhere() => {
+                match result.seal() {
+                    Ok(sealed) => (Body::Sealed(sealed), None),
+                    Err(refused) => (Body::Result(refused.segment), Some(refused.error)),
+                }
+            }
             Body::Lost => return Err(SealError::Lost(self.id)),
             other => (other, None),
         };
@@ -245,7 +281,10 @@ impl LiveSegment {
         }
         match (&*body, &self.framing) {
             (Body::Sealed(sealed), Some(framing)) if !framing.is_in(sealed)? => {
-                Err(SealError::Tampered(self.id))
+                Err(match self.is_result {
+                    true => SealError::TamperedResult(self.id),
+                    false => SealError::Tampered(self.id),
+                })
             }
             _ => Ok(()),
         }

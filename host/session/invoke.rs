@@ -12,9 +12,9 @@ use super::idempotency::{Fingerprint, Turn};
 use super::prepare::{Checked, Deadline, Framed};
 use super::run::{Call, Given, Run};
 use super::{Host, check_id};
-use crate::engine::{Done, Failed, Output, OutputBody, Used};
+use crate::engine::{Done, Output, OutputBody, Used};
 use crate::error::{Code, Reason, Status};
-use crate::lease::Body;
+use crate::lease::{Body, Framing};
 
 /// What is to become of results.
 struct After {
@@ -310,15 +310,21 @@ impl Caller {
                     ResultBody::Inline(spec, Arc::new(InlineBytes::new(bytes, charge)))
                 }
                 OutputBody::Segment { layout, segment } => {
-                    let body = match after.seal {
-                        true => Body::Sealed(
-                            segment
-                                .seal()
-                                .map_err(|refused| Failed::unsealed(kernel, refused.error))?,
-                        ),
-                        false => Body::Result(segment),
-                    };
-                    ResultBody::Segment(self.live(body, layout.bytes, layout.tensors, None)?)
+                    let framing = segment
+                        .is_filled_elsewhere()
+                        .then(|| Framing::from(&layout));
+                    let body = Body::Result(segment);
+                    let live = self.live(body, layout.bytes, layout.tensors, framing)?;
+                    if after.seal {
+                        live.seal().map_err(|error| {
+                            let status = Status::from(error);
+                            let why = &status.message;
+                            let message =
+                                format!("a result of kernel `{kernel}` was not sealed: {why}");
+                            Status { message, ..status }
+                        })?;
+                    }
+                    ResultBody::Segment(live)
                 }
             };
             results.push(InvokedResult {

@@ -24,6 +24,7 @@ impl Host {
             Body::Open(_) | Body::Lost => wire::Writers::Anyone,
             Body::Client(_) => wire::Writers::Creator,
             Body::Sealed(_) => wire::Writers::None,
+            Body::Result(result) if result.is_filled_elsewhere() => wire::Writers::Worker,
             Body::Result(_) => wire::Writers::Host,
         };
         self.mapping_of(segment.id(), segment.bytes(), writers, segment.tensors())

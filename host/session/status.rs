@@ -29,6 +29,9 @@ impl From<SealError> for Status {
             SealError::Tampered(_) => {
                 Self::new(Code::InvalidArgument, Reason::BadSegment, error.to_string())
             }
+            SealError::TamperedResult(_) => {
+                Self::new(Code::Internal, Reason::BadAnswer, error.to_string())
+            }
             SealError::Lost(_) => Self::new(Code::Internal, Reason::Host, error.to_string()),
         }
     }

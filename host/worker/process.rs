@@ -119,6 +119,13 @@ impl Burial {
         *self.is_over.lock() = true;
         self.changed.notify_all();
     }
+
+    /// Returns when it is over, or takes too long.
+    fn wait(&self) {
+        let until = Instant::now() + CONTROL_MAX;
+        let mut is_over = self.is_over.lock();
+        while !*is_over && !self.changed.wait_until(&mut is_over, until).timed_out() {}
+    }
 }
 
 impl Process {
@@ -322,15 +329,7 @@ impl Process {
     /// [Kills](Self::kill) it and waits until it has nothing mapped any more: what it was given is free then.
     pub(super) fn bury(&self, why: &str) {
         self.kill(why);
-        let until = Instant::now() + CONTROL_MAX;
-        let mut is_over = self.burial.is_over.lock();
-        while !*is_over
-            && !self
-                .burial
-                .changed
-                .wait_until(&mut is_over, until)
-                .timed_out()
-        {}
+        self.burial.wait();
     }
 
     /// A run of `plugin` begins there.
@@ -509,6 +508,7 @@ pub(super) struct Mapped {
     number: u64,
     // Results outlive workers, whose sockets need not.
     process: Weak<Process>,
+    burial: Arc<Burial>,
     segment: u64,
 }
 
@@ -517,6 +517,7 @@ impl Mapped {
         Self {
             number: process.number,
             process: Arc::downgrade(process),
+            burial: Arc::clone(&process.burial),
             segment,
         }
     }
@@ -531,6 +532,14 @@ impl Filler for Mapped {
         self.process
             .upgrade()
             .is_some_and(|process| !process.is_gone())
+    }
+
+    fn let_go(self: Box<Self>) {
+        let (process, burial) = (Weak::clone(&self.process), Arc::clone(&self.burial));
+        drop(self);
+        if process.upgrade().is_none_or(|process| process.is_gone()) {
+            burial.wait();
+        }
     }
 }
 

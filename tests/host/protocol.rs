@@ -263,7 +263,13 @@ impl Replay {
             path.to_str().unwrap().to_owned()
         });
         let host = Served::start(&["--plugin", &plugins[0], "--plugin", &plugins[1]]);
+        let (filler, published) = match std::env::var_os("STRAIT_TEST_WORKERS") {
+            Some(_) => ("worker", "none"),
+            None => ("host", "host"),
+        };
         let known = [
+            ("filler", filler.to_owned()),
+            ("published", published.to_owned()),
             ("directory", host.directory().display().to_string()),
             ("uid", rustix::process::geteuid().as_raw().to_string()),
             ("version", env!("CARGO_PKG_VERSION").to_owned()),

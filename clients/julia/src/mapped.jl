@@ -48,7 +48,7 @@ end
 
 "Linux has to vouch for what the host says of a segment."
 function check_seals(fd::Cint, mapping::Mapping, writable::Bool)
-    writable || mapping.writers in ("none", "host") || throw(MappingError(
+    writable || mapping.writers in ("none", "host", "worker") || throw(MappingError(
         "segment $(mapping.segment) can still be written to (writers: $(mapping.writers)); it has to be published first"))
     seals = file_seals(fd)
     # Without SHRINK a shorter file would turn reads into SIGBUS.

@@ -190,7 +190,7 @@ end
 struct Mapping
     segment::String
     bytes::Int
-    writers::String                    # who can still write: none, host, creator or anyone
+    writers::String                    # who can still write: none, host, worker, creator or anyone
     places::Vector{Place}
 end
 

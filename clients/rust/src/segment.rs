@@ -348,7 +348,7 @@ impl MappedSegment {
         check(&mapping)?;
         let pages = match mapping.writers {
             Writers::None => ReadMapping::new(&fd, length(&mapping)?)?,
-            Writers::Host => ReadMapping::of_result(&fd, length(&mapping)?)?,
+            Writers::Host | Writers::Worker => ReadMapping::of_result(&fd, length(&mapping)?)?,
             writers @ (Writers::Creator | Writers::Anyone) => {
                 return Err(Error::StillWritten {
                     segment: mapping.segment,

@@ -42,6 +42,15 @@ pub enum MemoryError {
         /// Which segment.
         inode: Inode,
     },
+    /// Sealing was refused because another process that was to let go of it did not, or somebody keeps its pages
+    /// from being moved.
+    #[error(
+        "segment {inode} can still be written by the worker process that filled it, so its bytes are not final; run the kernel again, or copy them into a segment of your own"
+    )]
+    KeptWritable {
+        /// Which segment.
+        inode: Inode,
+    },
     /// Its creator forbade further seals, or gave a descriptor that cannot seal.
     #[error(
         "segment {inode} takes no further seals (it has {seals}); seal it with F_SEAL_WRITE before handing it over"

@@ -9,9 +9,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use rustix::fs::OFlags;
 
-use crate::memfd::{create_memfd, reopen};
+use crate::memfd::{create_memfd, to_keep};
 use crate::pages::{FileAccess, Reservation};
 use crate::segment::{read_all, write_all};
 use crate::segment_charge::SegmentCharge;
@@ -46,8 +45,7 @@ impl Growing {
         let charge = budget.try_reserve(0)?;
         let failed = |source| MemoryError::system("memfd_create", 0, source);
         let fd = create_memfd().map_err(failed)?;
-        // As for a segment: only this description is among those that Linux counts as open, see `held.rs`.
-        let fd = reopen(fd.as_fd(), OFlags::RDWR).map_err(failed)?;
+        let fd = to_keep(fd.as_fd()).map_err(failed)?;
         Ok(Self(Arc::new(File {
             fd: Arc::new(fd),
             charge: Mutex::new(charge),

@@ -72,7 +72,7 @@ pub use lot::{Lot, LotStats};
 pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
 pub use memfd::unreadable_program;
 pub use moving::{Access, FaultRange, MoveRefused, Parked, Poisoned, Window};
-pub use pool::{Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
+pub use pool::{Ending, Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
 pub use result_pages::ResultPages;
 pub use scrap::{SCRAP_BYTES, Scrap};
 pub use seals::Seals;

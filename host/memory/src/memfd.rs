@@ -27,7 +27,7 @@ pub(crate) fn reopen_readonly(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd>
 }
 
 /// A file description of our own with that `access`.
-pub(crate) fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> rustix::io::Result<OwnedFd> {
+fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> rustix::io::Result<OwnedFd> {
     let fd = rustix::fs::open(
         format!("/proc/self/fd/{}", fd.as_raw_fd()),
         access | OFlags::CLOEXEC | OFlags::NONBLOCK,
@@ -36,6 +36,15 @@ pub(crate) fn reopen(fd: BorrowedFd<'_>, access: OFlags) -> rustix::io::Result<O
     // Whoever gets it may take the flag for that of a socket.
     rustix::fs::fcntl_setfl(&fd, OFlags::empty())?;
     Ok(fd)
+}
+
+/// The description to keep of a memfd that the host made, which can write. The one that `memfd_create` gives is not
+/// among those that Linux counts as open, see `held.rs`. Whoever is given one that reads cannot open it for writing, unless the
+/// memfd is its own user's, or root's.
+pub(crate) fn to_keep(fd: BorrowedFd<'_>) -> rustix::io::Result<OwnedFd> {
+    let kept = reopen(fd, OFlags::RDWR)?;
+    rustix::fs::fchmod(&kept, Mode::RUSR | Mode::RGRP | Mode::ROTH)?;
+    Ok(kept)
 }
 
 /// A copy of `program`, from where it is read next, that nobody can change and that can be run but not read: Linux makes no process

@@ -8,6 +8,9 @@
 //! Results that a caller wants sealed for good are made without those seals, and are
 //! sealed with `F_SEAL_WRITE` when they are complete. They are never recycled.
 //!
+//! Those that another process fills it maps, and this one does not. They take one seal more (no `SEAL`): before
+//! anybody else is to see one, that process unmaps it, and it is sealed, too ([`Ending`]).
+//!
 //! The body of a large result is [born in huge pages](HugeBirths).
 //!
 //! # Size classes
@@ -29,7 +32,7 @@ use crate::{
     Budget, BudgetExceeded, Charge, GUEST_PAGE, HugeBirths, MemoryError, Open, ParkError, Segment,
 };
 
-pub use segment::{Filler, PoolSegment};
+pub use segment::{Ending, Filler, PoolSegment};
 
 use segment::{Counted, Held, Warm, Writer};
 
@@ -145,7 +148,7 @@ impl ResultPool {
             Some(key) => Held::Unlent(segment, key),
             None => Held::Sealable(segment),
         };
-        Ok(PoolSegment::new(self, held, None, counted))
+        Ok(PoolSegment::elsewhere(self, held, counted))
     }
 
     /// What [`Self::take_for`] gives if it need not make a segment.

@@ -8,10 +8,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use rustix::fs::{OFlags, SealFlags};
+use rustix::fs::SealFlags;
 
 use crate::backing::{Backing, Descriptor, Life, Maker};
-use crate::memfd::{create_memfd, inode_of, reopen, reopen_readonly};
+use crate::memfd::{create_memfd, inode_of, reopen_readonly, to_keep};
 use crate::pages::{FileAccess, Reservation, map_for_reading};
 use crate::segment_charge::SegmentCharge;
 use crate::{
@@ -113,8 +113,8 @@ impl<K> Segment<K> {
             .map_err(|source| MemoryError::system("F_GET_SEALS", self.bytes(), source))
     }
 
-    /// A descriptor that reads only, to be sent to others. It cannot add seals. (Its
-    /// receiver can reopen it for writing where no seal forbids that.) Once writing has ended it
+    /// A descriptor that reads only, to be sent to others. It cannot add seals. (A receiver of the host's own
+    /// user can make it one that does, and can write where no seal forbids that.) Once writing has ended it
     /// is the segment's own, at no cost; before that it is opened anew.
     ///
     /// # Errors
@@ -261,8 +261,7 @@ impl Segment<Open> {
         rustix::fs::ftruncate(&fd, bytes)
             .map_err(|source| MemoryError::system("ftruncate", bytes, source))?;
         fix_length(fd.as_fd(), bytes)?;
-        // The description that `memfd_create` gave is not among those that Linux counts as open, see `held.rs`.
-        let fd = reopen(fd.as_fd(), OFlags::RDWR)
+        let fd = to_keep(fd.as_fd())
             .map_err(|source| MemoryError::system("opening a new memfd", bytes, source))?;
         let inode =
             inode_of(fd.as_fd()).map_err(|source| MemoryError::system("fstat", bytes, source))?;
@@ -337,6 +336,12 @@ impl Segment<Open> {
     pub(crate) fn lend_to_host(self) -> Result<Segment<Lent<Host>>, Refused<Self>> {
         self.with_last_seals(Seals::LENT_FOR_GOOD)
     }
+
+    /// Ends writing for everybody but the process of the host that has it mapped writable already. That, too, can be
+    /// ended: a segment that others are to see is [sealed](Segment::seal).
+    pub(crate) fn lend_to_filler(self) -> Result<Segment<Lent<Host>>, Refused<Self>> {
+        self.with_seals(Seals::LENT)
+    }
 }
 
 impl Segment<Lent<Host>> {
@@ -346,6 +351,20 @@ impl Segment<Lent<Host>> {
     /// [`MemoryError::Budget`]; [`MemoryError::System`], also if it has another size.
     pub fn received(fd: OwnedFd, bytes: u64, counted: &Arc<Budget>) -> Result<Self, MemoryError> {
         Self::of_host(fd, bytes, counted)
+    }
+
+    /// What seals it.
+    pub(crate) fn sealer(&self) -> Arc<OwnedFd> {
+        Arc::clone(self.life.fd.get())
+    }
+
+    /// Ends all writing, for everybody.
+    ///
+    /// # Errors
+    /// [`MemoryError::StillWritable`] while another process has it mapped writable, [`MemoryError::SealsLocked`] if it
+    /// is this process that writes; the segment comes back.
+    pub(crate) fn seal(self) -> Result<Segment<Sealed>, Refused<Self>> {
+        self.with_last_seals(Seals::SEALED)
     }
 }
 

@@ -2,14 +2,17 @@
 
 mod common;
 
-use std::os::fd::OwnedFd;
+use std::fs::{OpenOptions, Permissions, metadata, set_permissions};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use common::{MIB, budget, guest, key, peek, poke, shared_mapping, window};
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use strait_memory::{
     Access, Budget, Copied, Filler, GUEST_PAGE, Host, HugeBirths, Lent, Lot, MemoryError,
-    ResultPages, ResultPool, Scrap, Segment,
+    PoolSegment, ResultPages, ResultPool, Scrap, Segment,
 };
 
 #[test]
@@ -287,6 +290,8 @@ impl Filler for Elsewhere {
     fn is_there(&self) -> bool {
         true
     }
+
+    fn let_go(self: Box<Self>) {}
 }
 
 impl Drop for Elsewhere {
@@ -332,8 +337,8 @@ fn another_process_fills_a_result_and_then_nobody_else_can() {
     result.read_at(3, &mut read, &copied).expect("within");
     assert_eq!(&read, b"again");
     let seals = rustix::fs::fcntl_get_seals(result.readonly_fd().expect("lent")).expect("a memfd");
-    let lent = rustix::fs::SealFlags::FUTURE_WRITE | rustix::fs::SealFlags::SEAL;
-    assert!(seals.contains(lent), "{seals:?}");
+    let (lent, locked) = (SealFlags::FUTURE_WRITE, SealFlags::SEAL);
+    assert!(seals.contains(lent) && !seals.contains(locked), "{seals:?}");
     assert!(
         result
             .lend_to(Box::new(Elsewhere(7, Arc::clone(&let_go))))
@@ -348,7 +353,7 @@ fn another_process_fills_a_result_and_then_nobody_else_can() {
     for other in [take(8, Some(key(1))), take(7, Some(key(2))), take(7, None)] {
         assert!(other.inode() != inode && other.new_fd().is_some());
     }
-    let here = pool.take(MIB, key(1), pool.budget()).expect("fits");
+    let mut here = pool.take(MIB, key(1), pool.budget()).expect("fits");
     assert_ne!(here.inode(), inode);
     let again = take(7, Some(key(1)));
     assert!(again.inode() == inode && again.new_fd().is_none());
@@ -380,7 +385,88 @@ fn another_process_fills_a_result_and_then_nobody_else_can() {
     assert!(matches!(refused.error, MemoryError::StillWritable { .. }));
     drop(pages);
     refused.segment.seal().expect("by nobody");
-    drop(here);
+    assert!(here.ending().is_none() && !here.is_filled_elsewhere());
+}
+
+#[test]
+fn a_result_that_another_process_filled_is_sealed_once_that_has_let_go() {
+    let (budget, copied) = (budget(), Copied::new());
+    let pool = ResultPool::new(Arc::clone(&budget), 1 << 30);
+    let let_go = Arc::new(AtomicU64::new(0));
+    let counted = Budget::new("mapped", u64::MAX);
+    let filled = || {
+        let mut result = pool
+            .take_for(7, MIB, Some(key(1)), pool.budget())
+            .expect("fits");
+        let fd = result.new_fd().expect("it is new");
+        let fd = fd.try_clone().expect("a descriptor");
+        let place = counted.try_reserve(1).expect("unlimited");
+        let births = HugeBirths::new();
+        let pages = ResultPages::received(fd, (MIB, MIB), place, &counted, &births);
+        let pages = pages.expect("mapped");
+        pages.write_at(3, b"there", &copied).expect("within");
+        let filler = Elsewhere(7, Arc::clone(&let_go));
+        result.lend_to(Box::new(filler)).expect("lent");
+        (result, pages)
+    };
+    let read = |result: &PoolSegment| {
+        let mut read = [0; 5];
+        result.read_at(3, &mut read, &copied).expect("within");
+        read
+    };
+    // One that says that it has let go, and has not.
+    let (mut result, pages) = filled();
+    let refused = result.ending().expect("filled elsewhere").end();
+    assert!(
+        matches!(refused, Err(MemoryError::KeptWritable { inode }) if inode == result.inode()),
+        "{refused:?}"
+    );
+    assert_eq!(let_go.load(Ordering::Relaxed), 1);
+    assert_eq!(&read(&result), b"there");
+    let refused = result.seal().expect_err("it is mapped");
+    assert!(matches!(refused.error, MemoryError::StillWritable { .. }));
+    result = refused.segment;
+    assert!(result.is_filled_elsewhere());
+    drop(pages);
+    // Then it has.
+    result.ending().expect("again").end().expect("by nobody");
+    let sealed = result.seal().expect("by nobody");
+    assert_eq!(sealed.map().expect("sealed")[3..8], *b"there");
+    let stats = pool.stats();
+    assert_eq!((stats.segments, stats.idle_segments), (0, 0));
+    assert_eq!(budget.used(), MIB, "as long as it is there");
+    drop(sealed);
+    // One whose end nobody brings about is not filled again, either.
+    let (mut result, pages) = filled();
+    drop(result.ending());
+    assert_eq!(let_go.load(Ordering::Relaxed), 2);
+    assert_eq!(&read(&result), b"there");
+    drop((result, pages));
+    assert_eq!(pool.stats().idle_segments, 0);
+}
+
+#[test]
+fn who_reads_a_result_can_add_no_seals_but_its_own_user() {
+    let pool = ResultPool::new(budget(), 1 << 30);
+    let mut result = pool
+        .take_for(7, MIB, Some(key(1)), pool.budget())
+        .expect("fits");
+    let filler = Elsewhere(7, Arc::default());
+    result.lend_to(Box::new(filler)).expect("lent");
+    let fd = result.readonly_fd().expect("lent");
+    assert!(fcntl_add_seals(&fd, SealFlags::SEAL).is_err(), "it reads");
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let mode = metadata(&path).expect("there").permissions().mode();
+    assert_eq!(mode & 0o777, 0o444, "for nobody to open for writing");
+    // Its user may change that, and then forbid further seals: so nobody gets to see it.
+    set_permissions(&path, Permissions::from_mode(0o600)).expect("its user");
+    let writer = OpenOptions::new().write(true).open(&path);
+    fcntl_add_seals(writer.expect("its user"), SealFlags::SEAL).expect("none has it yet");
+    let refused = result.ending().expect("filled elsewhere").end();
+    assert!(
+        matches!(refused, Err(MemoryError::SealsLocked { .. })),
+        "{refused:?}"
+    );
 }
 
 #[test]

@@ -33,6 +33,8 @@ pub enum Writers {
     None,
     /// The host, which does not while anyone holds a lease.
     Host,
+    /// The worker process of the host that filled it, which does not while anyone holds a lease.
+    Worker,
     /// The client that made it, by the mapping that it has.
     Creator,
     /// Anyone who has the descriptor.
@@ -46,6 +48,7 @@ impl Writers {
         match self {
             Self::None => "none",
             Self::Host => "host",
+            Self::Worker => "worker",
             Self::Creator => "creator",
             Self::Anyone => "anyone",
         }

@@ -13,7 +13,7 @@ use crate::served::{Raw, Served, check_call, numbers, put, ramp};
 use crate::workers::{MOVED, NO_SPARE, ON};
 
 /// The guest's functions and what they become: System V, with two registers more in front, as wasmtime calls within a module.
-const PRIMITIVES: [(&str, &[u8]); 5] = [
+const PRIMITIVES: [(&str, &[u8]); 6] = [
     (
         "primitive_call",
         &[
@@ -42,6 +42,18 @@ const PRIMITIVES: [(&str, &[u8]); 5] = [
             0xc3, // ret
         ],
     ),
+    (
+        "primitive_twice",
+        &[
+            0xb8, 25, 0, 0, 0, // mov eax, mremap
+            0x48, 0x89, 0xd7, // mov rdi, rdx
+            0x31, 0xf6, // xor esi, esi: what is shared is mapped a second time
+            0x48, 0x89, 0xca, // mov rdx, rcx
+            0x41, 0xba, 1, 0, 0, 0, // mov r10d, MREMAP_MAYMOVE
+            0x0f, 0x05, // syscall
+            0xc3, // ret
+        ],
+    ),
     ("primitive_load", &[0x48, 0x8b, 0x02, 0xc3]), // mov rax, [rdx]; ret
     ("primitive_store", &[0x48, 0x89, 0x0a, 0xc3]), // mov [rdx], rcx; ret
     ("primitive_stack", &[0x48, 0x89, 0xe0, 0xc3]), // mov rax, rsp; ret
@@ -49,7 +61,8 @@ const PRIMITIVES: [(&str, &[u8]); 5] = [
 
 /// Words of the input: up to `CALLS` calls of eight words each (number, three arguments, mask of those arguments and of those
 /// data words that are offsets into the scratch), then the data that are put there. The fourth argument of a call is always 8. Number -1 is a load from the first argument,
-/// -3 a new mapping of so many bytes with those flags.
+/// -3 a new mapping of so many bytes with those flags, -4 a store to an address, -5 a second mapping of what so many bytes from an address
+/// on are of.
 pub(super) const CALLS: usize = 4;
 const DATA: usize = 20;
 const WORDS: usize = 8 * CALLS + DATA;
@@ -72,6 +85,7 @@ fn placeholders() -> String {
     [
         placeholder("primitive_call", "i64 i64 i64 i64", "i64"),
         placeholder("primitive_map", "i64 i64", "i64"),
+        placeholder("primitive_twice", "i64 i64", "i64"),
         placeholder("primitive_load", "i64", "i64"),
         placeholder("primitive_store", "i64 i64", ""),
         placeholder("primitive_stack", "", "i64"),
@@ -125,6 +139,12 @@ fn plugin() -> Vec<u8> {
                 (if (i64.eq (call $word (local.get $i)) (i64.const -3)) (then
                   (local.set $answer (call $primitive_map (call $word (i32.add (local.get $i) (i32.const 1)))
                     (call $word (i32.add (local.get $i) (i32.const 2)))))))
+                (if (i64.eq (call $word (local.get $i)) (i64.const -4)) (then
+                  (call $primitive_store (call $word (i32.add (local.get $i) (i32.const 1)))
+                    (call $word (i32.add (local.get $i) (i32.const 2))))))
+                (if (i64.eq (call $word (local.get $i)) (i64.const -5)) (then
+                  (local.set $answer (call $primitive_twice (call $word (i32.add (local.get $i) (i32.const 1)))
+                    (call $word (i32.add (local.get $i) (i32.const 2)))))))
                 (i64.store (i32.add (i32.wrap_i64 (global.get $y)) (local.get $i)) (local.get $answer))
                 (br_if $calls (i32.lt_u (local.tee $i (i32.add (local.get $i) (i32.const 8))) (i32.const {calls}))))
               i32.const 0)
@@ -177,6 +197,16 @@ pub(super) const fn call(number: libc::c_long, arguments: [i64; 3]) -> Call {
 /// A new mapping.
 pub(super) const fn map(bytes: i64, flags: libc::c_int) -> Call {
     Call(-3, [bytes, flags as i64, 0], 0)
+}
+
+/// A store of zeros.
+pub(super) const fn wipe(address: i64) -> Call {
+    Call(-4, [address, 0, 0], 0)
+}
+
+/// A second mapping of the same.
+pub(super) const fn twice(address: i64, bytes: i64) -> Call {
+    Call(-5, [address, bytes, 0], 0)
 }
 
 /// The first argument is an offset into the scratch.

@@ -8,9 +8,9 @@ use serde_json::json;
 use strait_client::wire::Op;
 
 use crate::guest;
-use crate::served::{Holdings, check_call, numbers, put, ramp};
-use crate::workers::{all_children, worker};
-use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending, map};
+use crate::served::{Frame, Holdings, check_call, numbers, put, ramp, scale_shift};
+use crate::workers::{MOVED, all_children, mapped_writable, worker};
+use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending, map, twice, wipe};
 
 /// What the filter over a worker's calls answers.
 const REFUSED: [i64; 3] = [
@@ -431,4 +431,118 @@ fn wherever_a_worker_ends_nothing_is_lost_but_the_call() {
         Holdings::of(&broken.host.settled(&mut broken.client)),
         before
     );
+}
+
+/// A result of `scale-shift`, and where the worker has it mapped writable.
+fn delivered(broken: &mut Broken) -> (Frame, std::ops::Range<u64>) {
+    let reply = broken
+        .client
+        .ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0));
+    assert_eq!(
+        reply.accepted()["results"][0]["mapping"]["writers"],
+        "worker"
+    );
+    let place = mapped_writable(worker(&broken.host), &reply.fds[0]);
+    (reply, place.expect("it is mapped"))
+}
+
+fn publish(broken: &mut Broken, result: &Frame) -> Frame {
+    let segment = &result.body()["results"][0]["mapping"]["segment"];
+    let publish = json!({"segment": segment, "name": "y"});
+    broken.client.ask(Op::Publish, publish)
+}
+
+fn has_no_name(broken: &mut Broken, result: &Frame) {
+    let looked_up = broken.client.ask(Op::Lookup, json!({"name": "y"}));
+    looked_up.refused("NOT_FOUND", "FLIGHT_NOT_FOUND");
+    let lease = &result.body()["results"][0]["lease"];
+    broken.client.ok(Op::Release, json!({"leases": [lease]}));
+    broken.check("a result without a name");
+}
+
+#[test]
+fn a_result_that_a_worker_can_still_write_gets_no_name() {
+    let mut broken = Broken::new();
+    let before = Holdings::of(&broken.host.settled(&mut broken.client));
+    let (result, place) = delivered(&mut broken);
+    let (address, bytes) = (place.start.cast_signed(), place.end - place.start);
+    let second = twice(address, bytes.cast_signed());
+    let answers = broken.attempt(&Attempt::new([second])).unwrap();
+    assert!(answers[0] > 0, "{answers:?}");
+    for _ in 0..2 {
+        let refused = publish(&mut broken, &result);
+        let message = refused.refused("FAILED_PRECONDITION", "STILL_WRITABLE");
+        assert!(message.contains("worker"), "{message}");
+    }
+    // What it keeps is not what the host knew of.
+    let kept = mapped_writable(worker(&broken.host), &result.fds[0]).expect("a second mapping");
+    assert_eq!(kept.start, answers[0].cast_unsigned());
+    has_no_name(&mut broken, &result);
+    // The same at once: the next result of `escapes` lies where the last one did.
+    let publishing = |broken: &mut Broken, publish: bool| {
+        let mut call = json!({"kernel": "escapes/k", "inputs": {"x": "attempt"}});
+        if publish {
+            call["publish"] = json!({"y": "y"});
+        }
+        broken.client.ask(Op::Invoke, call)
+    };
+    broken
+        .attempt(&Attempt::new([call(libc::SYS_getpid, [0; 3])]))
+        .unwrap();
+    let last = publishing(&mut broken, false);
+    let place = mapped_writable(worker(&broken.host), &last.fds[0]).expect("it is mapped");
+    let bytes = (place.end - place.start).cast_signed();
+    let lease = &last.accepted()["results"][0]["lease"];
+    broken.client.ok(Op::Release, json!({"leases": [lease]}));
+    broken
+        .attempt(&Attempt::new([twice(place.start.cast_signed(), bytes)]))
+        .unwrap();
+    publishing(&mut broken, true).refused("FAILED_PRECONDITION", "STILL_WRITABLE");
+    let looked_up = broken.client.ask(Op::Lookup, json!({"name": "y"}));
+    looked_up.refused("NOT_FOUND", "FLIGHT_NOT_FOUND");
+    broken.client.ok(Op::Drop, json!({"name": "attempt"}));
+    // What a worker keeps is charged until it ends.
+    crate::workers::kill(worker(&broken.host));
+    for _ in 0..2 {
+        broken.check("its worker is gone");
+    }
+    drop((result, last));
+    assert_eq!(
+        Holdings::of(&broken.host.settled(&mut broken.client)),
+        before
+    );
+}
+
+#[test]
+fn a_header_or_footer_of_a_workers_own_gets_no_name() {
+    let mut broken = Broken::new();
+    let (result, _) = delivered(&mut broken);
+    let bytes = &result.body()["results"][0]["mapping"]["bytes"];
+    let bytes = bytes.as_i64().unwrap();
+    let lease = &result.body()["results"][0]["lease"];
+    broken.client.ok(Op::Release, json!({"leases": [lease]}));
+    // In the schema, in what is zero behind it, in the footer.
+    for offset in [64, 40_000, bytes - 64] {
+        let (result, place) = delivered(&mut broken);
+        let address = place.start.cast_signed() + offset;
+        let store = match offset {
+            40_000 => Call(-4, [address, 1, 0], 0),
+            _ => wipe(address),
+        };
+        broken.attempt(&Attempt::new([store])).unwrap();
+        for _ in 0..2 {
+            let refused = publish(&mut broken, &result);
+            let message = refused.refused("INTERNAL", "BAD_ANSWER");
+            assert!(message.contains("header or footer"), "{message}");
+        }
+        has_no_name(&mut broken, &result);
+    }
+    // And once it has a name, there is no way left.
+    let (result, place) = delivered(&mut broken);
+    publish(&mut broken, &result).accepted();
+    let store = Attempt::new([wipe(place.start.cast_signed() + 64)]);
+    assert_eq!(broken.attempt(&store), Err("WORKER_LOST".to_owned()));
+    let expected: Vec<_> = ramp(MOVED).iter().map(|x| 2.0 * x + 1.0).collect();
+    assert_eq!(numbers(&result), expected);
+    broken.check("it is sealed");
 }

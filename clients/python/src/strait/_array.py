@@ -67,8 +67,8 @@ class Segment:
         self._placed.segments.pop(self.pages.address, None)
 
     def left(self) -> None:
-        if self.pages.inherited and self.mapping.writers == "host":
-            # What is released the host may write to again, and a forked child may still read it.
+        if self.pages.inherited and self.mapping.writers in ("host", "worker"):
+            # What is released they may write to again, and a forked child may still read it.
             self.connection.lapse(self.lease)
         else:
             self.connection.drop([self.lease], self.mapping.bytes)

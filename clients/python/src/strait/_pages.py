@@ -89,7 +89,7 @@ class Pages:
     @classmethod
     def readonly(cls, fd: int, length: int, writers: str) -> "Pages":
         """Maps a sealed segment or a result, once Linux vouches for what the host said of it."""
-        needed = {"none": _F_SEAL_WRITE, "host": _F_SEAL_FUTURE_WRITE}.get(writers)
+        needed = {"none": _F_SEAL_WRITE, "host": _F_SEAL_FUTURE_WRITE, "worker": _F_SEAL_FUTURE_WRITE}.get(writers)
         if needed is None:
             raise ProtocolError(f"a segment to be read that can still be written to (writers: {writers!r}); it has to be published first")
         seals = fcntl.fcntl(fd, _F_GET_SEALS)

@@ -199,7 +199,7 @@ class SegmentMapping:
 
     segment: str
     bytes: int
-    #: Who can still write: `"none"`, `"host"`, `"creator"` or `"anyone"`.
+    #: Who can still write: `"none"`, `"host"`, `"worker"`, `"creator"` or `"anyone"`.
     writers: str
     tensors: Tuple[Tensor, ...]
 

@@ -2,9 +2,12 @@
 
 use std::fmt;
 use std::ops::Range;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use rustix::io::Errno;
 
 use crate::backing::Backing;
 use crate::result_pages::ResultPages;
@@ -21,6 +24,9 @@ pub trait Filler: fmt::Debug + Send + Sync {
 
     /// Whether it can fill the segment again.
     fn is_there(&self) -> bool;
+
+    /// As dropping it, and waits for the memory of one that is gone, too.
+    fn let_go(self: Box<Self>);
 }
 
 /// Where the one writable mapping of a segment is.
@@ -67,6 +73,44 @@ pub(super) struct Counted {
     pub(super) _segment: Option<Charge>,
 }
 
+/// The end of all writing to a result that another process fills. It may take that process's time, and Linux's: nobody
+/// else has to wait for either.
+#[derive(Debug)]
+pub struct Ending {
+    filler: Option<Box<dyn Filler>>,
+    sealer: Arc<OwnedFd>,
+    inode: Inode,
+    bytes: u64,
+}
+
+impl Ending {
+    /// Has that process let go, and adds the seal, which Linux refuses as long as anybody could write.
+    ///
+    /// # Errors
+    /// [`MemoryError::KeptWritable`]; [`MemoryError::SealsLocked`] if somebody else forbade further seals.
+    pub fn end(self) -> Result<(), MemoryError> {
+        if let Some(filler) = self.filler {
+            filler.let_go();
+        }
+        let add = || rustix::fs::fcntl_add_seals(&self.sealer, Seals::SEALED.0);
+        let mut added = add();
+        // Whoever looks at a process that ends keeps its memory for a moment.
+        for wait_ms in [1, 4, 16, 64] {
+            if added != Err(Errno::BUSY) {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(wait_ms));
+            added = add();
+        }
+        let inode = self.inode;
+        added.map_err(|errno| match (errno, Seals::of(self.sealer.as_fd())) {
+            (Errno::BUSY, _) => MemoryError::KeptWritable { inode },
+            (Errno::PERM, Ok(seals)) => MemoryError::SealsLocked { inode, seals },
+            _ => MemoryError::system("F_ADD_SEALS", self.bytes, errno),
+        })
+    }
+}
+
 /// A result's segment, writable by the host (or [a process](Filler) of it) alone, or [sealable](ResultPool::take_sealable).
 ///
 /// Dropping it gives it back to the pool, or frees it if it must not be recycled.
@@ -76,6 +120,8 @@ pub struct PoolSegment {
     held: Option<Held>,
     counted: Option<Counted>,
     filler: Option<Box<dyn Filler>>,
+    // By another process, whether or not it still can.
+    filled_elsewhere: bool,
     pages: ResultPages,
     recyclable: AtomicBool,
     pool: Arc<ResultPool>,
@@ -109,6 +155,7 @@ impl PoolSegment {
             pages: ResultPages::new(held.backing(), parked),
             recyclable: AtomicBool::new(!matches!(held, Held::Sealable(_))),
             filler: None,
+            filled_elsewhere: false,
             held: Some(held),
             counted: Some(counted),
             pool: Arc::clone(pool),
@@ -121,11 +168,18 @@ impl PoolSegment {
         match warm.writer {
             Writer::Here(parked) => Self::new(pool, held, Some(parked), warm.counted),
             Writer::There(filler) => {
-                let mut segment = Self::new(pool, held, None, warm.counted);
+                let mut segment = Self::elsewhere(pool, held, warm.counted);
                 segment.filler = Some(filler);
                 segment
             }
         }
+    }
+
+    /// One that another process fills.
+    pub(super) fn elsewhere(pool: &Arc<ResultPool>, held: Held, counted: Counted) -> Self {
+        let mut segment = Self::new(pool, held, None, counted);
+        segment.filled_elsewhere = true;
+        segment
     }
 
     /// Its capacity: at least what was asked for, and a multiple of [a guest's page](crate::GUEST_PAGE).
@@ -161,12 +215,13 @@ impl PoolSegment {
         into: &mut [u8],
         copied: &Copied,
     ) -> Result<(), MemoryError> {
-        match &self.held {
-            // Where another process may write, bytes are copied by Linux and never borrowed.
-            Some(Held::Lent(segment, _)) if self.filler.is_some() => {
+        // Where another process may write, bytes are copied by Linux and never borrowed.
+        match self.held.as_ref().filter(|_| self.filled_elsewhere) {
+            Some(Held::Lent(segment, _)) => segment.read_at(offset, into, copied),
+            Some(Held::Unlent(segment, _) | Held::Sealable(segment)) => {
                 segment.read_at(offset, into, copied)
             }
-            _ => self.pages.read_at(offset, into, copied),
+            None => self.pages.read_at(offset, into, copied),
         }
     }
 
@@ -188,6 +243,11 @@ impl PoolSegment {
         matches!(self.held, Some(Held::Unlent(..)))
     }
 
+    /// Whether another process fills it, or has filled it.
+    pub fn is_filled_elsewhere(&self) -> bool {
+        self.filled_elsewhere
+    }
+
     /// Whether it is going to be [sealed](Self::seal).
     pub fn is_sealable(&self) -> bool {
         matches!(self.held, Some(Held::Sealable(_)))
@@ -200,7 +260,7 @@ impl PoolSegment {
     /// [`MemoryError::SealsLocked`], [`MemoryError::System`]: it cannot be given to anybody.
     pub fn lend_to(&mut self, filler: Box<dyn Filler>) -> Result<(), MemoryError> {
         match self.held.take() {
-            Some(Held::Unlent(segment, key)) => match segment.lend_to_host() {
+            Some(Held::Unlent(segment, key)) => match segment.lend_to_filler() {
                 Ok(segment) => {
                     self.held = Some(Held::Lent(segment, key));
                     self.filler = Some(filler);
@@ -242,32 +302,52 @@ impl PoolSegment {
         self.recyclable.store(false, Ordering::Relaxed);
     }
 
-    /// Ends all writing, for everybody. Only for a [sealable](ResultPool::take_sealable) segment.
+    /// What comes before [`Self::seal`] where another process has filled it, which does not fill it again: none if it is
+    /// this one that has.
+    pub fn ending(&mut self) -> Option<Ending> {
+        let sealer = match self.held.as_ref().filter(|_| self.filled_elsewhere)? {
+            Held::Lent(segment, _) => segment.sealer(),
+            Held::Unlent(segment, _) | Held::Sealable(segment) => segment.writer(),
+        };
+        Some(Ending {
+            filler: self.filler.take(),
+            sealer,
+            inode: self.inode(),
+            bytes: self.bytes(),
+        })
+    }
+
+    /// Ends all writing, for everybody. Only for a [sealable](ResultPool::take_sealable) segment, and for one that another
+    /// process has filled, after [`Self::ending`].
     ///
     /// # Errors
-    /// [`MemoryError::SealsLocked`] for a segment that is lent for good,
+    /// [`MemoryError::SealsLocked`] for a segment that is lent to this process for good,
     /// [`MemoryError::StillWritable`] if its pages are in a guest; the segment comes back.
     pub fn seal(mut self) -> Result<Segment<Sealed>, Box<Refused<Self>>> {
-        let segment = match self.held.take() {
-            Some(Held::Sealable(segment)) => segment,
+        let inode = self.inode();
+        let refused = match self.held.take() {
+            Some(Held::Sealable(segment)) => {
+                drop(self.pages.take_parked());
+                match segment.seal() {
+                    Ok(sealed) => return Ok(sealed),
+                    Err(refused) => (Some(Held::Sealable(refused.segment)), refused.error),
+                }
+            }
+            Some(Held::Lent(segment, key)) => match segment.seal() {
+                Ok(sealed) => return Ok(sealed),
+                Err(refused) => (Some(Held::Lent(refused.segment, key)), refused.error),
+            },
             held => {
-                self.held = held;
-                let inode = self.inode();
                 let seals = Seals::LENT_FOR_GOOD;
-                return Err(Box::new(Refused {
-                    segment: self,
-                    error: MemoryError::SealsLocked { inode, seals },
-                }));
+                (held, MemoryError::SealsLocked { inode, seals })
             }
         };
-        drop(self.pages.take_parked());
-        segment.seal().map_err(|refused| {
-            self.held = Some(Held::Sealable(refused.segment));
-            Box::new(Refused {
-                segment: self,
-                error: refused.error,
-            })
-        })
+        let error;
+        (self.held, error) = refused;
+        Err(Box::new(Refused {
+            segment: self,
+            error,
+        }))
     }
 
     fn backing(&self) -> &Arc<Backing> {
