@@ -6,6 +6,8 @@
 //! ```
 //! A call then has two switches of threads and no more: the client's to this thread, and back.
 
+mod channel;
+
 use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::ops::Range;
@@ -20,7 +22,6 @@ use strait_memory::FrameSocket;
 use strait_protocol::{self as wire, Header, Op};
 use tokio::sync::oneshot;
 
-use super::channel;
 use super::frames::{Outgoing, encode, failure};
 use super::trace_span;
 use crate::engine::CancelToken;
@@ -150,7 +151,7 @@ impl Asked {
 }
 
 /// What comes on the socket of one PREPARE.
-pub(super) struct Incoming<'a> {
+struct Incoming<'a> {
     socket: &'a FrameSocket,
     /// Bytes of each payload.
     payload: usize,
@@ -253,8 +254,8 @@ fn header_of(packet: &[u8], fds: usize, ops: &[Op]) -> Result<Header, String> {
 }
 
 /// The client's side of a stream.
-pub(super) struct Edge<'a, 'b> {
-    pub(super) socket: &'a FrameSocket,
+struct Edge<'a, 'b> {
+    socket: &'a FrameSocket,
     incoming: &'a mut Incoming<'b>,
     /// Of the chunk that was received last.
     header: Header,
@@ -272,7 +273,7 @@ impl<'a, 'b> Edge<'a, 'b> {
     }
 
     /// Answers what was received last with what became of the stream. False if nobody is there any more.
-    pub(super) fn end(&mut self, prepared: &Prepared, ended: Result<Called, Status>) -> bool {
+    fn end(&mut self, prepared: &Prepared, ended: Result<Called, Status>) -> bool {
         self.flush().is_ok()
             && Answered::new(&self.header, prepared, ended)
                 .send(self.socket)
@@ -321,7 +322,7 @@ impl ChunkEdge for Edge<'_, '_> {
 ///
 /// # Errors
 /// `BAD_ANSWER` if that is more than a frame takes.
-pub(super) fn notes_body(notes: Vec<(String, String)>) -> Result<Vec<u8>, Status> {
+fn notes_body(notes: Vec<(String, String)>) -> Result<Vec<u8>, Status> {
     if notes.is_empty() {
         return Ok(Vec::new());
     }

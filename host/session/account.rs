@@ -9,7 +9,6 @@ use strait_memory::{Budget, BudgetExceeded, Charge};
 use strait_protocol::{self as wire, QuotaSettings, Quotas};
 use tokio::sync::Notify;
 
-use super::channel::Channel;
 use super::queue::Share;
 use crate::config::Quota;
 use crate::error::{Code, Reason, Status, used_up};
@@ -35,8 +34,6 @@ pub struct Account {
     unread: Mutex<Vec<Arc<dyn Unread>>>,
     sessions: AtomicU64,
     streams: Arc<Streams>,
-    /// Those that producers have open, by name.
-    channels: Mutex<BTreeMap<String, Arc<Channel>>>,
     /// What its invocations wait and run as.
     invocations: Arc<Share>,
 }
@@ -143,7 +140,6 @@ impl Accounts {
                 places: self.streams.child(&whose, 0),
                 freed: Notify::new(),
             }),
-            channels: Mutex::default(),
             invocations: Share::new(whose, 0, 0),
         });
         account.apply(&quotas);
@@ -258,10 +254,6 @@ impl Account {
             let message = format!("{exceeded}; or close a connection and try again");
             Status::new(Code::ResourceExhausted, used_up(&exceeded), message)
         })
-    }
-
-    pub(super) fn channels(&self) -> &Mutex<BTreeMap<String, Arc<Channel>>> {
-        &self.channels
     }
 
     pub(super) fn invocations(&self) -> &Arc<Share> {

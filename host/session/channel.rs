@@ -7,7 +7,7 @@
 //! A batch is kept until the consumer has acknowledged it, so that one that comes back goes on there. There is no thread of
 //! a channel's own: the producer's lane, and whoever attaches a consumer, send what can be sent without waiting.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,7 +17,7 @@ use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use strait_protocol::{self as wire, PreparedTensor};
 
-use super::account::Account;
+use super::Host;
 use super::caller::Caller;
 use super::flights::check_name;
 use crate::error::{Code, Reason, Status};
@@ -220,26 +220,45 @@ pub struct Channel {
     came: OwnedFd,
 }
 
+/// The channels that producers have open, by the number of the account and name.
+#[derive(Debug, Default)]
+pub(super) struct Channels(Mutex<BTreeMap<(u64, String), Arc<Channel>>>);
+
+impl Channels {
+    /// The figures of one account's, by name.
+    pub(super) fn stats(&self, account: u64) -> Vec<wire::ChannelStats> {
+        let all = self.0.lock();
+        let own = all.range((account, String::new())..(account + 1, String::new()));
+        let own: Vec<_> = own.map(|(_, channel)| Arc::clone(channel)).collect();
+        drop(all);
+        own.iter().map(|channel| channel.stats()).collect()
+    }
+}
+
 /// A channel under its name, as its producer has it.
 #[derive(Debug)]
 pub struct OpenChannel {
     channel: Arc<Channel>,
-    account: Arc<Account>,
-    ended: AtomicBool,
+    host: Arc<Host>,
+    key: (u64, String),
+    is_closed: AtomicBool,
 }
 
 impl OpenChannel {
-    /// Ends it, if it has not ended: its name is free again, and its consumer is told why, if it does not have all there is.
-    pub fn end(&self, status: Option<&Status>) {
-        if self.ended.swap(true, Ordering::Relaxed) {
-            return;
+    /// Its name is free again, and nobody comes to read it any more.
+    pub fn close(&self) {
+        if !self.is_closed.swap(true, Ordering::Relaxed) {
+            self.host.channels.0.lock().remove(&self.key);
         }
-        let Channel { plan, state, .. } = &*self.channel;
-        self.account.channels().lock().remove(&plan.name);
+    }
+
+    /// Ends it. Its consumer, if it has one, is told why, or has all there is. Waits a moment for one that is behind.
+    pub fn end(&self, status: Option<&Status>) {
+        self.close();
         if let Some(status) = status {
             self.channel.fail(status, FAREWELL);
         }
-        state.lock().consumer = None;
+        self.channel.state.lock().consumer = None;
     }
 }
 
@@ -295,8 +314,9 @@ impl Caller {
             came,
         });
         let name = channel.plan.name.clone();
-        let mut channels = self.account.channels().lock();
-        if channels.contains_key(&name) {
+        let key = (self.account.number(), name.clone());
+        let mut channels = self.host.channels.0.lock();
+        if channels.contains_key(&key) {
             let message = format!(
                 "there is a channel `{name}` already; end its producer, or take another name"
             );
@@ -304,12 +324,13 @@ impl Caller {
                 Status::new(Code::AlreadyExists, Reason::NameTaken, message).with("name", name)
             );
         }
-        channels.insert(name, Arc::clone(&channel));
+        channels.insert(key.clone(), Arc::clone(&channel));
         drop(channels);
         Ok(OpenChannel {
             channel,
-            account: Arc::clone(&self.account),
-            ended: AtomicBool::new(false),
+            host: Arc::clone(&self.host),
+            key,
+            is_closed: AtomicBool::new(false),
         })
     }
 
@@ -319,7 +340,8 @@ impl Caller {
     /// `NO_RIGHT`, `CHANNEL_NOT_FOUND`.
     pub fn channel(&self, name: &str) -> Result<Arc<Channel>, Status> {
         self.check_get()?;
-        let found = self.account.channels().lock().get(name).cloned();
+        let key = (self.account.number(), name.to_owned());
+        let found = self.host.channels.0.lock().get(&key).cloned();
         found.ok_or_else(|| {
             let name = super::shown(name);
             let message = format!(
@@ -528,13 +550,5 @@ impl Channel {
             // Whatever it says, what can be sent is looked at again until the time is over.
             let _ = rustix::event::poll(&mut polled, Some(&timeout));
         }
-    }
-}
-
-impl Account {
-    /// The figures of its channels, by name.
-    pub(super) fn channel_stats(&self) -> Vec<wire::ChannelStats> {
-        let channels: Vec<_> = self.channels().lock().values().cloned().collect();
-        channels.iter().map(|channel| channel.stats()).collect()
     }
 }

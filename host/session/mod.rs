@@ -62,6 +62,7 @@ pub use run::Call;
 pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};
 
+use channel::Channels;
 use flights::{Flights, NAME_BYTES_MAX};
 use quarantine::Quarantine;
 use run::Deadlines;
@@ -91,6 +92,7 @@ pub struct Host {
     quarantine: Quarantine,
     leases: Leases,
     flights: Mutex<Flights>,
+    channels: Channels,
     idempotency: idempotency::Answers,
     undelivered: undelivered::Undelivered,
     deadlines: Deadlines,
@@ -167,6 +169,7 @@ impl Host {
             quarantine: Quarantine::new(config.workers.strikes, config.workers.window()),
             leases: Leases::default(),
             flights: Mutex::default(),
+            channels: Channels::default(),
             idempotency: idempotency::Answers::default(),
             undelivered: undelivered::Undelivered::default(),
             deadlines: Deadlines::new()?,

@@ -56,7 +56,9 @@ impl Host {
             invocations: ran.invocations,
             running: ran.running,
             account,
-            channels: caller.map_or_else(Vec::new, |caller| caller.account().channel_stats()),
+            channels: caller.map_or_else(Vec::new, |caller| {
+                self.channels.stats(caller.account().number())
+            }),
             own: wire::OwnStats {
                 leases: own_leases as u64,
                 segments: self.leases.count_own_segments(session) as u64,

@@ -1,5 +1,7 @@
 //! One worker process, as the host sees it: started, talked to, ended.
 
+mod mapped;
+
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::RangeInclusive;
@@ -10,7 +12,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
-use strait_memory::{Filler, FrameSocket, KeepsMappings};
+use strait_memory::{FrameSocket, KeepsMappings};
 
 use super::channel::{self, Channel, ReceiveError};
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
@@ -18,6 +20,9 @@ use super::program::{Census, Program, Recipe, Spawned};
 use crate::engine::{Cause, EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
+
+use mapped::Keeper;
+pub(super) use mapped::Mapped;
 
 /// What a worker may send in one message: a description, at most.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
@@ -470,84 +475,6 @@ impl Drop for Process {
     fn drop(&mut self) {
         self.end();
         self.census.fds.fetch_sub(self.fds, Ordering::Relaxed);
-    }
-}
-
-/// What segments tell that they are gone.
-#[derive(Debug)]
-struct Keeper(Weak<Process>);
-
-impl KeepsMappings for Keeper {
-    fn let_go(&self, segment: u64) -> Box<dyn Send> {
-        let process = self.0.upgrade();
-        let kept = process.filter(|process| process.inputs.lock().remove(&segment));
-        // When it drops: memory is freed where that is nobody's time.
-        Box::new(kept.map(|process| Kept { process, segment }))
-    }
-
-    fn is_slow(&self) -> bool {
-        self.0.upgrade().is_some_and(|process| !process.is_gone())
-    }
-}
-
-/// A segment that the worker has open for reading, and is to let go of.
-struct Kept {
-    process: Arc<Process>,
-    segment: u64,
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.process.forget(&Control::ForgetInput(self.segment));
-    }
-}
-
-/// A segment that the worker has mapped writable.
-#[derive(Debug)]
-pub(super) struct Mapped {
-    number: u64,
-    // Results outlive workers, whose sockets need not.
-    process: Weak<Process>,
-    burial: Arc<Burial>,
-    segment: u64,
-}
-
-impl Mapped {
-    pub(super) fn new(process: &Arc<Process>, segment: u64) -> Self {
-        Self {
-            number: process.number,
-            process: Arc::downgrade(process),
-            burial: Arc::clone(&process.burial),
-            segment,
-        }
-    }
-}
-
-impl Filler for Mapped {
-    fn process(&self) -> u64 {
-        self.number
-    }
-
-    fn is_there(&self) -> bool {
-        self.process
-            .upgrade()
-            .is_some_and(|process| !process.is_gone())
-    }
-
-    fn let_go(self: Box<Self>) {
-        let (process, burial) = (Weak::clone(&self.process), Arc::clone(&self.burial));
-        drop(self);
-        if process.upgrade().is_none_or(|process| process.is_gone()) {
-            burial.wait();
-        }
-    }
-}
-
-impl Drop for Mapped {
-    fn drop(&mut self) {
-        if let Some(process) = self.process.upgrade() {
-            process.forget(&Control::ForgetResult(self.segment));
-        }
     }
 }
 

@@ -32,5 +32,6 @@ mod protocol;
 mod quarantine;
 mod quotas;
 mod runaways;
+mod sealed;
 mod second_uid;
 mod workers;

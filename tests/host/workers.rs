@@ -15,8 +15,8 @@ use strait_memory::WriteMapping;
 
 use crate::guest;
 use crate::served::{
-    FINAL, Frame, Holdings, PATIENCE, Random, Raw, Served, as_user, check_call, number, numbers,
-    put, ramp, read, scale_shift,
+    Frame, Holdings, PATIENCE, Random, Raw, Served, as_user, check_call, number, numbers, put,
+    ramp, read, scale_shift,
 };
 
 /// Above `move_min_bytes`: such a tensor becomes a window.
@@ -31,7 +31,7 @@ fn spin(deadline_ms: u64) -> Value {
 }
 
 /// A host with the kernel `spins/k`, which never ends, and the flight `x`; its worker is there.
-fn host(settings: &[(&str, &str)]) -> (Served, Raw) {
+pub(super) fn host(settings: &[(&str, &str)]) -> (Served, Raw) {
     let text = fs::read_to_string("tests/guests/spins.wat").unwrap();
     host_with(&text, settings)
 }
@@ -89,29 +89,12 @@ pub(super) fn worker(host: &Served) -> Pid {
     }
 }
 
-/// Where `process` has the file of `fd` mapped shared and writable, if it does.
-pub(super) fn mapped_writable(process: Pid, fd: impl AsFd) -> Option<std::ops::Range<u64>> {
-    let inode = rustix::fs::fstat(fd).unwrap().st_ino.to_string();
-    let maps = fs::read_to_string(format!("/proc/{}/maps", process.as_raw_nonzero())).unwrap();
-    let places = maps.lines().filter_map(|line| {
-        let fields: Vec<_> = line.split_whitespace().collect();
-        if fields.get(4) != Some(&&*inode) || fields[1] != "rw-s" {
-            return None;
-        }
-        let (start, end) = fields[0].split_once('-')?;
-        let number = |hex| u64::from_str_radix(hex, 16).unwrap();
-        Some(number(start)..number(end))
-    });
-    // It may be told in parts, which follow each other.
-    places.reduce(|all, part| all.start.min(part.start)..all.end.max(part.end))
-}
-
 pub(super) fn kill(pid: Pid) {
     kill_process(pid, Signal::KILL).unwrap();
 }
 
 /// Returns when no thread of it runs any more.
-fn stop(pid: Pid) {
+pub(super) fn stop(pid: Pid) {
     kill_process(pid, Signal::STOP).unwrap();
     let begin = Instant::now();
     let runs = |task: std::io::Result<fs::DirEntry>| {
@@ -130,7 +113,7 @@ fn begin_spin(client: &mut Raw, deadline_ms: u64) -> u32 {
     sequence
 }
 
-fn invoke(client: &mut Raw) -> Frame {
+pub(super) fn invoke(client: &mut Raw) -> Frame {
     client.ask(Op::Invoke, scale_shift(json!("x"), 2.0, 1.0))
 }
 
@@ -611,76 +594,4 @@ fn instances_that_wait_take_no_memory_that_a_run_needs() {
     }
     let stats = client.ok(Op::Stats, json!({}));
     assert_eq!(number(&stats, "/workers/lost"), 0);
-}
-
-#[test]
-fn a_result_that_gets_a_name_is_sealed_by_linux_and_let_go_of() {
-    let (host, mut client) = host(&[ON]);
-    let expected: Vec<_> = ramp(MOVED).iter().map(|x| 2.0 * x + 1.0).collect();
-    let seals = |fd| rustix::fs::fcntl_get_seals(fd).unwrap();
-    check_call(&mut client, json!("x"), &ramp(MOVED));
-    let before = Holdings::of(&host.settled(&mut client));
-    let result = invoke(&mut client);
-    let mapping = &result.body()["results"][0]["mapping"];
-    assert_eq!(mapping["writers"], "worker");
-    assert!(!seals(&result.fds[0]).contains(FINAL));
-    assert!(mapped_writable(worker(&host), &result.fds[0]).is_some());
-    let publish = json!({"segment": mapping["segment"], "name": "y"});
-    assert_eq!(
-        client.ok(Op::Publish, publish)["mapping"]["writers"],
-        "none"
-    );
-    assert!(seals(&result.fds[0]).contains(FINAL));
-    assert_eq!(mapped_writable(worker(&host), &result.fds[0]), None);
-    assert_eq!(numbers(&result), expected);
-    check_call(&mut client, json!("y"), &expected);
-    let mut named = scale_shift(json!("x"), 2.0, 1.0);
-    named["publish"] = json!({"y": "z"});
-    let named = client.ask(Op::Invoke, named);
-    let written = &named.body()["results"][0]["mapping"]["writers"];
-    assert_eq!(written, "none");
-    assert_eq!(numbers(&named), expected);
-    for name in ["y", "z"] {
-        client.ok(Op::Drop, json!({"name": name}));
-    }
-    for reply in [result, named] {
-        let lease = &reply.body()["results"][0]["lease"];
-        client.ok(Op::Release, json!({"leases": [lease]}));
-    }
-    assert_eq!(Holdings::of(&host.settled(&mut client)), before);
-}
-
-#[test]
-fn a_worker_that_is_stopped_or_ends_keeps_no_result_from_its_name() {
-    let (host, mut client) = host(&[ON]);
-    let expected: Vec<_> = ramp(MOVED).iter().map(|x| 2.0 * x + 1.0).collect();
-    check_call(&mut client, json!("x"), &ramp(MOVED));
-    let before = Holdings::of(&host.settled(&mut client));
-    for how in ["killed", "stopped", "killed meanwhile"] {
-        let result = invoke(&mut client);
-        let mapping = result.accepted()["results"][0]["mapping"].clone();
-        let pid = worker(&host);
-        match how {
-            "killed" => kill(pid),
-            "stopped" => stop(pid),
-            _ => {}
-        }
-        let publish = json!({"segment": mapping["segment"], "name": "y"});
-        let sequence = client.begin(Op::Publish, &publish, &[]);
-        if how == "killed meanwhile" {
-            kill(pid);
-        }
-        let reply = client.receive().unwrap();
-        assert_eq!(reply.sequence(), sequence, "{how}");
-        assert_eq!(reply.accepted()["mapping"]["writers"], "none", "{how}");
-        assert_eq!(numbers(&result), expected, "{how}");
-        let lease = &result.body()["results"][0]["lease"];
-        client.ok(Op::Release, json!({"leases": [lease]}));
-        // The first call may find the worker dying.
-        for _ in 0..2 {
-            check_call(&mut client, json!("y"), &expected);
-        }
-        client.ok(Op::Drop, json!({"name": "y"}));
-    }
-    assert_eq!(Holdings::of(&host.settled(&mut client)), before);
 }

@@ -9,6 +9,7 @@ use strait_tensor::{TensorPlace, TensorSpec};
 
 use crate::address;
 use crate::call::{Call, CallResult};
+use crate::channel::ChannelReader;
 use crate::connection::{Connection, Waiter};
 use crate::element::Element;
 use crate::error::Error;
@@ -310,6 +311,15 @@ impl AsyncClient {
     /// the calling thread.
     pub fn prepare(&self, kernel: &str) -> Prepare<'_, Self> {
         Prepare::new(&self.0, kernel)
+    }
+
+    /// Reads the channel of that name, as [`Client::read_channel`](crate::Client::read_channel); its batches are waited for on the
+    /// calling thread.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn read_channel(&self, name: &str) -> Result<ChannelReader, Error> {
+        self.0.read_channel(name).await
     }
 
     /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.

@@ -12,6 +12,7 @@ use strait_tensor::{TensorPlace, TensorSpec};
 use crate::address;
 use crate::asynchronous::AsyncClient;
 use crate::call::{Call, CallResult};
+use crate::channel::ChannelReader;
 use crate::connection::{Connection, Waiter};
 use crate::element::Element;
 use crate::error::Error;
@@ -304,6 +305,15 @@ impl Client {
     /// Begins what makes a kernel ready to be called again and again, on small tensors: see [`Prepared`].
     pub fn prepare(&self, kernel: &str) -> Prepare<'_, Self> {
         Prepare::new(&self.0, kernel)
+    }
+
+    /// Reads the channel of that name, which a [`PreparedStream`] of this principal fills: see [`Prepare::channel`].
+    ///
+    /// # Errors
+    /// [`Error::Remote`]: `CHANNEL_NOT_FOUND` before its producer has prepared it and after its end, `WRONG_STATE` while
+    /// somebody else reads it; the ends of the connection.
+    pub fn read_channel(&self, name: &str) -> Result<ChannelReader, Error> {
+        self.0.wait(self.0.read_channel(name))
     }
 
     /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.

@@ -16,8 +16,8 @@ use crate::lease::Lease;
 use crate::session::{Session, milliseconds};
 use crate::tensor::{TensorView, range};
 use crate::wire::{
-    self, HEADER_BYTES, Header, Limits, Note, Op, PreparedInput, PreparedTensor, SIZES_BYTES,
-    TraceContext,
+    self, ChannelOptions, HEADER_BYTES, Header, Limits, Note, Op, PreparedInput, PreparedTensor,
+    SIZES_BYTES, TraceContext,
 };
 
 /// What is to be prepared: [`Client::prepare`](crate::Client::prepare) or
@@ -94,6 +94,13 @@ impl<'a, C> Prepare<'a, C> {
         self
     }
 
+    /// What comes of the chunks goes to whoever reads the channel of that name, and not to this process: for
+    /// [`stream`](Prepare::stream), whose chunks then give no rows.
+    pub fn channel(mut self, channel: ChannelOptions) -> Self {
+        self.request.channel = Some(channel);
+        self
+    }
+
     pub(crate) fn session(&self) -> &'a Session {
         self.session
     }
@@ -142,7 +149,7 @@ impl<C> fmt::Debug for Prepare<'_, C> {
 #[derive(Debug)]
 pub struct Prepared {
     pub(crate) session: Session,
-    socket: FrameSocket,
+    pub(crate) socket: FrameSocket,
     pub(crate) number: u64,
     pub(crate) inputs: Vec<PreparedTensor>,
     /// The sizes of all inputs, as they stand before the elements.
@@ -154,7 +161,7 @@ pub struct Prepared {
     reply_bytes: usize,
     /// What was received; an array of words, so that elements are aligned.
     received: Vec<u128>,
-    sequence: u32,
+    pub(crate) sequence: u32,
     /// A call is under way, or was broken off.
     pub(crate) broken: bool,
 }
@@ -273,7 +280,11 @@ impl<'a> PreparedResult<'a> {
 static GAP: [u8; wire::PAYLOAD_BYTES_MAX] = [0; wire::PAYLOAD_BYTES_MAX];
 
 impl Prepared {
-    fn new(session: Session, told: wire::Prepared, mut fds: Vec<OwnedFd>) -> Result<Self, Error> {
+    pub(crate) fn new(
+        session: Session,
+        told: wire::Prepared,
+        mut fds: Vec<OwnedFd>,
+    ) -> Result<Self, Error> {
         let wrong = |what: &str| Error::Protocol(format!("the OK to PREPARE: {what}"));
         let (Some(socket), 0) = (fds.pop(), fds.len()) else {
             return Err(wrong("it brings one descriptor, the socket for calls"));
@@ -340,15 +351,20 @@ impl Prepared {
         self.broken = true;
         self.send(Op::Call, elements)?;
         let (_, notes) = self.receive(&[Op::Ok])?;
+        Ok(self.result(notes))
+    }
+
+    /// What was received last.
+    pub(crate) fn result(&self, notes: Vec<Note>) -> PreparedResult<'_> {
         let bytes = self.places.iter().map(|place| place.length);
         self.session.count_copied(bytes.sum());
         let received: &[u8] = bytemuck::cast_slice(&self.received);
-        Ok(PreparedResult {
+        PreparedResult {
             places: &self.places,
             // Where tensors are aligned.
             bytes: &received[HEADER_BYTES..],
             notes,
-        })
+        }
     }
 
     pub(crate) fn check(&self, elements: &[Elements<'_>]) -> Result<(), Error> {
@@ -434,7 +450,12 @@ impl Prepared {
         }
         let decoded = Header::decode(&packet[..received.bytes]);
         let (header, body, payload) = decoded.map_err(|error| wrong(error.to_string()))?;
-        if header.sequence != self.sequence {
+        // What ends a channel answers no request.
+        let expected = match header.op {
+            Op::Error if header.sequence == 0 => 0,
+            _ => self.sequence,
+        };
+        if header.sequence != expected {
             return Err(wrong(format!(
                 "sequence {} where {} was asked",
                 header.sequence, self.sequence
@@ -449,11 +470,15 @@ impl Prepared {
             }
             other => return Err(wrong(format!("{other:?}"))),
         }
-        if payload.len() != self.reply_bytes {
+        // The end of a channel has none.
+        let reply_bytes = match header.op {
+            Op::Last => 0,
+            _ => self.reply_bytes,
+        };
+        if payload.len() != reply_bytes {
             return Err(wrong(format!(
-                "a payload of {} bytes where {} were said",
+                "a payload of {} bytes where {reply_bytes} were said",
                 payload.len(),
-                self.reply_bytes
             )));
         }
         let notes = match body.is_empty() {
@@ -478,7 +503,7 @@ impl Prepared {
         if body_bytes > 0 {
             // To where it is without a body.
             let from = HEADER_BYTES + body_bytes;
-            packet.copy_within(from..from + self.reply_bytes, HEADER_BYTES);
+            packet.copy_within(from..from + reply_bytes, HEADER_BYTES);
         }
         self.broken = false;
         Ok((header.op, notes))
@@ -515,7 +540,7 @@ fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
         .map_err(|error| Error::Protocol(format!("the reply to CALL: its JSON: {error}")))
 }
 
-fn over(source: io::Error, what: &'static str) -> Error {
+pub(crate) fn over(source: io::Error, what: &'static str) -> Error {
     match source.kind() {
         io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Error::Disconnected,
         _ => Error::Linux { what, source },

@@ -8,8 +8,9 @@ use serde_json::json;
 use strait_client::wire::Op;
 
 use crate::guest;
+use crate::sealed::mapped_writable;
 use crate::served::{Frame, Holdings, check_call, numbers, put, ramp, scale_shift};
-use crate::workers::{MOVED, all_children, mapped_writable, worker};
+use crate::workers::{MOVED, all_children, worker};
 use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending, map, twice, wipe};
 
 /// What the filter over a worker's calls answers.

@@ -7,7 +7,6 @@ use strait_client::wire::{self, Op};
 
 use super::stream::chunk;
 use super::{Prepared, floats};
-use crate::guest;
 use crate::served::{Frame, Holdings, Random, Raw, Served, number, packet, ramp};
 
 /// Rows of `x` at a time.
@@ -86,7 +85,7 @@ impl Prepared {
     }
 }
 
-fn sums(x: &[f64]) -> Vec<f64> {
+pub(super) fn sums(x: &[f64]) -> Vec<f64> {
     let mut sum = 0.0;
     x.iter()
         .map(|x| {
@@ -96,17 +95,9 @@ fn sums(x: &[f64]) -> Vec<f64> {
         .collect()
 }
 
-/// Whether streams run on this host.
-fn streams(host: &Served) -> bool {
-    !host.has_workers()
-}
-
 #[test]
 fn what_one_process_writes_another_reads_in_order() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut watcher = host.greeted();
     let before = Holdings::of(&host.settled(&mut watcher));
     let (mut one, mut other) = (host.greeted(), host.greeted());
@@ -170,9 +161,6 @@ fn what_one_process_writes_another_reads_in_order() {
 #[test]
 fn a_full_channel_holds_its_producer_up_and_drops_nothing() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut client = host.greeted();
     let producer = produces(&mut client, "levels", &json!({"batches": 2}));
     let consumer = reads(&mut client, "levels");
@@ -228,9 +216,6 @@ fn a_full_channel_holds_its_producer_up_and_drops_nothing() {
 #[test]
 fn a_consumer_that_comes_back_goes_on_where_it_had_acknowledged() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut client = host.greeted();
     let producer = produces(&mut client, "levels", &json!({"resume_ms": 60_000}));
     let consumer = reads(&mut client, "levels");
@@ -269,9 +254,6 @@ fn a_consumer_that_comes_back_goes_on_where_it_had_acknowledged() {
 #[test]
 fn whoever_is_left_is_told_at_once_what_happened() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut watcher = host.greeted();
     let before = Holdings::of(&host.settled(&mut watcher));
     let soon = |what: &str, begin: Instant| {
@@ -358,26 +340,8 @@ fn whoever_is_left_is_told_at_once_what_happened() {
 }
 
 #[test]
-fn a_trap_ends_both_sides_with_its_name() {
-    let text = std::fs::read_to_string("tests/guests/traps.wat").unwrap();
-    let host = Served::with_plugin(&guest::component("traps", &text), &[]);
-    let mut client = host.greeted();
-    // It does not stream: a channel is refused as its stream would be.
-    let message = client
-        .ask(Op::Prepare, asks("traps/k", "levels", &json!({})))
-        .refused("INVALID_ARGUMENT", "UNSUPPORTED");
-    assert!(message.contains("stream"), "{message}");
-    client
-        .ask(Op::Stream, json!({"channel": "levels"}))
-        .refused("NOT_FOUND", "CHANNEL_NOT_FOUND");
-}
-
-#[test]
 fn a_producer_that_nobody_reads_waits_no_longer_than_it_said() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut client = host.greeted();
     for is_read in [false, true] {
         let producer = produces(
@@ -423,9 +387,6 @@ fn a_producer_that_nobody_reads_waits_no_longer_than_it_said() {
 #[test]
 fn what_is_no_acknowledgement_ends_its_consumer_and_nobody_else() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut client = host.greeted();
     let producer = produces(&mut client, "levels", &json!({"resume_ms": 60_000}));
     producer.sends(false, &[1.0]);
@@ -477,9 +438,6 @@ fn what_is_no_acknowledgement_ends_its_consumer_and_nobody_else() {
 #[test]
 fn options_are_checked_and_names_are_a_principals_own() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     host.open_to_all();
     let mut client = host.greeted();
     let mut ask = |request: Value, reason: &str| {
@@ -553,9 +511,6 @@ fn options_are_checked_and_names_are_a_principals_own() {
 #[test]
 fn what_a_channel_keeps_is_charged() {
     let host = Served::start(&[]);
-    if !streams(&host) {
-        return;
-    }
     let mut client = host.greeted();
     let used = |client: &mut Raw| number(&client.ok(Op::Stats, json!({})), "/account/bytes");
     let small = produces(&mut client, "levels", &json!({"batches": 1}));

@@ -2,6 +2,7 @@
 
 mod attack;
 mod channel;
+mod channel_client;
 mod life;
 mod lost;
 mod memory;

@@ -1,0 +1,141 @@
+//! Channels: what comes of a stream that another session feeds.
+
+use crate::connection::Beside;
+use crate::error::Error;
+use crate::prepared::{Prepared, PreparedResult, over};
+use crate::session::Session;
+use crate::wire::{self, Header, Note, Op, PreparedTensor, TraceContext};
+
+/// Reads a channel: batches of rows, in their order. It has a socket of its own; dropping it leaves the channel, which
+/// tells its producer, unless that lets a consumer come back.
+///
+/// A batch is acknowledged when the next one is asked for, so that whoever comes back gets those again that were not done
+/// with.
+#[derive(Debug)]
+pub struct ChannelReader {
+    kernel: String,
+    /// Receives as what is prepared does, and sends nothing.
+    batches: Prepared,
+    /// Of the batch that was received last.
+    number: u64,
+    is_acknowledged: bool,
+    /// What the kernel had to say, once it is over.
+    notes: Option<Vec<Note>>,
+}
+
+impl Session {
+    pub(crate) async fn read_channel(&self, name: &str) -> Result<ChannelReader, Error> {
+        let body = wire::Stream {
+            channel: name.to_owned(),
+            request_id: self.request_id(),
+        };
+        let pending = self.request(Op::Stream, &body, Beside::default())?;
+        let (told, fds) = pending.await?.read::<wire::Streamed>()?;
+        let batches = wire::Prepared {
+            prepared: 0,
+            request_bytes: 0,
+            inputs: Vec::new(),
+            reply_bytes: told.batch_bytes,
+            outputs: told.outputs,
+            request_id: told.request_id,
+        };
+        let first = told.first.checked_sub(1);
+        Ok(ChannelReader {
+            kernel: told.kernel,
+            batches: Prepared::new(self.clone(), batches, fds)?,
+            number: first.ok_or_else(|| {
+                Error::Protocol("the OK to STREAM: batches are counted from 1".to_owned())
+            })?,
+            is_acknowledged: true,
+            notes: None,
+        })
+    }
+}
+
+impl ChannelReader {
+    /// Whose outputs come.
+    #[must_use]
+    pub fn kernel(&self) -> &str {
+        &self.kernel
+    }
+
+    /// The outputs, their shapes with the most rows of a batch.
+    #[must_use]
+    pub fn outputs(&self) -> &[PreparedTensor] {
+        self.batches.outputs()
+    }
+
+    /// Number of the batch that was received last; the channel's first one is 1.
+    #[must_use]
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// What the kernel had to say, at the end.
+    #[must_use]
+    pub fn notes(&self) -> &[Note] {
+        self.notes.as_deref().unwrap_or_default()
+    }
+
+    /// Acknowledges the batch before, and waits for the next one; none at the end of the stream.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] with the reason why no more comes: `PRODUCER_LOST`, or what the producer was told;
+    /// [`Error::Disconnected`] if the host has ended.
+    #[expect(
+        clippy::should_implement_trait,
+        reason = "a batch borrows what was received"
+    )]
+    pub fn next(&mut self) -> Result<Option<PreparedResult<'_>>, Error> {
+        if self.notes.is_some() {
+            return Ok(None);
+        }
+        if self.batches.broken {
+            return Err(Error::Disconnected);
+        }
+        self.acknowledge()?;
+        self.batches.sequence = low(self.number + 1);
+        self.batches.broken = true;
+        let received = self.batches.receive(&[Op::Chunk, Op::Last]);
+        // After an error nothing comes.
+        self.batches.broken = true;
+        let (op, notes) = received?;
+        self.batches.broken = false;
+        self.number += 1;
+        self.is_acknowledged = false;
+        if op == Op::Last {
+            self.notes = Some(notes);
+            // Whoever does not take it has ended, and that is what it was for.
+            let _ = self.acknowledge();
+            return Ok(None);
+        }
+        Ok(Some(self.batches.result(notes)))
+    }
+
+    fn acknowledge(&mut self) -> Result<(), Error> {
+        if self.is_acknowledged {
+            return Ok(());
+        }
+        let header = Header {
+            op: Op::Ok,
+            sequence: self.batches.sequence,
+            body_bytes: 0,
+            payload_bytes: 0,
+            trace: TraceContext::NONE,
+        };
+        let sent = self.batches.socket.send(&[&header.encode()], &[]);
+        // Why it is over is what comes next.
+        match sent.map_err(|error| over(error, "acknowledge a batch")) {
+            Ok(()) | Err(Error::Disconnected) => {}
+            Err(error) => return Err(error),
+        }
+        self.is_acknowledged = true;
+        Ok(())
+    }
+}
+
+/// The bits of a batch's number that a header has.
+#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
+fn low(number: u64) -> u32 {
+    number as u32
+}
