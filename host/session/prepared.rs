@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use strait_memory::Charge;
+use strait_memory::{Charge, SharedPages};
 use strait_protocol::{self as wire, PreparedInput, PreparedTensor, SIZES_BYTES};
 use strait_tensor::{TensorPlace, TensorSpec};
 
@@ -33,6 +33,7 @@ pub struct Preparing {
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
     streams: bool,
+    ring: bool,
     in_frames: bool,
 }
 
@@ -49,6 +50,8 @@ pub struct Prepared {
     request_bytes: u64,
     /// It takes chunks, and not calls.
     streams: bool,
+    /// Its calls come through a ring.
+    ring: bool,
     /// What travels does so in frames of the data socket, and is counted here.
     in_frames: bool,
     outputs: Vec<PreparedTensor>,
@@ -113,6 +116,14 @@ impl Caller {
         }
         let kernel = self.host.plugins.find(&invoke.kernel)?;
         if request.stream {
+            if request.ring {
+                let message = "chunks of a stream do not go through a ring; leave out `ring`, or call the kernel with whole tensors";
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::Unsupported,
+                    message,
+                ));
+            }
             if self.host.config.workers.enabled {
                 let message = "streams do not run in worker processes yet, and this host has workers.enabled; call the kernel with whole tensors";
                 return Err(Status::new(
@@ -162,6 +173,7 @@ impl Caller {
             inputs,
             request_bytes,
             streams: request.stream,
+            ring: request.ring,
             in_frames: session.is_some(),
         })
     }
@@ -283,6 +295,7 @@ impl Preparing {
             mut inputs,
             request_bytes,
             streams,
+            ring,
             in_frames,
         } = self;
         let Checked {
@@ -329,6 +342,7 @@ impl Preparing {
             inputs,
             request_bytes,
             streams,
+            ring,
             in_frames,
             outputs,
             reply_bytes,
@@ -339,15 +353,31 @@ impl Preparing {
 }
 
 impl Prepared {
+    /// Memory for its ring, and where what is in that; none if it was not asked for.
+    ///
+    /// # Errors
+    /// What the PREPARE is answered.
+    pub fn ring(&self) -> Result<Option<(wire::Ring, SharedPages)>, Status> {
+        // No payload is longer than a frame's.
+        let layout = wire::Ring::of(self.request_bytes, self.reply_bytes).filter(|_| self.ring);
+        let create = |layout: wire::Ring| {
+            let bytes = usize::try_from(layout.bytes).unwrap_or(usize::MAX);
+            let budget = self.caller.account().segments();
+            Ok((layout, SharedPages::create(bytes, budget)?))
+        };
+        layout.map(create).transpose()
+    }
+
     /// What the PREPARE is answered, as number `prepared`.
     #[must_use]
-    pub fn to_wire(&self, prepared: u64) -> wire::Prepared {
+    pub fn to_wire(&self, prepared: u64, ring: Option<wire::Ring>) -> wire::Prepared {
         wire::Prepared {
             prepared,
             request_bytes: self.request_bytes,
             inputs: self.inputs.clone(),
             reply_bytes: self.reply_bytes,
             outputs: self.outputs.clone(),
+            ring,
             request_id: self.request_id.to_string(),
         }
     }

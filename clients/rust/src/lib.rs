@@ -44,6 +44,7 @@ mod connection;
 mod element;
 mod error;
 mod lease;
+mod link;
 mod listing;
 mod output;
 mod prepared;

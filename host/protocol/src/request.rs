@@ -202,6 +202,9 @@ request! {
         /// Rows come in chunks, and what the kernel keeps of them goes on: CHUNK and LAST in the place of CALL.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         stream: bool,
+        /// CALLs go through a ring of slots in memory that both sides share.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        ring: bool,
         /// Wall time of each CALL, CHUNK or LAST in milliseconds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline_ms: Option<u64>,

@@ -3,6 +3,7 @@
 mod attack;
 mod life;
 mod memory;
+mod ring;
 mod stream;
 
 use std::os::fd::OwnedFd;
