@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use strait_memory::{Budget, Lot, ResultPool};
 use strait_protocol::{QuotaSettings, Quotas};
+use strait_ring::Spin;
 
 use crate::engine::{EngineConfig, Interruption, Limits};
 
@@ -58,6 +59,8 @@ pub struct Server {
     pub stall_ms: Option<u64>,
     /// What one endpoint gives of a flight, for clients that ask for several.
     pub endpoint_bytes: Option<u64>,
+    /// Microseconds for which a prepared call's thread looks for the next one before it sleeps, at most 50000; 0: it sleeps at once.
+    pub spin_us: Option<u64>,
 }
 
 /// Defaults and upper bounds for each invocation.
@@ -370,6 +373,12 @@ impl Config {
     #[must_use]
     pub fn endpoint_bytes(&self) -> u64 {
         self.server.endpoint_bytes.unwrap_or(64 << 20)
+    }
+
+    /// How long a prepared call's thread looks for the next one.
+    #[must_use]
+    pub fn spin(&self) -> Spin {
+        Spin::new(Duration::from_micros(self.server.spin_us.unwrap_or(0)))
     }
 
     /// Segments at a time: each holds a descriptor, and connections need some, too.

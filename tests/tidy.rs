@@ -195,14 +195,24 @@ fn released_wit_has_no_undocumented_change() {
 }
 
 /// The workspace's crates and those of it that each may depend on. The host may on all of them.
-const CRATES: [(&str, &str, &[&str]); 5] = [
+const CRATES: [(&str, &str, &[&str]); 6] = [
     ("strait-protocol", "host/protocol", &["strait-tensor"]),
     ("strait-memory", "host/memory", &[]),
     ("strait-tensor", "host/tensor", &[]),
     (
+        "strait-ring",
+        "host/ring",
+        &["strait-memory", "strait-protocol"],
+    ),
+    (
         "strait-client",
         "clients/rust",
-        &["strait-protocol", "strait-memory", "strait-tensor"],
+        &[
+            "strait-protocol",
+            "strait-memory",
+            "strait-ring",
+            "strait-tensor",
+        ],
     ),
     ("xtask", "xtask", &[]),
 ];
@@ -234,11 +244,12 @@ fn crates_depend_one_way() {
 }
 
 /// Where each crate's modules begin.
-const ROOTS: [&str; 6] = [
+const ROOTS: [&str; 7] = [
     "host",
     "host/memory/src",
     "host/tensor/src",
     "host/protocol/src",
+    "host/ring/src",
     "clients/rust/src",
     "xtask/src",
 ];
@@ -341,7 +352,7 @@ fn imports(root: &str) -> BTreeMap<Vec<String>, BTreeSet<(String, String)>> {
         ROOTS.iter().any(|other| {
             *other != root && Path::new(other).starts_with(root) && file.starts_with(other)
         }) || (root == "host"
-            && ["host/memory", "host/tensor", "host/protocol"]
+            && ["host/memory", "host/tensor", "host/protocol", "host/ring"]
                 .iter()
                 .any(|folder| file.starts_with(folder)))
     };

@@ -20,7 +20,7 @@ use super::frames::{Outgoing, encode, failure};
 use super::handlers::calls::{self, Cancelling, Running, Wanted};
 use super::handlers::leases::ENDED_AT_ONCE;
 use super::in_flight::{Ending, InFlight};
-use super::lane::{Lane, Lanes};
+use super::lane::{Lane, Lanes, Told};
 use crate::error::{Code, Reason, Status};
 use crate::session::{Call, Caller, Gone, Invoked, Session, Unread};
 
@@ -165,7 +165,7 @@ async fn write(
 /// What was under way and is done.
 enum Finished {
     Invoke(Wanted, Result<Arc<Invoked>, Status>),
-    Prepare(Arc<str>, OwnedFd, Result<wire::Prepared, Status>),
+    Prepare(Arc<str>, OwnedFd, Result<Told, Status>),
 }
 
 /// What can be ended while it is under way.
@@ -478,9 +478,12 @@ impl Connection {
             Finished::Invoke(wanted, result) => {
                 calls::invoked(&self.session, header.sequence, &wanted, result)
             }
-            Finished::Prepare(id, socket, Ok(prepared)) => Answer::of(&prepared)
-                .with(vec![Arc::new(socket)], Vec::new())
-                .framed(Op::Ok, &self.session, header.sequence, &id),
+            Finished::Prepare(id, socket, Ok((prepared, memory))) => {
+                let fds = std::iter::once(Arc::new(socket)).chain(memory);
+                Answer::of(&prepared)
+                    .with(fds.collect(), Vec::new())
+                    .framed(Op::Ok, &self.session, header.sequence, &id)
+            }
             Finished::Prepare(id, _, Err(status)) => failure(header.sequence, &status, &id),
         };
         self.reply(header, reply).await

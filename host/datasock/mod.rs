@@ -15,6 +15,7 @@ mod frames;
 mod handlers;
 mod in_flight;
 mod lane;
+mod line;
 
 use std::collections::HashMap;
 use std::future::Future;

@@ -258,7 +258,7 @@ impl Begun {
         let cancel = self.cancel.clone();
         let preparing = caller.preparing(None, request, ROOM_BYTES, id, cancel)?;
         let prepared = preparing.prepare()?;
-        let told = prepared.to_wire(0);
+        let told = prepared.to_wire(0, None);
         // A chunk that came, and the answers to two: one is with the client's connection, one waits.
         let bytes = told.reply_bytes.saturating_mul(2);
         let _charge = reserved(caller, bytes.saturating_add(told.request_bytes))?;

@@ -11,7 +11,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
-use strait_memory::Charge;
+use strait_memory::{Charge, SharedPages};
 use strait_protocol::{self as wire, PreparedInput, PreparedTensor, SIZES_BYTES};
 use strait_tensor::{TensorPlace, TensorSpec};
 
@@ -35,6 +35,7 @@ pub struct Preparing {
     request_bytes: u64,
     streams: bool,
     channel: Option<ChannelPlan>,
+    ring: bool,
     in_frames: bool,
 }
 
@@ -51,6 +52,8 @@ pub struct Prepared {
     request_bytes: u64,
     /// It takes chunks, and not calls.
     streams: bool,
+    /// Its calls come through a ring.
+    ring: bool,
     /// What travels does so in frames of the data socket, and is counted here.
     in_frames: bool,
     outputs: Vec<PreparedTensor>,
@@ -117,6 +120,14 @@ impl Caller {
         }
         let kernel = self.host.plugins.find(&invoke.kernel)?;
         if request.stream {
+            if request.ring {
+                let message = "chunks of a stream do not go through a ring; leave out `ring`, or call the kernel with whole tensors";
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::Unsupported,
+                    message,
+                ));
+            }
             check_stream(kernel.kernel(), &resolved)?;
         }
         let channel = match request.channel {
@@ -171,6 +182,7 @@ impl Caller {
             request_bytes,
             streams: request.stream,
             channel,
+            ring: request.ring,
             in_frames: session.is_some(),
         })
     }
@@ -293,6 +305,7 @@ impl Preparing {
             request_bytes,
             streams,
             channel,
+            ring,
             in_frames,
         } = self;
         let Checked {
@@ -343,6 +356,7 @@ impl Preparing {
             inputs,
             request_bytes,
             streams,
+            ring,
             in_frames,
             outputs,
             reply_bytes,
@@ -354,9 +368,24 @@ impl Preparing {
 }
 
 impl Prepared {
+    /// Memory for its ring, and where what is in that; none if it was not asked for.
+    ///
+    /// # Errors
+    /// What the PREPARE is answered.
+    pub fn ring(&self) -> Result<Option<(wire::Ring, SharedPages)>, Status> {
+        // No payload is longer than a frame's.
+        let layout = wire::Ring::of(self.request_bytes, self.reply_bytes).filter(|_| self.ring);
+        let create = |layout: wire::Ring| {
+            let bytes = usize::try_from(layout.bytes).unwrap_or(usize::MAX);
+            let budget = self.caller.account().segments();
+            Ok((layout, SharedPages::create(bytes, budget)?))
+        };
+        layout.map(create).transpose()
+    }
+
     /// What the PREPARE is answered, as number `prepared`.
     #[must_use]
-    pub fn to_wire(&self, prepared: u64) -> wire::Prepared {
+    pub fn to_wire(&self, prepared: u64, ring: Option<wire::Ring>) -> wire::Prepared {
         // Nothing of a channel's comes back here.
         let (reply_bytes, outputs) = match self.channel {
             Some(_) => (0, Vec::new()),
@@ -368,6 +397,7 @@ impl Prepared {
             inputs: self.inputs.clone(),
             reply_bytes,
             outputs,
+            ring,
             request_id: self.request_id.to_string(),
         }
     }

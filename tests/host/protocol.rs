@@ -400,7 +400,7 @@ impl Replay {
         if closes {
             self.other = None;
         }
-        let is_socket = modes == ["+socket"];
+        let is_socket = modes.first() == Some(&"+socket");
         let fd = frame.fds.into_iter().next();
         if is_socket {
             self.calls = fd.map(|fd| Raw::over(fd.into()));

@@ -2,7 +2,7 @@
 
 use crate::connection::Beside;
 use crate::error::Error;
-use crate::prepared::{Prepared, PreparedResult, over};
+use crate::prepared::{Prepared, PreparedResult};
 use crate::session::Session;
 use crate::wire::{self, Header, Note, Op, PreparedTensor, TraceContext};
 
@@ -37,12 +37,13 @@ impl Session {
             inputs: Vec::new(),
             reply_bytes: told.batch_bytes,
             outputs: told.outputs,
+            ring: None,
             request_id: told.request_id,
         };
         let first = told.first.checked_sub(1);
         Ok(ChannelReader {
             kernel: told.kernel,
-            batches: Prepared::new(self.clone(), batches, fds)?,
+            batches: Prepared::new(self.clone(), batches, fds, false)?,
             number: first.ok_or_else(|| {
                 Error::Protocol("the OK to STREAM: batches are counted from 1".to_owned())
             })?,
@@ -123,9 +124,8 @@ impl ChannelReader {
             payload_bytes: 0,
             trace: TraceContext::NONE,
         };
-        let sent = self.batches.socket.send(&[&header.encode()], &[]);
         // Why it is over is what comes next.
-        match sent.map_err(|error| over(error, "acknowledge a batch")) {
+        match self.batches.link.send(&[&header.encode()]) {
             Ok(()) | Err(Error::Disconnected) => {}
             Err(error) => return Err(error),
         }

@@ -45,6 +45,7 @@ mod connection;
 mod element;
 mod error;
 mod lease;
+mod link;
 mod listing;
 mod output;
 mod prepared;

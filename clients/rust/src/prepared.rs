@@ -1,11 +1,9 @@
 //! Kernels that are made ready once and called again and again.
 
 use std::fmt;
-use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use strait_memory::FrameSocket;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
 use crate::argument::{CallInput, Given, Param};
@@ -13,6 +11,7 @@ use crate::connection::Beside;
 use crate::element::{self, Element};
 use crate::error::Error;
 use crate::lease::Lease;
+use crate::link::Link;
 use crate::session::{Session, milliseconds};
 use crate::tensor::{TensorView, range};
 use crate::wire::{
@@ -105,6 +104,14 @@ impl<'a, C> Prepare<'a, C> {
         self.session
     }
 
+    /// Has calls go through a ring of slots in memory that the host shares with this process, and not over a socket: while both
+    /// sides look for what comes ([`Options::spin`](crate::Options::spin), the host's `server.spin_us`) a call is no system call.
+    /// The ring's memory counts as a segment. Not for [streams](crate::PreparedStream).
+    pub fn ring(mut self) -> Self {
+        self.request.ring = true;
+        self
+    }
+
     /// The same for chunks of rows.
     pub(crate) fn of_chunks(mut self) -> Self {
         self.request.stream = true;
@@ -132,7 +139,7 @@ impl<'a, C> Prepare<'a, C> {
             .session
             .request(Op::Prepare, &self.request, Beside::default())?;
         let (prepared, fds) = pending.await?.read::<wire::Prepared>()?;
-        Prepared::new(self.session.clone(), prepared, fds)
+        Prepared::new(self.session.clone(), prepared, fds, self.request.ring)
     }
 }
 
@@ -142,14 +149,14 @@ impl<C> fmt::Debug for Prepare<'_, C> {
     }
 }
 
-/// A kernel that is ready. It has a socket of its own; dropping it ends it in the host.
+/// A kernel that is ready. It has a socket of its own, and a ring if that was [asked for](Prepare::ring); dropping it ends it in the host.
 ///
 /// A call sends its inputs from where they lie and receives its results into memory that is used again: it allocates
 /// nothing that grows with them. It waits on the calling thread, so asynchronous code calls from a thread that may wait.
 #[derive(Debug)]
 pub struct Prepared {
     pub(crate) session: Session,
-    pub(crate) socket: FrameSocket,
+    pub(crate) link: Link,
     pub(crate) number: u64,
     pub(crate) inputs: Vec<PreparedTensor>,
     /// The sizes of all inputs, as they stand before the elements.
@@ -283,16 +290,29 @@ impl Prepared {
     pub(crate) fn new(
         session: Session,
         told: wire::Prepared,
-        mut fds: Vec<OwnedFd>,
+        fds: Vec<OwnedFd>,
+        ring: bool,
     ) -> Result<Self, Error> {
         let wrong = |what: &str| Error::Protocol(format!("the OK to PREPARE: {what}"));
-        let (Some(socket), 0) = (fds.pop(), fds.len()) else {
-            return Err(wrong("it brings one descriptor, the socket for calls"));
-        };
         let request_bytes = checked(&told.inputs, told.request_bytes)
             .ok_or_else(|| wrong("its inputs do not lie where they must"))?;
         let reply_bytes = checked(&told.outputs, told.reply_bytes)
             .ok_or_else(|| wrong("its outputs do not lie where they must"))?;
+        let mut fds = fds.into_iter();
+        let (socket, ring) = match (fds.next(), fds.next(), fds.next()) {
+            (Some(socket), None, None) if !ring => (socket, None),
+            (Some(socket), Some(memory), None) if ring => {
+                let expected = wire::Ring::of(request_bytes.into(), reply_bytes.into());
+                let layout = expected.filter(|expected| told.ring == Some(*expected));
+                let layout = layout.ok_or_else(|| wrong("its ring does not lie as it must"))?;
+                (socket, Some((layout, memory)))
+            }
+            _ => {
+                let what = "it brings the socket for calls, and the memory of a ring if that was asked for";
+                return Err(wrong(what));
+            }
+        };
+        let link = Link::new(socket, ring, session.spin())?;
         let reply_bytes = reply_bytes as usize;
         let sizes = told
             .inputs
@@ -311,7 +331,7 @@ impl Prepared {
         let most = HEADER_BYTES + wire::BODY_BYTES_MAX + reply_bytes;
         Ok(Self {
             session,
-            socket: socket.into(),
+            link,
             number: told.prepared,
             sizes: sizes.collect(),
             places: places.collect(),
@@ -427,8 +447,7 @@ impl Prepared {
             let gap = usize::try_from(room).map_or(0, |room| room - given.bytes.len());
             parts.extend([given.bytes, &GAP[..gap]]);
         }
-        let sent = self.socket.send(&parts, &[]);
-        sent.map_err(|error| over(error, "send a prepared call"))?;
+        self.link.send(&parts)?;
         let bytes = elements.iter().map(|given| given.bytes.len() as u64);
         self.session.count_copied(bytes.sum());
         Ok(())
@@ -437,18 +456,9 @@ impl Prepared {
     /// A reply that is one of `ops`: which, and what the kernel had to say.
     pub(crate) fn receive(&mut self, ops: &[Op]) -> Result<(Op, Vec<Note>), Error> {
         let packet: &mut [u8] = bytemuck::cast_slice_mut(&mut self.received);
-        let received = self.socket.recv(packet);
-        let received = received.map_err(|error| over(error, "receive a prepared call's reply"))?;
-        if received.bytes == 0 {
-            return Err(Error::Disconnected);
-        }
+        let bytes = self.link.receive(packet, HEADER_BYTES + self.reply_bytes)?;
         let wrong = |what: String| Error::Protocol(format!("the reply to CALL: {what}"));
-        if received.truncated || !received.fds.is_empty() {
-            return Err(wrong(
-                "it is longer than was said, or brings descriptors".to_owned(),
-            ));
-        }
-        let decoded = Header::decode(&packet[..received.bytes]);
+        let decoded = Header::decode(&packet[..bytes]);
         let (header, body, payload) = decoded.map_err(|error| wrong(error.to_string()))?;
         // What ends a channel answers no request.
         let expected = match header.op {
@@ -538,13 +548,6 @@ impl Session {
 fn parse<T: serde::de::DeserializeOwned>(body: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(body)
         .map_err(|error| Error::Protocol(format!("the reply to CALL: its JSON: {error}")))
-}
-
-pub(crate) fn over(source: io::Error, what: &'static str) -> Error {
-    match source.kind() {
-        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset => Error::Disconnected,
-        _ => Error::Linux { what, source },
-    }
 }
 
 /// Whether `shape` is one of a tensor that is at most `most` along each axis.

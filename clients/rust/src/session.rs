@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use strait_memory::{FrameSocket, HugeBirths};
+use strait_ring::Spin;
 
 use crate::address::DATA_SOCKET;
 use crate::connection::{Beside, Connection, Pending, Waiter};
@@ -29,6 +30,10 @@ pub struct Options {
     pub lease: Option<Duration>,
     /// Name and version by which the host's log knows this client.
     pub name: String,
+    /// For how long whoever waits for a prepared call's reply looks for it before it sleeps, at most 50 ms; zero: it sleeps
+    /// at once, as by default. At most as many threads of a process do so at a time as it has CPUs beside one. Worth it where a
+    /// CPU is idle otherwise, and the host spins, too (`server.spin_us`).
+    pub spin: Duration,
 }
 
 impl Default for Options {
@@ -38,6 +43,7 @@ impl Default for Options {
             renew: true,
             lease: None,
             name,
+            spin: Duration::ZERO,
         }
     }
 }
@@ -64,6 +70,7 @@ struct Greeted {
     connection: Arc<Connection>,
     welcome: Welcome,
     lease_ms: Option<u64>,
+    spin: Spin,
     copied_bytes: AtomicU64,
     births: HugeBirths,
 }
@@ -88,6 +95,7 @@ impl Session {
             connection,
             welcome,
             lease_ms: options.lease.map(milliseconds),
+            spin: Spin::new(options.spin),
             copied_bytes: AtomicU64::new(0),
             births: HugeBirths::new(),
         };
@@ -129,6 +137,10 @@ impl Session {
 
     pub(crate) fn lease_ms(&self) -> Option<u64> {
         self.greeted.lease_ms
+    }
+
+    pub(crate) fn spin(&self) -> Spin {
+        self.greeted.spin
     }
 
     pub(crate) fn copied_bytes(&self) -> u64 {

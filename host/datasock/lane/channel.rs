@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use strait_protocol::SIZES_BYTES;
 
-use super::{Edge, notes_body};
+use super::Edge;
+use crate::datasock::line::notes_body;
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
 use crate::session::{
@@ -94,7 +95,7 @@ impl Producing<'_, '_, '_> {
     fn woken(&self, for_requests: bool, most: Option<Duration>) -> Result<Woken, Status> {
         let woken = self
             .channel
-            .wait(self.edge.socket.as_fd(), for_requests, most);
+            .wait(self.edge.line.socket().as_fd(), for_requests, most);
         woken.map_err(|error| {
             let message = format!("waiting on a channel: {error}");
             Status::new(Code::Internal, Reason::Host, message)

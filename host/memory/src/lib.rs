@@ -48,6 +48,7 @@ mod mapping;
 mod memfd;
 mod moving;
 mod pages;
+mod peer;
 mod pool;
 pub mod probe;
 pub mod process;
@@ -56,6 +57,7 @@ mod scrap;
 mod seals;
 mod segment;
 mod segment_charge;
+mod shared_pages;
 mod socket;
 mod source;
 
@@ -72,12 +74,14 @@ pub use lot::{Lot, LotStats};
 pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
 pub use memfd::unreadable_program;
 pub use moving::{Access, FaultRange, MoveRefused, Parked, Poisoned, Window};
+pub use peer::Peer;
 pub use pool::{Ending, Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
 pub use result_pages::ResultPages;
 pub use scrap::{SCRAP_BYTES, Scrap};
 pub use seals::Seals;
 pub use segment::{Client, Host, Lent, Open, Parkable, Sealed, SealedBytes, Segment};
-pub use socket::{FDS_MAX, FrameListener, FrameSocket, Peer, Received, SpareDescriptor};
+pub use shared_pages::SharedPages;
+pub use socket::{FDS_MAX, FrameListener, FrameSocket, Received, SpareDescriptor};
 pub use source::{InputSource, ResultSource, Shared, SharedSource};
 
 /// Bytes in a page of the machine: what `mmap` counts in.

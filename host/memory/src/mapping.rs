@@ -83,16 +83,16 @@ impl MappingError {
 }
 
 /// Mapped pages of a segment, and how many bytes of them count.
-struct Mapped {
+pub(crate) struct Mapped {
     // None if there are no bytes, which cannot be mapped.
-    pages: Option<Reservation>,
+    pub(crate) pages: Option<Reservation>,
     bytes: usize,
     inode: Inode,
 }
 
 impl Mapped {
     /// Maps the first `bytes` bytes with `map`, after the checks that all mappings share.
-    fn new(
+    pub(crate) fn new(
         fd: BorrowedFd<'_>,
         bytes: usize,
         map: impl FnOnce(BorrowedFd<'_>, usize) -> io::Result<Reservation>,
@@ -114,7 +114,7 @@ impl Mapped {
         })
     }
 
-    fn address(&self) -> usize {
+    pub(crate) fn address(&self) -> usize {
         self.pages.as_ref().map_or(0, Reservation::start)
     }
 }
@@ -253,11 +253,7 @@ impl WriteMapping {
     /// [`MappingError::TooShort`]; [`MappingError::System`], for instance because the
     /// descriptor only reads.
     pub fn new(fd: impl AsFd, bytes: usize) -> Result<Self, MappingError> {
-        let map = |fd: BorrowedFd<'_>, bytes: usize| {
-            let bytes = bytes.next_multiple_of(PAGE_USIZE);
-            Reservation::of_file(fd, bytes, FileAccess::SharedReadWrite)
-        };
-        Mapped::new(fd.as_fd(), bytes, map).map(Self)
+        Mapped::new(fd.as_fd(), bytes, map_for_both).map(Self)
     }
 
     /// The bytes.
@@ -365,6 +361,12 @@ impl WriteMapping {
     }
 }
 
+/// For reading and writing, shared.
+pub(crate) fn map_for_both(fd: BorrowedFd<'_>, bytes: usize) -> io::Result<Reservation> {
+    let bytes = bytes.next_multiple_of(PAGE_USIZE);
+    Reservation::of_file(fd, bytes, FileAccess::SharedReadWrite)
+}
+
 /// The segment behind `fd`, if it has at least `bytes` bytes.
 fn check_size(fd: BorrowedFd<'_>, bytes: usize) -> Result<Inode, MappingError> {
     let stat = rustix::fs::fstat(fd).map_err(MappingError::system("fstat", bytes))?;
@@ -380,7 +382,7 @@ fn check_size(fd: BorrowedFd<'_>, bytes: usize) -> Result<Inode, MappingError> {
     Ok(inode)
 }
 
-fn check_seals(
+pub(crate) fn check_seals(
     fd: BorrowedFd<'_>,
     enough: impl FnOnce(Seals) -> bool,
     needed: &'static str,

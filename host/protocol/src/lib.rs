@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! frame ── header: op, sequence, lengths, trace      request, reply ── JSON bodies, by the op
-//! prepared ── the payloads of prepared calls
+//! prepared ── the payloads of prepared calls   ring ── where they lie in memory that both sides share
 //! real ── floats that JSON has no number for
 //! reason ── the code and the reason of an ERROR, and of a Flight status
 //! stats ── what a host counts              quota ── what each principal may have of it
@@ -18,6 +18,7 @@ mod real;
 mod reason;
 mod reply;
 mod request;
+mod ring;
 mod stats;
 mod worker;
 
@@ -40,6 +41,7 @@ pub use request::{
     Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor,
     PlacedTensor, Prepare, PreparedInput, Publish, Request, SegmentId, Stream,
 };
+pub use ring::{Ring, Side, Word};
 pub use stats::{
     AccountStats, ChannelStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats,
     ProcessStats, Stats, WorkerStats,

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use strait_tensor::{Dtype, TensorPlace};
 
+use crate::ring::Ring;
+
 /// What a client needs in order to map a segment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Mapping {
@@ -264,7 +266,7 @@ pub struct InlineResult {
     pub length: u64,
 }
 
-/// OK to PREPARE, with one descriptor: the socket for CALLs.
+/// OK to PREPARE, with the socket for CALLs as a descriptor, and behind it the memory of the ring if there is one.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Prepared {
     /// Its number, for CANCEL.
@@ -277,6 +279,9 @@ pub struct Prepared {
     pub reply_bytes: u64,
     /// The outputs, likewise.
     pub outputs: Vec<PreparedTensor>,
+    /// Where CALLs and the OKs to them go in the place of the socket.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ring: Option<Ring>,
     /// The request's id, which the errors of its CALLs carry.
     pub request_id: String,
 }

@@ -205,6 +205,9 @@ request! {
         /// What comes of the chunks goes to whoever reads the channel of that name, and not to who sends them.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         channel: Option<ChannelOptions>,
+        /// CALLs go through a ring of slots in memory that both sides share.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        ring: bool,
         /// Wall time of each CALL, CHUNK or LAST in milliseconds.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         deadline_ms: Option<u64>,

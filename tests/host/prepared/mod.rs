@@ -6,6 +6,7 @@ mod channel_client;
 mod life;
 mod lost;
 mod memory;
+mod ring;
 mod stream;
 
 use std::os::fd::OwnedFd;

@@ -7,6 +7,7 @@ mod memory;
 #[path = "../peer/mod.rs"]
 mod peer;
 mod prepared;
+mod ring;
 
 use peer::{Peer, connected};
 use strait_client::{Client, Options};

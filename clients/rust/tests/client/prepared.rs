@@ -18,7 +18,7 @@ fn spec(sizes: &[u64]) -> TensorSpec {
 }
 
 /// The OK to a PREPARE of `k` with an `x` and a `y` of three float64s.
-fn told() -> Value {
+pub(super) fn told() -> Value {
     let place = |port: &str| json!({"port": port, "dtype": "float64", "shape": [3], "offset": 64, "length": 24});
     json!({"prepared": 4, "request_bytes": 128, "inputs": [place("x")], "reply_bytes": 128,
         "outputs": [place("y")], "request_id": "r"})
@@ -46,7 +46,7 @@ fn prepare(client: &Client, peer: &Peer, told: &Value) -> (Result<Prepared, Erro
 }
 
 /// A reply to a CALL.
-fn reply(op: Op, sequence: u32, body: &str, payload: &[u8]) -> Vec<u8> {
+pub(super) fn reply(op: Op, sequence: u32, body: &str, payload: &[u8]) -> Vec<u8> {
     let header = Header {
         op,
         sequence,
@@ -57,7 +57,7 @@ fn reply(op: Op, sequence: u32, body: &str, payload: &[u8]) -> Vec<u8> {
     [&header.encode()[..], body.as_bytes(), payload].concat()
 }
 
-fn payload(sizes: &[u64], elements: &[f64]) -> Vec<u8> {
+pub(super) fn payload(sizes: &[u64], elements: &[f64]) -> Vec<u8> {
     let mut payload = wire::sizes(sizes).to_vec();
     payload.extend(elements.iter().flat_map(|element| element.to_le_bytes()));
     payload.resize(128, 0);

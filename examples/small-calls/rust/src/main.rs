@@ -34,15 +34,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         dtype: Dtype::Float64,
         shape: vec![ELEMENTS],
     };
-    let prepare = client.prepare("scale-shift").input("x", &spec);
-    let mut prepared = prepare.param("a", 2).param("b", 1).send()?;
-    for i in 0..WARM_CALLS {
-        prepared_cycle(&mut prepared, i.into())?;
+    for (what, ring) in [("Rust, prepared", false), ("Rust, ring", true)] {
+        let prepare = client.prepare("scale-shift").input("x", &spec);
+        let prepare = prepare.param("a", 2).param("b", 1);
+        let prepare = if ring { prepare.ring() } else { prepare };
+        let mut prepared = prepare.send()?;
+        for i in 0..WARM_CALLS {
+            prepared_cycle(&mut prepared, i.into())?;
+        }
+        let times = (0..calls)
+            .map(|i| prepared_cycle(&mut prepared, i.into()))
+            .collect::<Result<Vec<_>, _>>()?;
+        tell(what, times);
     }
-    let times = (0..calls)
-        .map(|i| prepared_cycle(&mut prepared, i.into()))
-        .collect::<Result<Vec<_>, _>>()?;
-    tell("Rust, prepared", times);
     Ok(())
 }
 
