@@ -132,7 +132,7 @@ pub(super) fn respond(
             ),
         },
         Op::Map => asked.answer(segments::map),
-        Op::Stream => asked.answer(channels::stream),
+        Op::Stream => asked.answer_slowly(channels::stream),
         Op::Release => asked.answer(leases::release),
         Op::Renew => asked.answer(leases::renew),
         Op::Invoke => match parse(session, body) {

@@ -26,6 +26,9 @@ use crate::error::{Code, Reason, Status};
 const BATCHES_MAX: u64 = 1024;
 /// Those that it keeps if nobody says how many.
 const BATCHES: u64 = 8;
+/// How long, and how often, whoever wants to read a channel waits for another one to be gone.
+const LEAVING_LOOK: Duration = Duration::from_millis(1);
+const LEAVING_LOOKS: usize = 20;
 /// What a consumer gets to take what is there when its channel fails.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -384,12 +387,20 @@ impl Channel {
 
     /// Has `consumer` read from the first batch on that is not acknowledged: its number.
     ///
+    /// Waits a moment for whoever read it before to be gone.
+    ///
     /// # Errors
     /// `WRONG_STATE` if somebody else reads it.
     pub fn attach(&self, consumer: Arc<dyn Consumer>) -> Result<u64, Status> {
         let mut state = self.state.lock();
-        // Whoever read it before may have left unnoticed.
-        state.pump();
+        // Whoever read it before may have left unnoticed, or a moment before this process closed what it had sent to it.
+        for _ in 0..LEAVING_LOOKS {
+            state.pump();
+            if state.consumer.is_none() {
+                break;
+            }
+            parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(LEAVING_LOOK));
+        }
         if state.consumer.is_some() {
             let name = &self.plan.name;
             let message = format!(
