@@ -234,6 +234,22 @@ def test_kernel(driver, bench, entry, dtype, parameters):
             assert answer["client_copied_bytes"] == (output["bytes"] if output["inode"] == 0 else 0)
 
 
+PRODUCTS = CASES["products"]
+
+
+@pytest.mark.parametrize("dtype", PRODUCTS["dtypes"])
+def test_products(driver, bench, dtype):
+    shapes = [*PRODUCTS["shapes"], *([PRODUCTS["large"]["shape"]] if PRODUCTS["large"]["dtype"] == dtype else [])]
+    for how in ("copy", "segment"):
+        for rows, terms, columns in shapes:
+            # Small integers: sums of their products are exact in every order.
+            a, b = (np.rint(reference.make(dtype, shape, "normal")) for shape in ([rows, terms], [terms, columns]))
+            inputs = {port: {"handle": bench.make(x, dtype, how)[0]} for port, x in (("a", a), ("b", b))}
+            data, answer = bench.call(PRODUCTS["kernel"], inputs)
+            same(answer["outputs"]["y"], np.empty((rows, columns), dtype), dtype)
+            reference.check(data["y"], a @ b, dtype)
+
+
 @pytest.mark.parametrize("past", BEHAVIOUR["threshold"]["elements_past_move_min_bytes"])
 @pytest.mark.parametrize("dtype", BEHAVIOUR["threshold"]["dtypes"])
 def test_both_sides_of_move_min_bytes(driver, bench, dtype, past):
@@ -256,6 +272,8 @@ def test_kernels_are_listed(driver):
         assert (kernel["inputs"], kernel["outputs"]) == (["x"], ["y"]) and kernel["doc"]
         given = {*entry.get("parameters", {}), *entry.get("each", {})}
         assert given <= set(kernel["parameters"])
+    product = kernels[PRODUCTS["kernel"]]
+    assert (product["inputs"], product["outputs"]) == (["a", "b"], ["y"]) and product["doc"]
 
 
 # Zero copy

@@ -1,4 +1,4 @@
-"""Kernels that go down the columns, at once and in chunks, against numpy, pandas and scipy."""
+"""Kernels that take their rows as they come, at once and in chunks, against numpy, pandas and scipy."""
 
 import numpy as np
 import pandas
@@ -108,3 +108,30 @@ def test_histogram_counts_as_numpys(run, dtype, bins):
     assert counts.dtype == outside.dtype == np.int64
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_array_equal(outside, [(finite < lo).sum(), (finite > hi).sum(), np.isnan(x).sum()])
+
+
+@pytest.mark.parametrize("shape", [(300, 40, 30), (5, 600, 700), (40, 3, 1), (7, 0, 3), (0, 4, 3), (4, 5, 0)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_as_numpy_has_it(run, dtype, shape):
+    rows, terms, columns = shape
+    random = np.random.default_rng(rows)
+    a = random.normal(size=(rows, terms)).astype(dtype)
+    b = random.normal(size=(terms, columns)).astype(dtype)
+    [y] = run("matmul", a=a, b=b)
+    assert (y.dtype, y.shape) == (a.dtype, (rows, columns))
+    # A quarter of the bound of any order in which the terms can be added.
+    bound = max(4, terms / 4) * np.finfo(dtype).eps * (np.abs(a).astype("f8") @ np.abs(b).astype("f8"))
+    assert (np.abs(y - a.astype("f8") @ b.astype("f8")) <= bound).all()
+    # Integers are exact in every order.
+    a, b = np.rint(a * 8), np.rint(b * 8)
+    [y] = run("matmul", a=a, b=b)
+    np.testing.assert_array_equal(y, a @ b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matmul_of_what_is_not_finite(run, dtype):
+    a = np.array([[1, 0], [np.inf, 1], [np.nan, 2], [-np.inf, 1], [1, 1]], dtype)
+    b = np.array([[1, -1, 0, np.inf], [np.inf, 1, 2, -np.inf]], dtype)
+    [y] = run("matmul", a=a, b=b)
+    with np.errstate(invalid="ignore"):
+        np.testing.assert_array_equal(y, a @ b)

@@ -13,6 +13,7 @@ mod cumsum;
 mod filter_finite;
 mod fir;
 mod histogram;
+mod matmul;
 mod moments;
 mod rolling_mean;
 mod scale_shift;
@@ -25,6 +26,7 @@ pub use cumsum::CumSum;
 pub use filter_finite::FilterFinite;
 pub use fir::Fir;
 pub use histogram::Histogram;
+pub use matmul::MatMul;
 pub use rolling_mean::RollingMean;
 pub use scale_shift::ScaleShift;
 pub use zscore::ZScore;
@@ -43,5 +45,6 @@ strait_plugin::export!(
         Fir,
         ZScoreRunning,
         Histogram,
+        MatMul,
     ]
 );

@@ -1,5 +1,6 @@
 //! `zscore`: standard scores along an axis.
 
+use crate::columns::result_dtype;
 use crate::moments::{Moments, NARROW, TILE, Tile, View, WIDTH_MAX, fold, merge};
 use strait_plugin::prelude::*;
 use strait_plugin::{AxisSplit, sqrt};
@@ -42,17 +43,12 @@ impl Kernel for ZScore {
     fn open(parameters: Parameters, inputs: &[Spec]) -> Result<(Self, Vec<Spec>), Error> {
         let x = &inputs[0];
         let split = parameters.axis.split("x", x)?;
-        let dtype = if dtypes::FLOATS.contains(&x.dtype) {
-            x.dtype
-        } else {
-            Dtype::Float64
-        };
         Ok((
             Self {
                 split,
                 scratch: Scratch::new(split),
             },
-            vec![x.with_dtype(dtype)],
+            vec![x.with_dtype(result_dtype(x.dtype))],
         ))
     }
 

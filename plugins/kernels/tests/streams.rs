@@ -7,7 +7,8 @@ use strait_plugin::prelude::*;
 use testing::{assert_streams, invoke};
 
 use standard::{
-    Cast, Clip, CumSum, FilterFinite, Fir, Histogram, RollingMean, ScaleShift, ZScoreRunning,
+    Cast, Clip, CumSum, FilterFinite, Fir, Histogram, MatMul, RollingMean, ScaleShift,
+    ZScoreRunning,
 };
 
 /// A number's sequence, the same for the same seed (xorshift64*, Vigna 2016).
@@ -141,6 +142,32 @@ fn fir() {
     });
 }
 
+/// Matrices to multiply with: no terms, no columns, and more of both than are taken at a time.
+fn each_product<T: Real>(mut check: impl FnMut(&Tensor, &Tensor)) {
+    let mut numbers = Numbers(0xa11);
+    for [rows, terms, columns] in [
+        [0, 3, 2],
+        [3, 0, 2],
+        [3, 2, 0],
+        [1, 1, 1],
+        [9, 7, 5],
+        [40, 259, 3],
+        [13, 2, 300],
+        [6, 515, 257],
+    ] {
+        for specials in [false, true] {
+            let a = tensor::<T>(&mut numbers, &[rows, terms], specials);
+            check(&a, &tensor::<T>(&mut numbers, &[terms, columns], specials));
+        }
+    }
+}
+
+#[test]
+fn matmul() {
+    each_product::<f64>(|a, b| assert_streams::<MatMul>(&[], &[a.clone(), b.clone()]));
+    each_product::<f32>(|a, b| assert_streams::<MatMul>(&[], &[a.clone(), b.clone()]));
+}
+
 #[test]
 fn histogram() {
     for bins in [1, 10, 1500] {
@@ -179,13 +206,16 @@ fn elementwise() {
     }
 }
 
-/// Cuts x along the kernel's split axis, which is axis 0, and puts the results one after the other.
-fn slices<K: Kernel>(parameters: &[(&str, Value)], x: &Tensor) {
+/// Cuts x along the kernel's split axis, which is axis 0, and puts the results one after the other. What is `whole` comes
+/// with each slice.
+fn slices_beside<K: Kernel>(parameters: &[(&str, Value)], x: &Tensor, whole: &[Tensor]) {
     assert_eq!(K::SPLIT_AXIS, Some(0), "{}", K::NAME);
     let [rows, ..] = x.shape[..] else { return };
-    let whole = &invoke::<K>(parameters, core::slice::from_ref(x))
-        .unwrap()
-        .outputs[0];
+    let run = |x: &Tensor| {
+        let inputs = [core::slice::from_ref(x), whole].concat();
+        invoke::<K>(parameters, &inputs).unwrap().outputs.remove(0)
+    };
+    let at_once = run(x);
     let mut numbers = Numbers(rows + 11);
     for _ in 0..20 {
         let (mut row, mut shape, mut bytes) = (0, x.shape.clone(), Vec::new());
@@ -201,12 +231,16 @@ fn slices<K: Kernel>(parameters: &[(&str, Value)], x: &Tensor) {
                 shape: shape.clone(),
                 bytes: x.bytes[start..start + taken * row_bytes].to_vec(),
             };
-            let part = invoke::<K>(parameters, &[slice]).unwrap();
-            assert_eq!(part.outputs[0].shape, shape, "{}", K::NAME);
-            bytes.extend_from_slice(&part.outputs[0].bytes);
+            let part = run(&slice);
+            assert_eq!(part.shape[0], taken as u64, "{}", K::NAME);
+            bytes.extend_from_slice(&part.bytes);
         }
-        assert!(bytes == whole.bytes, "{} of {:?}", K::NAME, x.shape);
+        assert!(bytes == at_once.bytes, "{} of {:?}", K::NAME, x.shape);
     }
+}
+
+fn slices<K: Kernel>(parameters: &[(&str, Value)], x: &Tensor) {
+    slices_beside::<K>(parameters, x, &[]);
 }
 
 #[test]
@@ -220,6 +254,7 @@ fn slices_give_what_the_whole_gives() {
     let to = [("to", Value::Text("float16".into()))];
     each_tensor::<f64>(1..=8, |x| slices::<Cast>(&to, x));
     each_tensor::<i64>(1..=2, |x| slices::<Cast>(&to, x));
+    each_product::<f64>(|a, b| slices_beside::<MatMul>(&[], a, core::slice::from_ref(b)));
 }
 
 /// Who adds a kernel that streams or can be sliced adds it to the tests above.
@@ -241,9 +276,10 @@ fn no_kernel_is_left_out() {
         traits::<Fir>(),
         traits::<ZScoreRunning>(),
         traits::<Histogram>(),
+        traits::<MatMul>(),
     ];
     let sliced: Vec<&str> = tried.iter().filter(|t| t.2).map(|t| t.0).collect();
-    assert_eq!(sliced, ["ScaleShift", "Clip", "Cast"]);
+    assert_eq!(sliced, ["ScaleShift", "Clip", "Cast", "MatMul"]);
     let whole: Vec<&str> = tried.iter().filter(|t| !t.1).map(|t| t.0).collect();
     assert_eq!(whole, ["ZScore"]);
     let (_, exported) = include_str!("../src/lib.rs").split_once("export!").unwrap();

@@ -1,6 +1,6 @@
 //! Windows as slices, for the length of one `run`.
 
-use crate::window::Window;
+use crate::window::{Window, row_elements};
 use crate::{Dtype, Element, Error, Note, Spec, Streaming};
 use alloc::{format, string::String, vec::Vec};
 use core::ops::{Deref, DerefMut};
@@ -192,9 +192,6 @@ impl<'w> Call<'w> {
                 "{port}: {rows} rows written, there was room for {room}"
             )));
         }
-        if let Some(size) = self.leaves.extents[index].first_mut() {
-            *size = rows;
-        }
         self.leaves.said.written[index] = rows;
         Ok(())
     }
@@ -258,7 +255,7 @@ fn check(window: &Window, asked: Dtype) -> Result<(), Error> {
     )))
 }
 
-/// A number of rows that lie in memory.
+/// A number of rows or elements that lie in memory.
 fn index_of(rows: u64) -> usize {
     usize::try_from(rows).unwrap_or(usize::MAX)
 }
@@ -302,7 +299,7 @@ impl<'w, T> Input<'w, T> {
     /// Elements of one row: of what one index of axis 0 holds.
     #[must_use]
     pub fn row_len(&self) -> usize {
-        row_len(self.shape)
+        index_of(row_elements(self.shape))
     }
 }
 
@@ -331,7 +328,7 @@ impl<'w, T> Output<'w, T> {
     /// Elements of one row: of what one index of axis 0 holds.
     #[must_use]
     pub fn row_len(&self) -> usize {
-        row_len(self.shape)
+        index_of(row_elements(self.shape))
     }
 }
 
@@ -347,9 +344,4 @@ impl<T> DerefMut for Output<'_, T> {
     fn deref_mut(&mut self) -> &mut [T] {
         self.elements
     }
-}
-
-fn row_len(shape: &[u64]) -> usize {
-    let rest = shape.get(1..).unwrap_or_default();
-    index_of(rest.iter().fold(1, |n: u64, size| n.saturating_mul(*size)))
 }

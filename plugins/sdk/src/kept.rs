@@ -1,64 +1,29 @@
 //! Rows that a kernel looks at again: the last ones of what it has consumed, outside the windows.
 
 use crate::Error;
+use crate::lines::Lines;
 use crate::window::{Chunk, Window};
-use alloc::{format, vec::Vec};
+use alloc::format;
 
-/// Memory as aligned as a window.
-#[derive(Clone, Copy, Debug)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+/// Copies `bytes` bytes from `source` to byte `at` of `lines`.
+///
+/// # Safety
+/// They are readable, and not bytes of these lines.
+#[expect(unsafe_code, reason = "rows are copied out of a window")]
+unsafe fn copy_in(lines: &mut Lines, at: usize, source: usize, bytes: usize) {
+    let target = lines.bytes_mut()[at..at + bytes].as_mut_ptr();
+    let source = core::ptr::with_exposed_provenance::<u8>(source);
+    // SAFETY: the target was cut to `bytes` bytes; the source is the caller's promise, as is that they are apart.
+    unsafe { source.copy_to_nonoverlapping(target, bytes) };
+}
 
-/// Bytes that start on a multiple of 64.
-#[derive(Debug, Default)]
-struct Lines(Vec<Line>);
-
-impl Lines {
-    /// Makes room for that many bytes.
-    fn hold(&mut self, bytes: usize, port: &str) -> Result<(), Error> {
-        let lines = bytes.div_ceil(64);
-        if lines > self.0.len() {
-            self.0.try_reserve(lines - self.0.len()).map_err(|_| {
-                Error::failed(format!(
-                    "{port}: no memory for {bytes} bytes of earlier rows"
-                ))
-            })?;
-            self.0.resize(lines, Line([0; 64]));
-        }
-        Ok(())
-    }
-
-    fn address(&mut self) -> usize {
-        self.0.as_mut_ptr().expose_provenance()
-    }
-
-    /// Copies `bytes` bytes from `source` to byte `at`.
-    ///
-    /// # Safety
-    /// They are readable, and not bytes of these lines.
-    #[expect(unsafe_code, reason = "rows are copied out of a window")]
-    unsafe fn copy_in(&mut self, at: usize, source: usize, bytes: usize) {
-        assert!(at + bytes <= self.0.len() * 64, "`hold` made room");
-        let target = self.0.as_mut_ptr().cast::<u8>().wrapping_add(at);
-        let source = core::ptr::with_exposed_provenance::<u8>(source);
-        // SAFETY: the target was asserted to be inside; the source is the caller's promise, as is that they are apart.
-        unsafe { source.copy_to_nonoverlapping(target, bytes) };
-    }
-
-    /// Moves what stands from byte `from` on to the start.
-    fn drop_front(&mut self, from: usize, bytes: usize) {
-        if from > 0 && bytes > 0 {
-            let (start, end) = (from, from + bytes);
-            let target = self.bytes_mut();
-            target.copy_within(start..end, 0);
-        }
-    }
-
-    #[expect(unsafe_code, reason = "lines are seen as bytes")]
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        let length = self.0.len() * 64;
-        // SAFETY: a `Line` is 64 initialised bytes without padding.
-        unsafe { core::slice::from_raw_parts_mut(self.0.as_mut_ptr().cast::<u8>(), length) }
+/// Makes room for that many bytes.
+fn hold(lines: &mut Lines, bytes: usize, port: &str) -> Result<(), Error> {
+    match lines.hold(bytes) {
+        true => Ok(()),
+        false => Err(Error::failed(format!(
+            "{port}: no memory for {bytes} bytes of earlier rows"
+        ))),
     }
 }
 
@@ -118,12 +83,12 @@ impl Kept {
         // Those that are kept come first.
         let earlier = lead - consumed;
         let (before, after) = (window.bytes_of(earlier), window.bytes_of(consumed + rows));
-        self.seam.hold(before + after, window.port())?;
+        hold(&mut self.seam, before + after, window.port())?;
         let kept = self.lines.address() + window.bytes_of(self.rows - earlier);
         // SAFETY: `earlier` rows of the kept ones, which are memory of their own.
-        unsafe { self.seam.copy_in(0, kept, before) };
+        unsafe { copy_in(&mut self.seam, 0, kept, before) };
         // SAFETY: rows of the chunk: the caller's promise. A window is no memory of the allocator's.
-        unsafe { self.seam.copy_in(before, chunk.address, after) };
+        unsafe { copy_in(&mut self.seam, before, chunk.address, after) };
         window.show(self.seam.address(), first, lead, rows);
         Ok(())
     }
@@ -149,12 +114,14 @@ impl Kept {
         let fresh = consumed.min(rows);
         let stay = rows - fresh;
         let (before, after) = (window.bytes_of(stay), window.bytes_of(fresh));
-        self.lines.hold(before + after, window.port())?;
-        self.lines
-            .drop_front(window.bytes_of(self.rows - stay), before);
+        hold(&mut self.lines, before + after, window.port())?;
+        let from = window.bytes_of(self.rows - stay);
+        if from > 0 && before > 0 {
+            self.lines.bytes_mut().copy_within(from..from + before, 0);
+        }
         let source = chunk.address + window.bytes_of(consumed - fresh);
         // SAFETY: rows of the chunk: the caller's promise. A window is no memory of the allocator's.
-        unsafe { self.lines.copy_in(before, source, after) };
+        unsafe { copy_in(&mut self.lines, before, source, after) };
         self.rows = rows;
         Ok(())
     }

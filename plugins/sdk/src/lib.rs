@@ -50,7 +50,7 @@
 //! ```text
 //! export!  ──▶ abi ──▶ instance ──▶ kernel, parameter, number   describe, open, bind, run, extents, notes
 //!              │        │
-//!              │        └─▶ steps ──▶ kept                chunks of any size to calls; earlier rows
+//!              │        └─▶ steps ──▶ kept ──▶ lines      chunks of any size to calls; earlier rows, in aligned memory
 //!              │             └─▶ call ──▶ window, element, float   windows as slices, element types
 //!              └─▶ bindings (generated from wit/)          └─▶ map: loops that become wide SIMD code
 //! ```
@@ -88,6 +88,7 @@ mod float;
 mod instance;
 mod kept;
 mod kernel;
+mod lines;
 #[cfg(feature = "log")]
 pub mod log;
 mod map;

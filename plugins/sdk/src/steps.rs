@@ -184,11 +184,11 @@ impl Steps {
             let rows = streamed.iter().fold(left.min(room), |rows, index| {
                 self.kept[*index].at_once(consumed, rows)
             });
-            // SAFETY: the caller's promise.
-            unsafe { self.show(step, &streamed, consumed, rows) }?;
             if rows == 0 {
                 break left;
             }
+            // SAFETY: the caller's promise.
+            unsafe { self.show(step, &streamed, consumed, rows) }?;
             step.show_outputs(Some(rows));
             // SAFETY: the caller's promise.
             unsafe { self.call(step, true, &mut |call| kernel.run(call)) }?;
@@ -207,6 +207,11 @@ impl Steps {
         if left > 0 {
             // There was no room; without a row that moved now the host cannot be asked again.
             return Ok(step.last || !step.stands());
+        }
+        if step.last {
+            // What `finish` sees: no new rows, and those before them.
+            // SAFETY: the caller's promise.
+            unsafe { self.show(step, &streamed, consumed, 0) }?;
         }
         // SAFETY: the caller's promise.
         unsafe { self.finish(kernel, step) }

@@ -1,6 +1,7 @@
 //! Runs kernels natively, through the same checks as in a host, at once or in chunks: for tests.
 
 use crate::bindings::strait::kernel::types::{self, Parameter};
+use crate::lines::{LINE_BYTES, Lines};
 use crate::window::CONTROL_BYTES;
 use crate::{Dtype, Element, Entry, Error, Instance, Kernel, Note, Spec, Streaming, Value};
 use alloc::{string::ToString, vec, vec::Vec};
@@ -231,11 +232,6 @@ fn format_notes(outcome: &Outcome) -> Vec<(&str, &str)> {
     notes.map(|note| (&*note.key, &*note.text)).collect()
 }
 
-/// Memory that starts on a multiple of 64.
-#[derive(Clone)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
 /// What an untouched byte holds.
 const POISON: u8 = 0xA5;
 
@@ -250,7 +246,7 @@ struct Stream<'t> {
     /// The lines where each tensor starts.
     starts: Vec<usize>,
     /// A line for each record, then each tensor on lines of its own.
-    memory: Vec<Line>,
+    memory: Lines,
 }
 
 impl<'t> Stream<'t> {
@@ -274,7 +270,7 @@ impl<'t> Stream<'t> {
         let mut lines = specs.len();
         let place = |spec: &Spec| {
             let start = lines;
-            lines += bytes_of(spec).div_ceil(64);
+            lines += bytes_of(spec).div_ceil(LINE_BYTES);
             start
         };
         let starts = specs.iter().map(place).collect();
@@ -284,13 +280,17 @@ impl<'t> Stream<'t> {
             whole: kernels[0].inputs.iter().map(|p| p.is_whole()).collect(),
             specs,
             starts,
-            memory: vec![Line([POISON; 64]); lines],
+            memory: Lines::filled(lines, POISON),
         };
-        let address = stream.memory.as_mut_ptr().expose_provenance();
+        let address = stream.memory.address();
         // SAFETY: `memory` is used for windows and records only, and never while the instance runs.
-        unsafe { stream.instance.set_reserved(address..address + lines * 64) };
+        unsafe {
+            stream
+                .instance
+                .set_reserved(address..address + lines * LINE_BYTES)
+        };
         let tensor = |index: usize| types::Tensor {
-            address: (address + stream.starts[index] * 64) as u64,
+            address: (address + stream.starts[index] * LINE_BYTES) as u64,
             bytes: bytes_of(&stream.specs[index]) as u64,
             control: (address + index * CONTROL_BYTES) as u64,
             spec: stream.specs[index].clone(),
@@ -324,7 +324,7 @@ impl<'t> Stream<'t> {
             }
             let places = self.lay(&mut cuts, &there, &moved);
             // It was written to by other ways since the instance was told of it.
-            self.memory.as_mut_ptr().expose_provenance();
+            self.memory.address();
             // SAFETY: all windows lie in `memory`, which nothing else uses during the call.
             let answer = unsafe { self.instance.run(u32::from(last)) };
             if answer == 1 {
@@ -373,7 +373,8 @@ impl<'t> Stream<'t> {
             let place = as_index(place) * bytes;
             let record = [first, rows, place as u64, 0, 0, 0, 0, 0];
             let record: Vec<u8> = record.iter().flat_map(|word| word.to_le_bytes()).collect();
-            self.memory[index].0.copy_from_slice(&record);
+            self.memory.bytes_mut()[index * CONTROL_BYTES..][..CONTROL_BYTES]
+                .copy_from_slice(&record);
             if let Some(tensor) = self.inputs.get(index) {
                 let from = as_index(first) * bytes;
                 let length = as_index(rows) * bytes;
@@ -407,19 +408,12 @@ impl<'t> Stream<'t> {
     }
 
     fn bytes(&mut self, record: usize, range: core::ops::Range<usize>) -> &[u8] {
-        &self.memory[record].0[range]
+        &self.memory.bytes_mut()[record * CONTROL_BYTES..][range]
     }
 
     fn tensor(&mut self, index: usize, range: core::ops::Range<usize>) -> &mut [u8] {
-        let start = self.starts[index] * 64;
-        &mut self.memory_bytes()[start + range.start..start + range.end]
-    }
-
-    #[expect(unsafe_code, reason = "lines are seen as bytes")]
-    fn memory_bytes(&mut self) -> &mut [u8] {
-        let length = self.memory.len() * 64;
-        // SAFETY: a `Line` is 64 initialised bytes without padding.
-        unsafe { core::slice::from_raw_parts_mut(self.memory.as_mut_ptr().cast::<u8>(), length) }
+        let start = self.starts[index] * LINE_BYTES;
+        &mut self.memory.bytes_mut()[start + range.start..start + range.end]
     }
 }
 

@@ -99,7 +99,7 @@ impl Window {
             address,
             bytes,
             control,
-            row_elements: row_elements(&spec),
+            row_elements: row_elements(&spec.shape),
             spec,
             piece,
         }
@@ -226,11 +226,9 @@ impl Window {
     }
 }
 
-/// Elements of one row; any number if there are no rows.
-fn row_elements(spec: &Spec) -> u64 {
-    let rest = spec.shape.get(1..).unwrap_or_default();
-    match rest.contains(&0) {
-        true => 0,
-        false => rest.iter().fold(1, |n: u64, size| n.saturating_mul(*size)),
-    }
+/// Elements of one row: of what one index of axis 0 holds.
+pub(crate) fn row_elements(shape: &[u64]) -> u64 {
+    let rest = shape.get(1..).unwrap_or_default();
+    // Also where it saturates a size of 0 makes it 0.
+    rest.iter().fold(1, |n: u64, size| n.saturating_mul(*size))
 }
