@@ -16,6 +16,7 @@ mod account;
 mod answer;
 mod caller;
 mod chunks;
+mod cpu;
 mod flights;
 mod idempotency;
 mod invoke;
@@ -156,7 +157,12 @@ impl Host {
             id,
             directory: directory.to_owned(),
             overflow_uid: caller::overflow_uid()?,
-            accounts: account::Accounts::new(&config.quota, &budget, config.descriptors_max()),
+            accounts: account::Accounts::new(
+                &config.quota,
+                &budget,
+                config.descriptors_max(),
+                &runner,
+            ),
             budget,
             runner,
             pool,

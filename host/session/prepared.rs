@@ -174,6 +174,7 @@ impl Caller {
         cancel: &CancelToken,
     ) -> Result<OwnTurn, Status> {
         let share = self.account.invocations();
+        self.account.check_cpu(deadline.at, deadline.ms)?;
         let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
             None => return Err(super::draining()),
@@ -184,7 +185,7 @@ impl Caller {
         };
         drop(workers);
         place.wait(deadline.at, cancel).map_err(|none| match none {
-            NoTurn::Late => still_waiting(kernel, deadline.ms),
+            NoTurn::Late => still_waiting(kernel, deadline.ms, share.cpu().over().as_ref()),
             NoTurn::Cancelled => Failed::cancelled(kernel).into(),
             NoTurn::Ended => super::draining(),
         })

@@ -228,6 +228,10 @@ impl Runner for WorkerRunner {
         }
     }
 
+    fn cpu_time(&self, owner: Owner) -> Duration {
+        self.crew.cpu_time(owner)
+    }
+
     fn processes(&self) -> Vec<RunnerProcess> {
         self.crew.processes()
     }
