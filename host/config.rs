@@ -232,6 +232,8 @@ pub struct Quota {
     pub queued: Option<u64>,
     /// Its invocations that run at a time. One always may.
     pub running: Option<u64>,
+    /// CPU time of its invocations, in percent of one CPU, over a minute.
+    pub cpu_percent: Option<u64>,
     /// What differs for one principal, such as `uid:1000`.
     pub of: BTreeMap<String, QuotaSettings>,
 }
@@ -247,6 +249,7 @@ impl Default for Quota {
             streams: Some(64),
             queued: Some(256),
             running: None,
+            cpu_percent: None,
             of: BTreeMap::new(),
         }
     }
@@ -265,6 +268,7 @@ impl Quota {
             streams: self.streams,
             queued: self.queued,
             running: self.running,
+            cpu_percent: self.cpu_percent,
         }
     }
 }

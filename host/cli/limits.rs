@@ -27,8 +27,8 @@ enum Change {
 struct SetArgs {
     /// Whose quotas: a principal such as uid:1000, or `default` for all that have none of their own.
     principal: String,
-    /// NAME is bytes, segments, connections, leases, descriptors, streams, queued or running; VALUE is a number (2GiB),
-    /// `none` (as many as the host has) or `default`.
+    /// NAME is bytes, segments, connections, leases, descriptors, streams, queued, running or cpu_percent (of one CPU); VALUE
+    /// is a number (2GiB), `none` (as many as the host has) or `default`.
     #[arg(required = true, value_parser = pair, value_name = "NAME=VALUE")]
     quotas: Vec<(String, String)>,
 }

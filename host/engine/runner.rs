@@ -49,6 +49,11 @@ pub trait Runner: std::fmt::Debug + Send + Sync {
     /// Counts as of now.
     fn counts(&self) -> RunnerCounts;
 
+    /// CPU time that all runs of `owner` have used in other processes.
+    fn cpu_time(&self, _owner: Owner) -> Duration {
+        Duration::ZERO
+    }
+
     /// The other processes that it has, those that were started first coming first.
     fn processes(&self) -> Vec<RunnerProcess> {
         Vec::new()

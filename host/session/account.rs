@@ -3,14 +3,17 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::time::Instant;
 
 use parking_lot::Mutex;
 use strait_memory::{Budget, BudgetExceeded, Charge};
 use strait_protocol::{self as wire, QuotaSettings, Quotas};
 use tokio::sync::Notify;
 
+use super::cpu::CpuMeter;
 use super::queue::Share;
 use crate::config::Quota;
+use crate::engine::{Owner, Runner};
 use crate::error::{Code, Reason, Status, used_up};
 use crate::lease::Principal;
 
@@ -96,13 +99,20 @@ pub(super) struct Accounts {
     leases: Arc<Budget>,
     descriptors: Arc<Budget>,
     streams: Arc<Budget>,
+    runner: Arc<dyn Runner>,
     // Held for map operations and atomics only.
     inner: Mutex<Inner>,
 }
 
 impl Accounts {
     /// Accounts whose segments are charged to `segments`, too; at most `descriptors` are on their way to all of them.
-    pub(super) fn new(quota: &Quota, segments: &Arc<Budget>, descriptors: u64) -> Self {
+    /// `runner` knows the CPU time that is used in other processes.
+    pub(super) fn new(
+        quota: &Quota,
+        segments: &Arc<Budget>,
+        descriptors: u64,
+        runner: &Arc<dyn Runner>,
+    ) -> Self {
         Self {
             configured: quota.quotas(),
             segments: Arc::clone(segments),
@@ -111,6 +121,7 @@ impl Accounts {
             leases: Budget::new("leases", u64::MAX),
             streams: Budget::new("streams", u64::MAX),
             descriptors: Budget::new("descriptors in flight", descriptors),
+            runner: Arc::clone(runner),
             inner: Mutex::new(Inner {
                 default: quota.quotas(),
                 set: quota.of.clone(),
@@ -126,9 +137,12 @@ impl Accounts {
         }
         let whose: Arc<str> = principal.to_string().into();
         let quotas = inner.quotas(&whose);
+        let number = inner.of.len() as u64 + 1;
+        let runner = Arc::clone(&self.runner);
+        let elsewhere = Box::new(move || runner.cpu_time(Owner(number)));
         let account = Arc::new(Account {
             principal: principal.clone(),
-            number: inner.of.len() as u64 + 1,
+            number,
             segments: self.segments.child_for_segments(&whose, 0, 0),
             connections: self.connections.child(&whose, 0),
             leases: self.leases.child(&whose, 0),
@@ -140,7 +154,7 @@ impl Accounts {
                 places: self.streams.child(&whose, 0),
                 freed: Notify::new(),
             }),
-            invocations: Share::new(whose, 0, 0),
+            invocations: Share::new(whose, 0, 0, CpuMeter::new(elsewhere)),
         });
         account.apply(&quotas);
         inner.of.insert(principal.clone(), Arc::clone(&account));
@@ -275,6 +289,7 @@ impl Account {
         self.streams.freed.notify_waiters();
         self.invocations
             .set_limits(jobs(quotas.queued), jobs(quotas.running));
+        self.invocations.cpu().set_limit(limit(quotas.cpu_percent));
     }
 
     /// A place among the inline reads and writes, as soon as there is one.
@@ -358,6 +373,36 @@ impl Account {
         self.unread.lock().push(connection);
     }
 
+    /// Refuses what could not begin before `at`, `ms` after it was asked for: too much CPU time has been used.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`.
+    pub(super) fn check_cpu(&self, at: Instant, ms: u64) -> Result<(), Status> {
+        let cpu = self.invocations.cpu();
+        let Some(over) = cpu.over() else {
+            return Ok(());
+        };
+        let left = at.saturating_duration_since(Instant::now());
+        // It waits for its turn.
+        if over.wait.is_some_and(|wait| wait < left) {
+            return Ok(());
+        }
+        cpu.count_refused();
+        let whose = &self.principal;
+        let message = format!(
+            "{whose} has used {over}, and this call has a deadline of {ms} ms; \
+             call again later or with a longer deadline, or ask the operator to raise the quota"
+        );
+        let status = Status::new(Code::ResourceExhausted, Reason::QuotaExceeded, message);
+        Err(match over.wait {
+            Some(wait) => status.with(
+                "wait_ms",
+                u64::try_from(wait.as_millis()).unwrap_or(u64::MAX),
+            ),
+            None => status,
+        })
+    }
+
     /// Looks what has been received.
     pub fn settle(&self) {
         self.unread.lock().retain(|connection| !connection.settle());
@@ -377,6 +422,7 @@ impl Account {
         let count = segments.segments();
         let quota = |budget: &Budget| Some(budget.limit()).filter(|limit| *limit != u64::MAX);
         let invocations = self.invocations.used();
+        let cpu = self.invocations.cpu().used();
         wire::AccountStats {
             quota_bytes: quota(segments),
             quota_segments: count.and_then(|count| quota(count)),
@@ -398,7 +444,9 @@ impl Account {
             queued: invocations.waiting as u64,
             running: invocations.running as u64,
             queue_refused: invocations.refused,
-            cpu_seconds: invocations.cpu.as_secs_f64(),
+            cpu_percent: cpu.percent,
+            cpu_refused: cpu.refused,
+            cpu_seconds: cpu.total.as_secs_f64(),
         }
     }
 }

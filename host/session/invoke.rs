@@ -208,9 +208,10 @@ impl Caller {
     ) {
         let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
-            Some(workers) => workers
-                .reserve(self.account.invocations())
-                .map_err(Status::from),
+            Some(workers) => self
+                .account
+                .check_cpu(own.at, own.ms)
+                .and_then(|()| Ok(workers.reserve(self.account.invocations())?)),
             None => Err(super::draining()),
         };
         drop(workers);

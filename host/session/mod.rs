@@ -17,6 +17,7 @@ mod answer;
 mod caller;
 mod channel;
 mod chunks;
+mod cpu;
 mod flights;
 mod idempotency;
 mod invoke;
@@ -160,7 +161,12 @@ impl Host {
             id,
             directory: directory.to_owned(),
             overflow_uid: caller::overflow_uid()?,
-            accounts: account::Accounts::new(&config.quota, &budget, config.descriptors_max()),
+            accounts: account::Accounts::new(
+                &config.quota,
+                &budget,
+                config.descriptors_max(),
+                &runner,
+            ),
             budget,
             runner,
             pool,

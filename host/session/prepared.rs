@@ -6,6 +6,8 @@
 //! Both are for a thread that has nothing else to do: they wait for a turn among all invocations, and work on that thread.
 //! What makes a kernel ready again is done within the turn of the call before it, but after the answer.
 
+mod travelling;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
@@ -17,13 +19,15 @@ use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::caller::Caller;
 use super::channel::{ChannelPlan, OpenChannel};
-use super::prepare::{Checked, Deadline, Found, Framed, Resolved};
+use super::prepare::{Checked, Deadline, Framed};
 use super::run::still_waiting;
 use super::workers::{NoTurn, OwnTurn};
 use crate::engine::{Brought, CancelToken, Done, Failed, FramePart, InlineRoom, OutputBody, Ready};
 use crate::error::{Code, Reason, Status};
 use crate::lease::SessionId;
-use crate::plugin::{ITEMS_MAX, Kernel, KernelRef};
+use crate::plugin::{ITEMS_MAX, KernelRef};
+
+use travelling::{check_stream, framed_place, placed, within};
 
 /// What a PREPARE asks for, checked.
 #[derive(Debug)]
@@ -195,6 +199,7 @@ impl Caller {
         cancel: &CancelToken,
     ) -> Result<OwnTurn, Status> {
         let share = self.account.invocations();
+        self.account.check_cpu(deadline.at, deadline.ms)?;
         let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
             None => return Err(super::draining()),
@@ -205,90 +210,11 @@ impl Caller {
         };
         drop(workers);
         place.wait(deadline.at, cancel).map_err(|none| match none {
-            NoTurn::Late => still_waiting(kernel, deadline.ms),
+            NoTurn::Late => still_waiting(kernel, deadline.ms, share.cpu().over().as_ref()),
             NoTurn::Cancelled => Failed::cancelled(kernel).into(),
             NoTurn::Ended => super::draining(),
         })
     }
-}
-
-/// Whether `kernel` can be given `inputs` in chunks.
-fn check_stream(kernel: &Kernel, inputs: &Resolved) -> Result<(), Status> {
-    let refused = |reason, message| Err(Status::new(Code::InvalidArgument, reason, message));
-    if !kernel.streaming {
-        let message = format!(
-            "kernel `{}` does not stream: it must see whole tensors; call it with those",
-            kernel.name
-        );
-        return refused(Reason::Unsupported, message);
-    }
-    for port in &kernel.inputs {
-        // What is missing or wrong is told with the other arguments.
-        let Some(Ok((found, place))) = inputs.get(&port.name) else {
-            continue;
-        };
-        let name = &port.name;
-        let wrong = match (found, port.whole) {
-            (Found::Inline(_), true) => format!(
-                "input `{name}` comes whole and not in chunks; give it as a flight or a segment"
-            ),
-            (Found::Segment(_), false) => format!(
-                "input `{name}` comes in chunks; give its dtype, and its shape with the most rows of a chunk"
-            ),
-            (Found::Inline(_), false) if place.spec.shape.first().is_none_or(|rows| *rows == 0) => {
-                format!(
-                    "input `{name}` comes in chunks of rows; its shape begins with the most rows of one, at least 1"
-                )
-            }
-            (Found::Inline(_), false) | (Found::Segment(_), true) => continue,
-        };
-        return refused(Reason::BadInput, wrong);
-    }
-    Ok(())
-}
-
-/// An input that each CALL brings.
-fn framed_place(port: &str, spec: TensorSpec) -> Result<(Found, TensorPlace), Status> {
-    let port = super::shown(port);
-    let length = spec.bytes().map_err(|error| {
-        let message = format!("input `{port}`: {error}");
-        Status::new(Code::InvalidArgument, Reason::BadInput, message)
-    })?;
-    let place = TensorPlace {
-        name: port,
-        spec,
-        offset: 0,
-        length,
-    };
-    Ok((Found::Inline(FramePart::default()), place))
-}
-
-/// Where tensors lie in a payload, and its length.
-fn placed<'a>(
-    places: impl Iterator<Item = &'a TensorPlace>,
-) -> Result<(Vec<PreparedTensor>, u64), Status> {
-    let places: Vec<_> = places.collect();
-    let (offsets, bytes) =
-        wire::places(places.iter().map(|place| place.length)).ok_or_else(|| {
-            let message = "the tensors of a CALL have more bytes together than can be counted";
-            Status::new(Code::InvalidArgument, Reason::BadInput, message)
-        })?;
-    let tensors = places
-        .iter()
-        .zip(offsets)
-        .map(|(place, offset)| PreparedTensor {
-            port: place.name.clone(),
-            dtype: place.spec.dtype,
-            shape: place.spec.shape.clone(),
-            offset,
-            length: place.length,
-        });
-    Ok((tensors.collect(), bytes))
-}
-
-/// Whether `shape` is one of a tensor that is at most `most` along each axis.
-fn within(shape: &[u64], most: &[u64]) -> bool {
-    shape.len() == most.len() && shape.iter().zip(most).all(|(size, most)| size <= most)
 }
 
 impl Preparing {

@@ -7,12 +7,16 @@
 //! used from that. What a job will use is not known before it ran: until then it costs what its principal's
 //! jobs cost lately, and whoever was wrong about that pays afterwards. `docs/decisions/0012` has the reasons.
 //!
-//! No threads and no clock in here: `workers` has both.
+//! Whoever has used too much CPU time has no turns until some of that has flowed off ([`CpuMeter`]).
+//!
+//! No threads in here and no clock but the meters': `workers` has both.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use super::cpu::CpuMeter;
 
 /// Worker time that one turn gives. Jobs below it alternate one by one.
 const QUANTUM: i64 = 10_000_000;
@@ -27,7 +31,7 @@ pub(super) struct Share {
     running: AtomicUsize,
     runs: AtomicU64,
     refused: AtomicU64,
-    cpu_ns: AtomicU64,
+    cpu: CpuMeter,
 }
 
 /// A principal's use of the workers.
@@ -41,13 +45,16 @@ pub(super) struct Used {
     pub(super) runs: u64,
     /// Jobs since the start that found the queue full.
     pub(super) refused: u64,
-    /// CPU time of its jobs since the start that have ended.
-    pub(super) cpu: Duration,
 }
 
 impl Share {
     /// Of `whose` (a principal): at most `waiting_max` jobs that wait and `running_max` that run.
-    pub(super) fn new(whose: Arc<str>, waiting_max: usize, running_max: usize) -> Arc<Self> {
+    pub(super) fn new(
+        whose: Arc<str>,
+        waiting_max: usize,
+        running_max: usize,
+        cpu: CpuMeter,
+    ) -> Arc<Self> {
         let share = Self {
             whose,
             waiting_max: AtomicUsize::default(),
@@ -56,7 +63,7 @@ impl Share {
             running: AtomicUsize::default(),
             runs: AtomicU64::default(),
             refused: AtomicU64::default(),
-            cpu_ns: AtomicU64::default(),
+            cpu,
         };
         share.set_limits(waiting_max, running_max);
         Arc::new(share)
@@ -69,10 +76,9 @@ impl Share {
         self.running_max.store(running_max.max(1), Relaxed);
     }
 
-    /// What a job of its took of a CPU.
-    pub(super) fn count_cpu(&self, time: Duration) {
-        let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        self.cpu_ns.fetch_add(ns, Relaxed);
+    /// What its jobs take of the CPUs.
+    pub(super) fn cpu(&self) -> &CpuMeter {
+        &self.cpu
     }
 
     /// At this moment.
@@ -82,7 +88,6 @@ impl Share {
             running: self.running.load(Relaxed),
             runs: self.runs.load(Relaxed),
             refused: self.refused.load(Relaxed),
-            cpu: Duration::from_nanos(self.cpu_ns.load(Relaxed)),
         }
     }
 }
@@ -163,8 +168,11 @@ impl<J> Lane<J> {
         self.jobs.is_empty() && self.reserved == 0 && self.running == 0
     }
 
-    /// How many more its quota lets run.
+    /// How many more its quotas let run.
     fn may_run(&self) -> usize {
+        if self.share.cpu.over().is_some() {
+            return 0;
+        }
         let max = self.share.running_max.load(Relaxed);
         max.saturating_sub(self.running)
     }
@@ -281,12 +289,14 @@ impl<J> FairQueue<J> {
         lane.jobs.push_back((id, job));
         lane.tell();
         let (own, may_run) = (lane.jobs.len(), lane.may_run());
+        // Others of its jobs may use too much before this one begins.
+        let may_wait = share.cpu.is_limited();
         if own == 1 {
             self.turns.push_back(Arc::clone(&share.whose));
         }
         self.reserved -= 1;
         self.waiting += 1;
-        (id, self.waiting > self.free() || own > may_run)
+        (id, may_wait || self.waiting > self.free() || own > may_run)
     }
 
     /// Takes a job out that no thread has begun.
@@ -326,6 +336,13 @@ impl<J> FairQueue<J> {
     /// Whether [`Self::take`] has a job for one more thread.
     pub(super) fn has_next(&self) -> bool {
         self.runnable().next().is_some()
+    }
+
+    /// When the first of those that have used too much CPU time may have more.
+    pub(super) fn next_opening(&self) -> Option<Instant> {
+        let waiting = self.turns.iter().filter_map(|whose| self.lanes.get(whose));
+        let over = waiting.filter_map(|lane| lane.share.cpu.over());
+        Instant::now().checked_add(over.filter_map(|over| over.wait).min()?)
     }
 
     /// Lanes whose next job may begin now, whatever they owe: their places among the turns.

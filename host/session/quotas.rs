@@ -80,6 +80,7 @@ impl Host {
             descriptors: Some(self.accounts.descriptors_max()),
             queued: Some(self.config.engine.queue_len as u64),
             running: Some(self.config.workers() as u64),
+            cpu_percent: Some(100 * self.config.workers() as u64),
             ..wire::Quotas::default()
         }
     }

@@ -18,6 +18,7 @@ use std::time::Instant;
 use parking_lot::{Condvar, Mutex, MutexGuard};
 
 use super::answer::{Answer, Invoked};
+use super::cpu::CpuOver;
 use super::workers::Queued;
 use crate::engine::{CancelToken, Failed};
 use crate::error::{Code, Reason, Status};
@@ -199,7 +200,7 @@ impl<T: Given> Run<T> {
     pub(super) fn late(&self, started: bool, deadline_ms: u64) -> Status {
         match started {
             true => Failed::late(&self.kernel, deadline_ms).into(),
-            false => still_waiting(&self.kernel, deadline_ms),
+            false => still_waiting(&self.kernel, deadline_ms, None),
         }
     }
 
@@ -221,14 +222,21 @@ impl<T: Given> Run<T> {
     }
 }
 
-/// What is said at the deadline of what has not begun.
-pub(super) fn still_waiting(kernel: &str, deadline_ms: u64) -> Status {
+/// What is said at the deadline of what has not begun; `over`: it waited for its principal's quota of CPU time.
+pub(super) fn still_waiting(kernel: &str, deadline_ms: u64, over: Option<&CpuOver>) -> Status {
+    let again = "ask again later or with a longer deadline, or have the operator raise";
+    let (what, remedy) = match over {
+        None => ("a worker", format!("{again} engine.workers")),
+        Some(over) => (
+            "CPU time",
+            format!("its principal has used {over}; {again} the quota"),
+        ),
+    };
     Status::new(
         Code::DeadlineExceeded,
         Reason::Deadline,
         format!(
-            "the invocation of kernel `{kernel}` was still waiting for a worker at its deadline of {deadline_ms} ms; \
-             ask again later or with a longer deadline, or have the operator raise engine.workers"
+            "the invocation of kernel `{kernel}` was still waiting for {what} at its deadline of {deadline_ms} ms; {remedy}"
         ),
     )
     .with("deadline_ms", deadline_ms)
@@ -242,7 +250,14 @@ impl<T: Given> Leave for Run<T> {
         };
         let status = match leaving {
             Leaving::Cancelled => Failed::cancelled(&self.kernel).into(),
-            Leaving::Late => self.late(state.started, state.callers[at].deadline_ms),
+            Leaving::Late => {
+                let deadline_ms = state.callers[at].deadline_ms;
+                let waiting = state.queued.as_ref().filter(|_| !state.started);
+                match waiting.and_then(Queued::cpu_over) {
+                    Some(over) => still_waiting(&self.kernel, deadline_ms, Some(&over)),
+                    None => self.late(state.started, deadline_ms),
+                }
+            }
         };
         if state.callers.len() > 1 {
             let caller = state.callers.swap_remove(at);

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use parking_lot::{Condvar, Mutex};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::cpu::CpuOver;
 use super::queue::{FairQueue, QueueFull, Share, Turn};
 use crate::engine::CancelToken;
 
@@ -28,9 +29,10 @@ struct Shared {
 }
 
 impl Shared {
-    /// Wakes a thread if there is a job for one that sleeps.
+    /// Wakes a thread if there is a job for one that sleeps, or one to sleep no longer than somebody has to wait for its
+    /// quota of CPU time.
     fn wake(&self, state: &mut State) {
-        if state.queue.has_next()
+        if (state.queue.has_next() || state.queue.next_opening().is_some())
             && let Some(thread) = state.idle.pop()
         {
             self.beds[thread].notify_one();
@@ -77,7 +79,7 @@ fn work(shared: &Shared, index: usize) {
             if catch_unwind(AssertUnwindSafe(job)).is_err() {
                 tracing::error!("an invocation panicked; this is a bug of strait");
             }
-            turn.share().count_cpu(cpu_time().saturating_sub(cpu));
+            turn.share().cpu().count(cpu_time().saturating_sub(cpu));
             state = shared.state.lock();
             state.queue.end(&turn, begin.elapsed());
         } else if state.ending && state.queue.is_drained() {
@@ -86,8 +88,16 @@ fn work(shared: &Shared, index: usize) {
             return;
         } else {
             state.idle.push(index);
+            let opening = state.queue.next_opening();
             while state.idle.contains(&index) {
-                shared.beds[index].wait(&mut state);
+                match opening {
+                    None => shared.beds[index].wait(&mut state),
+                    Some(at) => {
+                        if shared.beds[index].wait_until(&mut state, at).timed_out() {
+                            state.idle.retain(|idle| *idle != index);
+                        }
+                    }
+                }
             }
         }
     }
@@ -193,7 +203,7 @@ impl OwnTurn {
 
 impl Drop for OwnTurn {
     fn drop(&mut self) {
-        self.share.count_cpu(cpu_time().saturating_sub(self.cpu));
+        self.share.cpu().count(cpu_time().saturating_sub(self.cpu));
         if let Held::Place {
             shared,
             turn,
@@ -299,14 +309,20 @@ impl std::fmt::Debug for Queued {
 }
 
 impl Queued {
+    /// Whether it waits because its principal has used too much CPU time.
+    pub(super) fn cpu_over(&self) -> Option<CpuOver> {
+        self.share.cpu().over()
+    }
+
     /// Takes the job out of the queue and drops it, if no thread has begun it.
     pub(super) fn withdraw(&self) {
-        let job = self
-            .shared
-            .state
-            .lock()
-            .queue
-            .withdraw(&self.share, self.id);
+        let mut state = self.shared.state.lock();
+        let job = state.queue.withdraw(&self.share, self.id);
+        if state.ending {
+            // It may have been the last one that the threads waited for.
+            self.shared.wake_all(&mut state);
+        }
+        drop(state);
         // Whoever waits for it is told by that: not under the lock.
         drop(job);
     }
@@ -335,9 +351,10 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+    use crate::session::cpu::CpuMeter;
 
     fn share(whose: &str) -> Arc<Share> {
-        Share::new(whose.into(), usize::MAX, usize::MAX)
+        Share::new(whose.into(), usize::MAX, usize::MAX, CpuMeter::default())
     }
 
     fn settle(workers: &Workers) {
@@ -452,9 +469,42 @@ mod tests {
         let sleep = || std::thread::sleep(Duration::from_millis(200));
         workers.reserve(&one).expect("a place").submit(sleep);
         settle(&workers);
-        let used = one.used().cpu;
+        let used = one.cpu().used().total;
         let sensible = Duration::from_millis(20)..Duration::from_millis(200);
         assert!(sensible.contains(&used), "{used:?}");
+    }
+
+    #[test]
+    fn who_has_used_too_much_cpu_time_begins_when_that_has_flowed_off() {
+        let (workers, one, two) = (
+            Workers::new(2, 100).expect("threads"),
+            share("one"),
+            share("two"),
+        );
+        one.cpu().set_limit(100_000);
+        // Half a second too much.
+        one.cpu().count(Duration::from_millis(60_500_000));
+        let begin = Instant::now();
+        let job = gated(&workers, &one);
+        assert!(job.queued.waits);
+        // Threads that were woken meanwhile sleep on no longer than that.
+        for _ in 0..10 {
+            let other = gated(&workers, &two);
+            other.open.send(()).expect("it runs");
+            other.ended.recv().expect("done");
+        }
+        job.begun.recv().expect("begun");
+        let waited = begin.elapsed();
+        assert!(waited > Duration::from_millis(300), "{waited:?}");
+        job.open.send(()).expect("it runs");
+        settle(&workers);
+        // Nobody waits for a quota that gives nothing at the end, once its caller has left.
+        one.cpu().set_limit(0);
+        let never = gated(&workers, &one);
+        let ending = std::thread::spawn(move || drop(workers));
+        never.queued.withdraw();
+        ending.join().expect("no panic");
+        assert!(never.begun.recv().is_err(), "it was withdrawn");
     }
 
     #[test]
@@ -485,7 +535,7 @@ mod tests {
         let workers = Workers::new(2, 100).expect("threads");
         let (done, all) = mpsc::channel();
         for whose in ["one", "two", "three"] {
-            let limited = Share::new(whose.into(), 100, 1);
+            let limited = Share::new(whose.into(), 100, 1, CpuMeter::default());
             for _ in 0..10 {
                 let done = done.clone();
                 let place = workers.reserve(&limited).expect("a place");

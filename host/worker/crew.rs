@@ -6,7 +6,7 @@
 //! ```
 //! A process knows nobody before it has a seat, and nobody but its owner from then on.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -59,6 +59,8 @@ struct State {
     used: Instant,
     /// What processes that are gone have counted.
     past: Totals,
+    /// CPU time that they have used.
+    past_cpu: HashMap<Owner, Duration>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -162,6 +164,7 @@ impl Crew {
                 failed: String::new(),
                 used: Instant::now(),
                 past: Totals::default(),
+                past_cpu: HashMap::new(),
             }),
             changed: Condvar::new(),
         }
@@ -320,8 +323,9 @@ impl Crew {
 
     /// Ends a process if it has not ended yet. What it would have filled is of no use to another.
     fn part_with(&self, state: &mut State, at: usize) {
-        let process = state.seats.remove(at).process;
+        let Seat { process, owner, .. } = state.seats.remove(at);
         process.end();
+        *state.past_cpu.entry(owner).or_default() += process.cpu_time();
         // A worker may tell anything.
         state.past = state.past.with(process.totals(), u64::saturating_add);
         self.pool.forget(process.number());
@@ -359,6 +363,14 @@ impl Crew {
             parked.idle_bytes = parked.idle_bytes.saturating_add(lot.idle_bytes);
         }
         (totals, parked)
+    }
+
+    /// CPU time that all processes of an owner have used.
+    pub(super) fn cpu_time(&self, owner: Owner) -> Duration {
+        let state = self.state.lock();
+        let past = state.past_cpu.get(&owner).copied().unwrap_or_default();
+        let seats = state.seats.iter().filter(|seat| seat.owner == owner);
+        seats.fold(past, |sum, seat| sum + seat.process.cpu_time())
     }
 
     /// Each one that lives.

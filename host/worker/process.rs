@@ -7,11 +7,12 @@ use std::io;
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use strait_memory::{FrameSocket, KeepsMappings};
 
 use super::channel::{self, Channel, ReceiveError};
@@ -67,6 +68,8 @@ pub(super) struct Process {
     lacks: OnceLock<Vec<String>>,
     fds: u64,
     child: Mutex<Option<Spawned>>,
+    /// CPU time that it has used, as it was last looked at, in nanoseconds.
+    cpu: AtomicU64,
     /// For what is answered: held until it is.
     control: Mutex<Channel>,
     /// The same socket, for what is not: nobody who cancels waits for an answer to something else. What is sent after
@@ -180,6 +183,7 @@ impl Process {
             lacks: OnceLock::new(),
             fds: recipe.fds(),
             child: Mutex::new(Some(child)),
+            cpu: AtomicU64::new(0),
             control: Mutex::new(control),
             cancels: Mutex::new(cancels),
             lanes: Mutex::new(lanes),
@@ -262,14 +266,35 @@ impl Process {
 
     /// Looks whether it has ended by itself, or by somebody's hand.
     pub(super) fn has_ended(&self) -> bool {
-        let ended = match &mut *self.child.lock() {
-            Some(spawned) => !matches!(spawned.child.try_wait(), Ok(None)),
+        let ended = match &*self.child.lock() {
+            // It is not reaped: until then Linux knows what it has used.
+            Some(spawned) => {
+                let pid = WaitId::Pid(Pid::from_child(&spawned.child));
+                let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+                !matches!(waitid(pid, look), Ok(None))
+            }
             None => true,
         };
         if ended {
             self.kill("it has ended");
         }
         ended
+    }
+
+    /// CPU time that it has used, by Linux's word and not its own.
+    pub(super) fn cpu_time(&self) -> Duration {
+        if let Some(spawned) = &*self.child.lock() {
+            self.note_cpu(spawned);
+        }
+        Duration::from_nanos(self.cpu.load(Ordering::Relaxed))
+    }
+
+    /// To be called before it is reaped: its number may be another's then.
+    fn note_cpu(&self, spawned: &Spawned) {
+        if let Ok(time) = strait_memory::process::cpu_time(spawned.child.id()) {
+            let ns = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+            self.cpu.fetch_max(ns, Ordering::Relaxed);
+        }
     }
 
     /// Ends it when it is not needed any more.
@@ -307,6 +332,7 @@ impl Process {
     fn killed(&self) -> Option<Spawned> {
         let mut spawned = self.child.lock().take()?;
         self.census.living.fetch_sub(1, Ordering::Relaxed);
+        self.note_cpu(&spawned);
         // It may have ended by itself.
         let _ = spawned.child.kill();
         Some(spawned)

@@ -20,7 +20,7 @@ use super::prepared::Prepared;
 use super::program::{Program, Recipe, Role};
 use crate::engine::{
     Cache, CancelToken, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody,
-    Ready, Runner, RunnerCounts, RunnerProcess, Source, Stage,
+    Owner, Ready, Runner, RunnerCounts, RunnerProcess, Source, Stage,
 };
 use crate::plugin::Plugin;
 
@@ -250,6 +250,10 @@ impl Runner for WorkerRunner {
             ),
             process_fds: self.recipe.census.fds.load(Ordering::Relaxed),
         }
+    }
+
+    fn cpu_time(&self, owner: Owner) -> Duration {
+        self.crew.cpu_time(owner)
     }
 
     fn processes(&self) -> Vec<RunnerProcess> {

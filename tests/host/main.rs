@@ -18,6 +18,7 @@ mod broken_out;
 mod cli;
 mod clients;
 mod compilers;
+mod cpu_time;
 mod crew;
 mod doctor;
 mod exhaustion;

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
+use std::time::Duration;
 
 use rustix::process::{Resource, Rlimit};
 
@@ -56,6 +57,33 @@ pub fn minor_faults() -> io::Result<u64> {
         return Err(io::Error::last_os_error());
     }
     Ok(u64::try_from(usage.ru_minflt).unwrap_or(0))
+}
+
+/// CPU time that all threads of process `pid` have used, those that have ended among them; of a child also after its end, until it is waited for.
+///
+/// # Errors
+/// There is no such process.
+pub fn cpu_time(pid: u32) -> io::Result<Duration> {
+    let pid = libc::pid_t::try_from(pid).map_err(io::Error::other)?;
+    let mut clock = 0;
+    // SAFETY: the pointer is to a clock's id of ours that lives over the call.
+    let error = unsafe { libc::clock_getcpuclockid(pid, &raw mut clock) };
+    if error != 0 {
+        return Err(io::Error::from_raw_os_error(error));
+    }
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: the pointer is to a `timespec` of ours that lives over the call.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    Ok(Duration::new(
+        seconds,
+        u32::try_from(time.tv_nsec).unwrap_or(0),
+    ))
 }
 
 /// The list of this process's mappings, for when no file can be opened any more.
@@ -225,5 +253,25 @@ mod tests {
             .expect("/proc is there")
             .expect("code comes from a file");
         assert_ne!(code.inode, 0);
+    }
+
+    #[test]
+    fn cpu_time_of_a_child_until_it_is_waited_for() {
+        let burn = "i=0; while [ $i -lt 100000 ]; do i=$((i+1)); done";
+        let mut child = std::process::Command::new("sh")
+            .args(["-c", burn])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("a shell");
+        let own = cpu_time(std::process::id()).expect("this process");
+        // Its end closes it.
+        let mut output = child.stdout.take().expect("a pipe");
+        io::copy(&mut output, &mut io::sink()).expect("nothing");
+        let used = cpu_time(child.id()).expect("it was not waited for");
+        assert!(used > Duration::from_millis(1), "{used:?}");
+        child.wait().expect("a child");
+        assert!(cpu_time(child.id()).is_err(), "it is no more");
+        assert!(cpu_time(std::process::id()).expect("this process") >= own);
+        assert!(cpu_time(u32::MAX).is_err());
     }
 }

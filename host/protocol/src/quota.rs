@@ -113,6 +113,8 @@ quotas! {
     queued,
     /// Its invocations that run at a time; one always may.
     running,
+    /// CPU time of its invocations, in percent of one CPU; what is more waits.
+    cpu_percent,
 }
 
 /// One quota of a principal and its use.
@@ -211,6 +213,7 @@ mod tests {
                 streams: 6,
                 queued: 7,
                 running: 8,
+                cpu_percent: 9,
                 ..AccountStats::default()
             },
         };

@@ -191,6 +191,11 @@ pub struct AccountStats {
     pub running: u64,
     /// Invocations that found no place in the queue.
     pub queue_refused: u64,
+    /// CPU time of its invocations that have ended, in percent of one CPU: in about the last minute, and what was more
+    /// than the quota before.
+    pub cpu_percent: u64,
+    /// Invocations that would have waited for that quota beyond their deadline.
+    pub cpu_refused: u64,
     /// CPU time of its invocations that have ended.
     pub cpu_seconds: f64,
 }

@@ -5,7 +5,7 @@ use super::*;
 const MS: Duration = Duration::from_millis(1);
 
 fn share(whose: &str) -> Arc<Share> {
-    Share::new(whose.into(), usize::MAX, usize::MAX)
+    Share::new(whose.into(), usize::MAX, usize::MAX, CpuMeter::default())
 }
 
 /// A queue and what a job of each principal costs; a thread runs one job after the other.
@@ -166,7 +166,7 @@ fn what_is_withdrawn_takes_no_turn_and_idle_principals_no_room() {
 
 #[test]
 fn quotas_bound_what_waits_and_what_runs() {
-    let one = Share::new("one".into(), 2, 1);
+    let one = Share::new("one".into(), 2, 1, CpuMeter::default());
     let two = share("two");
     let mut queue = FairQueue::new(4, 3);
     for waits in [false, true, true] {
@@ -200,7 +200,10 @@ fn quotas_bound_what_waits_and_what_runs() {
 
 #[test]
 fn a_quota_of_nothing_lets_one_wait_and_run() {
-    let (one, none) = (share("one"), Share::new("none".into(), 0, 0));
+    let (one, none) = (
+        share("one"),
+        Share::new("none".into(), 0, 0, CpuMeter::default()),
+    );
     let mut queue = FairQueue::new(1, 100);
     queue.reserve(&one).expect("a place");
     queue.push(&one, "one");
@@ -224,6 +227,28 @@ fn a_quota_of_nothing_lets_one_wait_and_run() {
     queue.end(&own, MS);
     queue.end(&turn, MS);
     queue.reserve(&none).expect("a thread is free");
+}
+
+#[test]
+fn who_has_used_too_much_cpu_time_has_no_turn_and_takes_nobody_elses() {
+    let (one, two) = (share("one"), share("two"));
+    let mut queue = FairQueue::new(2, 100);
+    one.cpu().set_limit(10);
+    one.cpu().count(10_000 * MS);
+    queue.reserve(&one).expect("it may wait");
+    assert!(queue.push(&one, "one").1, "it waits");
+    assert!(queue.begin(&one).is_none() && queue.take().is_none());
+    let opening = queue.next_opening().expect("some day");
+    let wait = opening.saturating_duration_since(Instant::now());
+    assert!((39..=41).contains(&wait.as_secs()), "{wait:?}");
+    queue.reserve(&two).expect("a place");
+    queue.push(&two, "two");
+    let (turn, whose) = queue.take().expect("a job");
+    assert_eq!(whose, "two");
+    queue.end(&turn, MS);
+    one.cpu().set_limit(u64::MAX);
+    assert_eq!(queue.next_opening(), None);
+    assert_eq!(queue.take().expect("a job").1, "one");
 }
 
 #[test]

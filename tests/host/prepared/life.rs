@@ -6,6 +6,7 @@ use serde_json::json;
 use strait_client::wire::Op;
 
 use super::memory::{REMEMBERS, SPINS};
+use super::stream::flat;
 use super::{Prepared, brought, call_frame, scale_shift, shifted};
 use crate::guest;
 use crate::served::{Holdings, Served, number, put, ramp};
@@ -197,4 +198,60 @@ fn prepared_kernels_count_as_connections_and_their_memory_as_bytes() {
     for prepared in &two {
         assert_eq!(prepared.call(&ramp(8)), shifted(&ramp(8)));
     }
+}
+
+#[test]
+fn calls_and_chunks_wait_for_the_quota_of_cpu_time() {
+    let plugin = guest::component_without_globals("kept", REMEMBERS);
+    let host = Served::with_plugin(&plugin, &[("STRAIT__QUOTA__CPU_PERCENT", "1")]);
+    let (mut client, mut operator) = (host.greeted(), host.greeted());
+    let request =
+        |ms: u64| json!({"kernel": "kept/k", "inputs": {"x": brought(8)}, "deadline_ms": ms});
+    let short = Prepared::by(&mut client, request(25));
+    let long = Prepared::by(&mut client, request(600_000));
+    let stream = (!host.has_workers()).then(|| {
+        let stream = json!({"kernel": "cumsum", "inputs": {"x": brought(8)}, "stream": true});
+        let stream = Prepared::by(&mut client, stream);
+        let rows = flat(&stream, false, &ramp(8));
+        stream.socket.send(&[&rows], &[]).unwrap();
+        stream.collect(&mut [Vec::new()]);
+        stream
+    });
+    let spins = short.payload(&[SPINS, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]);
+    let refused = loop {
+        let reply = short.ask(&spins);
+        match reply.body()["reason"].as_str() {
+            Some("DEADLINE") => {}
+            _ => break reply,
+        }
+    };
+    let message = refused.refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
+    assert!(
+        message.contains("ms more than a quota.cpu_percent of 1 gives")
+            && message.contains("a deadline of 25 ms"),
+        "{message}"
+    );
+    // One that has time waits.
+    long.send(1, &long.payload(&[0.0; 8]));
+    host.eventually(&mut operator, "it waits", |stats| {
+        number(stats, "/account/queued") == 1
+    });
+    operator.ok(Op::Limits, json!({"set": {"cpu_percent": "none"}}));
+    assert_eq!(long.output(&long.receive().unwrap())[0], 1.0);
+    operator.ok(Op::Limits, json!({"set": {"cpu_percent": 0}}));
+    if let Some(stream) = stream {
+        let rows = flat(&stream, true, &ramp(8));
+        stream.socket.send(&[&rows], &[]).unwrap();
+        let message = stream
+            .receive()
+            .unwrap()
+            .refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
+        assert!(
+            message.starts_with("chunk 1 of a stream:") && message.contains("none may begin"),
+            "{message}"
+        );
+    }
+    client
+        .ask(Op::Prepare, request(1000))
+        .refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
 }
