@@ -14,9 +14,10 @@ fn header() -> PathBuf {
 }
 
 /// The files of clients/c/src, in the order in which the header tells of them.
-const SOURCES: [&str; 9] = [
+const SOURCES: [&str; 11] = [
     "lib",
     "failure",
+    "error",
     "tensor",
     "client",
     "segment",
@@ -24,6 +25,7 @@ const SOURCES: [&str; 9] = [
     "answer",
     "prepared",
     "operation",
+    "finish",
 ];
 
 fn generate() -> Result<Vec<u8>> {

@@ -119,13 +119,37 @@ typedef enum strait_dtype {
    * One byte: 0 is false, any other true.
    */
   STRAIT_DTYPE_BOOL8 = 1,
+  /**
+   * Signed, 8 bits.
+   */
   STRAIT_DTYPE_INT8 = 2,
+  /**
+   * Signed, 16 bits.
+   */
   STRAIT_DTYPE_INT16 = 3,
+  /**
+   * Signed, 32 bits.
+   */
   STRAIT_DTYPE_INT32 = 4,
+  /**
+   * Signed, 64 bits.
+   */
   STRAIT_DTYPE_INT64 = 5,
+  /**
+   * Unsigned, 8 bits.
+   */
   STRAIT_DTYPE_UINT8 = 6,
+  /**
+   * Unsigned, 16 bits.
+   */
   STRAIT_DTYPE_UINT16 = 7,
+  /**
+   * Unsigned, 32 bits.
+   */
   STRAIT_DTYPE_UINT32 = 8,
+  /**
+   * Unsigned, 64 bits.
+   */
   STRAIT_DTYPE_UINT64 = 9,
   /**
    * IEEE 754 binary16.
@@ -143,7 +167,13 @@ typedef enum strait_dtype {
    * OCP 8-bit float, 5 exponent and 2 mantissa bits, with infinities.
    */
   STRAIT_DTYPE_FLOAT8_E5M2 = 13,
+  /**
+   * IEEE 754 binary32.
+   */
   STRAIT_DTYPE_FLOAT32 = 14,
+  /**
+   * IEEE 754 binary64.
+   */
   STRAIT_DTYPE_FLOAT64 = 15,
   /**
    * A pair of float32: real, imaginary.
@@ -663,23 +693,6 @@ const char *strait_error_details(const struct strait_error *error);
 void strait_error_free(struct strait_error *error);
 
 /**
- * Becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It is the
- * operation's: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
- */
-int32_t strait_operation_fd(const struct strait_operation *operation);
-
-/**
- * Does what can be done without waiting. True once the operation is done, which strait_finish... then answers at once; true for NULL.
- */
-bool strait_operation_poll(const struct strait_operation *operation);
-
-/**
- * Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
- * whose operation is given up before it is done is over. NULL is fine.
- */
-void strait_operation_free(struct strait_operation *operation);
-
-/**
  * Ends an operation that answers nothing: waits for it if it is not done, and frees it, as all that follow, whatever they return.
  */
 STRAIT_MUST_USE
@@ -732,6 +745,23 @@ struct strait_error *strait_finish_outputs(struct strait_operation *operation,
  * Ends a strait_list_start, strait_kernels_start or strait_stats_start; strait_text_free frees the text.
  */
 STRAIT_MUST_USE struct strait_error *strait_finish_text(struct strait_operation *operation, char **text);
+
+/**
+ * Becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It is the
+ * operation's: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
+ */
+int32_t strait_operation_fd(const struct strait_operation *operation);
+
+/**
+ * Does what can be done without waiting. True once the operation is done, which strait_finish... then answers at once; true for NULL.
+ */
+bool strait_operation_poll(const struct strait_operation *operation);
+
+/**
+ * Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
+ * whose operation is given up before it is done is over. NULL is fine.
+ */
+void strait_operation_free(struct strait_operation *operation);
 
 /**
  * Makes a kernel ready to be called again and again: `call` says which, with what parameters, which inputs each call brings (strait_call_each), and

@@ -8,8 +8,8 @@ use serde_json::json;
 use strait_client::wire::Note;
 use strait_client::{CallResult, Client as Connected, Rows};
 
-use crate::failure::{Failure, asked, end, entry};
-use crate::pointer::{StaticText, Text, answer, c_text, hand_out, hand_out_text};
+use crate::failure::{Failure, asked, c_text, end, entry};
+use crate::pointer::{StaticText, Text, answer, hand_out, hand_out_text};
 use crate::segment::Segment;
 use crate::tensor::Tensor;
 

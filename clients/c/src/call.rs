@@ -14,7 +14,7 @@ use strait_client::{
 use crate::answer::Answer;
 use crate::client::{Client, milliseconds};
 use crate::failure::{Failure, asked, end, entry};
-use crate::operation::{Operation, Outcome, hand_out_started};
+use crate::operation::{Operation, done, hand_out_started};
 use crate::pointer::{Lent, Many, Text, hand_out};
 use crate::segment::{Held, Memory, Segment};
 use crate::tensor::Tensor;
@@ -268,10 +268,7 @@ impl Call {
             let call = ready.dress(client.call(&ready.plan.kernel));
             let _run = UnderWay::new(&runs, call.cancel_handle());
             let result = call.send().await?;
-            Ok(Outcome::Answer(Answer::of_call(
-                ready.client.clone(),
-                result,
-            )))
+            done(Answer::of_call(ready.client.clone(), result))
         })
     }
 }

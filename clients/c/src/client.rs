@@ -8,9 +8,9 @@ use std::time::Duration;
 use serde_json::json;
 use strait_client::{AsyncClient, Error, address};
 
-use crate::failure::{Failure, asked, end, entry};
-use crate::operation::{Operation, Outcome, hand_out_started};
-use crate::pointer::{StaticText, Text, c_text, free_text, hand_out, hand_out_text};
+use crate::failure::{Failure, asked, c_text, end, entry};
+use crate::operation::{Operation, Outcome, done, hand_out_started};
+use crate::pointer::{StaticText, Text, free_text, hand_out, hand_out_text};
 
 /// A connection to a host.
 #[derive(Debug)]
@@ -137,7 +137,7 @@ pub extern "C" fn strait_connect_start(
         let (directory, options) = found(&address, options)?;
         Operation::start(async move {
             let client = AsyncClient::connect_with(&directory, &options).await?;
-            Ok(Outcome::Client(Client::new(client.blocking())))
+            done(Client::new(client.blocking()))
         })
     })
 }
@@ -217,7 +217,7 @@ pub extern "C" fn strait_drop_start(
         start(client, |client| {
             Ok(async move {
                 client.drop_flight(&name).await?;
-                Ok(Outcome::Nothing)
+                done(())
             })
         })
     })
@@ -248,7 +248,7 @@ pub extern "C" fn strait_list_start(
 ) -> Option<Box<Failure>> {
     hand_out_started(operation, || {
         start(client, |client| {
-            Ok(async move { Ok(Outcome::Text(flights_text(client.list().await?))) })
+            Ok(async move { done(flights_text(client.list().await?)) })
         })
     })
 }
@@ -283,7 +283,7 @@ pub extern "C" fn strait_kernels_start(
         start(client, |client| {
             Ok(async move {
                 let kernels = client.kernels(kernel.as_deref()).await?;
-                Ok(Outcome::Text(kernels_text(kernels)))
+                done(kernels_text(kernels))
             })
         })
     })
@@ -312,7 +312,7 @@ pub extern "C" fn strait_stats_start(
 ) -> Option<Box<Failure>> {
     hand_out_started(operation, || {
         start(client, |client| {
-            Ok(async move { Ok(Outcome::Text(stats_text(&client.stats().await?))) })
+            Ok(async move { done(stats_text(&client.stats().await?)) })
         })
     })
 }

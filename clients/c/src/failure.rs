@@ -6,8 +6,6 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use strait_client::Error;
 use strait_client::address::AddressError;
 
-use crate::pointer::{StaticText, c_text};
-
 /// What a program can do about an error. Numbers are never given to another kind; a newer library may have more.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,13 +37,13 @@ pub enum ErrorKind {
 /// An error. Whoever is given one frees it with strait_error_free.
 #[derive(Debug)]
 pub struct Failure {
-    kind: ErrorKind,
-    code: CString,
-    reason: CString,
-    message: CString,
-    request_id: Option<CString>,
-    backtrace: Option<CString>,
-    details: Option<CString>,
+    pub(crate) kind: ErrorKind,
+    pub(crate) code: CString,
+    pub(crate) reason: CString,
+    pub(crate) message: CString,
+    pub(crate) request_id: Option<CString>,
+    pub(crate) backtrace: Option<CString>,
+    pub(crate) details: Option<CString>,
 }
 
 impl Failure {
@@ -186,57 +184,14 @@ pub(crate) fn end<T>(handle: Option<Box<T>>) {
     let _ = catch_unwind(AssertUnwindSafe(|| drop(handle)));
 }
 
-fn field(error: Option<&Failure>, text: impl FnOnce(&Failure) -> Option<&CString>) -> StaticText {
-    asked(error, StaticText::NULL, |error| {
-        text(error).map_or(StaticText::NULL, |text| StaticText::new(text))
-    })
-}
-
-/// What can be done about it: one of strait_error_kind. 0 for NULL.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_get_kind(error: Option<&Failure>) -> u32 {
-    asked(error, 0, |error| error.kind as u32)
-}
-
-/// The name of a gRPC code, the class of the error: "NOT_FOUND". NULL for NULL, as the other texts.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_code(error: Option<&Failure>) -> StaticText {
-    field(error, |error| Some(&error.code))
-}
-
-/// The stable word for the case, for programs: "FLIGHT_NOT_FOUND". docs/protocol.md has the host's; of this library itself are
-/// BAD_ARGUMENT, BAD_ADDRESS, REMOTE_ADDRESS, NO_HOST, DISCONNECTED, WRONG_STATE, FORKED, BROKEN_PROTOCOL, LINUX, HOST.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_reason(error: Option<&Failure>) -> StaticText {
-    field(error, |error| Some(&error.reason))
-}
-
-/// For people: what, which, by how much, what to do.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_message(error: Option<&Failure>) -> StaticText {
-    field(error, |error| Some(&error.message))
-}
-
-/// The id by which the host's log knows the request; NULL if the host was not asked.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_request_id(error: Option<&Failure>) -> StaticText {
-    field(error, |error| error.request_id.as_ref())
-}
-
-/// The guest's stack when it trapped; NULL without one.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_backtrace(error: Option<&Failure>) -> StaticText {
-    field(error, |error| error.backtrace.as_ref())
-}
-
-/// Figures and names, a JSON object as docs/protocol.md has it; NULL without any.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_details(error: Option<&Failure>) -> StaticText {
-    field(error, |error| error.details.as_ref())
-}
-
-/// Ends an error, and the texts that were asked from it. NULL is fine.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_error_free(error: Option<Box<Failure>>) {
-    end(error);
+/// As C has texts; one with a 0 in it, which no text of the protocol has, is cut there.
+pub(crate) fn c_text(text: impl Into<Vec<u8>>) -> CString {
+    let mut bytes = text.into();
+    bytes.truncate(
+        bytes
+            .iter()
+            .position(|byte| *byte == 0)
+            .unwrap_or(bytes.len()),
+    );
+    CString::new(bytes).unwrap_or_default()
 }

@@ -1,9 +1,11 @@
 //! libstrait: the Rust client behind a C interface. `strait.h` is generated from these files by `cargo xtask header`.
 //!
 //! ```text
-//! client, segment, call, answer, prepared, operation   the functions of strait.h, by noun
-//!  └▶ tensor, failure                                what goes both ways: tensors, errors
-//!      └▶ pointer                                    what C gives and is given; all of the `unsafe`
+//! finish                                     the ends of operations
+//!  └▶ client, segment, call, answer, prepared the functions of strait.h, by noun
+//!      └▶ operation, tensor, error            what is started, what goes both ways
+//!          └▶ pointer                         what C gives and is given; all of the `unsafe`
+//!              └▶ failure                     why not; what is around every function
 //! ```
 //! The rules of the interface are `docs/decisions/0028-a-c-abi.md` and the head of `strait.h`.
 //!
@@ -24,7 +26,9 @@
 pub mod answer;
 pub mod call;
 pub mod client;
+pub mod error;
 pub mod failure;
+pub mod finish;
 pub mod operation;
 pub mod pointer;
 pub mod prepared;

@@ -1,8 +1,7 @@
 //! Operations: what was started and may be waited for by a descriptor.
 
-use std::ffi::c_char;
+use std::any::Any;
 use std::future::Future;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,25 +12,15 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
 use strait_client::Error;
 
-use crate::answer::Answer;
-use crate::client::Client;
 use crate::failure::{Failure, asked, end, entry};
-use crate::pointer::{Out, Room, hand_out, hand_out_text};
-use crate::prepared::{Prepared, Slot, Stream};
-use crate::segment::Segment;
-use crate::tensor::Tensor;
+use crate::pointer::{Out, hand_out};
 
-/// What an operation ends with.
-pub(crate) enum Outcome {
-    Nothing,
-    Client(Client),
-    Segment(Segment),
-    Answer(Answer),
-    Prepared(Prepared),
-    Stream(Stream),
-    Text(String),
-    /// Its outputs are in the slot.
-    Called(Arc<Slot>),
+/// What an operation ends with: a handle, a text or nothing. `finish` knows which functions give which.
+pub(crate) type Outcome = Box<dyn Any>;
+
+/// An outcome.
+pub(crate) fn done<T: Any>(outcome: T) -> Result<Outcome, Failure> {
+    Ok(Box::new(outcome))
 }
 
 type Work = Pin<Box<dyn Future<Output = Result<Outcome, Failure>> + Send>>;
@@ -145,7 +134,8 @@ impl Operation {
         true
     }
 
-    fn finish(self: Box<Self>) -> Result<Outcome, Failure> {
+    /// Waits until it is done.
+    pub(crate) fn finish(self) -> Result<Outcome, Failure> {
         self.advance(&mut self.progress.lock(), true);
         match self.progress.into_inner() {
             Progress::Done(outcome) => outcome,
@@ -184,19 +174,6 @@ pub(crate) fn hand_out_started(
     entry(|| hand_out(operation, "operation", start))
 }
 
-fn finish(operation: Option<Box<Operation>>) -> Result<Outcome, Failure> {
-    operation
-        .ok_or_else(|| Failure::null("operation"))?
-        .finish()
-}
-
-/// The operation gave something else than it was asked for.
-fn other(what: &str) -> Failure {
-    Failure::argument(format!(
-        "this operation does not end with {what}; finish it with the function that its start names"
-    ))
-}
-
 /// Becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It is the
 /// operation's: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
 #[unsafe(no_mangle)]
@@ -222,124 +199,4 @@ pub extern "C" fn strait_operation_poll(operation: Option<&Operation>) -> bool {
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_operation_free(operation: Option<Box<Operation>>) {
     end(operation);
-}
-
-/// Ends an operation that answers nothing: waits for it if it is not done, and frees it, as all that follow, whatever they return.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish(operation: Option<Box<Operation>>) -> Option<Box<Failure>> {
-    entry(|| match finish(operation)? {
-        Outcome::Nothing => Ok(()),
-        _ => Err(other("nothing")),
-    })
-}
-
-/// Ends a strait_connect_start.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_client(
-    operation: Option<Box<Operation>>,
-    client: Option<&mut MaybeUninit<*mut Client>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out(client, "client", || match outcome? {
-            Outcome::Client(client) => Ok(client),
-            _ => Err(other("a client")),
-        })
-    })
-}
-
-/// Ends a strait_create_start or strait_map_start.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_segment(
-    operation: Option<Box<Operation>>,
-    segment: Option<&mut MaybeUninit<*mut Segment>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out(segment, "segment", || match outcome? {
-            Outcome::Segment(segment) => Ok(segment),
-            _ => Err(other("a segment")),
-        })
-    })
-}
-
-/// Ends a strait_call_start or strait_stream_chunk_start.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_result(
-    operation: Option<Box<Operation>>,
-    result: Option<&mut MaybeUninit<*mut Answer>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out(result, "result", || match outcome? {
-            Outcome::Answer(answer) => Ok(answer),
-            _ => Err(other("a result")),
-        })
-    })
-}
-
-/// Ends a strait_prepare_start.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_prepared(
-    operation: Option<Box<Operation>>,
-    prepared: Option<&mut MaybeUninit<*mut Prepared>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out(prepared, "prepared", || match outcome? {
-            Outcome::Prepared(prepared) => Ok(prepared),
-            _ => Err(other("a prepared call")),
-        })
-    })
-}
-
-/// Ends a strait_prepare_stream_start.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_stream(
-    operation: Option<Box<Operation>>,
-    stream: Option<&mut MaybeUninit<*mut Stream>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out(stream, "stream", || match outcome? {
-            Outcome::Stream(stream) => Ok(stream),
-            _ => Err(other("a stream")),
-        })
-    })
-}
-
-/// Ends a strait_prepared_call_start; see strait_prepared_call for `outputs`.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_outputs(
-    operation: Option<Box<Operation>>,
-    outputs: Room<Tensor>,
-    count: usize,
-) -> Option<Box<Failure>> {
-    entry(|| match finish(operation)? {
-        Outcome::Called(slot) => slot.outputs(outputs, count),
-        _ => Err(other("the outputs of a prepared call")),
-    })
-}
-
-/// Ends a strait_list_start, strait_kernels_start or strait_stats_start; strait_text_free frees the text.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_finish_text(
-    operation: Option<Box<Operation>>,
-    text: Option<&mut MaybeUninit<*mut c_char>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        let outcome = finish(operation);
-        hand_out_text(text, "text", || match outcome? {
-            Outcome::Text(text) => Ok(text),
-            _ => Err(other("a text")),
-        })
-    })
 }

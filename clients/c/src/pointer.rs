@@ -8,7 +8,7 @@ use std::ffi::{CStr, CString, c_char};
 use std::mem::MaybeUninit;
 use std::ptr;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, c_text};
 
 /// A text that C gives: NULL, or bytes that end with 0.
 #[repr(transparent)]
@@ -142,18 +142,6 @@ pub(crate) fn free_text(text: *mut c_char) {
     }
 }
 
-/// As C has texts; one with a 0 in it, which no text of the protocol has, is cut there.
-pub(crate) fn c_text(text: impl Into<Vec<u8>>) -> CString {
-    let mut bytes = text.into();
-    bytes.truncate(
-        bytes
-            .iter()
-            .position(|byte| *byte == 0)
-            .unwrap_or(bytes.len()),
-    );
-    CString::new(bytes).unwrap_or_default()
-}
-
 /// A text for C that lives as long as the handle from which it was asked, or for ever.
 #[repr(transparent)]
 #[derive(Debug)]
@@ -181,6 +169,19 @@ unsafe impl Send for Lent {}
 unsafe impl Sync for Lent {}
 
 impl Lent {
+    /// What a handle of this library shows, which stays as long as its description says.
+    pub(crate) fn shown(bytes: &[u8]) -> Self {
+        Self {
+            data: bytes.as_ptr(),
+            length: bytes.len(),
+        }
+    }
+
+    /// Its address, for C.
+    pub(crate) fn address(self) -> *const u8 {
+        self.data
+    }
+
     /// `length` bytes at `data`.
     pub(crate) fn new(data: *const u8, bytes: u64, what: &str) -> Result<Self, Failure> {
         let too_many = || {
@@ -208,7 +209,3 @@ impl Lent {
         unsafe { std::slice::from_raw_parts(self.data, self.length) }
     }
 }
-
-// SAFETY: Rust code follows none of its pointers but as `Text` and `Lent` say; those that it holds are to memory that any
-// thread may read.
-unsafe impl Send for crate::tensor::Tensor {}

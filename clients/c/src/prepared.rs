@@ -13,10 +13,9 @@ use strait_client::{
 
 use crate::answer::{Answer, Notes};
 use crate::call::{Call, Ready};
-use crate::client::Client;
-use crate::failure::{Failure, asked, end, entry};
-use crate::operation::{Lane, Operation, Outcome, hand_out_started, ready};
-use crate::pointer::{Lent, Many, Room, StaticText, Text, answer, c_text, hand_out};
+use crate::failure::{Failure, asked, c_text, end, entry};
+use crate::operation::{Lane, Operation, Outcome, done, hand_out_started, ready};
+use crate::pointer::{Lent, Many, Room, StaticText, Text, answer, hand_out};
 use crate::tensor::Tensor;
 
 /// A kernel that is ready to be called again and again on small tensors. It has a socket of its own.
@@ -164,7 +163,8 @@ pub(crate) struct Slot {
 
 #[derive(Default)]
 struct Last {
-    outputs: Vec<Tensor>,
+    /// The shape of each, and where it is.
+    outputs: Vec<(Vec<u64>, Lent)>,
     notes: Notes,
 }
 
@@ -186,9 +186,10 @@ impl Slot {
         last.outputs.clear();
         last.notes = Notes::default();
         let result = calls.end()?;
-        for (name, output) in &self.outputs {
-            last.outputs
-                .push(Tensor::view(name, &result.tensor(&output.port)?));
+        for (_, output) in &self.outputs {
+            let tensor = result.tensor(&output.port)?;
+            let shown = (tensor.shape().to_vec(), Lent::shown(tensor.bytes()));
+            last.outputs.push(shown);
         }
         last.notes = Notes::new(&result.notes);
         Ok(())
@@ -202,7 +203,11 @@ impl Slot {
                 self.outputs.len()
             )));
         }
-        outputs.write(count, &self.last.lock().outputs, "outputs")
+        let last = self.last.lock();
+        let shown = self.outputs.iter().zip(&last.outputs);
+        let shown = shown
+            .map(|((name, output), (shape, at))| Tensor::shown(name, output.dtype, shape, *at));
+        outputs.write(count, &shown.collect::<Vec<_>>(), "outputs")
     }
 }
 
@@ -224,7 +229,8 @@ impl Lane for Calling {
         }
         let ended = self.slot.end(calls);
         self.calls.give_back();
-        ended.map(|()| Some(Outcome::Called(Arc::clone(&self.slot))))
+        ended?;
+        done(Arc::clone(&self.slot)).map(Some)
     }
 }
 
@@ -279,7 +285,7 @@ pub extern "C" fn strait_prepare_start(
 ) -> Option<Box<Failure>> {
     hand_out_started(operation, || {
         let ready = Call::ready_to_prepare(call)?;
-        Operation::start(async move { Ok(Outcome::Prepared(ready.prepare().await?)) })
+        Operation::start(async move { done(ready.prepare().await?) })
     })
 }
 
@@ -425,7 +431,7 @@ impl Lane for Chunking {
             let rows = self.rows.take().ok_or_else(gone)?;
             let ports = std::mem::take(&mut self.ports);
             let answer = Answer::of_rows(self.client.clone(), ports, rows);
-            return Ok(Some(Outcome::Answer(answer)));
+            return done(answer).map(Some);
         }
         Ok(None)
     }
@@ -475,7 +481,7 @@ pub extern "C" fn strait_prepare_stream_start(
 ) -> Option<Box<Failure>> {
     hand_out_started(operation, || {
         let ready = Call::ready_to_prepare(call)?;
-        Operation::start(async move { Ok(Outcome::Stream(ready.prepare_stream().await?)) })
+        Operation::start(async move { done(ready.prepare_stream().await?) })
     })
 }
 

@@ -9,9 +9,9 @@ use parking_lot::Mutex;
 use strait_client::{Client as Connected, Error, Lease, OpenSegment, Output, TensorView};
 
 use crate::client::{Client, milliseconds};
-use crate::failure::{Failure, asked, end, entry};
-use crate::operation::{Operation, Outcome, hand_out_started};
-use crate::pointer::{Many, Text, answer, c_text, hand_out};
+use crate::failure::{Failure, asked, c_text, end, entry};
+use crate::operation::{Operation, done, hand_out_started};
+use crate::pointer::{Many, Text, answer, hand_out};
 use crate::tensor::Tensor;
 
 /// Memory with one or more tensors: one to be filled (strait_create), a flight (strait_map), or a result (strait_result_take). A
@@ -173,7 +173,7 @@ impl Segment {
                 if let Held::Given(output) = &*shared {
                     client.publish_result(output, &name, replace).await?;
                 }
-                Ok(Outcome::Nothing)
+                done(())
             });
         }
         drop(shared);
@@ -182,7 +182,7 @@ impl Segment {
             if let Some(Held::Open(segment)) = &mut taken.held {
                 client.publish(segment, &name, replace).await?;
             }
-            Ok(Outcome::Nothing)
+            done(())
         })
     }
 }
@@ -195,7 +195,8 @@ fn to_make(tensors: &[Tensor]) -> Result<Vec<strait_client::NewTensor>, Failure>
         ));
     }
     let each = tensors.iter().enumerate();
-    each.map(|(index, tensor)| tensor.to_make(index)).collect()
+    each.map(|(index, tensor)| tensor.new_tensor(index))
+        .collect()
 }
 
 /// Makes a segment with room for `count` tensors, to be filled in place (strait_segment_fill): it then goes to a kernel or under a name without
@@ -231,7 +232,7 @@ pub extern "C" fn strait_create_start(
         let tensors = to_make(tensors.of(count, "tensors")?)?;
         Operation::start(async move {
             let made = client.asynchronous().create(&tensors).await?;
-            Ok(Outcome::Segment(Segment::new(client, Held::Open(made))?))
+            done(Segment::new(client, Held::Open(made))?)
         })
     })
 }
@@ -323,7 +324,7 @@ pub extern "C" fn strait_put_start(
             client
                 .put_bytes(&name, &spec, data.bytes(), replace)
                 .await?;
-            Ok(Outcome::Nothing)
+            done(())
         })
     })
 }
@@ -358,10 +359,7 @@ pub extern "C" fn strait_map_start(
         let name = name.get("name")?.to_owned();
         Operation::start(async move {
             let mapped = client.asynchronous().map(&name).await?;
-            Ok(Outcome::Segment(Segment::given(
-                client,
-                Output::Mapped(mapped),
-            )?))
+            done(Segment::given(client, Output::Mapped(mapped))?)
         })
     })
 }

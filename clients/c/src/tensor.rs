@@ -18,13 +18,21 @@ pub const STRAIT_DIMS_MAX: usize = 8;
 pub enum ElementType {
     /// One byte: 0 is false, any other true.
     bool8 = 1,
+    /// Signed, 8 bits.
     int8 = 2,
+    /// Signed, 16 bits.
     int16 = 3,
+    /// Signed, 32 bits.
     int32 = 4,
+    /// Signed, 64 bits.
     int64 = 5,
+    /// Unsigned, 8 bits.
     uint8 = 6,
+    /// Unsigned, 16 bits.
     uint16 = 7,
+    /// Unsigned, 32 bits.
     uint32 = 8,
+    /// Unsigned, 64 bits.
     uint64 = 9,
     /// IEEE 754 binary16.
     float16 = 10,
@@ -34,7 +42,9 @@ pub enum ElementType {
     float8_e4m3fn = 12,
     /// OCP 8-bit float, 5 exponent and 2 mantissa bits, with infinities.
     float8_e5m2 = 13,
+    /// IEEE 754 binary32.
     float32 = 14,
+    /// IEEE 754 binary64.
     float64 = 15,
     /// A pair of float32: real, imaginary.
     complex64 = 16,
@@ -130,6 +140,10 @@ impl Tensor {
         )
     }
 
+    pub(crate) fn shown(name: &CStr, dtype: Dtype, shape: &[u64], at: Lent) -> Self {
+        Self::new(name, dtype, shape, at.address(), at.bytes().len() as u64)
+    }
+
     pub(crate) fn spec_of(name: &CStr, dtype: Dtype, shape: &[u64], bytes: u64) -> Self {
         Self::new(name, dtype, shape, ptr::null(), bytes)
     }
@@ -188,7 +202,7 @@ impl Tensor {
     }
 
     /// A tensor of a segment to be made.
-    pub(crate) fn to_make(&self, index: usize) -> Result<NewTensor, Failure> {
+    pub(crate) fn new_tensor(&self, index: usize) -> Result<NewTensor, Failure> {
         let what = format!("tensor {index}");
         let name = Text::at(self.name);
         let name = name.get(&format!("name of {what}"))?.to_owned();
