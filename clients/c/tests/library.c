@@ -227,6 +227,122 @@ static void calls(strait_client *client) {
     strait_call_free(call);
 }
 
+static void settings(strait_client *client) {
+    double data[4] = {1, NAN, 3, 4};
+    strait_tensor t = tensor(NULL, 4, data), y;
+    strait_call *call;
+    strait_result *result;
+    char *report;
+    OK(strait_call_new(client, "standard/filter-finite", &call));
+    OK(strait_call_tensor(call, "x", &t));
+    OK(strait_call_publish(call, "y", "c-finite", true));
+    OK(strait_call_verify(call, true));
+    OK(strait_call_deadline(call, 20000));
+    OK(strait_call_lease(call, 60000));
+    OK(strait_call_inline_bytes(call, 0));
+    OK(strait_call_idempotency_key(call, "c-key"));
+    OK(strait_call_send(call, &result));
+    OK(strait_result_tensor(result, "y", &y));
+    WANT(y.shape[0] == 3 && !strcmp(strait_result_note(result, "dropped"), "1"));
+    WANT(!strait_result_note(result, "other") && strait_result_copied_bytes(result) > 0);
+    OK(strait_result_report(result, &report));
+    WANT(strstr(report, "\"inode\""));
+    strait_text_free(report);
+    strait_result_free(result);
+    OK(strait_drop(client, "c-finite"));
+    strait_call_free(call);
+
+    OK(strait_call_new(client, "cast", &call));
+    OK(strait_call_tensor(call, "x", &t));
+    OK(strait_call_param_text(call, "to", "float32"));
+    FAILS(strait_call_param_text(call, "to", NULL), "BAD_ARGUMENT", "`value` is NULL");
+    OK(strait_call_send(call, &result));
+    OK(strait_result_tensor(result, "y", &y));
+    WANT(y.dtype == STRAIT_DTYPE_FLOAT32 && y.bytes == 16 && ((const float *)y.data)[3] == 4);
+    strait_result_free(result);
+    strait_call_free(call);
+
+    call = scale(client, 1);
+    OK(strait_call_tensor(call, "x", &t));
+    OK(strait_call_param_bool(call, "a", true));
+    FAILS(strait_call_send(call, &result), "BAD_PARAMETER", "`a`");
+    int64_t ints[2] = {INT64_MIN, 1};
+    OK(strait_call_param_ints(call, "a", ints, 2));
+    FAILS(strait_call_send(call, &result), "BAD_PARAMETER", "`a`");
+    double reals[2] = {INFINITY, 0.5};
+    OK(strait_call_param_reals(call, "a", reals, 2));
+    FAILS(strait_call_send(call, &result), "BAD_PARAMETER", "`a`");
+    FAILS(strait_call_param_reals(call, "a", NULL, 2), "BAD_ARGUMENT", "`values` is NULL");
+    OK(strait_call_param_uint(call, "a", UINT64_MAX));
+    OK(strait_call_send(call, &result));
+    strait_result_free(result);
+    strait_call_free(call);
+}
+
+static void *canceller(void *call) {
+    usleep(200000);
+    strait_call_cancel(call);
+    return NULL;
+}
+
+/* Guests of the tests: one that spins and one that traps. */
+static void guests(strait_client *client) {
+    double data[4] = {1, 2, 3, 4};
+    strait_tensor t = tensor(NULL, 4, data);
+    strait_call *call;
+    strait_result *result;
+    strait_operation *op;
+    pthread_t thread;
+    OK(strait_call_new(client, "traps/k", &call));
+    OK(strait_call_tensor(call, "x", &t));
+    strait_error *error = strait_call_send(call, &result);
+    WANT(error && strait_error_backtrace(error) && strait_error_backtrace(error)[0]);
+    FAILS(error, "GUEST_TRAP", "");
+    strait_call_free(call);
+    OK(strait_call_new(client, "spins/k", &call));
+    OK(strait_call_tensor(call, "x", &t));
+    WANT(!pthread_create(&thread, NULL, canceller, call));
+    FAILS(strait_call_send(call, &result), "CANCELLED", "");
+    pthread_join(thread, NULL);
+    OK(strait_call_start(call, &op));
+    WANT(!strait_operation_poll(op));
+    strait_call_cancel(call);
+    FAILS(strait_finish_result(waited(op), &result), "CANCELLED", "");
+    /* One that is given up is cancelled. */
+    OK(strait_call_start(call, &op));
+    strait_operation_free(op);
+    OK(strait_call_deadline(call, 100));
+    FAILS(strait_call_send(call, &result), "DEADLINE", "");
+    /* So is a prepared one, and what was prepared is over. */
+    strait_prepared *prepared;
+    strait_tensor out;
+    OK(strait_call_deadline(call, 60000));
+    OK(strait_call_each(call, "x", &t));
+    OK(strait_prepare(call, &prepared));
+    OK(strait_prepared_call_start(prepared, &t, 1, &op));
+    WANT(!strait_operation_poll(op));
+    bool cancelled = false;
+    while (!cancelled) {
+        OK(strait_prepared_cancel(prepared, &cancelled));
+    }
+    FAILS(strait_finish_outputs(op, &out, 1), "CANCELLED", "");
+    OK(strait_prepared_call_start(prepared, &t, 1, &op));
+    strait_operation_free(op);
+    FAILS(strait_prepared_call(prepared, &t, 1, &out, 1), "WRONG_STATE", "given up");
+    strait_prepared_free(prepared);
+    strait_call_free(call);
+    for (;;) {
+        char *text;
+        OK(strait_stats(client, &text));
+        bool idle = strstr(text, "\"running\":0");
+        strait_text_free(text);
+        if (idle) {
+            return;
+        }
+        usleep(20000);
+    }
+}
+
 static void started(strait_client *client) {
     double data[70000];
     for (int i = 0; i < 70000; i++) {
@@ -317,6 +433,7 @@ static void prepared_calls(strait_client *client) {
         OK(strait_finish_outputs(i % 2 ? waited(op) : op, out, 1));
         WANT(((const double *)out[0].data)[3] == 2 * i);
     }
+    WANT(!strait_prepared_note(prepared, "any"));
     bool cancelled = true;
     OK(strait_prepared_cancel(prepared, &cancelled));
     WANT(!cancelled);
@@ -341,6 +458,8 @@ static void streams(strait_client *client) {
     strait_operation *op;
     OK(strait_prepare_stream(call, &stream));
     WANT(strait_stream_inputs(stream) == 1);
+    OK(strait_stream_input(stream, 0, &y));
+    WANT(y.shape[0] == 3 && !strcmp(y.name, "x"));
     for (int round = 0; round < 2; round++) {
         double sum = 0;
         uint64_t rows = 0;
@@ -423,6 +542,8 @@ int main(void) {
     tensors_that_are_wrong(client);
     flights(client);
     calls(client);
+    settings(client);
+    guests(client);
     started(client);
     prepared_calls(client);
     streams(client);
