@@ -759,7 +759,7 @@ bool strait_operation_poll(const struct strait_operation *operation);
 
 /**
  * Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
- * whose operation is given up before it is done is over. NULL is fine.
+ * whose operation is given up before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
  */
 void strait_operation_free(struct strait_operation *operation);
 
@@ -1696,7 +1696,7 @@ bool strait_operation_poll(const struct strait_operation *operation);
 
 /**
  * Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
- * whose operation is given up before it is done is over. NULL is fine.
+ * whose operation is given up before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
  */
 void strait_operation_free(struct strait_operation *operation);
 

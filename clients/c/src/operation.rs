@@ -195,7 +195,7 @@ pub extern "C" fn strait_operation_poll(operation: Option<&Operation>) -> bool {
 }
 
 /// Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
-/// whose operation is given up before it is done is over. NULL is fine.
+/// whose operation is given up before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_operation_free(operation: Option<Box<Operation>>) {
     end(operation);

@@ -3,7 +3,9 @@
 use std::ffi::CString;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Waker};
 
 use parking_lot::{Mutex, MutexGuard};
 use strait_client::wire::PreparedTensor;
@@ -211,10 +213,26 @@ impl Slot {
     }
 }
 
+/// Asks the host to end what was given up, and does not wait for its answer.
+fn cancel(client: &Connected, number: u64) {
+    let client = client.asynchronous();
+    let asked = pin!(client.cancel_prepared(number));
+    // The request is sent here; that it cannot be is the end of the connection, and of what it was to end.
+    let _ = asked.poll(&mut Context::from_waker(Waker::noop()));
+}
+
 /// A call of what is prepared, under way.
 struct Calling {
     slot: Arc<Slot>,
     calls: Borrowed<Calls>,
+}
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        if self.calls.has.is_some() {
+            cancel(&self.slot.client, self.slot.number);
+        }
+    }
 }
 
 impl Lane for Calling {
@@ -411,6 +429,14 @@ struct Chunking {
     rows: Option<Rows>,
     ports: Vec<CString>,
     client: Connected,
+}
+
+impl Drop for Chunking {
+    fn drop(&mut self) {
+        if let Some(chunks) = &self.chunks.has {
+            cancel(&self.client, chunks.number());
+        }
+    }
 }
 
 impl Lane for Chunking {
