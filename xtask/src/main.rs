@@ -1,6 +1,7 @@
 //! Everything a developer would otherwise type.
 
 mod bindings;
+mod client_c;
 mod environment;
 mod plugins;
 mod setup;
@@ -19,6 +20,8 @@ cargo xtask COMMAND
                             (--check: into target/plugins only, and fail if plugins/prebuilt does not fit)
   check-prebuilt            fail if plugins/prebuilt does not fit the sources; needs no toolchain
   bindings [--check]        generate the SDK's bindings from wit/ (--check: fail if they differ)
+  header [--check]          generate clients/c/include/strait.h from clients/c/src (--check: fail if it differs)
+  install-c --prefix DIR    build libstrait and put it, its header and its pkg-config file below DIR
   test [STEP...]            set up what the tests need under target/ and run them, all or these steps:
 ";
 
@@ -46,6 +49,9 @@ fn run() -> Result<()> {
         ["check-prebuilt"] => plugins::check_prebuilt(),
         ["bindings"] => bindings::write(),
         ["bindings", "--check"] => bindings::check(),
+        ["header"] => client_c::write_header(),
+        ["header", "--check"] => client_c::check_header(),
+        ["install-c", "--prefix", prefix] => client_c::install(prefix.as_ref()),
         ["test", ref steps @ ..] => test::test(steps),
         [] | ["help" | "--help" | "-h"] => {
             print!("{}", usage());

@@ -8,7 +8,7 @@ use crate::environment::{cargo, command, env_or, venv, with_host};
 use crate::setup::{data, go, julia, python_packages};
 use crate::toolchain;
 use crate::tools::{self, output, run};
-use crate::{bindings, plugins};
+use crate::{bindings, client_c, plugins};
 use anyhow::{Result, ensure};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -21,6 +21,7 @@ enum Need {
     Data,
     Go,
     Julia,
+    C,
     Programs,
 }
 
@@ -32,6 +33,7 @@ impl Need {
             Self::Data => "vega-datasets in target/node",
             Self::Go => "Go",
             Self::Julia => "Julia in target/julia",
+            Self::C => "a C compiler and valgrind",
             Self::Programs => "the host and the examples, in release",
         }
     }
@@ -43,6 +45,7 @@ impl Need {
             Self::Data => data(),
             Self::Go => go(),
             Self::Julia => julia(),
+            Self::C => client_c::toolchain(),
             Self::Programs => programs(),
         }
     }
@@ -138,6 +141,13 @@ const STEPS: &[Step] = &[
         folder: "clients/julia/test",
         needs: &[Need::Julia, Need::Programs],
         run: client_julia,
+    },
+    Step {
+        name: "client-c",
+        about: "libstrait: header, symbols, programs in C and C++, also under sanitizers and valgrind",
+        folder: "clients/c/tests",
+        needs: &[Need::Python, Need::C, Need::Programs],
+        run: client_c::test,
     },
     Step {
         name: "conformance",

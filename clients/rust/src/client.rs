@@ -357,6 +357,14 @@ impl Iterator for Flights<'_> {
     }
 }
 
+impl AsyncClient {
+    /// The same connection, for threads.
+    #[must_use]
+    pub fn blocking(&self) -> Client {
+        Client(self.0.waited_for_by(Waiter::Thread))
+    }
+}
+
 impl OpenSegment {
     /// Makes the segment a flight: others find it by that name, and it lives on without this client.
     /// Its writable mapping is replaced by a read-only one first, at the same address, even if the

@@ -36,6 +36,11 @@ impl Link {
         })
     }
 
+    /// Becomes readable with each frame that does not come through a ring.
+    pub(crate) fn socket(&self) -> &FrameSocket {
+        &self.socket
+    }
+
     /// Sends a frame, the concatenation of `parts`.
     pub(crate) fn send(&mut self, parts: &[&[u8]]) -> Result<(), Error> {
         const WHAT: &str = "send a prepared call";

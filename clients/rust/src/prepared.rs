@@ -1,7 +1,8 @@
 //! Kernels that are made ready once and called again and again.
 
 use std::fmt;
-use std::os::fd::OwnedFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
@@ -363,13 +364,35 @@ impl Prepared {
     /// [`Error::Dtype`] or [`Error::Length`] if they are not what was prepared; [`Error::Remote`] if the kernel fails, which
     /// concerns no other call; [`Error::Disconnected`] if the host or this connection has ended.
     pub fn call(&mut self, elements: &[Elements<'_>]) -> Result<PreparedResult<'_>, Error> {
+        self.begin(elements)?;
+        self.end()
+    }
+
+    /// The first half of [`Self::call`]: sends it. Its descriptor (`AsFd`) becomes readable when [`Self::end`] no longer waits; with
+    /// [`Prepare::ring`] it does not.
+    ///
+    /// # Errors
+    /// As [`Self::call`], and [`Error::Disconnected`] if the call before has not been ended.
+    pub fn begin(&mut self, elements: &[Elements<'_>]) -> Result<(), Error> {
         self.check(elements)?;
+        self.begin_checked(Op::Call, elements)
+    }
+
+    pub(crate) fn begin_checked(&mut self, op: Op, elements: &[Elements<'_>]) -> Result<(), Error> {
         if self.broken {
             return Err(Error::Disconnected);
         }
-        // If this is not reached again, the next reply would be taken for another call's.
+        // If the reply is not taken, the next one would be taken for another call's.
         self.broken = true;
-        self.send(Op::Call, elements)?;
+        self.send(op, elements)
+    }
+
+    /// The second half of [`Self::call`]: waits for the results.
+    ///
+    /// # Errors
+    /// As [`Self::call`], and [`Error::Linux`] if none was begun.
+    pub fn end(&mut self) -> Result<PreparedResult<'_>, Error> {
+        self.check_begun()?;
         let (_, notes) = self.receive(&[Op::Ok])?;
         Ok(self.result(notes))
     }
@@ -384,6 +407,17 @@ impl Prepared {
             // Where tensors are aligned.
             bytes: &received[HEADER_BYTES..],
             notes,
+        }
+    }
+
+    /// A reply that nobody asked for would be waited for without end.
+    pub(crate) fn check_begun(&self) -> Result<(), Error> {
+        match self.broken {
+            true => Ok(()),
+            false => Err(Error::Linux {
+                what: "end a call that was not begun",
+                source: io::ErrorKind::InvalidInput.into(),
+            }),
         }
     }
 
@@ -530,6 +564,12 @@ impl Prepared {
     #[must_use]
     pub fn number(&self) -> u64 {
         self.number
+    }
+}
+
+impl AsFd for Prepared {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.link.socket().as_fd()
     }
 }
 

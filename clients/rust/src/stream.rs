@@ -1,5 +1,7 @@
 //! Kernels that are given a tensor in chunks of rows.
 
+use std::os::fd::{AsFd, BorrowedFd};
+
 use strait_tensor::TensorPlace;
 
 use crate::error::Error;
@@ -68,12 +70,19 @@ impl PreparedStream {
         self.0.number
     }
 
+    /// The outputs; their shapes begin with the most rows of a frame.
+    #[must_use]
+    pub fn outputs(&self) -> &[PreparedTensor] {
+        &self.0.outputs
+    }
+
     /// Sends the next rows of [`Self::inputs`] in their order, perhaps none, and waits for what comes of them.
     ///
     /// # Errors
     /// As [`Prepared::call`]; [`Error::Remote`] says which chunk it was (`details.chunk`), and ends the stream.
     pub fn chunk(&mut self, elements: &[Elements<'_>]) -> Result<Rows, Error> {
-        self.send(Op::Chunk, elements)
+        let rows = self.begin(elements, false)?;
+        self.rest(rows)
     }
 
     /// Sends the last rows, perhaps none, and waits for the rest. The next chunk begins another stream.
@@ -81,10 +90,21 @@ impl PreparedStream {
     /// # Errors
     /// As [`Self::chunk`].
     pub fn last(&mut self, elements: &[Elements<'_>]) -> Result<Rows, Error> {
-        self.send(Op::Last, elements)
+        let rows = self.begin(elements, true)?;
+        self.rest(rows)
     }
 
-    fn send(&mut self, op: Op, elements: &[Elements<'_>]) -> Result<Rows, Error> {
+    fn rest(&mut self, mut rows: Rows) -> Result<Rows, Error> {
+        while !self.receive(&mut rows)? {}
+        Ok(rows)
+    }
+
+    /// The first half of [`Self::chunk`], or of [`Self::last`]: sends the rows. [`Self::receive`] brings what comes of them into
+    /// the rows that this returns.
+    ///
+    /// # Errors
+    /// As [`Self::chunk`].
+    pub fn begin(&mut self, elements: &[Elements<'_>], last: bool) -> Result<Rows, Error> {
         let stream = &mut self.0;
         // As many rows as there are elements for.
         let shapes = elements.iter().zip(&stream.inputs).map(|(given, tensor)| {
@@ -101,12 +121,9 @@ impl PreparedStream {
             given.shape = given.shape.or(Some(shape));
         }
         stream.check(&shaped)?;
-        if stream.broken {
-            return Err(Error::Disconnected);
-        }
-        stream.broken = true;
-        stream.send(op, &shaped)?;
-        let mut rows = Rows {
+        let op = if last { Op::Last } else { Op::Chunk };
+        stream.begin_checked(op, &shaped)?;
+        Ok(Rows {
             outputs: stream
                 .places
                 .iter()
@@ -120,29 +137,43 @@ impl PreparedStream {
                 })
                 .collect(),
             notes: Vec::new(),
-        };
-        loop {
-            let received = stream.receive(&[Op::Ok, Op::Chunk]);
-            // Until the last of them is here, and after an error for good.
-            stream.broken = true;
-            let (op, notes) = received?;
-            for (index, place) in stream.places.iter().enumerate() {
-                let (is, prepared) = (&place.spec.shape, &stream.outputs[index].shape);
-                if is.is_empty() || is[1..] != prepared[1..] {
-                    return Err(Error::Protocol(format!(
-                        "the reply to CHUNK: output {:?} has rows of {is:?}, and {prepared:?} was said",
-                        place.name
-                    )));
-                }
-                let bytes = stream.received(place);
-                rows.append(index, place, bytes);
-                stream.session.count_copied(bytes.len() as u64);
+        })
+    }
+
+    /// Waits for the next of the host's frames, which the descriptor (`AsFd`) tells of by being readable. True: it was the last
+    /// one, and `rows` is whole.
+    ///
+    /// # Errors
+    /// As [`Self::chunk`], and [`Error::Linux`] if nothing was begun.
+    pub fn receive(&mut self, rows: &mut Rows) -> Result<bool, Error> {
+        let stream = &mut self.0;
+        stream.check_begun()?;
+        let received = stream.receive(&[Op::Ok, Op::Chunk]);
+        // Until the last of them is here, and after an error for good.
+        stream.broken = true;
+        let (op, notes) = received?;
+        for (index, place) in stream.places.iter().enumerate() {
+            let (is, prepared) = (&place.spec.shape, &stream.outputs[index].shape);
+            if is.is_empty() || is[1..] != prepared[1..] {
+                return Err(Error::Protocol(format!(
+                    "the reply to CHUNK: output {:?} has rows of {is:?}, and {prepared:?} was said",
+                    place.name
+                )));
             }
-            if op == Op::Ok {
-                stream.broken = false;
-                rows.notes = notes;
-                return Ok(rows);
-            }
+            let bytes = stream.received(place);
+            rows.append(index, place, bytes);
+            stream.session.count_copied(bytes.len() as u64);
         }
+        if op == Op::Ok {
+            stream.broken = false;
+            rows.notes = notes;
+        }
+        Ok(op == Op::Ok)
+    }
+}
+
+impl AsFd for PreparedStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }

@@ -1,0 +1,594 @@
+//! Kernels that are made ready once: for calls, and for streams.
+
+use std::ffi::CString;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::{Context, Waker};
+
+use parking_lot::{Mutex, MutexGuard};
+use strait_client::wire::PreparedTensor;
+use strait_client::{
+    Client as Connected, Elements, Prepared as Calls, PreparedStream as Chunks, Rows, TensorSpec,
+};
+
+use crate::answer::{Answer, Notes};
+use crate::call::{Call, Ready};
+use crate::failure::{Failure, asked, c_text, end, entry};
+use crate::operation::{Lane, Operation, Outcome, done, hand_out_started, ready};
+use crate::pointer::{Lent, Many, Room, StaticText, Text, answer, hand_out};
+use crate::tensor::Tensor;
+
+/// A kernel that is ready to be called again and again on small tensors. It has a socket of its own.
+pub struct Prepared(Arc<Slot>);
+
+/// A kernel that is ready for tensors that come in chunks of rows. It has a socket of its own.
+pub struct Stream {
+    slot: Arc<Bay<Chunks>>,
+    ports: Vec<CString>,
+    inputs: Vec<(CString, PreparedTensor)>,
+    client: Connected,
+}
+
+/// Where something is that an operation takes while it is under way.
+struct Bay<T>(Mutex<Berth<T>>);
+
+enum Berth<T> {
+    Here(T),
+    Lent,
+    /// The operation was given up.
+    Gone,
+}
+
+impl<T> Bay<T> {
+    fn new(has: T) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(Berth::Here(has))))
+    }
+
+    /// Does something with it here and now; others wait.
+    fn with<R>(&self, run: impl FnOnce(&mut T) -> Result<R, Failure>) -> Result<R, Failure> {
+        match &mut *self.0.lock() {
+            Berth::Here(has) => run(has),
+            Berth::Lent => Err(lent()),
+            Berth::Gone => Err(gone()),
+        }
+    }
+
+    /// Lends it to an operation, once `send` succeeded with it.
+    fn lend<R>(
+        self: &Arc<Self>,
+        send: impl FnOnce(&mut T) -> Result<R, Failure>,
+    ) -> Result<(Borrowed<T>, R), Failure> {
+        let mut berth: MutexGuard<'_, Berth<T>> = self.0.lock();
+        let sent = match &mut *berth {
+            Berth::Here(has) => send(has)?,
+            Berth::Lent => return Err(lent()),
+            Berth::Gone => return Err(gone()),
+        };
+        let Berth::Here(has) = std::mem::replace(&mut *berth, Berth::Lent) else {
+            return Err(lent());
+        };
+        let borrowed = Borrowed {
+            has: Some(has),
+            home: Arc::clone(self),
+        };
+        Ok((borrowed, sent))
+    }
+}
+
+fn lent() -> Failure {
+    Failure::state("an operation on it is under way; finish that first")
+}
+
+fn gone() -> Failure {
+    Failure::state(
+        "an operation on it was given up before its end, and with it what was prepared; prepare it again",
+    )
+}
+
+/// Something in the hands of an operation.
+struct Borrowed<T> {
+    /// Empty once it is back.
+    has: Option<T>,
+    home: Arc<Bay<T>>,
+}
+
+impl<T> Borrowed<T> {
+    fn get(&mut self) -> Result<&mut T, Failure> {
+        self.has.as_mut().ok_or_else(gone)
+    }
+
+    fn give_back(&mut self) {
+        if let Some(has) = self.has.take() {
+            *self.home.0.lock() = Berth::Here(has);
+        }
+    }
+}
+
+impl<T> Drop for Borrowed<T> {
+    fn drop(&mut self) {
+        if self.has.is_some() {
+            *self.home.0.lock() = Berth::Gone;
+        }
+    }
+}
+
+fn named(tensors: &[PreparedTensor]) -> Vec<(CString, PreparedTensor)> {
+    let one = |tensor: &PreparedTensor| (c_text(&*tensor.port), tensor.clone());
+    tensors.iter().map(one).collect()
+}
+
+fn spec_at(tensors: &[(CString, PreparedTensor)], index: usize) -> Result<Tensor, Failure> {
+    let found = tensors.get(index).ok_or_else(|| {
+        Failure::argument(format!(
+            "number {index} of {}, counted from 0",
+            tensors.len()
+        ))
+    });
+    let (name, tensor) = found?;
+    Ok(Tensor::spec_of(
+        name,
+        tensor.dtype,
+        &tensor.shape,
+        tensor.length,
+    ))
+}
+
+/// Elements that C brings, as the client takes them.
+struct Brought(Vec<(TensorSpec, Lent)>);
+
+impl Brought {
+    fn new(inputs: &Many<Tensor>, count: usize) -> Result<Self, Failure> {
+        let inputs = inputs.of(count, "inputs")?;
+        let each = inputs.iter().enumerate();
+        let each = each.map(|(index, input)| input.elements(&format!("input {index}")));
+        Ok(Self(each.collect::<Result<_, _>>()?))
+    }
+
+    fn elements(&self) -> Vec<Elements<'_>> {
+        let each = self.0.iter();
+        each.map(|(spec, lent)| Elements::of_tensor(spec, lent.bytes()))
+            .collect()
+    }
+}
+
+/// What is prepared for calls, with what the last of them gave.
+pub(crate) struct Slot {
+    calls: Arc<Bay<Calls>>,
+    number: u64,
+    client: Connected,
+    inputs: Vec<(CString, PreparedTensor)>,
+    outputs: Vec<(CString, PreparedTensor)>,
+    last: Mutex<Last>,
+}
+
+#[derive(Default)]
+struct Last {
+    /// The shape of each, and where it is.
+    outputs: Vec<(Vec<u64>, Lent)>,
+    notes: Notes,
+}
+
+impl Slot {
+    fn new(client: Connected, calls: Calls) -> Arc<Self> {
+        Arc::new(Self {
+            number: calls.number(),
+            client,
+            inputs: named(calls.inputs()),
+            outputs: named(calls.outputs()),
+            calls: Bay::new(calls),
+            last: Mutex::default(),
+        })
+    }
+
+    /// Takes the reply to the call that was begun.
+    fn end(&self, calls: &mut Calls) -> Result<(), Failure> {
+        let mut last = self.last.lock();
+        last.outputs.clear();
+        last.notes = Notes::default();
+        let result = calls.end()?;
+        for (_, output) in &self.outputs {
+            let tensor = result.tensor(&output.port)?;
+            let shown = (tensor.shape().to_vec(), Lent::shown(tensor.bytes()));
+            last.outputs.push(shown);
+        }
+        last.notes = Notes::new(&result.notes);
+        Ok(())
+    }
+
+    /// Shows C what the last call gave.
+    pub(crate) fn outputs(&self, outputs: Room<Tensor>, count: usize) -> Result<(), Failure> {
+        if count < self.outputs.len() {
+            return Err(Failure::argument(format!(
+                "room for {count} outputs; the kernel has {}",
+                self.outputs.len()
+            )));
+        }
+        let last = self.last.lock();
+        let shown = self.outputs.iter().zip(&last.outputs);
+        let shown = shown
+            .map(|((name, output), (shape, at))| Tensor::shown(name, output.dtype, shape, *at));
+        outputs.write(count, &shown.collect::<Vec<_>>(), "outputs")
+    }
+}
+
+/// Asks the host to end what was given up, and does not wait for its answer.
+fn cancel(client: &Connected, number: u64) {
+    let client = client.asynchronous();
+    let asked = pin!(client.cancel_prepared(number));
+    // The request is sent here; that it cannot be is the end of the connection, and of what it was to end.
+    let _ = asked.poll(&mut Context::from_waker(Waker::noop()));
+}
+
+/// A call of what is prepared, under way.
+struct Calling {
+    slot: Arc<Slot>,
+    calls: Borrowed<Calls>,
+}
+
+impl Drop for Calling {
+    fn drop(&mut self) {
+        if self.calls.has.is_some() {
+            cancel(&self.slot.client, self.slot.number);
+        }
+    }
+}
+
+impl Lane for Calling {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.calls.has.as_ref().map(AsFd::as_fd)
+    }
+
+    fn advance(&mut self, wait: bool) -> Result<Option<Outcome>, Failure> {
+        let calls = self.calls.get()?;
+        if !ready(calls.as_fd(), wait)? {
+            return Ok(None);
+        }
+        let ended = self.slot.end(calls);
+        self.calls.give_back();
+        ended?;
+        done(Arc::clone(&self.slot)).map(Some)
+    }
+}
+
+impl Prepared {
+    fn of(prepared: Option<&Self>) -> Result<&Arc<Slot>, Failure> {
+        Ok(&prepared.ok_or_else(|| Failure::null("prepared"))?.0)
+    }
+}
+
+impl Ready {
+    async fn prepare(self) -> Result<Prepared, Failure> {
+        let client = self.client()?;
+        let asynchronous = client.asynchronous();
+        let prepare = self.dress_prepare(asynchronous.prepare(self.kernel()));
+        let calls = prepare.send().await?;
+        Ok(Prepared(Slot::new(client, calls)))
+    }
+
+    async fn prepare_stream(self) -> Result<Stream, Failure> {
+        let client = self.client()?;
+        let asynchronous = client.asynchronous();
+        let prepare = self.dress_prepare(asynchronous.prepare(self.kernel()));
+        let chunks = prepare.stream().await?;
+        Ok(Stream::new(client, chunks))
+    }
+}
+
+/// Makes a kernel ready to be called again and again: `call` says which, with what parameters, which inputs each call brings (strait_call_each), and
+/// which are the same for all. The inputs that calls bring and the outputs have at most 131072 bytes together, each way.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepare(
+    call: Option<&Call>,
+    prepared: Option<&mut MaybeUninit<*mut Prepared>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        hand_out(prepared, "prepared", || {
+            let ready = Call::ready_to_prepare(call)?;
+            let client = ready.client()?;
+            let calls = ready.dress_prepare(client.prepare(ready.kernel())).send()?;
+            Ok(Prepared(Slot::new(client.clone(), calls)))
+        })
+    })
+}
+
+/// Starts a strait_prepare; strait_finish_prepared ends it.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepare_start(
+    call: Option<&Call>,
+    operation: Option<&mut MaybeUninit<*mut Operation>>,
+) -> Option<Box<Failure>> {
+    hand_out_started(operation, || {
+        let ready = Call::ready_to_prepare(call)?;
+        Operation::start(async move { done(ready.prepare().await?) })
+    })
+}
+
+/// How many inputs each call brings; 0 for NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_prepared_inputs(prepared: Option<&Prepared>) -> usize {
+    asked(prepared, 0, |prepared| prepared.0.inputs.len())
+}
+
+/// Port and spec, as large as it can be, of the input at `index`, in the order in which calls bring them.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_input(
+    prepared: Option<&Prepared>,
+    index: usize,
+    spec: Option<&mut MaybeUninit<Tensor>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        answer(spec, Tensor::NONE, "spec", || {
+            spec_at(&Prepared::of(prepared)?.inputs, index)
+        })
+    })
+}
+
+/// How many outputs the kernel has; 0 for NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_prepared_outputs(prepared: Option<&Prepared>) -> usize {
+    asked(prepared, 0, |prepared| prepared.0.outputs.len())
+}
+
+/// Port and spec, as large as it can be, of the output at `index`, in the kernel's order.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_output(
+    prepared: Option<&Prepared>,
+    index: usize,
+    spec: Option<&mut MaybeUninit<Tensor>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        answer(spec, Tensor::NONE, "spec", || {
+            spec_at(&Prepared::of(prepared)?.outputs, index)
+        })
+    })
+}
+
+/// Runs the kernel on `inputs`, in the order of strait_prepared_input, and waits for its results: `outputs`, which has room for at least as many
+/// tensors as there are outputs, shows them until the next call of the same handle. Calls from several threads wait for each other, and overwrite each
+/// other's outputs: threads that call at once each prepare their own. A kernel that fails concerns no later call.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_call(
+    prepared: Option<&Prepared>,
+    inputs: Many<Tensor>,
+    input_count: usize,
+    outputs: Room<Tensor>,
+    output_count: usize,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        let slot = Prepared::of(prepared)?;
+        let brought = Brought::new(&inputs, input_count)?;
+        slot.calls.with(|calls| {
+            calls.begin(&brought.elements())?;
+            slot.end(calls)
+        })?;
+        slot.outputs(outputs, output_count)
+    })
+}
+
+/// Starts a strait_prepared_call; strait_finish_outputs ends it. The inputs have been sent when this returns.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_call_start(
+    prepared: Option<&Prepared>,
+    inputs: Many<Tensor>,
+    input_count: usize,
+    operation: Option<&mut MaybeUninit<*mut Operation>>,
+) -> Option<Box<Failure>> {
+    hand_out_started(operation, || {
+        let slot = Prepared::of(prepared)?;
+        let brought = Brought::new(&inputs, input_count)?;
+        let begin = |calls: &mut Calls| Ok(calls.begin(&brought.elements())?);
+        let (calls, ()) = slot.calls.lend(begin)?;
+        let slot = Arc::clone(slot);
+        Operation::on(Calling { slot, calls })
+    })
+}
+
+/// What the kernel had to say in the last call under that key, until the next call; NULL if nothing.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_prepared_note(prepared: Option<&Prepared>, key: Text) -> StaticText {
+    asked(prepared, StaticText::NULL, |prepared| {
+        prepared.0.last.lock().notes.text(&key)
+    })
+}
+
+/// Asks the host to end the call that is under way, which then fails with CANCELLED. `cancelled` (may be NULL) says whether there was one that the host
+/// had begun: if not, ask again until the call is answered, and do not call again before this returned.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_cancel(
+    prepared: Option<&Prepared>,
+    cancelled: Option<&mut MaybeUninit<bool>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        let slot = Prepared::of(prepared)?;
+        let ended = slot.client.cancel_prepared(slot.number)?;
+        cancelled.map_or(Ok(()), |out| {
+            answer(Some(out), false, "cancelled", || Ok(ended))
+        })
+    })
+}
+
+/// Ends what was prepared, in the host too, and the outputs of its last call. NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_prepared_free(prepared: Option<Box<Prepared>>) {
+    end(prepared);
+}
+
+/// A chunk of a stream, under way.
+struct Chunking {
+    chunks: Borrowed<Chunks>,
+    /// Empty once they are all here.
+    rows: Option<Rows>,
+    ports: Vec<CString>,
+    client: Connected,
+}
+
+impl Drop for Chunking {
+    fn drop(&mut self) {
+        if let Some(chunks) = &self.chunks.has {
+            cancel(&self.client, chunks.number());
+        }
+    }
+}
+
+impl Lane for Chunking {
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        self.chunks.has.as_ref().map(AsFd::as_fd)
+    }
+
+    fn advance(&mut self, wait: bool) -> Result<Option<Outcome>, Failure> {
+        let rows = self.rows.as_mut().ok_or_else(gone)?;
+        let chunks = self.chunks.get()?;
+        while ready(chunks.as_fd(), wait)? {
+            let received = chunks.receive(rows);
+            if let Ok(false) = received {
+                continue;
+            }
+            self.chunks.give_back();
+            received?;
+            let rows = self.rows.take().ok_or_else(gone)?;
+            let ports = std::mem::take(&mut self.ports);
+            let answer = Answer::of_rows(self.client.clone(), ports, rows);
+            return done(answer).map(Some);
+        }
+        Ok(None)
+    }
+}
+
+impl Stream {
+    fn new(client: Connected, chunks: Chunks) -> Self {
+        let ports = chunks.outputs().iter().map(|output| c_text(&*output.port));
+        Self {
+            ports: ports.collect(),
+            inputs: named(chunks.inputs()),
+            client,
+            slot: Bay::new(chunks),
+        }
+    }
+
+    fn of(stream: Option<&Self>) -> Result<&Self, Failure> {
+        stream.ok_or_else(|| Failure::null("stream"))
+    }
+}
+
+/// Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare. What the kernel keeps goes on from the first chunk to the last, and
+/// all rows that it gives are bit for bit those of one call on all rows.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepare_stream(
+    call: Option<&Call>,
+    stream: Option<&mut MaybeUninit<*mut Stream>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        hand_out(stream, "stream", || {
+            let ready = Call::ready_to_prepare(call)?;
+            let client = ready.client()?;
+            let prepare = ready.dress_prepare(client.prepare(ready.kernel()));
+            let chunks = prepare.stream()?;
+            Ok(Stream::new(client.clone(), chunks))
+        })
+    })
+}
+
+/// Starts a strait_prepare_stream; strait_finish_stream ends it.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepare_stream_start(
+    call: Option<&Call>,
+    operation: Option<&mut MaybeUninit<*mut Operation>>,
+) -> Option<Box<Failure>> {
+    hand_out_started(operation, || {
+        let ready = Call::ready_to_prepare(call)?;
+        Operation::start(async move { done(ready.prepare_stream().await?) })
+    })
+}
+
+/// How many inputs come in chunks; 0 for NULL.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_stream_inputs(stream: Option<&Stream>) -> usize {
+    asked(stream, 0, |stream| stream.inputs.len())
+}
+
+/// Port and spec, with the most rows of a chunk as the first size, of the input at `index`.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_stream_input(
+    stream: Option<&Stream>,
+    index: usize,
+    spec: Option<&mut MaybeUninit<Tensor>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        answer(spec, Tensor::NONE, "spec", || {
+            spec_at(&Stream::of(stream)?.inputs, index)
+        })
+    })
+}
+
+/// Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for what comes of them, perhaps no rows either. With
+/// `last` they are the last ones: the rest comes, with what the kernel has to say, and the next chunk begins another stream. A kernel that fails ends
+/// the stream (strait_error_details has the number of the chunk), and so does an operation that is given up.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_stream_chunk(
+    stream: Option<&Stream>,
+    inputs: Many<Tensor>,
+    count: usize,
+    last: bool,
+    result: Option<&mut MaybeUninit<*mut Answer>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        hand_out(result, "result", || {
+            let stream = Stream::of(stream)?;
+            let brought = Brought::new(&inputs, count)?;
+            let rows = stream.slot.with(|chunks| {
+                let elements = brought.elements();
+                Ok(match last {
+                    true => chunks.last(&elements)?,
+                    false => chunks.chunk(&elements)?,
+                })
+            })?;
+            let ports = stream.ports.clone();
+            Ok(Answer::of_rows(stream.client.clone(), ports, rows))
+        })
+    })
+}
+
+/// Starts a strait_stream_chunk; strait_finish_result ends it. The rows have been sent when this returns.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_stream_chunk_start(
+    stream: Option<&Stream>,
+    inputs: Many<Tensor>,
+    count: usize,
+    last: bool,
+    operation: Option<&mut MaybeUninit<*mut Operation>>,
+) -> Option<Box<Failure>> {
+    hand_out_started(operation, || {
+        let stream = Stream::of(stream)?;
+        let brought = Brought::new(&inputs, count)?;
+        let (chunks, rows) = stream.slot.lend(|chunks| {
+            let elements = brought.elements();
+            Ok(chunks.begin(&elements, last)?)
+        })?;
+        Operation::on(Chunking {
+            chunks,
+            rows: Some(rows),
+            ports: stream.ports.clone(),
+            client: stream.client.clone(),
+        })
+    })
+}
+
+/// Ends a stream, in the host too. NULL is fine.
+#[unsafe(no_mangle)]
+pub extern "C" fn strait_stream_free(stream: Option<Box<Stream>>) {
+    end(stream);
+}
