@@ -5,11 +5,11 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use strait_tensor::{Dtype, TensorPlace, TensorSpec};
+use strait_tensor::{TensorPlace, TensorSpec};
 
 use crate::argument::{CallInput, Given, Param};
 use crate::connection::Beside;
-use crate::element::{self, Element};
+use crate::elements::Elements;
 use crate::error::Error;
 use crate::lease::Lease;
 use crate::link::Link;
@@ -172,86 +172,6 @@ pub struct Prepared {
     pub(crate) sequence: u32,
     /// A call is under way, or was broken off.
     pub(crate) broken: bool,
-}
-
-/// Elements that a call brings.
-#[derive(Clone, Copy, Debug)]
-pub struct Elements<'a> {
-    pub(crate) bytes: &'a [u8],
-    /// None: all that was prepared.
-    pub(crate) shape: Option<&'a [u64]>,
-    kind: Kind,
-}
-
-/// What elements are.
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    /// Of a Rust type: whether that fits an input of that name and dtype.
-    Typed(fn(&str, Dtype) -> Result<(), Error>),
-    Dtype(Dtype),
-    /// Whatever was prepared.
-    Any,
-}
-
-impl Kind {
-    fn check(self, name: &str, dtype: Dtype) -> Result<(), Error> {
-        match self {
-            Self::Typed(check) => check(name, dtype),
-            Self::Dtype(own) if own != dtype => Err(Error::Dtype {
-                name: name.to_owned(),
-                dtype,
-                asked: own,
-            }),
-            Self::Dtype(_) | Self::Any => Ok(()),
-        }
-    }
-}
-
-impl<'a, T: Element> From<&'a [T]> for Elements<'a> {
-    fn from(elements: &'a [T]) -> Self {
-        Self {
-            bytes: bytemuck::cast_slice(elements),
-            shape: None,
-            kind: Kind::Typed(element::check::<T>),
-        }
-    }
-}
-
-impl<'a, T: Element> From<&'a Vec<T>> for Elements<'a> {
-    fn from(elements: &'a Vec<T>) -> Self {
-        elements.as_slice().into()
-    }
-}
-
-impl<'a> Elements<'a> {
-    /// Of any dtype: little-endian, row-major, contiguous.
-    #[must_use]
-    pub fn of_bytes(bytes: &'a [u8]) -> Self {
-        Self {
-            bytes,
-            shape: None,
-            kind: Kind::Any,
-        }
-    }
-
-    /// Of a tensor of that dtype and shape: little-endian, row-major, contiguous.
-    #[must_use]
-    pub fn of_tensor(spec: &'a TensorSpec, bytes: &'a [u8]) -> Self {
-        Self {
-            bytes,
-            shape: Some(&spec.shape),
-            kind: Kind::Dtype(spec.dtype),
-        }
-    }
-
-    /// Of fewer than was prepared: `shape` is at most that along each axis.
-    #[must_use]
-    pub fn shaped(self, shape: &'a [u64]) -> Self {
-        Self {
-            shape: Some(shape),
-            ..self
-        }
-    }
 }
 
 /// What a call of a [`Prepared`] gave, until the next one.

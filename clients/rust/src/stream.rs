@@ -4,8 +4,9 @@ use std::os::fd::{AsFd, BorrowedFd};
 
 use strait_tensor::TensorPlace;
 
+use crate::elements::Elements;
 use crate::error::Error;
-use crate::prepared::{Elements, Prepared};
+use crate::prepared::Prepared;
 use crate::tensor::{TensorView, range};
 use crate::wire::{Note, Op, PreparedTensor};
 

@@ -146,7 +146,7 @@ fn a_frame_that_is_wrong_is_answered_by_what_is_wrong() {
         refused("PREPARE of nothing", Op::Prepare, "{}", 0, BAD_REQUEST),
         refused("a descriptor with PREPARE", Op::Prepare, r#"{"kernel":"clip","inputs":{}}"#, 1, BAD_FRAME),
         refused("CALL", Op::Call, "no JSON", 0, BAD_FRAME),
-        refused("STREAM", Op::Stream, "{}", 0, ("UNIMPLEMENTED", "UNSUPPORTED_OP")),
+        refused("STREAM", Op::Stream, "{}", 0, ("INVALID_ARGUMENT", "BAD_REQUEST")),
         refused("CHUNK", Op::Chunk, "{}", 0, BAD_FRAME),
         refused("LAST", Op::Last, "", 0, BAD_FRAME),
         refused("not JSON", Op::Ping, "hello", 0, BAD_REQUEST),
