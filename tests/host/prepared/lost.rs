@@ -30,6 +30,10 @@ fn a_call_whose_worker_is_killed_runs_again_once_and_the_next_is_prepared_anew()
     kill(first);
     counts("after one at rest");
     counts("and again");
+    // What is made ready after the answer is in the worker, too.
+    host.eventually(&mut host.greeted(), "it waits", |stats| {
+        number(stats, "/account/running") == 0
+    });
     // In a call, and where that runs again.
     prepared.send(1, &prepared.payload(&x(SPINS)));
     let busy = |but: Option<i64>| {
