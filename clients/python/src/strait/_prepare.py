@@ -6,7 +6,6 @@ import functools
 from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
 
 from . import _parameters
-from ._array import Segment
 from ._errors import RemoteError
 from ._prepared import Prepared, Spec
 from ._wire import Op
@@ -38,7 +37,7 @@ def prepare(
     twice = [port for port in given if port in (fixed or {})]
     if twice:
         raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given as fixed and as what calls bring")
-    kept: List[Segment] = []
+    kept: List["np.ndarray[Any, Any]"] = []
     wanted: Dict[str, Spec] = {}
     body: Dict[str, Any] = {"kernel": kernel, "inputs": {}}
     if stream:
@@ -66,8 +65,9 @@ def prepare(
     return prepared
 
 
-def _in_segment(session: "Session", kept: List[Segment], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
+def _in_segment(session: "Session", kept: List["np.ndarray[Any, Any]"], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
     segment, arrays = session._create([("x", dtype, array.shape)])
     session._copy(arrays[0], array)
-    kept.append(segment)
+    # The lease is the array's: without one it would be given back before the host has the request.
+    kept.append(arrays[0])
     return {"segment": segment.mapping.segment}
