@@ -299,7 +299,8 @@ impl Prepared {
     }
 
     pub(crate) fn begin_checked(&mut self, op: Op, elements: &[Elements<'_>]) -> Result<(), Error> {
-        if self.broken {
+        // What is prepared ends with its connection, a moment after it.
+        if self.broken || self.session.connection().has_ended() {
             return Err(Error::Disconnected);
         }
         // If the reply is not taken, the next one would be taken for another call's.

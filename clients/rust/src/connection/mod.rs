@@ -254,6 +254,11 @@ impl Connection {
         Some(end.saturating_duration_since(Instant::now()))
     }
 
+    /// Whether it is over, as far as this side knows. Without a system call.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.shared.state.lock().end.is_some()
+    }
+
     /// Ends the connection for all its holders and waits for the reader.
     pub(crate) fn close(&self) {
         if self.shared.check_owner().is_err() {
