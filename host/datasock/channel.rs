@@ -40,20 +40,14 @@ impl Reader {
 }
 
 impl Consumer for Reader {
-    fn send(&self, number: u32, item: &Item) -> Sent {
+    fn send(&self, number: u64, item: &Item) -> Sent {
         let (op, body, payload): (_, &[u8], &[Vec<u8>]) = match item {
             Item::Rows(payload) => (Op::Chunk, &[], payload),
             Item::End(notes) => (Op::Last, notes, &[]),
         };
-        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        let header = Header {
-            op,
-            sequence: number,
-            body_bytes: length(body.len()),
-            payload_bytes: length(payload.iter().map(Vec::len).sum()),
-            trace: TraceContext::NONE,
-        }
-        .encode();
+        let lengths = (body.len(), payload.iter().map(Vec::len).sum());
+        let sequence = Header::sequence_of_batch(number);
+        let header = Header::of(op, sequence, lengths, TraceContext::NONE).encode();
         let mut parts = vec![&header[..], body];
         parts.extend(payload.iter().map(Vec::as_slice));
         match self.socket.send_now(&parts) {

@@ -54,16 +54,8 @@ impl Outgoing {
 
     /// The bytes before its body.
     pub(super) fn header(&self) -> [u8; wire::HEADER_BYTES] {
-        // Whoever made it has held both against the most that they may be.
-        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
-        Header {
-            op: self.op,
-            sequence: self.sequence,
-            body_bytes: length(self.body.len()),
-            payload_bytes: length(self.payload_bytes()),
-            trace: self.trace,
-        }
-        .encode()
+        let lengths = (self.body.len(), self.payload_bytes());
+        Header::of(self.op, self.sequence, lengths, self.trace).encode()
     }
 
     /// Sends it at once, or not at all.

@@ -299,15 +299,9 @@ impl Answered {
     }
 
     pub(super) fn parts(op: Op, asked: &Header, payload: Vec<Vec<u8>>, body: Vec<u8>) -> Self {
-        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        let lengths = (body.len(), payload.iter().map(Vec::len).sum());
         Self::Ok {
-            header: Header {
-                op,
-                sequence: asked.sequence,
-                body_bytes: length(body.len()),
-                payload_bytes: length(payload.iter().map(Vec::len).sum()),
-                trace: asked.trace,
-            },
+            header: Header::of(op, asked.sequence, lengths, asked.trace),
             body,
             payload,
         }

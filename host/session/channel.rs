@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
-use strait_protocol::{self as wire, PreparedTensor};
+use strait_protocol::{self as wire, Header, PreparedTensor};
 
 use super::Host;
 use super::caller::Caller;
@@ -67,8 +67,8 @@ pub enum Said {
 
 /// Whoever reads a channel.
 pub trait Consumer: Send + Sync + std::fmt::Debug {
-    /// Sends `item`, whose number ends in these bits, without waiting.
-    fn send(&self, number: u32, item: &Item) -> Sent;
+    /// Sends `item`, which has `number`, without waiting.
+    fn send(&self, number: u64, item: &Item) -> Sent;
 
     /// Takes the next thing that it said, without waiting.
     fn said(&self) -> Said;
@@ -126,7 +126,8 @@ impl State {
                 Said::Nothing => break,
                 Said::Acknowledged(bits) => {
                     // Of those that were sent there are fewer than 2^32.
-                    let through = bits.wrapping_sub(low(self.first)).wrapping_add(1) as usize;
+                    let first = Header::sequence_of_batch(self.first);
+                    let through = bits.wrapping_sub(first).wrapping_add(1) as usize;
                     if through > self.sent {
                         let message = format!(
                             "an acknowledgement of batch {bits}, and the batches from {} to {} are on their way",
@@ -152,19 +153,13 @@ impl State {
             return;
         };
         while let Some(kept) = self.kept.get(self.sent) {
-            match consumer.send(low(self.first + self.sent as u64), &kept.item) {
+            match consumer.send(self.first + self.sent as u64, &kept.item) {
                 Sent::Whole => self.sent += 1,
                 Sent::Full => return,
                 Sent::Gone => return self.lose(),
             }
         }
     }
-}
-
-/// The bits of a number that a frame has room for.
-#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
-fn low(number: u64) -> u32 {
-    number as u32
 }
 
 fn bad_frame(message: String) -> Status {

@@ -95,8 +95,7 @@ impl ChannelReader {
             return Err(Error::Disconnected);
         }
         self.acknowledge()?;
-        self.batches.sequence = low(self.number + 1);
-        self.batches.broken = true;
+        self.batches.sequence = Header::sequence_of_batch(self.number + 1);
         let received = self.batches.receive(&[Op::Chunk, Op::Last]);
         // After an error nothing comes.
         self.batches.broken = true;
@@ -117,13 +116,7 @@ impl ChannelReader {
         if self.is_acknowledged {
             return Ok(());
         }
-        let header = Header {
-            op: Op::Ok,
-            sequence: self.batches.sequence,
-            body_bytes: 0,
-            payload_bytes: 0,
-            trace: TraceContext::NONE,
-        };
+        let header = Header::of(Op::Ok, self.batches.sequence, (0, 0), TraceContext::NONE);
         // Why it is over is what comes next.
         match self.batches.link.send(&[&header.encode()]) {
             Ok(()) | Err(Error::Disconnected) => {}
@@ -132,10 +125,4 @@ impl ChannelReader {
         self.is_acknowledged = true;
         Ok(())
     }
-}
-
-/// The bits of a batch's number that a header has.
-#[expect(clippy::cast_possible_truncation, reason = "that is what it is for")]
-fn low(number: u64) -> u32 {
-    number as u32
 }

@@ -201,6 +201,29 @@ pub struct Header {
 }
 
 impl Header {
+    /// Of a frame with a body and a payload of so many bytes, which whoever makes it has held against the most that they may be.
+    #[must_use]
+    pub fn of(op: Op, sequence: u32, (body, payload): (usize, usize), trace: TraceContext) -> Self {
+        let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+        Self {
+            op,
+            sequence,
+            body_bytes: length(body),
+            payload_bytes: length(payload),
+            trace,
+        }
+    }
+
+    /// The sequence of the frame with a channel's batch of that number, or of the frame that acknowledges it.
+    #[must_use]
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "a header has 32 bits of the number"
+    )]
+    pub fn sequence_of_batch(number: u64) -> u32 {
+        number as u32
+    }
+
     /// The header as it goes over the socket.
     #[must_use]
     pub fn encode(&self) -> [u8; HEADER_BYTES] {
