@@ -65,9 +65,9 @@ impl Lane {
     fn end(&self) {
         self.ended.store(true, Ordering::SeqCst);
         self.over.store(true, Ordering::SeqCst);
-        self.cancel();
-        // Its client may have ended it.
+        // Before it is cancelled, so that it can tell this from a CANCEL. Its client may have ended it.
         let _ = self.socket.shutdown();
+        self.cancel();
     }
 
     /// Ends it after what it does now.

@@ -82,12 +82,13 @@ impl Producing<'_, '_, '_> {
             if ready(self.channel) {
                 return Ok(());
             }
+            // Whoever has left was cancelled, too.
+            if self.woken(false, Some(TICK))? == Woken::Gone {
+                return Err(producer_lost());
+            }
             if self.cancel.is_cancelled() {
                 let message = "the stream was cancelled while its channel was full";
                 return Err(Status::new(Code::Cancelled, Reason::Cancelled, message));
-            }
-            if self.woken(false, Some(TICK))? == Woken::Gone {
-                return Err(producer_lost());
             }
         }
     }
@@ -105,11 +106,12 @@ impl Producing<'_, '_, '_> {
 
 impl ChunkEdge for Producing<'_, '_, '_> {
     fn receive(&mut self) -> Result<Option<ChunkFrame>, Status> {
-        while self.channel.advance().is_ok() {
+        loop {
             match self.woken(true, None)? {
                 Woken::Producer => break,
                 Woken::Gone => return Err(producer_lost()),
-                Woken::Other => {}
+                // What is wrong with the consumer is told with the next chunk.
+                Woken::Other => drop(self.channel.advance()),
             }
         }
         let chunk = self.edge.receive()?.ok_or_else(producer_lost)?;

@@ -285,6 +285,9 @@ fn whoever_is_left_is_told_at_once_what_happened() {
         assert_eq!(reply.body()["details"]["chunk"], 1);
         // Its name is free, whether the producer reads or not.
         drop(produces(&mut other, "levels", &json!({})));
+        host.eventually(&mut watcher, "that one has ended", |stats| {
+            stats["channels"] == json!([])
+        });
     }
     // The producer leaves: before its first chunk, after one, held up, and with its connection.
     for (sent, held, whole) in [
