@@ -33,10 +33,8 @@ use crate::session::{Called, ChunkEdge, ChunkFrame, Parted, Prepared, Preparing,
 #[derive(Debug)]
 pub(super) struct Lane {
     socket: FrameSocket,
-    /// Of what it does now.
-    cancel: Mutex<CancelToken>,
-    /// It does something.
-    busy: AtomicBool,
+    /// Of what it does now, from when that came until it is answered.
+    doing: Mutex<Option<CancelToken>>,
     ended: AtomicBool,
     /// It takes nothing more.
     over: AtomicBool,
@@ -45,8 +43,7 @@ pub(super) struct Lane {
 impl Lane {
     fn token(&self) -> CancelToken {
         let token = CancelToken::default();
-        *self.cancel.lock() = token.clone();
-        self.busy.store(true, Ordering::SeqCst);
+        *self.doing.lock() = Some(token.clone());
         // Whoever ends it sees the new token, or is seen here.
         if self.ended.load(Ordering::SeqCst) {
             token.cancel();
@@ -54,11 +51,18 @@ impl Lane {
         token
     }
 
+    /// What it does is over. Before that is answered: whoever has read the answer means the next one.
+    fn done(&self) {
+        *self.doing.lock() = None;
+    }
+
     /// Ends what it does now; false if that is nothing.
     pub(super) fn cancel(&self) -> bool {
-        let token = self.cancel.lock().clone();
-        token.cancel();
-        self.busy.load(Ordering::SeqCst)
+        self.doing
+            .lock()
+            .as_ref()
+            .map(CancelToken::cancel)
+            .is_some()
     }
 
     /// Ends it, whatever it does.
@@ -106,7 +110,6 @@ impl Lane {
                 }
                 (false, _) => self.call(prepared, &mut line, &asked),
             };
-            self.busy.store(false, Ordering::SeqCst);
             if !goes_on {
                 return line.discard();
             }
@@ -119,6 +122,7 @@ impl Lane {
         let cancel = self.token();
         prepared.call(&asked.frame, asked.payload.clone(), &cancel, |result| {
             let answer = Answered::new(&asked.header, prepared, result);
+            self.done();
             // A client that does not read keeps its own turn from ending no longer than it takes to notice.
             match line.send_now(&answer) {
                 Err(error) if error.kind() == ErrorKind::WouldBlock => unsent = Some(answer),
@@ -135,6 +139,7 @@ impl Lane {
         let (header, first) = asked.into_chunk();
         let mut edge = Edge::new(line, header);
         let ended = prepared.stream(first, &cancel, &mut edge);
+        self.done();
         let goes_on = ended.is_ok();
         edge.end(prepared, ended) && goes_on
     }
@@ -241,8 +246,7 @@ impl Lanes {
         let room = super::payload_room(&ours);
         let lane = Arc::new(Lane {
             socket: ours,
-            cancel: Mutex::default(),
-            busy: AtomicBool::new(false),
+            doing: Mutex::default(),
             ended: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
@@ -328,7 +332,7 @@ fn run(
         Ok(prepared) => prepared,
         Err(status) => return drop(answer.send(Err(status))),
     };
-    lane.busy.store(false, Ordering::SeqCst);
+    lane.done();
     let memory = ring.as_ref().and_then(|(_, memory)| memory.descriptor());
     let layout = ring.as_ref().map(|(layout, _)| *layout);
     // Nobody waits for it if the connection has ended.

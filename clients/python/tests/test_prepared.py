@@ -463,7 +463,7 @@ def test_cancel_from_another_thread(spinning):  # noqa: F811
         # At once: the host may not have seen the call yet.
         for _ in range(20):
             caller = Caller(lambda: spin(np.ones(10)))
-            while not spin._steps:
+            while not spin._under_way:
                 pass
             spin.cancel()
             assert caller.result().code == "CANCELLED"

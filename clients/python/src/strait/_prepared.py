@@ -163,6 +163,8 @@ class Prepared:
         self.notes: Dict[str, str] = {}
         # What the last call has done: its packet was sent, and the reply received. Written by those very steps.
         self._steps: Deque[Any] = deque(maxlen=2)
+        # A call is on its way, or may be at any moment: it is before what it has done says so.
+        self._under_way = False
         self._sequence = 0
         # Of the last reply's outputs; None: the largest.
         self._shapes: Optional[List[Tuple[int, ...]]] = None
@@ -214,6 +216,7 @@ class Prepared:
             self._begin()
             self._exchange(parts)
             failure = self._reply(self._steps[1])
+            self._under_way = False
             self._steps.clear()
             if failure is not None:
                 self._session._count_call(size)
@@ -281,6 +284,7 @@ class Prepared:
     # One call. All of it under the lock.
 
     def _begin(self) -> None:
+        self._under_way = False
         if self._cancelling.locked():
             # What ends the call before must not end this one.
             with self._cancelling:
@@ -291,6 +295,7 @@ class Prepared:
         self._sequence = self._sequence % 0xFFFF_FFFF + 1
         _SEQUENCE.pack_into(self._header, _SEQUENCE_AT, self._sequence)
         _SEQUENCE.pack_into(self._reply_header, _SEQUENCE_AT, self._sequence)
+        self._under_way = True
 
     def _check_end(self) -> None:
         if self._end is not None:
@@ -415,7 +420,7 @@ class Prepared:
         self._connection.check_process()
         pause = 0.001
         with self._cancelling:
-            while len(self._steps) == 1 and self._lock.locked() and self._end is None:
+            while self._under_way and len(self._steps) < 2 and self._lock.locked() and self._end is None:
                 # Also for a while in vain: the host may not have looked at its socket yet.
                 self._connection.call(Op.CANCEL, {"prepared": self._number}).close()
                 time.sleep(pause)
