@@ -8,7 +8,7 @@ use wasmtime::component::{Component, Linker};
 
 use super::abi::PluginPre;
 use super::guest_memory::{Creator, RESERVATION_BYTES};
-use super::limits::State;
+use super::state::State;
 use super::{EngineConfig, Interruption, LoadError, core_module, imports};
 
 /// wasmtime's settings. Those that change machine code are the same in the compiler and where that code runs.

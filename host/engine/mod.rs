@@ -40,6 +40,7 @@ mod job;
 #[expect(unsafe_code, reason = "signals that end a guest")]
 mod leash;
 mod limits;
+mod log;
 mod panicked;
 mod placement;
 mod plan;
@@ -49,6 +50,7 @@ mod regions;
 mod results;
 mod runner;
 mod spare;
+mod state;
 mod stream;
 mod ticker;
 mod traps;
@@ -86,7 +88,7 @@ pub use spare::Used;
 pub use stream::{Batch, Batches};
 
 use abi::PluginPre;
-use limits::State;
+use state::State;
 
 /// How a kernel is ended that has run out of time, was cancelled or wrote to an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::imports::Log;
 use super::instance::{Instance, Made};
 use super::leash::{Leash, Until};
-use super::limits::{Limits, State};
+use super::limits::Limits;
+use super::log::Log;
+use super::state::State;
 use super::{CancelToken, Compiled, Engine};
 use crate::plugin::PluginHash;
 

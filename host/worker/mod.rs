@@ -26,6 +26,7 @@ mod prepared;
 mod process;
 mod program;
 mod runner;
+mod runs;
 mod serve;
 mod users;
 

@@ -19,7 +19,7 @@ use super::crew::Seated;
 use super::exchange::{Exchange, Given, Trouble, left_us, next, over, senseless};
 use super::messages::{Answer, Ask, Bring, Call, Chunk, Control, Ended, Outcome, Piece};
 use super::process::{Lane, Process};
-use super::runner::{WorkerRunner, can_be_repeated, failed};
+use super::runs::{Runs, can_be_repeated, failed};
 use crate::engine::{
     Batch, Batches, Brought, CancelToken, Cause, Done, Failed, InlineRoom, Job, Means, OutputBody,
     Owner, RENEWAL, Ready, Report, Source, Stage,
@@ -31,7 +31,7 @@ const RENEWAL_GRACE: Duration = Duration::from_secs(2);
 /// A prepared job, bound in a worker where there is one.
 #[derive(Debug)]
 pub(super) struct Prepared {
-    runner: Arc<WorkerRunner>,
+    runs: Arc<Runs>,
     job: Arc<Job>,
     owner: Owner,
     inputs: Vec<Source<dyn SharedSource>>,
@@ -124,9 +124,9 @@ impl Prepared {
     ///
     /// # Errors
     /// [`Failed`].
-    pub(super) fn new(runner: Arc<WorkerRunner>, job: Job, means: Means) -> Result<Self, Failed> {
+    pub(super) fn new(runs: Arc<Runs>, job: Job, means: Means) -> Result<Self, Failed> {
         let mut prepared = Self {
-            runner,
+            runs,
             job: Arc::new(job),
             owner: means.owner,
             inputs: Source::filled(&means.inputs, Vec::new()),
@@ -151,7 +151,7 @@ impl Prepared {
 
     /// The first time.
     fn begin(&mut self, means: &Means, alone: bool, was_alone: &mut bool) -> Result<(), Trouble> {
-        let seated = self.runner.crew().take(means, alone)?;
+        let seated = self.runs.crew().take(means, alone)?;
         let begun = self.bind(seated.process().lane(), means, was_alone);
         self.told_of(&begun, &seated);
         drop(seated);
@@ -200,8 +200,8 @@ impl Prepared {
             bound => drop(bound),
         }
         // A number of a run is nobody else's.
-        let prepared = self.runner.next_run();
-        let mut exchange = Exchange::new(lane, &self.job, means, self.runner.grace());
+        let prepared = self.runs.next_number();
+        let mut exchange = Exchange::new(lane, &self.job, means, self.runs.grace());
         let bound = exchange.prepare(prepared, prepared);
         *was_alone = exchange.was_alone();
         let (outputs, waiting_bytes) = bound?;
@@ -257,14 +257,14 @@ impl Prepared {
         was_alone: &mut bool,
     ) -> Result<Done, Trouble> {
         *was_alone = false;
-        let seated = self.runner.crew().take(means, false)?;
+        let seated = self.runs.crew().take(means, false)?;
         // What it brings is not told to `bind`.
         let bare = self.means(Vec::new(), means.deadline, &means.cancel);
         let bound = self.bind(seated.process().lane(), &bare, was_alone);
         self.told_of(&bound, &seated);
         let (prepared, lane) = bound?;
-        let mut exchange = Exchange::new(lane, job, means, self.runner.grace());
-        let done = exchange.call(self.runner.next_run(), prepared, brought);
+        let mut exchange = Exchange::new(lane, job, means, self.runs.grace());
+        let done = exchange.call(self.runs.next_number(), prepared, brought);
         *was_alone = exchange.was_alone();
         self.told_of(&done, &seated);
         if !matches!(done, Err(Trouble::Lost(_))) {
@@ -285,7 +285,7 @@ impl Prepared {
         let means = self.means(Vec::new(), first.deadline, cancel);
         let told =
             |trouble, was_alone, deadline| failed(&job, trouble, was_alone, cancel, deadline);
-        let seated = self.runner.crew().take(&means, false);
+        let seated = self.runs.crew().take(&means, false);
         let seated = seated.map_err(|trouble| told(trouble, false, means.deadline))?;
         let mut was_alone = false;
         let bound = self.bind(seated.process().lane(), &means, &mut was_alone);
@@ -298,8 +298,8 @@ impl Prepared {
             job: &job,
             outputs: &self.outputs,
             cancel,
-            grace: self.runner.grace(),
-            run: self.runner.next_run(),
+            grace: self.runs.grace(),
+            run: self.runs.next_number(),
             deadline: means.deadline,
             was_alone: false,
         };
@@ -335,16 +335,16 @@ impl Ready for Prepared {
     ) -> Result<Done, Failed> {
         // Nobody has asked for it.
         let _ = self.renew();
-        let (runner, job) = (Arc::clone(&self.runner), Arc::clone(&self.job));
+        let (runs, job) = (Arc::clone(&self.runs), Arc::clone(&self.job));
         let resized = job.resized(&self.inputs, &brought);
         let job = resized.as_ref().unwrap_or(&job);
         let means = self.means(brought.clone(), deadline, cancel);
         let mut was_alone = false;
-        let done = runner.counted(
+        let done = runs.counted(
             || match self.called(job, &means, &brought, &mut was_alone) {
                 // As with any run: alone, and then it needs not be ready for another one.
                 Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(&means) => {
-                    match runner.run_in(job, &means, false, true, &mut was_alone)? {
+                    match runs.run_in(job, &means, false, true, &mut was_alone)? {
                         Given::Done(done) => Ok(*done),
                         Given::Specs(_) => Err(senseless("it did not run")),
                     }
@@ -373,8 +373,8 @@ impl Ready for Prepared {
         // Each batch brings its own deadline, and its turn.
         let first = batches.next();
         let first = first.map_err(|cause| self.failed(Stage::Run, cause))?;
-        let runner = Arc::clone(&self.runner);
-        runner.counted(|| self.streamed(first, batches, cancel))
+        let runs = Arc::clone(&self.runs);
+        runs.counted(|| self.streamed(first, batches, cancel))
     }
 
     fn renew(&mut self) -> Result<(), Failed> {
@@ -382,7 +382,7 @@ impl Ready for Prepared {
             return Ok(());
         };
         let company = seated.process().join(self.job.kernel.plugin.hash);
-        let until = Instant::now() + RENEWAL + self.runner.grace().max(RENEWAL_GRACE);
+        let until = Instant::now() + RENEWAL + self.runs.grace().max(RENEWAL_GRACE);
         let never = CancelToken::default();
         let lost = match next(&mut lane, &never, until, Duration::ZERO, 0) {
             Ok(Answer::Waits(_)) => return Ok(()),
