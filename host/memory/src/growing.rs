@@ -11,10 +11,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use crate::memfd::{create_memfd, to_keep};
-use crate::pages::{FileAccess, Reservation};
-use crate::segment::{read_all, write_all};
+use crate::segment::{read_all, whole_pages, write_all};
 use crate::segment_charge::SegmentCharge;
-use crate::{Budget, Charge, Copied, HugeBirths, MemoryError, Open, PAGE, Segment, to_usize};
+use crate::{Budget, Charge, Copied, HugeBirths, MemoryError, Open, Segment};
 
 /// A memfd that this process alone has, charged to a [`Budget`] for the room that it has. Clones are the same file.
 #[derive(Clone)]
@@ -29,10 +28,9 @@ struct File {
 impl Drop for File {
     fn drop(&mut self) {
         // As a segment's pages: many of them take long, and are charged until they are free.
-        let mut charge = self.charge.get_mut().take();
-        let budget = Arc::clone(charge.budget());
-        let (bytes, fd) = (charge.amount(), Arc::clone(&self.fd));
-        budget.free(bytes, (fd, charge.take()));
+        let charge = self.charge.get_mut().take();
+        let (bytes, budget) = (charge.amount(), Arc::clone(charge.budget()));
+        budget.free(bytes, (Arc::clone(&self.fd), charge));
     }
 }
 
@@ -57,7 +55,7 @@ impl Growing {
         self.0.charge.lock().amount()
     }
 
-    /// Makes room for `bytes` bytes in all (rounded up to a [`PAGE`]), if there is less. `huge`, of it, is about to be
+    /// Makes room for `bytes` bytes in all (rounded up to a [`PAGE`](crate::PAGE)), if there is less. `huge`, of it, is about to be
     /// filled: backed with huge pages as far as Linux gives any, which takes time that no runtime thread has.
     ///
     /// # Errors
@@ -70,25 +68,14 @@ impl Growing {
     ) -> Result<(), MemoryError> {
         let mut charge = self.0.charge.lock();
         let room = charge.amount();
-        let bytes = size(bytes)?;
+        let bytes = whole_pages(bytes)?;
         if bytes > room {
             let more = charge.budget().try_reserve(bytes - room)?;
             self.set_length(bytes)?;
             charge.absorb(more);
         }
-        let huge = to_usize(huge.start)..to_usize(huge.end.min(bytes));
-        // Without a mapping there are small pages: slower and otherwise the same.
-        if !huge.is_empty()
-            && let Ok(pages) = Reservation::of_file(
-                self.0.fd.as_fd(),
-                to_usize(bytes),
-                FileAccess::SharedReadWrite,
-            )
-        {
-            // SAFETY: just mapped shared and writable, at a multiple of a huge page for what is large enough to have
-            // one; the file's length changes under the lock that is held here.
-            unsafe { births.back(&pages, huge) };
-        }
+        // SAFETY: the file's length changes under the lock that is held here.
+        unsafe { births.back_file(self.0.fd.as_fd(), bytes, huge) };
         drop(charge);
         Ok(())
     }
@@ -146,13 +133,13 @@ impl Growing {
         Ok(())
     }
 
-    /// The segment of `bytes` bytes (rounded up to a [`PAGE`], at least one): from now on it is no longer or shorter,
+    /// The segment of `bytes` bytes (rounded up to a [`PAGE`](crate::PAGE), at least one): from now on it is no longer or shorter,
     /// and clones of this have no room.
     ///
     /// # Errors
     /// [`MemoryError::Budget`] if it is to be longer than it is, or one segment too many; [`MemoryError::System`].
     pub fn into_segment(self, bytes: u64) -> Result<Segment<Open>, MemoryError> {
-        let bytes = size(bytes.max(1))?;
+        let bytes = whole_pages(bytes.max(1))?;
         let mut charge = self.0.charge.lock();
         if bytes > charge.amount() {
             let more = charge.budget().try_reserve(bytes - charge.amount())?;
@@ -163,14 +150,6 @@ impl Growing {
         let charge = SegmentCharge::of(&mut charge)?;
         Segment::of_grown(Arc::clone(&self.0.fd), charge)
     }
-}
-
-/// In whole pages.
-fn size(bytes: u64) -> Result<u64, MemoryError> {
-    bytes
-        .checked_next_multiple_of(PAGE)
-        .filter(|size| i64::try_from(*size).is_ok())
-        .ok_or_else(|| MemoryError::system("growing a segment", bytes, rustix::io::Errno::FBIG))
 }
 
 impl fmt::Debug for Growing {

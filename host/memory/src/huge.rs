@@ -9,11 +9,12 @@
 //! stays in small pages: slower and otherwise the same.
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::HUGE_USIZE;
-use crate::pages::{HUGE_WORTH_BYTES, Reservation};
+use crate::pages::{FileAccess, HUGE_WORTH_BYTES, Reservation};
+use crate::{HUGE_USIZE, to_usize};
 
 /// Bytes collapsed between two looks at the clock.
 const STEP_BYTES: usize = 8 << 20;
@@ -46,6 +47,24 @@ impl HugeBirths {
     /// Those of them that are in huge pages.
     pub fn huge_bytes(&self) -> u64 {
         self.huge.load(Ordering::Relaxed)
+    }
+
+    /// Backs `range` (bytes) of `file`, which has `bytes`, by a mapping made for that.
+    ///
+    /// # Safety
+    /// The file does not get shorter during the call, and nobody has written to the range yet.
+    pub(crate) unsafe fn back_file(&self, file: BorrowedFd<'_>, bytes: u64, range: Range<u64>) {
+        let range = to_usize(range.start)..to_usize(range.end.min(bytes));
+        if range.len() < HUGE_WORTH_BYTES {
+            return;
+        }
+        // Without a mapping there are small pages: slower and otherwise the same.
+        if let Ok(pages) = Reservation::of_file(file, to_usize(bytes), FileAccess::SharedReadWrite)
+        {
+            // SAFETY: just mapped shared and writable, at a multiple of a huge page for what is large enough to have
+            // one; the rest by the caller.
+            unsafe { self.back(&pages, range) };
+        }
     }
 
     /// Backs the whole huge pages of `range` (offsets, 4 MiB and more) with memory. Takes a tenth of a second for a

@@ -12,7 +12,7 @@ use rustix::fs::SealFlags;
 
 use crate::backing::{Backing, Descriptor, Life, Maker};
 use crate::memfd::{create_memfd, inode_of, reopen_readonly, to_keep};
-use crate::pages::{FileAccess, Reservation, map_for_reading};
+use crate::pages::{Reservation, map_for_reading};
 use crate::segment_charge::SegmentCharge;
 use crate::{
     Budget, Copied, HugeBirths, Inode, KeepsMappings, MemoryError, PAGE, Refused, Seals, Shared,
@@ -249,12 +249,7 @@ impl Segment<Open> {
     /// # Errors
     /// [`MemoryError::Budget`] if it does not fit the budget; [`MemoryError::System`].
     pub fn create(bytes: u64, budget: &Arc<Budget>) -> Result<Self, MemoryError> {
-        let size = bytes.max(1).checked_next_multiple_of(PAGE);
-        let bytes = size
-            .filter(|size| i64::try_from(*size).is_ok())
-            .ok_or_else(|| {
-                MemoryError::system("creating a segment", bytes, rustix::io::Errno::FBIG)
-            })?;
+        let bytes = whole_pages(bytes.max(1))?;
         let charge = SegmentCharge::reserve(budget, bytes)?;
         let fd =
             create_memfd().map_err(|source| MemoryError::system("memfd_create", bytes, source))?;
@@ -285,17 +280,8 @@ impl Segment<Open> {
     /// Backs `range` (bytes), which this process is about to fill and nobody has written yet, with
     /// huge pages (from 4 MiB on) as far as Linux gives any; `births` counts them.
     pub fn back_with_huge_pages(&self, range: Range<u64>, births: &HugeBirths) {
-        let range = to_usize(range.start)..to_usize(range.end.min(self.bytes()));
-        if range.is_empty() {
-            return;
-        }
-        let bytes = to_usize(self.bytes());
-        // Without a mapping there are small pages: slower and otherwise the same.
-        if let Ok(pages) = Reservation::of_file(self.fd(), bytes, FileAccess::SharedReadWrite) {
-            // SAFETY: just mapped shared and writable, at a multiple of a huge page for what is
-            // large enough to have one; an open segment cannot shrink (`create` sealed that).
-            unsafe { births.back(&pages, range) };
-        }
+        // SAFETY: an open segment cannot shrink (`create` sealed that).
+        unsafe { births.back_file(self.fd(), self.bytes(), range) };
     }
 
     /// Copies `bytes` to `offset`.
@@ -431,6 +417,14 @@ pub(crate) fn write_all(fd: BorrowedFd<'_>, offset: u64, bytes: &[u8]) -> Result
         }
     }
     Ok(())
+}
+
+/// A segment's size: `bytes` in whole pages.
+pub(crate) fn whole_pages(bytes: u64) -> Result<u64, MemoryError> {
+    bytes
+        .checked_next_multiple_of(PAGE)
+        .filter(|size| i64::try_from(*size).is_ok())
+        .ok_or_else(|| MemoryError::system("sizing a segment", bytes, rustix::io::Errno::FBIG))
 }
 
 /// Reads all of `into` at `offset`.
