@@ -1,6 +1,5 @@
 //! Settings: flag > environment (`STRAIT__SECTION__KEY`) > file (TOML) > default.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU64;
 use std::ops::RangeInclusive;
 use std::path::{Path, PathBuf};
@@ -9,7 +8,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use strait_memory::{Budget, Lot, ResultPool};
-use strait_protocol::{QuotaSettings, Quotas};
+use strait_protocol::QuotaConfig;
 use strait_ring::Spin;
 
 use crate::engine::{EngineConfig, Interruption, Limits};
@@ -25,7 +24,7 @@ pub struct Config {
     /// Memory of the host.
     pub memory: Memory,
     /// What each principal may have of it.
-    pub quota: Quota,
+    pub quota: QuotaConfig,
     /// How kernels run.
     pub engine: EngineSettings,
     /// Kernels in worker processes.
@@ -210,67 +209,6 @@ pub struct Memory {
     pub pool_idle_bytes: Option<u64>,
     /// Idle parked mappings; none: an eighth of `vm.max_map_count`.
     pub parked_mappings: Option<u64>,
-}
-
-/// What each principal may have of the host. None: as many as the host has.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct Quota {
-    /// Bytes of its segments, idle results included.
-    pub bytes: Option<u64>,
-    /// Its segments.
-    pub segments: Option<u64>,
-    /// Its connections to all sockets, of 1024 in all.
-    pub connections: Option<u64>,
-    /// Its leases, on all of its connections.
-    pub leases: Option<u64>,
-    /// Descriptors that were sent to it and that it may not have received yet, of half the limit of open files in all.
-    pub descriptors: Option<u64>,
-    /// Its inline reads and writes at a time over Flight.
-    pub streams: Option<u64>,
-    /// Its invocations that wait for a worker, of `engine.queue_len` in all. One may always wait.
-    pub queued: Option<u64>,
-    /// Its invocations that run at a time. One always may.
-    pub running: Option<u64>,
-    /// CPU time of its invocations, in percent of one CPU, over a minute.
-    pub cpu_percent: Option<u64>,
-    /// What differs for one principal, such as `uid:1000`.
-    pub of: BTreeMap<String, QuotaSettings>,
-}
-
-impl Default for Quota {
-    fn default() -> Self {
-        Self {
-            bytes: None,
-            segments: None,
-            connections: Some(256),
-            leases: Some(65_536),
-            descriptors: Some(1024),
-            streams: Some(64),
-            queued: Some(256),
-            running: None,
-            cpu_percent: None,
-            of: BTreeMap::new(),
-        }
-    }
-}
-
-impl Quota {
-    /// Of a principal for whom nothing else is set.
-    #[must_use]
-    pub fn quotas(&self) -> Quotas {
-        Quotas {
-            bytes: self.bytes,
-            segments: self.segments,
-            connections: self.connections,
-            leases: self.leases,
-            descriptors: self.descriptors,
-            streams: self.streams,
-            queued: self.queued,
-            running: self.running,
-            cpu_percent: self.cpu_percent,
-        }
-    }
 }
 
 /// How kernels run.

@@ -15,6 +15,19 @@ pub(crate) fn is_obeyed(c: char) -> bool {
         || matches!(c, '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
+/// Most bytes of a name that are shown.
+const NAME_BYTES_MAX: usize = 200;
+
+/// What somebody calls something, short and on one line, for a message.
+pub(crate) fn name(name: &str) -> String {
+    let end = name.floor_char_boundary(NAME_BYTES_MAX);
+    let shown = on_one_line(&name[..end]);
+    // An escape is longer than what it stands for.
+    let shown_end = shown.floor_char_boundary(NAME_BYTES_MAX);
+    let is_cut = end < name.len() || shown_end < shown.len();
+    format!("{}{}", &shown[..shown_end], if is_cut { "…" } else { "" })
+}
+
 /// `text` on one line, of at most `bytes_max` bytes and a mark that it was cut.
 pub(crate) fn one_line(text: String, bytes_max: usize) -> String {
     bounded(text, bytes_max, is_obeyed)
@@ -87,6 +100,15 @@ mod tests {
             r"\u{85}\u{9b}\u{2028}\u{202e}",
         );
         assert_eq!(lines("a\nb\tc".into(), 64), "a\nb\\tc");
+    }
+
+    #[test]
+    fn names_are_short_and_on_one_line() {
+        assert_eq!(name("größe"), "größe");
+        assert_eq!(name("a\n\u{202e}"), "a\\n\\u{202e}");
+        assert_eq!(name(&"ä".repeat(100)), "ä".repeat(100));
+        assert_eq!(name(&"xä".repeat(100)), "xä".repeat(66) + "x…");
+        assert_eq!(name(&"\u{1}".repeat(100)), "\\u{1}".repeat(40) + "…");
     }
 
     #[test]

@@ -38,12 +38,12 @@ pub(super) fn is_plugin(file: &Path) -> bool {
 }
 
 /// The only plugin of a private host from now on: it may have the name of another one.
-pub(super) fn load_plugin(host: &Host, file: &Path) -> Result<Arc<Plugin>, Failure> {
+pub(super) fn load_plugin(host: &Arc<Host>, file: &Path) -> Result<Arc<Plugin>, Failure> {
     let shown = file.display();
     let bytes = Plugin::read(file)
         .map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
     host.plugins().clear();
-    host.load_plugin(&bytes).map_err(|mut status| {
+    host.own_caller().load_plugin(&bytes).map_err(|mut status| {
         status.message = format!("{shown}: {}", status.message);
         status.into()
     })

@@ -6,7 +6,7 @@ use clap::Args;
 use indicatif::BinaryBytes;
 use serde_json::{Value, json};
 use strait_client::wire::real_to_json;
-use strait_tensor::{Format, Histogram, Number, Place, Statistics, TensorSpec};
+use strait_tensor::{Format, Histogram, Number, Statistics, Storage, TensorSpec};
 
 use super::arguments::file_and_part;
 use super::connection::Connection;
@@ -42,18 +42,18 @@ struct Tensor {
     name: String,
     spec: TensorSpec,
     bytes: u64,
-    place: Place,
+    storage: Storage,
     statistics: Statistics,
     histogram: Option<Histogram>,
 }
 
 impl Tensor {
-    fn new(name: &str, spec: &TensorSpec, bytes: u64, place: Place) -> Tensor {
+    fn new(name: &str, spec: &TensorSpec, bytes: u64, storage: Storage) -> Tensor {
         Tensor {
             name: name.to_owned(),
             spec: spec.clone(),
             bytes,
-            place,
+            storage,
             statistics: Statistics::new(spec.dtype),
             histogram: None,
         }
@@ -117,7 +117,7 @@ fn of_file(path: &Path, part: Option<&str>) -> Result<(Vec<Tensor>, Unsupported)
         let bytes = spec
             .bytes()
             .map_err(|error| Failure::input("BAD_FILE", format!("{}: {error}", path.display())))?;
-        found.push(Tensor::new(name, spec, bytes, file.place(index)?));
+        found.push(Tensor::new(name, spec, bytes, file.storage(index)?));
     }
     // Once for the ends, and once for what lies between them.
     let total: u64 = found.iter().map(|tensor| tensor.bytes * 2).sum();
@@ -154,12 +154,12 @@ fn of_flight(args: &InspectArgs) -> Result<Vec<Tensor>, Failure> {
         };
         let mut places = segment.mapping().tensors.iter();
         let place = places.find(|place| place.name == view.name());
-        let place = Place {
+        let storage = Storage {
             offset: place.map(|place| place.offset),
             layout: "row-major".to_owned(),
         };
         let bytes = view.bytes();
-        let mut tensor = Tensor::new(view.name(), &spec, bytes.len() as u64, place);
+        let mut tensor = Tensor::new(view.name(), &spec, bytes.len() as u64, storage);
         tensor.statistics.add(bytes);
         tensor.histogram = Histogram::new(&tensor.statistics, PARTS);
         if let Some(histogram) = &mut tensor.histogram {
@@ -192,7 +192,7 @@ fn as_json(tensor: &Tensor) -> Value {
         name,
         spec,
         bytes,
-        place,
+        storage,
         statistics,
         histogram,
     } = tensor;
@@ -214,9 +214,9 @@ fn as_json(tensor: &Tensor) -> Value {
         "dtype": spec.dtype,
         "shape": spec.shape,
         "bytes": bytes,
-        "layout": place.layout,
-        "offset": place.offset,
-        "alignment": place.offset.map(alignment),
+        "layout": storage.layout,
+        "offset": storage.offset,
+        "alignment": storage.offset.map(alignment),
         "measured": measured(spec),
         "count": statistics.count(),
         "nan": statistics.nan(),
@@ -234,12 +234,12 @@ fn lines(tensor: &Tensor) -> Vec<(String, String, String)> {
         name,
         spec,
         bytes,
-        place,
+        storage,
         statistics,
         ..
     } = tensor;
     let plain = |text: String| (text, String::new(), String::new());
-    let aligned = match place.offset {
+    let aligned = match storage.offset {
         Some(offset) => format!(
             ", at byte {offset}, aligned to {}",
             BinaryBytes(alignment(offset))
@@ -252,7 +252,7 @@ fn lines(tensor: &Tensor) -> Vec<(String, String, String)> {
             output::spec(spec),
             BinaryBytes(*bytes)
         )),
-        plain(format!("   {}{aligned}", place.layout)),
+        plain(format!("   {}{aligned}", storage.layout)),
     ];
     let of = match measured(spec) {
         "magnitude" => "magnitude: ",

@@ -27,10 +27,15 @@ enum Change {
 struct SetArgs {
     /// Whose quotas: a principal such as uid:1000, or `default` for all that have none of their own.
     principal: String,
-    /// NAME is bytes, segments, connections, leases, descriptors, streams, queued, running or cpu_percent (of one CPU); VALUE
-    /// is a number (2GiB), `none` (as many as the host has) or `default`.
-    #[arg(required = true, value_parser = pair, value_name = "NAME=VALUE")]
+    #[arg(required = true, value_parser = pair, value_name = "NAME=VALUE", help = changes_help())]
     quotas: Vec<(String, String)>,
+}
+
+fn changes_help() -> String {
+    format!(
+        "NAME is one of {} (of one CPU); VALUE is a number (2GiB), `none` (as many as the host has) or `default`",
+        Quotas::NAMES.join(", ")
+    )
 }
 
 impl SetArgs {

@@ -147,7 +147,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
 }
 
 /// The kernel, and the name by which the host knows it.
-fn find(host: &Host, kernel: &str) -> Result<(String, KernelRef), Failure> {
+fn find(host: &Arc<Host>, kernel: &str) -> Result<(String, KernelRef), Failure> {
     let (file, part) = file_and_part(kernel);
     if !is_plugin(&file) {
         let found = host.plugins().find(kernel).map_err(Status::from)?;

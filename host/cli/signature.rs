@@ -15,7 +15,10 @@ use super::output;
 pub(super) fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
     let host = private_host(settings(None)?)?;
     load_plugin(&host, file)?;
-    Ok(host.kernels(&wire::Kernels::default()).collect())
+    Ok(host
+        .own_caller()
+        .kernels(&wire::Kernels::default())
+        .collect())
 }
 
 /// A kernel for people, several lines.

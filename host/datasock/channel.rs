@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use rustix::event::PollFlags;
 use strait_memory::{Charge, FrameSocket};
 use strait_protocol::{Header, Op, TraceContext};
 
@@ -13,13 +14,13 @@ use crate::session::{Consumer, Item, Said, Sent};
 
 /// The host's end of a consumer's socket.
 #[derive(Debug)]
-pub(super) struct Reader {
+pub(super) struct ConsumerSocket {
     socket: FrameSocket,
     request_id: Arc<str>,
     _place: Charge,
 }
 
-impl Reader {
+impl ConsumerSocket {
     /// # Errors
     /// `HOST`, if Linux does not let it be one that does not wait.
     pub(super) fn new(
@@ -39,7 +40,7 @@ impl Reader {
     }
 }
 
-impl Consumer for Reader {
+impl Consumer for ConsumerSocket {
     fn send(&self, number: u64, item: &Item) -> Sent {
         let (op, body, payload): (_, &[u8], &[Vec<u8>]) = match item {
             Item::Rows(payload) => (Op::Chunk, &[], payload),
@@ -90,5 +91,11 @@ impl Consumer for Reader {
 
     fn fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
+    }
+
+    fn events(&self, unsent: bool) -> PollFlags {
+        let mut events = PollFlags::IN;
+        events.set(PollFlags::OUT, unsent);
+        events
     }
 }

@@ -32,8 +32,6 @@ const REPLIES_WAITING: usize = 32;
 const FAREWELL: Duration = Duration::from_secs(1);
 /// How long somebody who is refused is waited for to say something.
 const REFUSAL: Duration = Duration::from_millis(100);
-/// INVOKEs of one connection that may be under way.
-const INVOKES_MAX: usize = 256;
 
 type Sockets = Arc<AsyncFd<FrameSocket>>;
 
@@ -386,16 +384,6 @@ impl Connection {
                 Code::FailedPrecondition,
                 Reason::NoHello,
                 "the first frame must be HELLO",
-            );
-            return self.reply(&header, failure(sequence, &status, "-")).await;
-        }
-        if matches!(header.op, Op::Invoke | Op::Prepare) && self.running.len() >= INVOKES_MAX {
-            let status = Status::new(
-                Code::ResourceExhausted,
-                Reason::QuotaExceeded,
-                format!(
-                    "{INVOKES_MAX} INVOKEs and PREPAREs of this connection are under way; wait for one"
-                ),
             );
             return self.reply(&header, failure(sequence, &status, "-")).await;
         }

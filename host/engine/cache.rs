@@ -139,17 +139,10 @@ fn read_private(path: &Path) -> Option<Vec<u8>> {
 }
 
 fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
-    let written = fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(&temporary)
-        .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        // It may not be there; what matters is that it does not stay.
-        let _ = fs::remove_file(&temporary);
-    }
-    written
+    let directory = path.parent().unwrap_or(Path::new("."));
+    // Born with the mode 0600.
+    let mut file = tempfile::NamedTempFile::new_in(directory)?;
+    file.write_all(bytes)?;
+    file.persist(path)?;
+    Ok(())
 }

@@ -366,7 +366,7 @@ impl From<Failed> for Status {
             Cause::Memory(status) => Self { message, ..*status },
             Cause::Host(_) => status(Code::Internal, Reason::Host),
             Cause::Streams(most) => {
-                status(Code::ResourceExhausted, Reason::BudgetExceeded).with("limit", most)
+                status(Code::ResourceExhausted, Reason::QuotaExceeded).with("limit", most)
             }
             Cause::Lost => status(Code::Unavailable, Reason::WorkerLost),
         }

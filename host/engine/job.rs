@@ -62,8 +62,7 @@ impl InlineRoom {
     pub(crate) fn takes(room: &mut Option<Self>, bytes: u64) -> bool {
         match room {
             Some(room) if bytes <= room.each => {
-                let rest = bytes
-                    .checked_next_multiple_of(strait_protocol::PAYLOAD_ALIGN as u64)
+                let rest = strait_protocol::padded(bytes)
                     .and_then(|bytes| room.together.checked_sub(bytes));
                 room.together = rest.unwrap_or(room.together);
                 rest.is_some()

@@ -66,9 +66,9 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
     }
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
-        "kernels" => kernels(host, &json_or_default(body)?),
+        "kernels" => kernels(caller, &json_or_default(body)?),
         "describe" => {
-            let found = host.plugins().find(text("describe", body)?)?;
+            let found = caller.kernel(text("describe", body)?)?;
             one(info::json(&wire::Kernel::from(&found))?)
         }
         "mapping" => {
@@ -76,7 +76,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             one(info::mapping(host, &segment)?)
         }
         "drop" => caller.drop_flight(text("drop", body)?).map(|()| Vec::new()),
-        "stats" => one(info::json(&host.stats(Some((NO_SESSION, caller))))?),
+        "stats" => one(info::json(&caller.stats(NO_SESSION))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
                 .map_err(|e| not_the_message(CANCEL, &e))?;
@@ -93,7 +93,8 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             Code::Unimplemented,
             Reason::UnsupportedOp,
             format!(
-                "there is no action {other:.100?}; there are {}",
+                "there is no action `{}`; there are {}",
+                crate::text::name(other),
                 ACTIONS.map(|(name, _)| name).join(", ")
             ),
         )),
@@ -129,12 +130,12 @@ fn not_the_message(action: &str, error: &prost::DecodeError) -> Status {
     ))
 }
 
-fn kernels(host: &Host, request: &wire::Kernels) -> Result<Vec<ActionResult>, Status> {
+fn kernels(caller: &Caller, request: &wire::Kernels) -> Result<Vec<ActionResult>, Status> {
     let result = |kernel| {
         let body = info::json(&kernel)?;
         Ok(ActionResult { body })
     };
-    host.kernels(request).map(result).collect()
+    caller.kernels(request).map(result).collect()
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.

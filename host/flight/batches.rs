@@ -1,4 +1,4 @@
-//! What comes of an exchange's chunks, as batches of one table.
+//! What comes of a stream's chunks, as batches of one table.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -18,18 +18,21 @@ const BODY_BYTES: u64 = 512 << 10;
 const BUFFER_ALIGN: u64 = 64;
 
 /// The answers as batches of one table.
-pub(super) struct Batches<'a> {
-    call: &'a Call,
+pub(super) struct Batches {
+    call: Call,
     schema: SchemaMessage,
     outputs: Vec<PreparedTensor>,
     row_bytes: Vec<u64>,
 }
 
-impl<'a> Batches<'a> {
-    pub(super) fn new(call: &'a Call, told: &wire::Prepared) -> Result<Self, Status> {
+impl Batches {
+    /// Of `outputs`, with the most rows that a batch has.
+    ///
+    /// # Errors
+    /// `UNSUPPORTED_OP` if they are of different lengths.
+    pub(super) fn new(call: &Call, outputs: &[PreparedTensor]) -> Result<Self, Status> {
         let rows = |tensor: &PreparedTensor| tensor.shape.first().copied().unwrap_or(1);
-        let outputs = told.outputs.clone();
-        if let [first, others @ ..] = outputs.as_slice()
+        if let [first, others @ ..] = outputs
             && let Some(other) = others.iter().find(|other| rows(other) != rows(first))
         {
             let message = format!(
@@ -42,6 +45,7 @@ impl<'a> Batches<'a> {
                 message,
             ));
         }
+        let outputs = outputs.to_vec();
         let specs: Vec<_> = outputs.iter().map(spec).collect();
         let ports = outputs.iter().map(|tensor| tensor.port.as_str());
         let schema = SchemaMessage::of(ports.zip(&specs))?;
@@ -51,11 +55,15 @@ impl<'a> Batches<'a> {
         };
         let row_bytes = outputs.iter().map(row_bytes).collect();
         Ok(Self {
-            call,
+            call: call.clone(),
             schema,
             outputs,
             row_bytes,
         })
+    }
+
+    pub(super) fn into_schema(self) -> SchemaMessage {
+        self.schema
     }
 
     pub(super) fn schema(&self) -> FlightData {

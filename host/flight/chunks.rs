@@ -44,7 +44,7 @@ pub(super) struct Edge<'a> {
     columns: Option<Columns>,
     inputs: Vec<PreparedTensor>,
     request_bytes: usize,
-    batches: Batches<'a>,
+    batches: Batches,
     at: Option<At>,
     frame: Arc<Vec<u8>>,
     unsent: Option<VecDeque<FlightData>>,
@@ -73,7 +73,7 @@ impl<'a> Edge<'a> {
             of_inputs: of_inputs
                 .ok_or_else(|| host_bug("beginning an exchange", "an input without a column"))?,
             request_bytes: length_of(told.request_bytes)?,
-            batches: Batches::new(call, &told)?,
+            batches: Batches::new(call, &told.outputs)?,
             inputs: told.inputs,
             at: None,
             frame: Arc::default(),

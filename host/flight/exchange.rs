@@ -279,7 +279,7 @@ impl Begun {
             limits,
             ..
         } = self.asked.clone();
-        let found = self.call.caller.host().plugins().find(&kernel)?;
+        let found = self.call.caller.kernel(&kernel)?;
         let mut cut = found.kernel().inputs.iter().filter(|port| !port.whole);
         let ports: Vec<String> = match (self.columns.rows().len(), cut.next(), cut.next()) {
             (1, Some(only), None) => vec![only.name.clone()],
@@ -303,7 +303,8 @@ impl Begun {
             let spec = PreparedInput::Spec { dtype, shape };
             if inputs.insert(port.clone(), spec).is_some() {
                 return Err(bad_request(format!(
-                    "input `{port:.200}` is both in the cmd and a column of the schema; give it once"
+                    "input `{}` is both in the cmd and a column of the schema; give it once",
+                    crate::text::name(port)
                 )));
             }
         }

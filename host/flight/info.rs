@@ -25,6 +25,8 @@ const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
 pub(super) enum Target {
     /// A flight.
     Name(String),
+    /// What comes of a stream.
+    Channel(String),
     /// An invocation.
     Invoke(Box<wire::Invoke>),
 }
@@ -54,6 +56,9 @@ impl Target {
     }
 
     fn parse(cmd: &[u8]) -> Result<Self, Status> {
+        if let Ok(wire::Stream { channel, .. }) = serde_json::from_slice(cmd) {
+            return Ok(Self::Channel(channel));
+        }
         serde_json::from_slice(cmd)
             .map(|invoke| Self::Invoke(Box::new(invoke)))
             .map_err(|error| {
@@ -67,7 +72,7 @@ impl Target {
     /// The request id in an invocation's JSON.
     pub(super) fn request_id(&self) -> Option<&str> {
         match self {
-            Self::Name(_) => None,
+            Self::Name(_) | Self::Channel(_) => None,
             Self::Invoke(invoke) => invoke.request_id.as_deref(),
         }
     }
@@ -137,6 +142,25 @@ fn signed(count: u64) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
 }
 
+/// What comes of a stream, in one endpoint; nobody knows yet how much that is.
+pub(super) fn channel(
+    name: &str,
+    schema: SchemaMessage,
+    told: &wire::Streamed,
+) -> Result<FlightInfo, Status> {
+    let descriptor = json(&serde_json::json!({ "channel": name }))?;
+    let endpoint = FlightEndpoint::new().with_ticket(Wanted::channel(name).ticket()?);
+    Ok(FlightInfo {
+        schema: schema.bytes.into(),
+        flight_descriptor: Some(FlightDescriptor::new_cmd(descriptor)),
+        endpoint: vec![endpoint],
+        ordered: true,
+        total_records: -1,
+        total_bytes: -1,
+        app_metadata: json(told)?,
+    })
+}
+
 /// A flight by its name, in at most `most` endpoints.
 pub(super) fn flight(
     host: &Host,
@@ -168,12 +192,13 @@ pub(super) fn flight(
 
 /// An invocation's results: one endpoint each, or up to `most` if it is one; its figures in `app_metadata`.
 pub(super) fn results(
-    host: &Host,
+    caller: &Caller,
     descriptor: FlightDescriptor,
     invoked: &Invoked,
     request_id: &str,
     most: u64,
 ) -> Result<FlightInfo, Status> {
+    let host = caller.host();
     let mut endpoints = Vec::with_capacity(invoked.results.len());
     let mut entries = Vec::with_capacity(invoked.results.len());
     for result in &invoked.results {
@@ -185,7 +210,7 @@ pub(super) fn results(
             Some(name) => (Wanted::name(name), None),
             None => (
                 Wanted::segment(segment),
-                Some(host.keep_undelivered(segment)),
+                Some(caller.keep_undelivered(segment)),
             ),
         };
         // The endpoints of several tables in a row would be those of one.
@@ -232,9 +257,14 @@ pub(super) fn renewed(
     let wanted = Wanted::of(ticket)?;
     let (segment, life): (Arc<LiveSegment>, _) = match wanted.source()? {
         Source::Name(name) => (caller.lookup(name)?, None),
+        Source::Channel(_) => {
+            return Err(bad_request(
+                "the endpoint of a channel has no time that could be renewed; it is there as long as its producer",
+            ));
+        }
         Source::Segment(id) => {
             let segment = caller.undelivered(id)?;
-            let life = caller.host().keep_undelivered(&segment);
+            let life = caller.keep_undelivered(&segment);
             (segment, Some(life))
         }
     };

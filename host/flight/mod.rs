@@ -20,6 +20,7 @@ mod call;
 mod chunks;
 mod connection;
 mod exchange;
+mod follow;
 mod front;
 mod gather;
 mod info;

@@ -5,6 +5,7 @@
 //! ```
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,15 +34,33 @@ pub(super) struct Outbox {
     taken: Condvar,
     /// For tonic.
     came: Notify,
+    /// An eventfd that is told, too, when something is taken.
+    told: Option<Arc<OwnedFd>>,
 }
 
 impl Outbox {
+    /// One of which `eventfd` is told when something is taken, or nothing is any more.
+    pub(super) fn told_by(eventfd: Arc<OwnedFd>) -> Self {
+        Self {
+            told: Some(eventfd),
+            ..Self::default()
+        }
+    }
+
+    fn tell(&self) {
+        self.taken.notify_all();
+        if let Some(told) = &self.told {
+            // Full of such, it is readable all the same.
+            let _ = rustix::io::write(told, &1_u64.to_ne_bytes());
+        }
+    }
+
     /// The next message as soon as there is one, or the end. For one task.
     pub(super) async fn next(&self) -> Option<Result<FlightData, Status>> {
         loop {
             let next = self.state.lock().next();
             if let Some(next) = next {
-                self.taken.notify_all();
+                self.tell();
                 return next;
             }
             // Whoever wakes nobody leaves a permit.
@@ -55,7 +74,7 @@ impl Outbox {
         state.is_left = true;
         state.messages.clear();
         drop(state);
-        self.taken.notify_all();
+        self.tell();
     }
 }
 
@@ -113,12 +132,23 @@ impl Writer {
         true
     }
 
+    /// Nobody takes anything any more.
+    pub(super) fn is_left(&self) -> bool {
+        self.0.state.lock().is_left
+    }
+
+    /// All that was put in is taken.
+    pub(super) fn is_taken(&self) -> bool {
+        self.0.state.lock().messages.is_empty()
+    }
+
     /// Nothing follows but this. What waits behind a failure to read is thrown away with `is_stalled`.
     pub(super) fn end(self, result: Result<(), Status>, is_stalled: bool) {
         self.finish(result, is_stalled);
     }
 
-    fn finish(&self, result: Result<(), Status>, is_stalled: bool) {
+    /// As [`Self::end`], for one that stays.
+    pub(super) fn finish(&self, result: Result<(), Status>, is_stalled: bool) {
         let mut state = self.0.state.lock();
         if state.end.is_none() {
             state.end = Some(result);

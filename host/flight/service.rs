@@ -1,7 +1,6 @@
 //! The calls of Flight, each as short as the room behind it allows.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use arrow_flight::flight_service_server::FlightService;
 use arrow_flight::{
@@ -20,13 +19,11 @@ use super::call::Call;
 use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
-use super::{action, exchange, read, upload};
-use crate::error::{Code, Reason, Status};
+use super::{action, exchange, follow, read, upload};
+use crate::error::Status;
 use crate::lease::LiveSegment;
-use crate::session::{self, Answer, Caller, Host, StreamPermit};
+use crate::session::{self, Answer, Caller, Host};
 
-/// How long a stream waits for a place.
-const STREAM_WAIT: Duration = Duration::from_secs(10);
 /// Flights that ListFlights looks up at a time.
 const PAGE: usize = 64;
 /// Request header of DoPut: `true` lets it take the name of another flight.
@@ -58,7 +55,7 @@ impl Service {
         let call = call.identified(&self.host, id)?;
         let target = target.and_then(|target| match target {
             Target::Invoke(_) => call.local_only("a kernel call").map(|()| target),
-            Target::Name(_) => Ok(target),
+            Target::Name(_) | Target::Channel(_) => Ok(target),
         });
         match target {
             Ok(target) => Ok((call, target)),
@@ -80,12 +77,13 @@ impl Service {
                 info::flight(&self.host, &name, &segment, endpoints)
                     .map(|info| told(call.remote, info))
             }
+            Target::Channel(name) => follow::info(call, &name),
             Target::Invoke(invoke) => {
                 let id = Arc::clone(&call.request_id);
                 let start = |answer| call.caller.invoke(None, *invoke, id, answer);
                 let invoked = answered(call, start).await?;
                 info::results(
-                    &self.host,
+                    &call.caller,
                     descriptor,
                     &invoked,
                     &call.request_id,
@@ -100,6 +98,7 @@ impl Service {
             Target::Name(name) => info::segment_schema(&*call.caller.lookup(&name)?)?
                 .bytes
                 .into(),
+            Target::Channel(name) => follow::info(call, &name)?.schema,
             Target::Invoke(invoke) => {
                 let id = Arc::clone(&call.request_id);
                 let start = |answer| call.caller.open_only(*invoke, id, answer);
@@ -111,8 +110,10 @@ impl Service {
 
     async fn read(&self, call: &Call, ticket: &Ticket) -> Result<Messages<FlightData>, Status> {
         let wanted = Wanted::of(ticket)?;
-        let place = stream_place(&call.caller).await?;
+        // tonic's own limits end with the response's head.
+        let place = call.caller.account().stream().await?;
         let (segment, reading) = match wanted.source()? {
+            Source::Channel(name) => return follow::channel(call, name, place).await,
             Source::Name(name) => {
                 let reading = call.caller.begin_read(name)?;
                 (Arc::clone(&reading.segment), Some(reading))
@@ -133,25 +134,6 @@ async fn settled(segment: Arc<LiveSegment>) -> Result<Arc<LiveSegment>, Status> 
     let seal = move || segment.seal().map(|()| segment);
     let sealed = tokio::task::spawn_blocking(seal).await;
     Ok(sealed.map_err(|error| host_bug("sealing a result", error))??)
-}
-
-/// A place among the principal's streams. tonic's own limits end with the response's head, so each
-/// stream holds its place itself.
-async fn stream_place(caller: &Caller) -> Result<StreamPermit, Status> {
-    match tokio::time::timeout(STREAM_WAIT, caller.account().stream()).await {
-        Ok(place) => Ok(place),
-        Err(_) => Err(Status::new(
-            Code::ResourceExhausted,
-            Reason::QuotaExceeded,
-            format!(
-                "{} streams of {} are being read or written and none ended within {} s; \
-                 finish or cancel some, map the flights instead, or have the operator raise quota.streams",
-                caller.account().streams_max(),
-                caller.principal(),
-                STREAM_WAIT.as_secs()
-            ),
-        )),
-    }
 }
 
 /// Ends the wait of a caller that hung up.
@@ -314,12 +296,15 @@ impl FlightService for Service {
     async fn poll_flight_info(&self, request: Request<FlightDescriptor>) -> Answered<PollInfo> {
         let (call, target) = self.target(&request).await?;
         let endpoints = endpoints(&request);
-        let info = self.flight_info(&call, target, request.into_inner(), endpoints);
+        let descriptor = request.into_inner();
+        // A stream is under way until its channel is not there any more; all else is answered when it is whole.
+        let goes_on = matches!(target, Target::Channel(_)).then(|| descriptor.clone());
+        let info = self.flight_info(&call, target, descriptor, endpoints);
         let info = info.instrument(call.span.clone()).await;
         call.answer(info.map(|info| PollInfo {
             info: Some(info),
-            flight_descriptor: None,
-            progress: Some(1.0),
+            progress: goes_on.is_none().then_some(1.0),
+            flight_descriptor: goes_on,
             expiration_time: None,
         }))
     }
@@ -350,7 +335,7 @@ impl FlightService for Service {
         let refused = Refused::of(&request);
         let bodies = Bodies::of(&request);
         let stored = async move {
-            let _place = stream_place(&errors.caller).await?;
+            let _place = errors.caller.account().stream().await?;
             let segment =
                 upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
             Ok(PutResult {
@@ -376,7 +361,7 @@ impl FlightService for Service {
         let refused = Refused::of(&request);
         let place = {
             let caller = call.caller.clone();
-            async move { stream_place(&caller).await }
+            async move { caller.account().stream().await }
         };
         let replies = exchange::start(&call, place, request.into_inner(), refused);
         call.answer(Ok(replies))

@@ -24,6 +24,8 @@ pub(super) struct Wanted {
     name: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     segment: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    channel: Option<String>,
     /// The first row, and the first that is not wanted.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     rows: Option<(u64, u64)>,
@@ -36,6 +38,8 @@ pub(super) enum Source<'a> {
     Name(&'a str),
     /// Among the results that nobody published.
     Segment(SegmentId),
+    /// Among the channels, whose batches come while its stream goes on.
+    Channel(&'a str),
 }
 
 impl Wanted {
@@ -43,6 +47,14 @@ impl Wanted {
     pub(super) fn name(name: &str) -> Self {
         Self {
             name: Some(name.to_owned()),
+            ..Self::default()
+        }
+    }
+
+    /// What comes of a stream.
+    pub(super) fn channel(name: &str) -> Self {
+        Self {
+            channel: Some(name.to_owned()),
             ..Self::default()
         }
     }
@@ -60,6 +72,7 @@ impl Wanted {
         match rows {
             Some(rows) => Self {
                 name: self.name.clone(),
+                channel: None,
                 segment: Some(segment.id().to_string()),
                 rows: Some((rows.start, rows.end)),
             },
@@ -79,11 +92,17 @@ impl Wanted {
         }
         let wrong = |what: &str| {
             bad_request(format!(
-                "the ticket {text:.200} is neither {{\"name\": …}} nor {{\"segment\": …}}, each with \"rows\" or \
-                 without ({what}); take it from a FlightInfo"
+                "the ticket {text:.200} is none of {{\"name\": …}}, {{\"segment\": …}}, each with \"rows\" or without, \
+                 and {{\"channel\": …}} ({what}); take it from a FlightInfo"
             ))
         };
         let wanted: Self = serde_json::from_str(text).map_err(|error| wrong(&error.to_string()))?;
+        if let Some(channel) = &wanted.channel {
+            return match wanted == Self::channel(channel) {
+                true => Ok(wanted),
+                false => Err(wrong("a channel has no rows, name or segment")),
+            };
+        }
         match (&wanted.name, &wanted.segment, wanted.rows) {
             (None, None, _) => Err(wrong("it names nothing")),
             (Some(_), Some(_), None) => Err(wrong("a name and a segment belong to rows")),
@@ -106,6 +125,9 @@ impl Wanted {
     /// # Errors
     /// `BAD_REQUEST` for a segment's id that is none.
     pub(super) fn source(&self) -> Result<Source<'_>, Status> {
+        if let Some(channel) = &self.channel {
+            return Ok(Source::Channel(channel));
+        }
         match (&self.name, &self.segment) {
             (Some(name), _) => Ok(Source::Name(name)),
             (None, Some(id)) => Ok(Source::Segment(
@@ -217,6 +239,8 @@ mod tests {
             (r#"{"segment":"s","rows":[0]}"#, "length"),
             (r#"{"segment":"s","rows":[0,1,2]}"#, "rows"),
             (r#"{"segment":"s","other":1}"#, "other"),
+            (r#"{"channel":"c","rows":[0,1]}"#, "no rows"),
+            (r#"{"channel":"c","name":"x"}"#, "no rows"),
         ] {
             let error = read(text).expect_err(text);
             assert!(

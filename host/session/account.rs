@@ -3,24 +3,23 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 use strait_memory::{Budget, BudgetExceeded, Charge};
-use strait_protocol::{self as wire, QuotaSettings, Quotas};
+use strait_protocol::{self as wire, QuotaConfig, QuotaSettings, Quotas};
 use tokio::sync::Notify;
 
 use super::cpu::CpuMeter;
 use super::queue::Share;
-use crate::config::Quota;
 use crate::engine::{Owner, Runner};
 use crate::error::{Code, Reason, Status, used_up};
 use crate::lease::Principal;
 
 /// Connections at a time, on all sockets.
 const CONNECTIONS_MAX: u64 = 1024;
-/// Names of one principal: several may be of one segment, so that those do not bound them.
-pub(super) const NAMES_MAX: u64 = 65_536;
+/// How long whoever reads or writes inline waits for a place.
+const STREAM_WAIT: Duration = Duration::from_secs(10);
 
 /// One principal's part of what the host has.
 #[derive(Debug)]
@@ -28,6 +27,7 @@ pub struct Account {
     principal: Principal,
     /// Unlike the principal a plain number: one for each account of this host, from 1.
     number: u64,
+    quotas: Mutex<Quotas>,
     segments: Arc<Budget>,
     connections: Arc<Budget>,
     leases: Arc<Budget>,
@@ -52,6 +52,8 @@ pub trait Unread: Send + Sync + std::fmt::Debug {
 struct Streams {
     places: Arc<Budget>,
     freed: Notify,
+    /// Those that have waited in vain.
+    refused: AtomicU64,
 }
 
 /// A place among a principal's streams, until it is dropped.
@@ -98,6 +100,7 @@ pub(super) struct Accounts {
     connections: Arc<Budget>,
     leases: Arc<Budget>,
     descriptors: Arc<Budget>,
+    names: Arc<Budget>,
     streams: Arc<Budget>,
     runner: Arc<dyn Runner>,
     // Held for map operations and atomics only.
@@ -108,7 +111,7 @@ impl Accounts {
     /// Accounts whose segments are charged to `segments`, too; at most `descriptors` are on their way to all of them.
     /// `runner` knows the CPU time that is used in other processes.
     pub(super) fn new(
-        quota: &Quota,
+        quota: &QuotaConfig,
         segments: &Arc<Budget>,
         descriptors: u64,
         runner: &Arc<dyn Runner>,
@@ -119,6 +122,7 @@ impl Accounts {
             connections: Budget::new("connections", CONNECTIONS_MAX),
             // These are bounded by those of each principal.
             leases: Budget::new("leases", u64::MAX),
+            names: Budget::new("names", u64::MAX),
             streams: Budget::new("streams", u64::MAX),
             descriptors: Budget::new("descriptors in flight", descriptors),
             runner: Arc::clone(runner),
@@ -143,16 +147,18 @@ impl Accounts {
         let account = Arc::new(Account {
             principal: principal.clone(),
             number,
+            quotas: Mutex::new(quotas),
             segments: self.segments.child_for_segments(&whose, 0, 0),
             connections: self.connections.child(&whose, 0),
             leases: self.leases.child(&whose, 0),
             descriptors: self.descriptors.child(&whose, 0),
-            names: Budget::new("names", NAMES_MAX),
+            names: self.names.child(&whose, 0),
             unread: Mutex::default(),
             sessions: AtomicU64::new(0),
             streams: Arc::new(Streams {
                 places: self.streams.child(&whose, 0),
                 freed: Notify::new(),
+                refused: AtomicU64::new(0),
             }),
             invocations: Share::new(whose, 0, 0, CpuMeter::new(elsewhere)),
         });
@@ -276,6 +282,7 @@ impl Account {
 
     /// From now on.
     fn apply(&self, quotas: &Quotas) {
+        *self.quotas.lock() = *quotas;
         let limit = |quota: Option<u64>| quota.unwrap_or(u64::MAX);
         let jobs = |quota| usize::try_from(limit(quota)).unwrap_or(usize::MAX);
         self.segments.set_limit(limit(quotas.bytes));
@@ -284,6 +291,7 @@ impl Account {
         }
         self.connections.set_limit(limit(quotas.connections));
         self.leases.set_limit(limit(quotas.leases));
+        self.names.set_limit(limit(quotas.names));
         self.descriptors.set_limit(limit(quotas.descriptors));
         self.streams.places.set_limit(limit(quotas.streams));
         self.streams.freed.notify_waiters();
@@ -293,7 +301,25 @@ impl Account {
     }
 
     /// A place among the inline reads and writes, as soon as there is one.
-    pub async fn stream(&self) -> StreamPermit {
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED` if none of them ends for too long.
+    pub async fn stream(&self) -> Result<StreamPermit, Status> {
+        if let Ok(permit) = tokio::time::timeout(STREAM_WAIT, self.next_stream()).await {
+            return Ok(permit);
+        }
+        self.streams.refused.fetch_add(1, Relaxed);
+        let (most, seconds) = (self.streams.places.limit(), STREAM_WAIT.as_secs());
+        let message = format!(
+            "{most} streams of {} are being read or written, as many as it may have, and none ended within {seconds} s; \
+             finish or cancel some, map the flights instead, or have the operator raise quota.streams",
+            self.principal
+        );
+        let status = Status::new(Code::ResourceExhausted, Reason::QuotaExceeded, message);
+        Err(status.with("limit", most))
+    }
+
+    async fn next_stream(&self) -> StreamPermit {
         loop {
             let freed = self.streams.freed.notified();
             // Without counting a refusal: it only waits.
@@ -313,11 +339,6 @@ impl Account {
         }
     }
 
-    /// Streams that the principal may have at a time.
-    pub fn streams_max(&self) -> u64 {
-        self.streams.places.limit()
-    }
-
     /// A place among the leases, until it is dropped.
     pub(super) fn lease(&self) -> Result<Charge, Status> {
         self.leases(1)
@@ -333,12 +354,10 @@ impl Account {
 
     /// A place among the names, until it is dropped.
     pub(super) fn name(&self) -> Result<Charge, Status> {
-        self.names.try_reserve(1).map_err(|_| {
-            let whose = &self.principal;
-            let message = format!(
-                "{whose} has {NAMES_MAX} names, the most it may have; drop or replace some"
-            );
-            Status::new(Code::ResourceExhausted, Reason::QuotaExceeded, message)
+        let place = self.names.try_reserve(1);
+        place.map_err(|exceeded: BudgetExceeded| {
+            let message = format!("{exceeded}; or drop or replace some");
+            Status::new(Code::ResourceExhausted, used_up(&exceeded), message)
         })
     }
 
@@ -420,12 +439,10 @@ impl Account {
         self.settle();
         let (segments, elsewhere) = (&self.segments, self.segments.elsewhere());
         let count = segments.segments();
-        let quota = |budget: &Budget| Some(budget.limit()).filter(|limit| *limit != u64::MAX);
         let invocations = self.invocations.used();
         let cpu = self.invocations.cpu().used();
         wire::AccountStats {
-            quota_bytes: quota(segments),
-            quota_segments: count.and_then(|count| quota(count)),
+            quotas: *self.quotas.lock(),
             bytes: segments.used(),
             peak_bytes: segments.peak(),
             segments: count.map_or(0, |count| count.used()),
@@ -436,8 +453,11 @@ impl Account {
             connections_refused: self.connections.refused(),
             sessions: self.sessions.load(Relaxed),
             streams: self.streams.places.used(),
+            streams_refused: self.streams.refused.load(Relaxed),
             leases: self.leases.used(),
             leases_refused: self.leases.refused(),
+            names: self.names.used(),
+            names_refused: self.names.refused(),
             descriptors: self.descriptors.used(),
             descriptors_refused: self.descriptors.refused(),
             invocations: invocations.runs,

@@ -3,9 +3,10 @@
 //! ```text
 //! edge ── credentials ──▶ Host::caller ──▶ Caller { account (principal, quotas), rights }
 //!                                            ├── names     list, lookup, publish, drop, read, upload
-//!                                            ├── segments  create, adopt
-//!                                            ├── kernels   invoke, open_only
-//!                                            └── quotas    see, change: for operators
+//!                                            ├── segments  create, adopt, seal, undelivered results
+//!                                            ├── kernels   list, invoke, open_only, prepare, channels
+//!                                            ├── plugins   load, out of service, back in service
+//!                                            └── figures   stats, worker processes; quotas: for operators
 //! ```
 //! What is another's looks as if it were not there.
 
@@ -17,7 +18,7 @@ use super::Host;
 use super::account::Account;
 use crate::error::{Code, Reason, Status};
 use crate::lease::Principal;
-use crate::plugin::Plugin;
+use crate::plugin::{KernelRef, Plugin};
 
 /// Where Linux says which uid stands for every user outside of a user namespace.
 const OVERFLOW_UID: &str = "/proc/sys/kernel/overflowuid";
@@ -153,6 +154,25 @@ impl Caller {
         self.rights.admin
     }
 
+    /// The kernel `name` or `plugin/name`.
+    ///
+    /// # Errors
+    /// `KERNEL_NOT_FOUND`, `AMBIGUOUS_KERNEL`; `NO_RIGHT` if it may not run that.
+    pub fn kernel(&self, name: &str) -> Result<KernelRef, Status> {
+        let found = self.host.plugins.find(name)?;
+        if self.may_call(&found) {
+            return Ok(found);
+        }
+        let (plugin, kernel) = found.names();
+        let what = format!("run the kernel `{plugin}/{kernel}`");
+        Err(self.may_not(&what, &format!("call:{kernel}")))
+    }
+
+    pub(super) fn may_call(&self, found: &KernelRef) -> bool {
+        let (plugin, kernel) = found.names();
+        self.rights.may_call(plugin, kernel)
+    }
+
     /// Loads a plugin from its bytes.
     ///
     /// # Errors
@@ -183,14 +203,6 @@ impl Caller {
             true => Ok(()),
             false => Err(self.may_not("make, name or drop flights", "put")),
         }
-    }
-
-    pub(super) fn check_call(&self, plugin: &str, kernel: &str) -> Result<(), Status> {
-        if self.rights.may_call(plugin, kernel) {
-            return Ok(());
-        }
-        let what = format!("run the kernel `{plugin}/{kernel}`");
-        Err(self.may_not(&what, &format!("call:{kernel}")))
     }
 
     fn may_not(&self, what: &str, right: &str) -> Status {
@@ -227,7 +239,6 @@ mod tests {
 
     use super::*;
     use crate::session::Session;
-    use crate::session::account::NAMES_MAX;
 
     fn host() -> (tempfile::TempDir, Arc<Host>) {
         let directory = tempfile::tempdir().expect("a directory");
@@ -322,6 +333,7 @@ mod tests {
         told("get", bare.begin_read("x").map(drop));
         told("get", bare.undelivered(segment.id()).map(drop));
         told("put", bare.create(tensor()).map(drop));
+        told("put", bare.seal(&segment));
         told("put", bare.publish(&segment, "y", false));
         told("put", bare.begin_upload("y", false).map(drop));
         told("put", bare.drop_flight("x"));
@@ -355,7 +367,7 @@ mod tests {
                 .invoke_and_wait(scale("x", BTreeMap::from([("y", "y")])), id())
                 .map(drop),
         );
-        assert_eq!(refused.len(), 11);
+        assert_eq!(refused.len(), 12);
         // What it may do, it can.
         let done = calls(call).invoke_and_wait(scale("x", BTreeMap::new()), id());
         assert_eq!(done.expect("it may").results.len(), 1);
@@ -387,14 +399,16 @@ mod tests {
             Arc::clone(done.results[0].segment().expect("a segment"))
         };
         let segment = result(&one);
-        for n in 1..NAMES_MAX {
+        for n in 1..65_536 {
             one.publish(&segment, &n.to_string(), false)
                 .expect("a name");
         }
         let told = |refused: Status| {
             assert_eq!(refused.reason, Reason::QuotaExceeded);
             assert!(
-                refused.message.contains("uid:4242 has 65536 names"),
+                refused
+                    .message
+                    .contains("names of uid:4242: 1 more would exceed its quota of 65536 by 1"),
                 "{refused}"
             );
         };

@@ -76,8 +76,11 @@ pub trait Consumer: Send + Sync + std::fmt::Debug {
     /// Tells why nothing more comes, if that can be done without waiting.
     fn fail(&self, status: &Status);
 
-    /// Becomes readable with what it says, and writable when it has room.
+    /// What to wait on for it.
     fn fd(&self) -> BorrowedFd<'_>;
+
+    /// What to wait for there, until it says something, or, if something is `unsent`, until it has room.
+    fn events(&self, unsent: bool) -> PollFlags;
 }
 
 /// What came up while a producer waited.
@@ -341,7 +344,7 @@ impl Caller {
         let key = (self.account.number(), name.to_owned());
         let found = self.host.channels.0.lock().get(&key).cloned();
         found.ok_or_else(|| {
-            let name = super::shown(name);
+            let name = crate::text::name(name);
             let message = format!(
                 "there is no channel `{name}` of {}; it is there from its producer's PREPARE until that ends",
                 self.principal()
@@ -505,9 +508,10 @@ impl Channel {
             PollFd::new(&self.came, PollFlags::IN),
         ];
         if let Some(consumer) = &consumer {
-            let mut events = PollFlags::IN;
-            events.set(PollFlags::OUT, unsent);
-            polled.push(PollFd::from_borrowed_fd(consumer.fd(), events));
+            polled.push(PollFd::from_borrowed_fd(
+                consumer.fd(),
+                consumer.events(unsent),
+            ));
         }
         let most = most.map(|most| Timespec {
             tv_sec: i64::try_from(most.as_secs()).unwrap_or(i64::MAX),
@@ -545,10 +549,8 @@ impl Channel {
                 consumer.fail(status);
                 return;
             }
-            let mut polled = [PollFd::from_borrowed_fd(
-                consumer.fd(),
-                PollFlags::IN | PollFlags::OUT,
-            )];
+            let events = consumer.events(true);
+            let mut polled = [PollFd::from_borrowed_fd(consumer.fd(), events)];
             let timeout = Timespec {
                 tv_sec: 0,
                 tv_nsec: left.min(Duration::from_millis(50)).subsec_nanos().into(),

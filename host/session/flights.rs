@@ -11,13 +11,13 @@ use strait_tensor::FileLayout;
 
 use super::Host;
 use super::caller::Caller;
-use super::shown;
 use super::state::{FlightState, StateWord, WrongState};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Body, LiveSegment, Principal};
+use crate::text;
 
 /// Longest flight name in bytes.
-pub(super) const NAME_BYTES_MAX: usize = 200;
+const NAME_BYTES_MAX: usize = 200;
 
 /// A name's flight.
 #[derive(Debug)]
@@ -116,7 +116,7 @@ impl Caller {
             .map(|named| Arc::clone(&named.entry));
         drop(flights);
         found.ok_or_else(|| {
-            let (name, principal) = (shown(name), self.principal());
+            let (name, principal) = (text::name(name), self.principal());
             Status::new(
                 Code::NotFound,
                 Reason::FlightNotFound,
@@ -423,12 +423,12 @@ pub fn check_name(name: &str) -> Result<(), Status> {
     if fine {
         return Ok(());
     }
-    let shown: String = name.chars().take(40).collect();
     Err(Status::new(
         Code::InvalidArgument,
         Reason::BadName,
         format!(
-            "{shown:?} ({} bytes) is not a name: 1 to {NAME_BYTES_MAX} bytes without `#` and control characters",
+            "`{}` ({} bytes) is not a name: 1 to {NAME_BYTES_MAX} bytes without `#` and control characters",
+            text::name(name),
             name.len()
         ),
     ))

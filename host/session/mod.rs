@@ -64,7 +64,7 @@ pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};
 
 use channel::Channels;
-use flights::{Flights, NAME_BYTES_MAX};
+use flights::Flights;
 use quarantine::Quarantine;
 use run::Deadlines;
 use workers::Workers;
@@ -213,7 +213,7 @@ impl Host {
     ///
     /// # Errors
     /// `BAD_PLUGIN`, `NAME_TAKEN`.
-    pub fn load_plugin(&self, bytes: &[u8]) -> Result<Arc<Plugin>, Status> {
+    pub(super) fn load_plugin(&self, bytes: &[u8]) -> Result<Arc<Plugin>, Status> {
         let plugin = self.runner.load(Arc::from(bytes))?;
         Ok(self.plugins.add(plugin)?)
     }
@@ -470,19 +470,6 @@ fn runner(
         parked_bytes_max: config.budget_bytes(),
     };
     Ok(Arc::new(WorkerRunner::new(settings, Arc::clone(pool))?))
-}
-
-/// What somebody calls something, short and on one line, for a message.
-fn shown(name: &str) -> String {
-    let mut shown: String = name
-        .chars()
-        .take(NAME_BYTES_MAX)
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
-        .collect();
-    if shown.len() < name.len() && name.chars().nth(NAME_BYTES_MAX).is_some() {
-        shown.push('…');
-    }
-    shown
 }
 
 fn draining() -> Status {

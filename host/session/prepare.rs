@@ -96,7 +96,7 @@ impl Caller {
         port: &str,
         inline: &wire::InlineTensor,
     ) -> Result<(Found, TensorPlace), Status> {
-        let port = super::shown(port);
+        let port = crate::text::name(port);
         let refused = |how: String| {
             let message = format!("inline input `{port}`: {how}");
             Err(Status::new(
@@ -184,10 +184,8 @@ impl Caller {
         cancel: CancelToken,
     ) -> Result<Checked, Status> {
         self.host.admit()?;
-        let kernel = self.host.plugins.find(&invoke.kernel)?;
+        let kernel = self.kernel(&invoke.kernel)?;
         let declared = kernel.kernel();
-        let (plugin, name) = kernel.names();
-        self.check_call(plugin, name)?;
         self.check_in_service(&kernel.plugin)?;
         if !invoke.publish.is_empty() {
             self.check_put()?;
@@ -328,7 +326,7 @@ impl Caller {
                 )
             }
         };
-        let name = super::shown(name);
+        let name = crate::text::name(name);
         let tensors = segment.tensors();
         let names = || {
             tensors
@@ -339,7 +337,7 @@ impl Caller {
         };
         let place = match tensor {
             Some(tensor) => tensors.iter().find(|t| t.name == *tensor).ok_or_else(|| {
-                let tensor = super::shown(tensor);
+                let tensor = crate::text::name(tensor);
                 Status::new(
                     Code::NotFound,
                     Reason::TensorNotFound,

@@ -113,7 +113,7 @@ impl Caller {
                     framed_place(&port, TensorSpec { dtype, shape })
                 }
                 PreparedInput::Fixed(wire::Input::Inline { .. }) => {
-                    let port = super::shown(&port);
+                    let port = crate::text::name(&port);
                     let how =
                         format!("input `{port}`: PREPARE takes no bytes; give its dtype and shape");
                     Err(Status::new(Code::InvalidArgument, Reason::BadInput, how))
@@ -122,7 +122,7 @@ impl Caller {
             };
             resolved.insert(port, found);
         }
-        let kernel = self.host.plugins.find(&invoke.kernel)?;
+        let kernel = self.kernel(&invoke.kernel)?;
         if request.stream {
             if request.ring {
                 let message = "chunks of a stream do not go through a ring; leave out `ring`, or call the kernel with whole tensors";
@@ -530,8 +530,8 @@ impl Prepared {
             if self.in_frames {
                 self.caller.host.framed.results.add(bytes.len() as u64);
             }
-            let room = tensor.length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
-            bytes.resize(usize::try_from(room).map_err(|_| lost())?, 0);
+            let room = wire::padded(tensor.length).and_then(|room| usize::try_from(room).ok());
+            bytes.resize(room.ok_or_else(lost)?, 0);
             payload.push(bytes);
         }
         payload[0] = sizes;

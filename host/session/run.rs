@@ -1,7 +1,7 @@
 //! One run of a kernel, and all who wait for its outcome.
 //!
 //! ```text
-//! Call (one caller's handle) ──▶ Run ──▶ callers: their answers     leaving: a cancel, a deadline
+//! Call (one caller's handle) ──▶ Run ──▶ waiters: their answers     leaving: a cancel, a deadline
 //! Deadlines (a thread) ──────────▶│ ├──▶ its job in the queue ┐ ended when
 //!                                   └──▶ the engine's token   ┘ the last caller leaves
 //! ```
@@ -33,7 +33,7 @@ enum Leaving {
 }
 
 #[derive(Debug)]
-struct Caller<T> {
+struct Waiter<T> {
     id: u64,
     answer: Answer<T>,
     deadline_ms: u64,
@@ -45,7 +45,7 @@ struct Caller<T> {
 
 #[derive(Debug)]
 struct State<T> {
-    callers: Vec<Caller<T>>,
+    waiters: Vec<Waiter<T>>,
     last: u64,
     queued: Option<Queued>,
     started: bool,
@@ -101,7 +101,7 @@ impl<T> State<T> {
     /// One more that waits; answers its number.
     fn add(&mut self, answer: Answer<T>, deadline_ms: u64) -> u64 {
         self.last += 1;
-        self.callers.push(Caller {
+        self.waiters.push(Waiter {
             id: self.last,
             answer,
             deadline_ms,
@@ -117,7 +117,7 @@ impl<T: Given> Run<T> {
     pub(super) fn begin(kernel: &str, answer: Answer<T>, deadline_ms: u64) -> (Arc<Self>, Call) {
         let name = kernel.rsplit('/').next().unwrap_or(kernel);
         let mut state = State {
-            callers: Vec::new(),
+            waiters: Vec::new(),
             last: 0,
             queued: None,
             started: false,
@@ -171,7 +171,7 @@ impl<T: Given> Run<T> {
     /// From now on the clock is watched for a caller.
     pub(super) fn watch(self: &Arc<Self>, call: &Call, deadlines: &Deadlines, at: Instant) {
         let mut state = self.lock();
-        if let Some(caller) = state.callers.iter_mut().find(|c| c.id == call.caller) {
+        if let Some(caller) = state.waiters.iter_mut().find(|c| c.id == call.caller) {
             let run: Weak<Self> = Arc::downgrade(self);
             caller.due = Some(deadlines.add(at, run, call.caller));
         }
@@ -209,10 +209,10 @@ impl<T: Given> Run<T> {
         let mut state = self.lock();
         state.over = true;
         state.queued = None;
-        let mut callers = std::mem::take(&mut state.callers);
+        let mut waiters = std::mem::take(&mut state.waiters);
         drop(state);
-        let last = callers.pop();
-        for caller in callers {
+        let last = waiters.pop();
+        for caller in waiters {
             caller.end(result.clone());
         }
         // By value: whoever has the answer finds that nobody else here holds the results.
@@ -245,13 +245,13 @@ pub(super) fn still_waiting(kernel: &str, deadline_ms: u64, over: Option<&CpuOve
 impl<T: Given> Leave for Run<T> {
     fn leave(&self, id: u64, leaving: Leaving) {
         let mut state = self.lock();
-        let Some(at) = state.callers.iter().position(|caller| caller.id == id) else {
+        let Some(at) = state.waiters.iter().position(|caller| caller.id == id) else {
             return;
         };
         let status = match leaving {
             Leaving::Cancelled => Failed::cancelled(&self.kernel).into(),
             Leaving::Late => {
-                let deadline_ms = state.callers[at].deadline_ms;
+                let deadline_ms = state.waiters[at].deadline_ms;
                 let waiting = state.queued.as_ref().filter(|_| !state.started);
                 match waiting.and_then(Queued::cpu_over) {
                     Some(over) => still_waiting(&self.kernel, deadline_ms, Some(&over)),
@@ -259,14 +259,14 @@ impl<T: Given> Leave for Run<T> {
                 }
             }
         };
-        if state.callers.len() > 1 {
-            let caller = state.callers.swap_remove(at);
+        if state.waiters.len() > 1 {
+            let caller = state.waiters.swap_remove(at);
             drop(state);
             caller.answer.give(Err(status));
             return;
         }
         // The first reason stands.
-        state.callers[at].leaving.get_or_insert(status);
+        state.waiters[at].leaving.get_or_insert(status);
         state.over = true;
         let queued = state.queued.take();
         drop(state);
@@ -277,7 +277,7 @@ impl<T: Given> Leave for Run<T> {
     }
 }
 
-impl<T> Caller<T> {
+impl<T> Waiter<T> {
     fn end(self, result: Option<Result<T, Status>>) {
         match (result, self.leaving) {
             (Some(Ok(given)), _) => self.answer.give(Ok(given)),

@@ -165,7 +165,16 @@ impl Caller {
         ))
     }
 
-    /// Takes over a client's memfd.
+    /// Ends all writing to a segment that it has a lease on.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`; `STILL_WRITABLE` and what else [`LiveSegment::seal`] says.
+    pub fn seal(&self, segment: &LiveSegment) -> Result<(), Status> {
+        self.check_put()?;
+        Ok(segment.seal()?)
+    }
+
+    /// Takes over a client's memfd; one that is to have a name nobody can write any more.
     ///
     /// # Errors
     /// `BAD_SEGMENT` with the reason, `BAD_TENSOR`, `BUDGET_EXCEEDED`, `QUOTA_EXCEEDED`, `DRAINING`, `NO_RIGHT`.
@@ -173,6 +182,7 @@ impl Caller {
         &self,
         fd: OwnedFd,
         tensors: Vec<TensorPlace>,
+        named: bool,
     ) -> Result<Arc<LiveSegment>, Status> {
         self.check_put()?;
         self.host.admit()?;
@@ -204,6 +214,13 @@ impl Caller {
             Adopted::Sealed(segment) => Body::Sealed(segment),
             Adopted::Lent(segment) => Body::Client(segment),
         };
+        if named && !matches!(&body, Body::Sealed(_)) {
+            return Err(Status::new(
+                Code::InvalidArgument,
+                Reason::BadSegment,
+                "a memfd without F_SEAL_WRITE cannot have a name: its sender can still write; seal it first",
+            ));
+        }
         let bytes = match &body {
             Body::Sealed(s) => s.bytes(),
             Body::Client(s) => s.bytes(),
@@ -279,9 +296,9 @@ pub fn check_tensor_names<'a>(names: impl ExactSizeIterator<Item = &'a str>) -> 
             || name.len() > TENSOR_NAME_BYTES_MAX
             || name.chars().any(char::is_control)
         {
-            let shown: String = name.chars().take(40).collect();
             return bad(format!(
-                "a tensor is named {shown:?} ({} bytes); a name has 1 to {TENSOR_NAME_BYTES_MAX} bytes without control characters",
+                "a tensor is named `{}` ({} bytes); a name has 1 to {TENSOR_NAME_BYTES_MAX} bytes without control characters",
+                crate::text::name(name),
                 name.len()
             ));
         }

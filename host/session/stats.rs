@@ -31,9 +31,20 @@ impl Caller {
     }
 }
 
+impl Caller {
+    /// What there is of it, and of the session that it asks on; everything for an operator.
+    pub fn stats(&self, session: SessionId) -> wire::Stats {
+        self.host.stats_for(Some((session, self)))
+    }
+}
+
 impl Host {
-    /// For a caller on that session; without one for this process itself, which sees everything.
-    pub fn stats(&self, asking: Option<(SessionId, &Caller)>) -> wire::Stats {
+    /// Everything, for this process itself.
+    pub fn stats(&self) -> wire::Stats {
+        self.stats_for(None)
+    }
+
+    fn stats_for(&self, asking: Option<(SessionId, &Caller)>) -> wire::Stats {
         let (session, caller) = asking.map_or((0, None), |(id, caller)| (id, Some(caller)));
         let principal = caller.map(Caller::principal);
         let account = caller.map(|caller| caller.account().stats());

@@ -81,11 +81,11 @@ impl From<WrongState> for Status {
 
 impl From<QueueFull> for Status {
     fn from(error: QueueFull) -> Self {
-        Self::new(
-            Code::ResourceExhausted,
-            Reason::QuotaExceeded,
-            error.to_string(),
-        )
+        let reason = match &error {
+            QueueFull::Host { .. } => Reason::BudgetExceeded,
+            QueueFull::Quota { .. } => Reason::QuotaExceeded,
+        };
+        Self::new(Code::ResourceExhausted, reason, error.to_string())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use strait_protocol as wire;
 
-use super::{Host, Invoked};
+use super::{Caller, Invoked};
 use crate::engine::Report;
 use crate::plugin::{Combine, KernelRef, Number, Port, Role, Value};
 
@@ -58,8 +58,8 @@ impl From<&KernelRef> for wire::Kernel {
     }
 }
 
-impl Host {
-    /// The kernels that a listing asks for, sorted by plugin and name.
+impl Caller {
+    /// The kernels that a listing asks for and that it may run, sorted by plugin and name.
     pub fn kernels(&self, wanted: &wire::Kernels) -> impl Iterator<Item = wire::Kernel> {
         let after = wanted
             .after
@@ -69,8 +69,9 @@ impl Host {
             let name = wanted.kernel.as_deref();
             name.is_none_or(|name| found.is_called(name))
                 && after.is_none_or(|after| found.names() > after)
+                && self.may_call(found)
         };
-        let all = self.plugins.kernels().into_iter();
+        let all = self.host.plugins.kernels().into_iter();
         all.filter(is_wanted)
             .map(|found| wire::Kernel::from(&found))
     }

@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-use super::Host;
 use super::caller::Caller;
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SegmentId};
@@ -39,20 +38,18 @@ impl Undelivered {
     }
 }
 
-impl Host {
-    /// Keeps a result alive for `lease.undelivered_ms` from now on, and answers that time.
+impl Caller {
+    /// Keeps a result of its alive for `lease.undelivered_ms` from now on, and answers that time.
     pub fn keep_undelivered(&self, segment: &Arc<LiveSegment>) -> Duration {
-        let life = Duration::from_millis(self.config().lease.undelivered_ms);
+        let life = Duration::from_millis(self.host.config().lease.undelivered_ms);
         let kept = Kept {
             segment: Arc::clone(segment),
             expires: Instant::now() + life,
         };
-        self.undelivered.kept.lock().insert(segment.id(), kept);
+        self.host.undelivered.kept.lock().insert(segment.id(), kept);
         life
     }
-}
 
-impl Caller {
     /// A result of this principal that is still kept.
     ///
     /// # Errors

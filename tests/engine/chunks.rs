@@ -146,7 +146,7 @@ const ECHO: &str = r"
 fn rows_that_were_not_consumed_come_again() {
     let rig = rig(30);
     let echo = guest::component("echo", ECHO);
-    rig.host.load_plugin(&echo).unwrap();
+    rig.host.own_caller().load_plugin(&echo).unwrap();
     for n in [MOVED, COPIED, 30, 1] {
         let x = bytes_of(&rig.put_f64("x", &values(n)));
         let invoked = rig.invoke(json!({"kernel": "echo/k", "inputs": {"x": "x"}}));
@@ -168,6 +168,7 @@ fn what_goes_wrong_in_a_later_chunk_ends_as_in_the_first() {
         )
     };
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("echo", ECHO))
         .unwrap();
     let cases = [
@@ -209,7 +210,7 @@ fn what_goes_wrong_in_a_later_chunk_ends_as_in_the_first() {
     (0..2).for_each(|_| drop(echo()));
     for (name, text, reason) in cases {
         let component = guest::component(name, &text);
-        rig.host.load_plugin(&component).unwrap();
+        rig.host.own_caller().load_plugin(&component).unwrap();
         // It ends after the next request has an instance ready, or none.
         let before = rig.holdings();
         let call = json!({"kernel": format!("{name}/k"), "inputs": {"x": "x"}, "deadline_ms": if reason == "DEADLINE" { 300 } else { 60_000 }});

@@ -37,7 +37,7 @@ fn warm() {
 }
 
 fn refused(rig: &Rig, plugin: &[u8], words: &[&str]) {
-    let loads = |plugin| rig.host.load_plugin(plugin).map(drop);
+    let loads = |plugin| rig.host.own_caller().load_plugin(plugin).map(drop);
     let status: Status = loads(plugin).expect_err("it is refused");
     assert_eq!(
         (status.code, status.reason.name()),
@@ -124,7 +124,8 @@ fn a_load_waits_for_a_turn_no_longer_than_its_limit() {
     });
     let (bomb, small) = (bomb(), guest::component("copies", ""));
     thread::scope(|scope| {
-        let bombs = [&bomb, &bomb].map(|bomb| scope.spawn(|| rig.host.load_plugin(bomb).map(drop)));
+        let bombs = [&bomb, &bomb]
+            .map(|bomb| scope.spawn(|| rig.host.own_caller().load_plugin(bomb).map(drop)));
         for bomb in bombs {
             let status = bomb.join().expect("no panic").expect_err("it is refused");
             let words = ["took more than 1 s", "others were for 2 s"];
@@ -135,7 +136,7 @@ fn a_load_waits_for_a_turn_no_longer_than_its_limit() {
         }
     });
     // The turns were given back.
-    let _ = rig.host.load_plugin(&small);
+    let _ = rig.host.own_caller().load_plugin(&small);
     rig.put_f64("x", &[1.0; 100]);
     served(&rig);
 }

@@ -330,7 +330,7 @@ const STEPS: &str = r"(func $row (param $record i64) (result i64) (i64.load offs
 fn a_guest_may_take_its_chunk_in_steps() {
     let trial = Trial::new();
     let component = guest::component("steps", STEPS);
-    trial.rig.host.load_plugin(&component).unwrap();
+    trial.rig.host.own_caller().load_plugin(&component).unwrap();
     for (input, bytes) in ["large", "small"].iter().zip(&trial.inputs) {
         let copy = trial.call("steps", input, 60_000).unwrap();
         assert!(copy == *bytes, "steps on {input}");
@@ -375,7 +375,7 @@ fn rows_that_cannot_have_been_moved_are_bad_answers() {
         (call $moved (global.get $in) (local.get $rows))
         (call $moved (global.get $out) (local.get $rows)) i32.const 0)";
     let component = guest::component("scribbles", scribbles);
-    trial.rig.host.load_plugin(&component).unwrap();
+    trial.rig.host.own_caller().load_plugin(&component).unwrap();
     let copy = trial.call("scribbles", "small", 60_000).unwrap();
     assert!(copy == trial.inputs[1]);
     trial.ended();

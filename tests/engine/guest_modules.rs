@@ -247,7 +247,12 @@ fn a_component_has_one_memory_and_a_few_instances() {
     };
     trial.refused("many instances", &with_empty("many", 100), "instance");
     trial.ended();
-    trial.rig.host.load_plugin(&with_empty("few", 20)).unwrap();
+    trial
+        .rig
+        .host
+        .own_caller()
+        .load_plugin(&with_empty("few", 20))
+        .unwrap();
     trial.next_is_right("few");
 }
 
@@ -273,6 +278,7 @@ fn guests_at_the_edge_are_served() {
         trial
             .rig
             .host
+            .own_caller()
             .load_plugin(&guest::component(name, &text))
             .unwrap();
         for (input, bytes) in ["large", "small"].iter().zip(&trial.inputs) {
@@ -372,6 +378,7 @@ fn signatures_and_slices_that_make_no_sense_are_named() {
     trial
         .rig
         .host
+        .own_caller()
         .load_plugin(&guest::component("pairs", &text))
         .unwrap();
     let call = |x2: &str| {

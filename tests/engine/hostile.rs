@@ -19,6 +19,7 @@ fn values(n: usize) -> Vec<f64> {
 fn load(rig: &Rig, name: &str) {
     let text = std::fs::read_to_string(format!("tests/guests/{name}.wat")).unwrap();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component(name, &text))
         .unwrap_or_else(|e| panic!("{name}: {e}"));
 }
@@ -323,7 +324,7 @@ fn cancel_ends_a_running_kernel() {
 fn files_that_are_no_plugins_are_refused() {
     let rig = Rig::new();
     let refused = |bytes: &[u8], word: &str| {
-        let status = rig.host.load_plugin(bytes).unwrap_err();
+        let status = rig.host.own_caller().load_plugin(bytes).unwrap_err();
         assert_eq!(
             (status.code, status.reason.name()),
             (Code::InvalidArgument, "BAD_PLUGIN"),

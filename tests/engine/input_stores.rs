@@ -160,10 +160,12 @@ fn every_store_into_an_input_is_refused() {
     let rig = Rig::new();
     let ways = ways();
     rig.host
+        .own_caller()
         .load_plugin(&scribbler("scribbler", &ways, ""))
         .unwrap();
     let copies = std::fs::read_to_string("tests/guests/copies.wat").unwrap();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("copies", &copies))
         .unwrap();
     for (way, (name, _)) in ways.iter().enumerate() {
@@ -204,7 +206,7 @@ fn what_rustc_makes_of_a_copy_into_an_input_is_refused() {
     const WAYS: usize = 148;
     let rig = Rig::new();
     let plugin = std::fs::read("plugins/prebuilt/tests/input-writer.wasm").unwrap();
-    rig.host.load_plugin(&plugin).unwrap();
+    rig.host.own_caller().load_plugin(&plugin).unwrap();
     let x = rig.put_f64("x", &input(0));
     let before = bytes_of(&x);
     let call = |way: usize| {
@@ -235,6 +237,7 @@ fn a_guest_does_not_go_on_after_a_store_that_is_no_trap() {
     let ways = [("fill".to_owned(), fill), ("copy".to_owned(), copy)];
     // Without an end of its own: only the epoch check behind the store ends it before the deadline.
     rig.host
+        .own_caller()
         .load_plugin(&scribbler("endless", &ways, "(loop $l (br $l))"))
         .unwrap();
     for way in 0..ways.len() {
@@ -263,6 +266,7 @@ fn the_scrap_of_one_invocation_is_not_seen_by_the_next() {
             .to_owned(),
     )];
     rig.host
+        .own_caller()
         .load_plugin(&scribbler("peeks", &ways, ""))
         .unwrap();
     for _ in 0..3 {
@@ -327,6 +331,7 @@ fn stores_into_several_inputs_however_the_guest_ends() {
     const WAYS: usize = 8;
     let rig = Rig::new();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("several", SEVERAL))
         .unwrap();
     for way in 0..WAYS {
@@ -366,7 +371,7 @@ fn stores_into_several_inputs_however_the_guest_ends() {
 fn a_kernel_that_gives_up_says_where_and_with_what() {
     let plugin = std::fs::read("plugins/prebuilt/tests/input-writer.wasm").unwrap();
     let rig = Rig::new();
-    rig.host.load_plugin(&plugin).unwrap();
+    rig.host.own_caller().load_plugin(&plugin).unwrap();
     rig.put_f64("x", &[1.5; ELEMENTS]);
     let call = |panic: bool| {
         let call =

@@ -30,7 +30,10 @@ fn rig(workers: usize, queue_len: usize) -> Rig {
           (memory.copy (i32.wrap_i64 (global.get $y)) (i32.wrap_i64 (global.get $x)) (i32.wrap_i64 (global.get $bytes)))
           i32.const 0)";
     for (name, text) in [("spins", spins.as_str()), ("works", works)] {
-        rig.host.load_plugin(&guest::component(name, text)).unwrap();
+        rig.host
+            .own_caller()
+            .load_plugin(&guest::component(name, text))
+            .unwrap();
     }
     rig.put_f64("x", &[1.0, 7.0]);
     rig
@@ -158,7 +161,7 @@ fn deadlines_and_cancels_count_in_the_queue() {
     }
     let cancelled = rig.start(spin(Some("k"), 60_000));
     let other = rig.start(spin(None, 60_000));
-    assert_eq!(reason(&rig.start(spin(None, 1000))), "QUOTA_EXCEEDED");
+    assert_eq!(reason(&rig.start(spin(None, 1000))), "BUDGET_EXCEEDED");
     let joined = rig.start(spin(Some("k"), 60_000));
     other.0.cancel();
     assert_eq!(reason(&other), "CANCELLED");
@@ -214,7 +217,7 @@ fn a_storm_of_calls_is_answered_call_by_call() {
                         match answer.recv_timeout(PATIENCE).expect("an answer") {
                             Ok(done) => assert_eq!(f64s(&bytes_of(done.results[0].segment().unwrap()))[1], input as f64),
                             Err(status) => assert!(
-                                ["CANCELLED", "DEADLINE", "QUOTA_EXCEEDED"].contains(&status.reason.name()),
+                                ["CANCELLED", "DEADLINE", "BUDGET_EXCEEDED"].contains(&status.reason.name()),
                                 "thread {thread}: {status}"
                             ),
                         }

@@ -234,7 +234,7 @@ fn is_of_workers(name: &str) -> bool {
 impl Rig {
     /// What STATS shows of the whole host.
     pub fn stats(&self) -> Value {
-        serde_json::to_value(self.host.stats(None)).unwrap()
+        serde_json::to_value(self.host.stats()).unwrap()
     }
 
     /// Waits until as much is held as `before`: what ends with a worker process, or is freed on another thread, is gone a moment

@@ -36,7 +36,7 @@ impl Trial {
     pub fn new() -> Self {
         let rig = Rig::with(|config| config.limits.guest_bytes = 32 << 20);
         let copies = guest::component("copies", "");
-        rig.host.load_plugin(&copies).unwrap();
+        rig.host.own_caller().load_plugin(&copies).unwrap();
         let inputs = SIZES.map(|(name, n)| {
             let values: Vec<f64> = (0..n).map(|i| i as f64 * 0.5 - 7.0).collect();
             bytes_of(&rig.put_f64(name, &values))
@@ -69,7 +69,7 @@ impl Trial {
     pub fn check(&self, case: &Case, deadline_ms: u64) {
         let name = &case.name;
         let component = guest::component(name, &case.text);
-        if let Err(status) = self.rig.host.load_plugin(&component) {
+        if let Err(status) = self.rig.host.own_caller().load_plugin(&component) {
             panic!("{name}: {status}");
         }
         for (input, _) in SIZES {
@@ -95,7 +95,7 @@ impl Trial {
     #[track_caller]
     pub fn refused(&self, name: &str, component: &[u8], word: &str) {
         let start = Instant::now();
-        let status = match self.rig.host.load_plugin(component) {
+        let status = match self.rig.host.own_caller().load_plugin(component) {
             Err(status) => status,
             Ok(_) => panic!("{name} was loaded"),
         };

@@ -387,19 +387,16 @@ impl Prepared {
             sizes.copy_from_slice(&wire::sizes(shape));
         }
         let header = Header {
-            op,
-            sequence: self.sequence,
-            body_bytes: 0,
             payload_bytes: self.request_bytes,
-            trace: TraceContext::NONE,
+            ..Header::of(op, self.sequence, (0, 0), TraceContext::NONE)
         }
         .encode();
         let mut parts: Vec<&[u8]> = Vec::with_capacity(2 + 2 * elements.len());
         parts.extend([&header[..], &self.sizes]);
         for (tensor, given) in self.inputs.iter().zip(elements) {
             // As long as for the largest.
-            let room = tensor.length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
-            let gap = usize::try_from(room).map_or(0, |room| room - given.bytes.len());
+            let room = wire::padded(tensor.length).and_then(|room| usize::try_from(room).ok());
+            let gap = room.map_or(0, |room| room - given.bytes.len());
             parts.extend([given.bytes, &GAP[..gap]]);
         }
         self.link.send(&parts)?;

@@ -91,7 +91,7 @@ pub(in crate::datasock) fn invoked(
             if let ResultBody::Inline(_, bytes) = &result.body {
                 let length = bytes.as_ref().as_ref().len() as u64;
                 session.host().framed().results.add(length);
-                offset += length.next_multiple_of(wire::PAYLOAD_ALIGN as u64);
+                offset += wire::padded(length).unwrap_or(length);
                 payload.push(Arc::clone(bytes));
             }
         }

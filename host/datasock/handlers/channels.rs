@@ -6,7 +6,7 @@ use strait_memory::FrameSocket;
 use strait_protocol as wire;
 
 use crate::datasock::answer::Answer;
-use crate::datasock::channel::Reader;
+use crate::datasock::channel::ConsumerSocket;
 use crate::error::Status;
 use crate::session::Session;
 
@@ -21,7 +21,7 @@ pub(in crate::datasock) fn stream(
     let (ours, theirs) = FrameSocket::pair().map_err(|error| {
         Status::no_descriptors(&format!("no socket for the channel's batches: {error}"))
     })?;
-    let reader = Reader::new(ours, Arc::clone(id), place)?;
+    let reader = ConsumerSocket::new(ours, Arc::clone(id), place)?;
     let first = channel.attach(Arc::new(reader))?;
     let answer = Answer::of(&channel.to_wire(first, id));
     Ok(answer.with(vec![Arc::new(theirs.into())], Vec::new()))

@@ -16,8 +16,8 @@ pub(in crate::datasock) fn hello(
 ) -> Result<Answer, Status> {
     if request.protocol != u32::from(wire::VERSION) {
         let message = format!(
-            "client {:?} speaks protocol {}, this host {}; use a client of the host's version",
-            request.client.chars().take(64).collect::<String>(),
+            "client `{}` speaks protocol {}, this host {}; use a client of the host's version",
+            crate::text::name(&request.client),
             request.protocol,
             wire::VERSION
         );
@@ -65,6 +65,6 @@ pub(in crate::datasock) fn stats(
 ) -> Result<Answer, Status> {
     Ok(Answer::of(&wire::Stats {
         request_id: id.to_string(),
-        ..session.host().stats(Some((session.id, session.caller())))
+        ..session.caller().stats(session.id)
     }))
 }

@@ -47,7 +47,7 @@ pub(in crate::datasock) fn seal(
     id: &Arc<str>,
 ) -> Result<Answer, Status> {
     let segment = session.segment(&request.segment)?;
-    segment.seal()?;
+    session.caller().seal(&segment)?;
     Ok(Answer::of(&mapped(session, &segment, id)))
 }
 
@@ -59,14 +59,7 @@ pub(in crate::datasock) fn adopt(
 ) -> Result<Answer, Status> {
     let caller = session.caller();
     let tensors = request.tensors.into_iter().map(Into::into).collect();
-    let segment = caller.adopt(fd, tensors)?;
-    if request.name.is_some() && !matches!(&*segment.body(), crate::lease::Body::Sealed(_)) {
-        return Err(Status::new(
-            Code::InvalidArgument,
-            Reason::BadSegment,
-            "a memfd without F_SEAL_WRITE cannot have a name: its sender can still write; seal it first",
-        ));
-    }
+    let segment = caller.adopt(fd, tensors, request.name.is_some())?;
     let reply = wire::Mapped {
         name: request.name.clone(),
         ..leased(session, &segment, request.lease_ms, id)?

@@ -1,7 +1,7 @@
 //! A lane whose answers go to a channel: it waits on its producer's socket and on the consumer's at once.
 //!
 //! ```text
-//! CHUNK, LAST ─▶ produce ─▶ kernel ─▶ Channel ─▶ Reader ─▶ CHUNK …, LAST or ERROR
+//! CHUNK, LAST ─▶ produce ─▶ kernel ─▶ Channel ─▶ ConsumerSocket ─▶ CHUNK …, LAST or ERROR
 //!          OK ◀────┘                        OK with the number of a batch ◀─┘
 //! ```
 

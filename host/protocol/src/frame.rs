@@ -16,6 +16,12 @@ pub const FDS_MAX: usize = 16;
 /// Where a tensor may start in a reply's payload: at multiples of so many bytes.
 pub const PAYLOAD_ALIGN: usize = 64;
 
+/// What a tensor of `bytes` takes in a payload: up to where the next one starts. None if that is no number.
+#[must_use]
+pub const fn padded(bytes: u64) -> Option<u64> {
+    bytes.checked_next_multiple_of(PAYLOAD_ALIGN as u64)
+}
+
 /// Bytes of payload that a frame with the longest body can carry on a socket with a send buffer of `send_buffer_bytes`: Linux
 /// sends no packet that is longer than that, less what it needs itself.
 #[must_use]

@@ -24,11 +24,14 @@ mod worker;
 
 pub use frame::{
     BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, PAYLOAD_ALIGN,
-    PAYLOAD_BYTES_MAX, TraceContext, VERSION, payload_room,
+    PAYLOAD_BYTES_MAX, TraceContext, VERSION, padded, payload_room,
 };
 pub use plugin::{Incidents, Plugin, PluginList};
 pub use prepared::{SIZES_BYTES, places, shape, sizes};
-pub use quota::{AccountQuotas, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting, SettingWord};
+pub use quota::{
+    AccountQuotas, AccountStats, QuotaConfig, QuotaList, QuotaSettings, QuotaUse, Quotas, Setting,
+    SettingWord,
+};
 pub use real::{real_from_word, real_to_json};
 pub use reason::{Code, Reason};
 pub use reply::{
@@ -43,8 +46,8 @@ pub use request::{
 };
 pub use ring::{Ring, Side, Word};
 pub use stats::{
-    AccountStats, ChannelStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats,
-    ProcessStats, Stats, WorkerStats,
+    ChannelStats, HostStats, HugeStats, OwnStats, ParkedStats, PoolStats, ProcessStats, Stats,
+    WorkerStats,
 };
 pub use worker::{Worker, WorkerList};
 

@@ -4,9 +4,9 @@
 //! sizes of tensor 0 │ sizes of tensor 1 │ … │ tensor 0 │ gap │ tensor 1 │ …
 //! ```
 //! Sizes are eight u64s, little-endian, those beyond the tensor's rank 0. Each tensor starts at a multiple of
-//! [`PAYLOAD_ALIGN`], with room for the largest that it can be. So a payload is always as long as PREPARE has said.
+//! [`crate::PAYLOAD_ALIGN`], with room for the largest that it can be. So a payload is always as long as PREPARE has said.
 
-use crate::frame::PAYLOAD_ALIGN;
+use crate::frame::padded;
 
 /// Bytes of one tensor's sizes.
 pub const SIZES_BYTES: usize = 64;
@@ -18,9 +18,7 @@ pub fn places(bytes: impl ExactSizeIterator<Item = u64>) -> Option<(Vec<u64>, u6
     let mut offsets = Vec::with_capacity(bytes.len());
     for bytes in bytes {
         offsets.push(end);
-        end = end
-            .checked_add(bytes)?
-            .checked_next_multiple_of(PAYLOAD_ALIGN as u64)?;
+        end = padded(end.checked_add(bytes)?)?;
     }
     Some((offsets, end))
 }

@@ -1,8 +1,8 @@
 //! LIMITS: what each principal may have of a host.
 
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
-use crate::stats::AccountStats;
+use serde::{Deserialize, Serialize};
 
 /// What a quota is set to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -25,7 +25,7 @@ pub enum SettingWord {
 }
 
 macro_rules! quotas {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
+    ($($(#[$doc:meta])* $name:ident = $default:expr,)*) => {
         /// What a principal may have. None: as many as the host has.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
         #[serde(default)]
@@ -40,6 +40,32 @@ macro_rules! quotas {
                 #[serde(skip_serializing_if = "Option::is_none")]
                 pub $name: Option<Setting>,
             )*
+        }
+
+        /// What a host is started with: what each principal may have. None: as many as the host has.
+        #[derive(Clone, Debug, Serialize, Deserialize)]
+        #[serde(default, deny_unknown_fields)]
+        pub struct QuotaConfig {
+            $(
+                $(#[$doc])*
+                pub $name: Option<u64>,
+            )*
+            /// What differs for one principal, such as `uid:1000`.
+            pub of: BTreeMap<String, QuotaSettings>,
+        }
+
+        impl Default for QuotaConfig {
+            fn default() -> Self {
+                Self { $($name: $default,)* of: BTreeMap::new() }
+            }
+        }
+
+        impl QuotaConfig {
+            /// Of a principal for whom nothing else is set.
+            #[must_use]
+            pub fn quotas(&self) -> Quotas {
+                Quotas { $($name: self.$name,)* }
+            }
         }
 
         impl Quotas {
@@ -98,23 +124,82 @@ macro_rules! quotas {
 
 quotas! {
     /// Bytes of its segments, idle results among them.
-    bytes,
+    bytes = None,
     /// Its segments, idle results among them.
-    segments,
-    /// Its connections to all sockets.
-    connections,
+    segments = None,
+    /// Its connections to all sockets, of 1024 in all.
+    connections = Some(256),
     /// Its leases, on all of its connections.
-    leases,
-    /// Descriptors that were sent to it and that it may not have received yet.
-    descriptors,
+    leases = Some(65_536),
+    /// Its names: flights, and reads and uploads of some.
+    names = Some(65_536),
+    /// Descriptors that were sent to it and that it may not have received yet, of half the limit of open files in all.
+    descriptors = Some(1024),
     /// Its inline reads and writes at a time over Flight.
-    streams,
-    /// Its invocations that wait for a worker; one may always wait.
-    queued,
+    streams = Some(64),
+    /// Its invocations that wait for a worker, of `engine.queue_len` in all; one may always wait.
+    queued = Some(256),
     /// Its invocations that run at a time; one always may.
-    running,
-    /// CPU time of its invocations, in percent of one CPU; what is more waits.
-    cpu_percent,
+    running = None,
+    /// CPU time of its invocations, in percent of one CPU, over a minute; what is more waits.
+    cpu_percent = None,
+}
+
+/// What a principal has of a host, and had.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AccountStats {
+    /// What it may have.
+    pub quotas: Quotas,
+    /// Bytes of its segments, idle results among them.
+    pub bytes: u64,
+    /// The most there were at a time.
+    pub peak_bytes: u64,
+    /// Its segments, idle results among them.
+    pub segments: u64,
+    /// Segments that did not fit its quota.
+    pub refused: u64,
+    /// Bytes that the host let go of and somebody still has open.
+    pub elsewhere_bytes: u64,
+    /// Segments that the host let go of and somebody still has open.
+    pub elsewhere_segments: u64,
+    /// Its connections, whatever was said on them.
+    pub connections: u64,
+    /// Connections that did not fit its quota.
+    pub connections_refused: u64,
+    /// Its connections to the data socket that said HELLO or may still.
+    pub sessions: u64,
+    /// Its inline reads and writes.
+    pub streams: u64,
+    /// Inline reads and writes that found no place in time.
+    pub streams_refused: u64,
+    /// Its leases.
+    pub leases: u64,
+    /// Leases that did not fit its quota.
+    pub leases_refused: u64,
+    /// Its names: flights, and reads and uploads that are to become some.
+    pub names: u64,
+    /// Names that did not fit what a principal may have.
+    pub names_refused: u64,
+    /// Descriptors that were sent to it and that it may not have received yet.
+    pub descriptors: u64,
+    /// Answers with descriptors that did not fit its quota.
+    pub descriptors_refused: u64,
+    /// Its invocations that have begun since the start.
+    pub invocations: u64,
+    /// Its invocations that wait for a worker.
+    pub queued: u64,
+    /// Its invocations that run.
+    pub running: u64,
+    /// Invocations that found no place in the queue.
+    pub queue_refused: u64,
+    /// CPU time of its invocations that have ended, in percent of one CPU: in about the last minute, and what was more
+    /// than the quota before.
+    pub cpu_percent: u64,
+    /// Invocations that would have waited for that quota beyond their deadline.
+    pub cpu_refused: u64,
+    /// CPU time of its invocations that have ended.
+    pub cpu_seconds: f64,
 }
 
 /// One quota of a principal and its use.

@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use crate::quota::AccountStats;
+
 /// Counts of a host. Its operators see those of everybody, others their own only.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Stats {
@@ -145,59 +147,6 @@ pub struct WorkerStats {
     pub lost: u64,
     /// Descriptors that the host has open for those that live.
     pub fds: u64,
-}
-
-/// What a principal has of a host, and had.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct AccountStats {
-    /// Most bytes; none: as many as the host has.
-    pub quota_bytes: Option<u64>,
-    /// Most segments; none: as many as the host has.
-    pub quota_segments: Option<u64>,
-    /// Bytes of its segments, idle results among them.
-    pub bytes: u64,
-    /// The most there were at a time.
-    pub peak_bytes: u64,
-    /// Its segments, idle results among them.
-    pub segments: u64,
-    /// Segments that did not fit its quota.
-    pub refused: u64,
-    /// Bytes that the host let go of and somebody still has open.
-    pub elsewhere_bytes: u64,
-    /// Segments that the host let go of and somebody still has open.
-    pub elsewhere_segments: u64,
-    /// Its connections, whatever was said on them.
-    pub connections: u64,
-    /// Connections that did not fit its quota.
-    pub connections_refused: u64,
-    /// Its connections to the data socket that said HELLO or may still.
-    pub sessions: u64,
-    /// Its inline reads and writes.
-    pub streams: u64,
-    /// Its leases.
-    pub leases: u64,
-    /// Leases that did not fit its quota.
-    pub leases_refused: u64,
-    /// Descriptors that were sent to it and that it may not have received yet.
-    pub descriptors: u64,
-    /// Answers with descriptors that did not fit its quota.
-    pub descriptors_refused: u64,
-    /// Its invocations that have begun since the start.
-    pub invocations: u64,
-    /// Its invocations that wait for a worker.
-    pub queued: u64,
-    /// Its invocations that run.
-    pub running: u64,
-    /// Invocations that found no place in the queue.
-    pub queue_refused: u64,
-    /// CPU time of its invocations that have ended, in percent of one CPU: in about the last minute, and what was more
-    /// than the quota before.
-    pub cpu_percent: u64,
-    /// Invocations that would have waited for that quota beyond their deadline.
-    pub cpu_refused: u64,
-    /// CPU time of its invocations that have ended.
-    pub cpu_seconds: f64,
 }
 
 /// What one session holds.

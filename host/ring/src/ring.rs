@@ -6,7 +6,7 @@ use std::sync::atomic::{Ordering, fence};
 use strait_memory::{FrameSocket, SharedPages};
 use strait_protocol::{self as wire, Side, Word};
 
-use crate::end::{End, Shared, Violation};
+use crate::half::{Half, Shared, Violation};
 use crate::spin::Spin;
 
 impl Shared for SharedPages {
@@ -58,7 +58,7 @@ pub enum Came {
 /// One side of a ring.
 #[derive(Debug)]
 pub struct Ring {
-    end: End<SharedPages>,
+    half: Half<SharedPages>,
     spin: Spin,
 }
 
@@ -66,8 +66,8 @@ impl Ring {
     /// `side` of a new ring that lies in `memory` as `layout` says.
     #[must_use]
     pub fn new(memory: SharedPages, layout: wire::Ring, side: Side, spin: Spin) -> Self {
-        let end = End::new(memory, layout, side);
-        Self { end, spin }
+        let half = Half::new(memory, layout, side);
+        Self { half, spin }
     }
 
     /// Sends a frame, the concatenation of `parts`, and wakes the other side on `socket` if it sleeps. Never waits.
@@ -75,7 +75,7 @@ impl Ring {
     /// # Errors
     /// [`RingError::Violation`] if the frame does not fit, or is one too many; [`RingError::Socket`] if the other side is gone.
     pub fn send(&mut self, socket: &FrameSocket, parts: &[&[u8]]) -> Result<(), RingError> {
-        if self.end.publish(parts)? {
+        if self.half.publish(parts)? {
             match socket.send_now(&[&[0]]) {
                 // It has so much to receive there that it wakes anyway.
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
@@ -106,14 +106,14 @@ impl Ring {
                 return came;
             }
             spin = Spin::NEVER;
-            self.end.doze();
+            self.half.doze();
             let missed = self.look(into, &is_over);
             if !matches!(missed, Ok(None)) {
-                self.end.rise();
+                self.half.rise();
                 return missed.map(|came| came.unwrap_or(Came::End));
             }
             let received = socket.recv(into);
-            self.end.rise();
+            self.half.rise();
             let received = received?;
             match received.bytes {
                 bytes if received.truncated || !received.fds.is_empty() => {
@@ -134,7 +134,7 @@ impl Ring {
         if is_over() {
             return Ok(Some(Came::End));
         }
-        let came = self.end.take(into)?;
+        let came = self.half.take(into)?;
         Ok(came.then_some(Came::Frame))
     }
 }

@@ -25,9 +25,9 @@ fn most() -> usize {
 }
 
 /// One of them.
-struct Place;
+struct Permit;
 
-impl Place {
+impl Permit {
     fn take() -> Option<Self> {
         let free = |spinning| (spinning < most()).then_some(spinning + 1);
         let taken = SPINNING.fetch_update(Relaxed, Relaxed, free);
@@ -35,7 +35,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl Drop for Permit {
     fn drop(&mut self) {
         SPINNING.fetch_sub(1, Relaxed);
     }
@@ -58,7 +58,7 @@ impl Spin {
         if self == Self::NEVER {
             return None;
         }
-        let _place = Place::take()?;
+        let _permit = Permit::take()?;
         let begun = Instant::now();
         loop {
             if let Some(found) = look() {
@@ -101,10 +101,10 @@ mod tests {
         };
         let found = Spin::new(Spin::LONGEST).until(third);
         assert_eq!(found, (most() > 0).then_some(3));
-        let places: Vec<_> = std::iter::from_fn(Place::take).collect();
-        assert_eq!(places.len(), most());
-        assert_eq!(short.until(|| Some(1)), None, "all places are taken");
-        drop(places);
+        let permits: Vec<_> = std::iter::from_fn(Permit::take).collect();
+        assert_eq!(permits.len(), most());
+        assert_eq!(short.until(|| Some(1)), None, "all permits are taken");
+        drop(permits);
         assert_eq!(SPINNING.load(Relaxed), 0);
     }
 }

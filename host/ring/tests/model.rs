@@ -9,7 +9,7 @@ use loom::sync::atomic::{AtomicU32, Ordering, fence};
 use loom::sync::{Condvar, Mutex};
 use loom::thread;
 use strait_protocol::{Ring, Side, Word};
-use strait_ring::{End, Shared};
+use strait_ring::{Half, Shared};
 
 /// Words that are atomic, and slots of one byte each, which are relaxed: only what is published is seen for sure.
 struct Memory {
@@ -36,9 +36,9 @@ impl Memory {
     }
 }
 
-struct Half(Arc<Memory>);
+struct Words(Arc<Memory>);
 
-impl Shared for Half {
+impl Shared for Words {
     fn load(&self, word: Word) -> u32 {
         self.0.words[&word.offset()].load(Ordering::Acquire)
     }
@@ -86,7 +86,7 @@ impl Direction {
 }
 
 /// As `Ring::receive`, without a spin: that only looks more often.
-fn receive(end: &mut End<Half>, socket: &Direction) -> u8 {
+fn receive(end: &mut Half<Words>, socket: &Direction) -> u8 {
     let mut into = [0];
     loop {
         if end.take(&mut into).expect("the other side is honest") {
@@ -104,7 +104,7 @@ fn receive(end: &mut End<Half>, socket: &Direction) -> u8 {
     }
 }
 
-fn send(end: &mut End<Half>, socket: &Direction, byte: u8) {
+fn send(end: &mut Half<Words>, socket: &Direction, byte: u8) {
     if end.publish(&[&[byte]]).expect("there is room") {
         socket.send_now();
     }
@@ -115,7 +115,7 @@ fn calls(calls: u8, under_way: u8, fences: bool) {
     let ring = Ring::of(1, 1).expect("short");
     let memory = Arc::new(Memory::new(ring, fences));
     let wires = Arc::new([Direction::default(), Direction::default()]);
-    let mut host = End::new(Half(Arc::clone(&memory)), ring, Side::Host);
+    let mut host = Half::new(Words(Arc::clone(&memory)), ring, Side::Host);
     let served = Arc::clone(&wires);
     let serving = thread::spawn(move || {
         for _ in 0..calls {
@@ -123,7 +123,7 @@ fn calls(calls: u8, under_way: u8, fences: bool) {
             send(&mut host, &served[1], asked + 100);
         }
     });
-    let mut client = End::new(Half(memory), ring, Side::Client);
+    let mut client = Half::new(Words(memory), ring, Side::Client);
     let mut answered = 0;
     for call in 1..=calls {
         send(&mut client, &wires[0], call);

@@ -7,7 +7,6 @@ use crate::engine::FramePart;
 use crate::error::{Code, Reason, Status};
 use crate::plugin::Kernel;
 use crate::session::prepare::{Found, Resolved};
-use crate::session::shown;
 
 /// Whether `kernel` can be given `inputs` in chunks.
 pub(super) fn check_stream(kernel: &Kernel, inputs: &Resolved) -> Result<(), Status> {
@@ -46,7 +45,7 @@ pub(super) fn check_stream(kernel: &Kernel, inputs: &Resolved) -> Result<(), Sta
 
 /// An input that each CALL brings.
 pub(super) fn framed_place(port: &str, spec: TensorSpec) -> Result<(Found, TensorPlace), Status> {
-    let port = shown(port);
+    let port = crate::text::name(port);
     let length = spec.bytes().map_err(|error| {
         let message = format!("input `{port}`: {error}");
         Status::new(Code::InvalidArgument, Reason::BadInput, message)

@@ -25,7 +25,8 @@ mod statistics;
 pub use arrow::{Row, check_row, kept_schema};
 pub use dtype::{Dtype, UnknownDtype};
 pub use files::{
-    FileError, Format, NamedTensor, NpyError, Place, TensorFile, write, write_stream, write_tensors,
+    FileError, Format, NamedTensor, NpyError, Storage, TensorFile, write, write_stream,
+    write_tensors,
 };
 pub use ipc::{
     BatchColumn, IpcError, SchemaColumn, SchemaMessage, batch_message, read_layout, read_schema,

@@ -271,10 +271,12 @@ fn wrong_arguments_are_named() {
 fn names_of_several_outputs_are_given_together_or_not_at_all() {
     let rig = Rig::with(|config| config.engine.workers = Some(1));
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("pair", ";; $x2"))
         .unwrap();
     let spins = std::fs::read_to_string("tests/guests/spins.wat").unwrap();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("spins", &spins))
         .unwrap();
     rig.put_f64("x", &[1.0, 2.0]);

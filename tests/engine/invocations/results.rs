@@ -163,6 +163,7 @@ fn a_recycled_result_is_a_whole_file_with_nothing_of_earlier_ones_around_it() {
     let rig = Rig::new();
     let smears = std::fs::read_to_string("tests/guests/smears.wat").unwrap();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("smears", &smears))
         .unwrap();
     for n in SIZES {
@@ -278,7 +279,7 @@ fn a_principal_that_has_its_quota_leaves_the_rest_to_others() {
     assert_eq!(idle, 1);
     let last = [create(&me, 1).unwrap(), create(&me, 1).unwrap()];
     assert_eq!(rig.host.pool().stats().idle_segments, 0);
-    let account = rig.host.stats(Some((0, &me))).account.unwrap();
+    let account = me.stats(0).account.unwrap();
     assert_eq!((account.segments, account.refused), (3, 3), "{account:?}");
     drop((theirs, again, last));
 }

@@ -226,7 +226,7 @@ fn a_deadline_and_a_cancel_count_in_the_queue() {
         queued.ok(Op::Ping, json!({}));
         client
             .ask(Op::Invoke, call.clone())
-            .refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
+            .refused("RESOURCE_EXHAUSTED", "BUDGET_EXCEEDED");
         match round {
             0 => sequences
                 .iter()

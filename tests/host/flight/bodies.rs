@@ -34,7 +34,7 @@ fn whole(batches: &[RecordBatch]) -> Vec<FlightData> {
 }
 
 fn flight_in(rig: &Rig) -> u64 {
-    rig.host.stats(None).host.unwrap().copied["flight_in"]
+    rig.host.stats().host.unwrap().copied["flight_in"]
 }
 
 async fn holds(rig: &Rig, rows: usize) {

@@ -178,7 +178,7 @@ async fn listing_schemas_and_polling() {
     assert_eq!(info.clone().try_decode_schema().unwrap(), schema);
 
     // An invocation is opened, not run, for its schema.
-    let before = rig.host.stats(None).invocations;
+    let before = rig.host.stats().invocations;
     let schema = rig.easy().await.get_schema(cmd(&shift("b"))).await.unwrap();
     assert_eq!(
         schema
@@ -188,7 +188,7 @@ async fn listing_schemas_and_polling() {
             .collect::<Vec<_>>(),
         ["y"]
     );
-    assert_eq!(rig.host.stats(None).invocations, before);
+    assert_eq!(rig.host.stats().invocations, before);
 
     let poll = rig
         .easy()

@@ -52,6 +52,7 @@ async fn ending_waits_for_a_call_that_runs() {
     let mut rig = Rig::new().await;
     let text = std::fs::read_to_string("tests/guests/spins.wat").unwrap();
     rig.host
+        .own_caller()
         .load_plugin(&guest::component("spins", &text))
         .unwrap();
     rig.put("x", floats(3)).await.unwrap();
@@ -59,7 +60,7 @@ async fn ending_waits_for_a_call_that_runs() {
     // Nothing moves on its connection for longer than a silent one is given.
     let spins = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": 3000});
     let call = tokio::spawn(async move { client.get_flight_info(cmd(&spins)).await });
-    eventually("it runs", || rig.host.stats(None).running == 1).await;
+    eventually("it runs", || rig.host.stats().running == 1).await;
     drop(rig.stop.take());
     let answer = within("its answer", call).await.unwrap();
     refused(answer, Code::DeadlineExceeded, "DEADLINE", &["3000 ms"]);

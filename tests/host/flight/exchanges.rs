@@ -47,11 +47,7 @@ impl Rig {
     }
 
     fn streams(&self) -> u64 {
-        self.host
-            .stats(Some((0, &self.me())))
-            .account
-            .unwrap()
-            .streams
+        self.me().stats(0).account.unwrap().streams
     }
 }
 
@@ -80,7 +76,7 @@ async fn batches_come_back_summed() {
     let rig = Rig::new().await;
     let used = rig.used();
     let rows = 3 * MIB / 8;
-    let copied = || rig.host.stats(None).host.unwrap().copied;
+    let copied = || rig.host.stats().host.unwrap().copied;
     let before = copied();
     let replies = rig
         .exchanging(asking(cmd(&cumsum()), &floats(rows)).await)

@@ -169,7 +169,7 @@ impl Rig {
 
     /// Budget bytes in use beside what the pool keeps warm.
     fn used(&self) -> u64 {
-        let pool = self.host.stats(None).host.unwrap().pool.bytes;
+        let pool = self.host.stats().host.unwrap().pool.bytes;
         self.host.budget().used() - pool
     }
 

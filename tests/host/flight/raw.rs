@@ -78,6 +78,37 @@ async fn bytes_that_are_no_grpc_do_no_harm() {
     rig.end().await;
 }
 
+/// The day this fails h2 takes `%` in an authority, and `host/flight/authority.rs` can go.
+#[tokio::test]
+async fn h2_alone_refuses_the_authority_of_grpc_cpp() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let (mut ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let incoming = futures::stream::iter([Ok::<_, std::io::Error>(theirs)]);
+    let routes = tonic::service::Routes::default();
+    let server = tonic::transport::Server::builder().add_routes(routes);
+    let served = tokio::spawn(server.serve_with_incoming(incoming));
+    let call = [
+        PREFACE.to_vec(),
+        frame(4, 0, 0, &[]),
+        frame(1, 5, 1, &headers("ListActions")),
+    ];
+    ours.write_all(&call.concat()).await.unwrap();
+    let kind = loop {
+        let mut head = [0; 9];
+        ours.read_exact(&mut head).await.unwrap();
+        let [a, b, c, kind, _, _, _, _, stream] = head;
+        let length = u32::from_be_bytes([0, a, b, c]);
+        let mut payload = vec![0; length as usize];
+        ours.read_exact(&mut payload).await.unwrap();
+        if stream == 1 {
+            break kind;
+        }
+    };
+    assert_eq!(kind, 3, "RST_STREAM; 1 would be an answer");
+    drop(ours);
+    served.await.unwrap().unwrap();
+}
+
 pub(super) const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 /// A frame of HTTP/2.

@@ -178,3 +178,24 @@ async fn what_a_connection_gathers_is_charged_until_it_is_idle() {
     drop(rest);
     rig.end().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_stream_too_many_waits_and_is_refused_by_how_many_there_are() {
+    let rig = Rig::with(|config| config.quota.streams = Some(1)).await;
+    rig.put("x", floats(8 * MIB)).await.unwrap();
+    let streams = || {
+        let account = rig.me().stats(0).account.unwrap();
+        (account.streams, account.streams_refused)
+    };
+    let mut client = rig.client().await;
+    let mut first = client.do_get(Ticket::new("x")).await.unwrap().into_inner();
+    first.try_next().await.unwrap().unwrap();
+    let second = client.do_get(Ticket::new("x")).await;
+    let said = ["1 streams of uid:", "within 10 s", "quota.streams"];
+    refused(second, Code::ResourceExhausted, "QUOTA_EXCEEDED", &said);
+    assert_eq!(streams(), (1, 1));
+    drop(first);
+    client.do_get(Ticket::new("x")).await.unwrap();
+    eventually("nobody reads", || streams() == (0, 1)).await;
+    rig.end().await;
+}

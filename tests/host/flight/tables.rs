@@ -92,7 +92,7 @@ async fn a_table_goes_in_and_comes_out() {
 
     // Copied: out of gRPC's buffer, and into the segment; out of it once into a message, whose
     // columns start on multiples of 64 bytes, once by gRPC, and once from HTTP/2's short frames for the socket.
-    let copied = || rig.host.stats(None).host.unwrap().copied;
+    let copied = || rig.host.stats().host.unwrap().copied;
     let bytes = 4 * 8 + 24 * 4 + 24 * 4 + 4 * 2 + 4;
     assert_eq!(copied()["flight_in"], 2 * bytes);
     assert_eq!(copied()["flight_out"], 3 * bytes);

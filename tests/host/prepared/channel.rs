@@ -22,18 +22,18 @@ fn asks(kernel: &str, name: &str, more: &Value) -> Value {
         "stream": true, "channel": channel})
 }
 
-fn produces(client: &mut Raw, name: &str, more: &Value) -> Prepared {
+pub(super) fn produces(client: &mut Raw, name: &str, more: &Value) -> Prepared {
     let prepared = Prepared::by(client, asks("cumsum", name, more));
     assert_eq!(number(&prepared.told, "/reply_bytes"), 0);
     prepared
 }
 
-fn reads(client: &mut Raw, name: &str) -> Prepared {
+pub(super) fn reads(client: &mut Raw, name: &str) -> Prepared {
     Prepared::of(client.ask(Op::Stream, json!({"channel": name})))
 }
 
 impl Prepared {
-    fn sends(&self, last: bool, rows: &[f64]) {
+    pub(super) fn sends(&self, last: bool, rows: &[f64]) {
         let frame = chunk(self, last, rows, 1);
         self.socket.send(&[&frame], &[]).unwrap();
     }
@@ -54,7 +54,7 @@ impl Prepared {
         self.rows(&self.receive().expect("a batch"))
     }
 
-    fn rows(&self, frame: &Frame) -> (u32, Vec<f64>) {
+    pub(super) fn rows(&self, frame: &Frame) -> (u32, Vec<f64>) {
         assert_eq!(frame.op(), Op::Chunk, "{}", frame.text);
         assert_eq!(
             frame.payload.len() as u64,
@@ -70,7 +70,7 @@ impl Prepared {
         )
     }
 
-    fn acknowledges(&self, batch: u32) {
+    pub(super) fn acknowledges(&self, batch: u32) {
         let frame = packet(Op::Ok as u8, batch, b"");
         self.socket.send(&[&frame], &[]).unwrap();
     }

@@ -83,7 +83,7 @@ fn a_stream_whose_worker_is_killed_says_at_which_chunk() {
         let second = Prepared::by(&mut client, request());
         send(&second, false);
         let refused = second.receive().unwrap();
-        let message = refused.refused("RESOURCE_EXHAUSTED", "BUDGET_EXCEEDED");
+        let message = refused.refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
         assert!(message.contains("workers.streams"), "{message}");
         kill(worker(&host));
         send(&prepared, false);

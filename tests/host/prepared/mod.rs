@@ -2,7 +2,9 @@
 
 mod attack;
 mod channel;
+mod channel_circle;
 mod channel_client;
+mod channel_flight;
 mod life;
 mod lost;
 mod memory;

@@ -31,7 +31,7 @@ pub use error::FileError;
 pub use format::Format;
 pub use named::NamedTensor;
 pub use npy::NpyError;
-pub use scan::Place;
+pub use scan::Storage;
 pub use write::{write, write_stream, write_tensors};
 
 /// An open file with tensors in it. Opening reads headers only, but for `.csv`, which has none.

@@ -11,7 +11,7 @@ const BLOCK_BYTES: usize = 1 << 20;
 
 /// How a tensor lies in its file.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Place {
+pub struct Storage {
     /// Where its bytes begin, if they lie there as they are and together.
     pub offset: Option<u64>,
     /// How they lie there, such as `row-major` or `column-major, big-endian`.
@@ -23,7 +23,7 @@ impl TensorFile {
     ///
     /// # Errors
     /// [`FileError`] if there is no such tensor.
-    pub fn place(&self, index: usize) -> Result<Place, FileError> {
+    pub fn storage(&self, index: usize) -> Result<Storage, FileError> {
         let (_, spec) = self.tensor(index)?;
         let of_npy = |data: &super::npy::Data| {
             let order = match data.fortran_order() && spec.shape.len() > 1 {
@@ -38,7 +38,7 @@ impl TensorFile {
             format!("{order}{bytes}")
         };
         Ok(match &self.sources[index] {
-            Source::Npy(data) => Place {
+            Source::Npy(data) => Storage {
                 offset: Some(data.offset()),
                 layout: of_npy(data),
             },
@@ -47,23 +47,23 @@ impl TensorFile {
                     None => ", deflated",
                     Some(_) => "",
                 };
-                Place {
+                Storage {
                     offset: data.offset(),
                     layout: of_npy(data.npy()) + compressed,
                 }
             }
-            Source::Plain(offset) => Place {
+            Source::Plain(offset) => Storage {
                 offset: Some(*offset),
                 layout: "row-major".to_owned(),
             },
-            Source::Csv(_) => Place {
+            Source::Csv(_) => Storage {
                 offset: None,
                 layout: "text".to_owned(),
             },
             Source::Arrow(pieces) => {
                 let is_plain = pieces.iter().all(|piece| piece.plain_offset().is_some());
                 let compressed = if is_plain { "" } else { ", LZ4" };
-                Place {
+                Storage {
                     offset: match &pieces[..] {
                         [only] => only.plain_offset(),
                         _ => None,

@@ -51,7 +51,7 @@ fn a_scan_sees_what_a_read_sees() {
             let whole = read(&mut file, index);
             let size = file.tensors()[index].1.dtype.size();
             assert_eq!(sorted(&scanned, size), sorted(&whole, size), "{name}");
-            let place = file.place(index).expect("an opened tensor");
+            let place = file.storage(index).expect("an opened tensor");
             let is_as_it_lies = place.layout == "row-major" && whole.len() > 8;
             if let (Some(offset), true) = (place.offset, is_as_it_lies) {
                 let bytes = fs::read(data(&name)).expect("made by data/make.py");

@@ -138,7 +138,7 @@ fn what_is_written_is_aligned_and_in_the_formats_order() {
     assert_eq!(names, ["wide", odd]);
     assert_eq!(read(&mut file, 0), [8; 8]);
     assert_eq!(read(&mut file, 1), [1, 2, 3]);
-    let offset = file.place(0).expect("a tensor").offset.expect("plain");
+    let offset = file.storage(0).expect("a tensor").offset.expect("plain");
     assert_eq!(offset % 64, 0);
 
     let complex = spec(Dtype::Complex128, &[1]);

@@ -51,7 +51,7 @@ pub enum Violation {
 
 /// One side: what it has sent and received, by its own count.
 #[derive(Debug)]
-pub struct End<M> {
+pub struct Half<M> {
     memory: M,
     ring: Ring,
     side: Side,
@@ -59,7 +59,7 @@ pub struct End<M> {
     received: u32,
 }
 
-impl<M: Shared> End<M> {
+impl<M: Shared> Half<M> {
     /// `side` of a ring that is new, in `memory` with room for it.
     pub fn new(memory: M, ring: Ring, side: Side) -> Self {
         Self {
@@ -183,24 +183,24 @@ mod tests {
     }
 
     /// Both sides, which have had `before` calls.
-    fn ends(before: u32) -> (End<Bytes>, End<Bytes>) {
+    fn halves(before: u32) -> (Half<Bytes>, Half<Bytes>) {
         let ring = Ring::of(16, 16).expect("short");
         let memory = vec![0; usize::try_from(ring.bytes).expect("few")];
         let memory = Bytes(Rc::new(RefCell::new(memory)));
         for side in [Side::Client, Side::Host] {
             memory.store(Word::Tail(side), before);
         }
-        let end = |side| End {
+        let half = |side| Half {
             sent: before,
             received: before,
-            ..End::new(memory.clone(), ring, side)
+            ..Half::new(memory.clone(), ring, side)
         };
-        (end(Side::Client), end(Side::Host))
+        (half(Side::Client), half(Side::Host))
     }
 
     #[test]
     fn frames_come_as_they_were_sent_beyond_the_end_of_the_count() {
-        let (mut client, mut host) = ends(u32::MAX - 3);
+        let (mut client, mut host) = halves(u32::MAX - 3);
         let mut into = [0; 4];
         for call in 0..8_u32 {
             assert_eq!(host.take(&mut into), Ok(false));
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn whoever_sleeps_is_to_be_woken() {
-        let (mut client, mut host) = ends(0);
+        let (mut client, mut host) = halves(0);
         host.doze();
         assert_eq!(client.publish(&[]), Ok(true));
         host.rise();
@@ -246,13 +246,13 @@ mod tests {
         let runaway = |ahead, most| Err(Violation::Runaway { ahead, most });
         for before in [0, 7, u32::MAX - 1] {
             for ahead in [3, 4, u32::MAX, 1 << 31] {
-                let (client, mut host) = ends(before);
+                let (client, mut host) = halves(before);
                 let tail = before.wrapping_add(ahead);
                 client.memory.store(Word::Tail(Side::Client), tail);
                 assert_eq!(host.take(&mut into), runaway(ahead, 2), "{before}");
             }
             // One that is not answered yet leaves one less.
-            let (mut client, mut host) = ends(before);
+            let (mut client, mut host) = halves(before);
             assert_eq!(client.publish(&[]), Ok(false));
             assert_eq!(host.take(&mut into), Ok(true));
             let tail = before.wrapping_add(3);
@@ -262,7 +262,7 @@ mod tests {
             client.memory.store(Word::Tail(Side::Client), before);
             assert_eq!(host.take(&mut into), runaway(u32::MAX, 1));
             // A reply that nobody asked for, and one more than was.
-            let (mut client, host) = ends(before);
+            let (mut client, host) = halves(before);
             let tail = |more: u32| {
                 let tail = before.wrapping_add(more);
                 host.memory.store(Word::Tail(Side::Host), tail);
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn a_frame_fits_its_slot_or_is_refused() {
-        let (mut client, mut host) = ends(0);
+        let (mut client, mut host) = halves(0);
         let long = [1; 65];
         let too_long = Err(Violation::TooLong {
             bytes: 65,
