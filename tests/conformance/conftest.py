@@ -57,6 +57,7 @@ class Drivers:
             hello = driver.do("hello")
             assert hello["language"] == language and hello["fork"] in ("refused", "unsupported"), hello
             driver.fork = hello["fork"]
+            driver.has_channels = hello.get("channels", False)
             driver.address = None
         connect(driver, self._host)
         return driver
@@ -76,6 +77,16 @@ def connect(driver, host, renew=True):
 
 @pytest.fixture(scope="session")
 def drivers(host):
+    yield from running(host)
+
+
+@pytest.fixture(scope="session")
+def readers(host):
+    """A second process of each language, for what another one writes meanwhile."""
+    yield from running(host)
+
+
+def running(host):
     drivers = Drivers(host)
     yield drivers
     codes = drivers.stop()

@@ -174,6 +174,18 @@ class Driver:
         assert answer.get("ok") is True, f"{self.language}: {op} {fields}: {answer}"
         return answer
 
+    def is_silent(self, seconds):
+        """Whether nothing is answered for so long."""
+        return not self._rest and not select.select([self.process.stdout], [], [], seconds)[0]
+
+    def kill(self):
+        """As `kill -9` does; it starts again when it is next needed."""
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+        self.process = None
+
     def _last_words(self):
         self._errors.seek(0)
         return "its stderr: " + self._errors.read().decode(errors="replace")[-4000:]

@@ -21,6 +21,7 @@ if sys.platform != "linux":
 
 from ._array import Array, Arrays
 from ._call import Call
+from ._channel import ChannelOptions, ChannelReader
 from ._errors import (
     DisconnectedError,
     ForkedError,
@@ -43,6 +44,8 @@ __all__ = [
     "BlockTree",
     "Call",
     "CallInfo",
+    "ChannelOptions",
+    "ChannelReader",
     "ClientStats",
     "DisconnectedError",
     "Flight",

@@ -42,7 +42,8 @@ from ._wire import Op, milliseconds
 
 #: After an array is dropped the next call, which takes its lease along, is probably near.
 _SERIES_SECONDS = 0.02
-#: For so long, and so often, the keeper looks for the answer to a call that was abandoned, whose results may be large.
+#: For so long, and so often, the keeper looks for the answer to a call that was abandoned, whose results may be large (or to a STREAM, whose
+#: channel nobody else can read meanwhile).
 _STRAY_SECONDS = 5.0
 _STRAY_INTERVAL = 0.05
 #: Leases of dropped arrays wait for each other, up to so many or to segments of so many bytes: a RELEASE for each
@@ -243,8 +244,9 @@ class Connection:
             reply, pending.reply = pending.reply, None
         if reply is not None:
             self._discard(reply)
-        elif waited is not None and pending.op in (Op.INVOKE, Op.PREPARE):
-            self.cancel(pending)
+        elif waited is not None and pending.op in (Op.INVOKE, Op.PREPARE, Op.STREAM):
+            if pending.op != Op.STREAM:
+                self.cancel(pending)
             self._stray_until = time.monotonic() + _STRAY_SECONDS
             self._bell.put(None)
 

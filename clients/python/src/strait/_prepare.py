@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence
+from typing import TYPE_CHECKING, Any, Dict, List, Mapping, Optional, Sequence, Union
 
-from . import _parameters
+from . import _channel, _parameters
 from ._errors import RemoteError
 from ._prepared import Prepared, Spec
 from ._wire import Op
@@ -22,6 +22,7 @@ def prepare(
     args: Sequence[Any],
     *,
     stream: bool = False,
+    channel: Union[str, _channel.ChannelOptions, None] = None,
     inputs: Optional[Mapping[str, Any]] = None,
     fixed: Optional[Mapping[str, Any]] = None,
     parameters: Optional[Mapping[str, Any]] = None,
@@ -29,7 +30,7 @@ def prepare(
     limits: Optional[Mapping[str, int]] = None,
     request_id: Optional[str] = None,
 ) -> Prepared:
-    """What `Session.prepare` says; of a `stream` the inputs that are not fixed come in chunks of rows."""
+    """What `Session.prepare` says; of a `stream` the inputs that are not fixed come in chunks of rows, and what comes of them may go to a `channel`."""
     session._connection.check()
     given = dict(inputs or {})
     if args:
@@ -42,6 +43,8 @@ def prepare(
     body: Dict[str, Any] = {"kernel": kernel, "inputs": {}}
     if stream:
         body["stream"] = True
+    if channel is not None:
+        body["channel"] = _channel.asked(channel)
     for port, value in given.items():
         if isinstance(value, str):
             body["inputs"][port] = value

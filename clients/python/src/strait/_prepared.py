@@ -149,15 +149,19 @@ class Prepared:
     session, or when it is collected.
     """
 
-    def __init__(self, session: "Session", kernel: str, reply: Reply, wanted: Mapping[str, Spec]) -> None:
+    def __init__(self, session: "Session", kernel: str, reply: Reply, wanted: Mapping[str, Spec], op: Op = Op.PREPARE) -> None:
         self._session = session
         self._connection: Connection = session._connection
         self._kernel = kernel
+        # What it is, and what to do after its end, in words.
+        self._called, self._remedy = f"what was prepared of {kernel}", "prepare it again"
         self._pid = os.getpid()
         # Held by the one call that is under way.
         self._lock = threading.Lock()
         # Held by whoever cancels it, and then none begins.
         self._cancelling = threading.Lock()
+        # A task waits for its socket, with an event loop, and closes it after the end.
+        self._watched = False
         self._end: Optional[StraitError] = None
         #: What the kernel had to say in the last call that succeeded.
         self.notes: Dict[str, str] = {}
@@ -169,14 +173,14 @@ class Prepared:
         # Of the last reply's outputs; None: the largest.
         self._shapes: Optional[List[Tuple[int, ...]]] = None
         with Grant(self._connection, reply) as grant:
-            self._number, self._inputs, request_bytes, self._outputs, self._reply_bytes = _read(reply.body)
+            self._number, self._inputs, request_bytes, self._outputs, self._reply_bytes = _read(reply.body, op)
             told = {place.port: place.spec for place in self._inputs}
             if told != dict(wanted):
                 raise ProtocolError(f"the OK to PREPARE: calls bring {told}, where {dict(wanted)} was asked")
             if len(reply.fds) != 1:
-                raise ProtocolError(f"the OK to PREPARE has {len(reply.fds)} descriptors; it brings one, the socket for calls")
+                raise ProtocolError(f"the OK to {op.name} has {len(reply.fds)} descriptors; it brings one, a socket")
             grant.fd(0)
-            self._socket = _open(grant.keep(0), request_bytes)
+            self._socket = _open(grant.keep(0), request_bytes, op)
         # Written to in each call.
         self._header = bytearray(HEADER.pack(_wire.MAGIC, _wire.PROTOCOL, Op.CALL, 0, 0, request_bytes, *_wire.NO_TRACE, b"", 0))
         self._reply_header = bytearray(HEADER.pack(_wire.MAGIC, _wire.PROTOCOL, Op.OK, 0, 0, self._reply_bytes, *_wire.NO_TRACE, b"", 0))
@@ -370,14 +374,17 @@ class Prepared:
             self._wrong(f"it is of op {op}")
         if len(payload) != self._reply_bytes:
             self._wrong(f"a payload of {len(payload)} bytes where {self._reply_bytes} were said")
-        try:
-            notes = {str(note["key"]): str(note["text"]) for note in body.get("notes", ())}
-        except (KeyError, TypeError) as error:
-            self._wrong(f"malformed notes: {error!r}")
+        notes = self._notes_in(body)
         # To where it is without a body.
         self._memory[HEADER.size : HEADER.size + len(payload)] = payload
         self.notes = notes
         return None
+
+    def _notes_in(self, body: Mapping[str, Any]) -> Dict[str, str]:
+        try:
+            return {str(note["key"]): str(note["text"]) for note in body.get("notes", ())}
+        except (KeyError, TypeError) as error:
+            self._wrong(f"malformed notes: {error!r}")
 
     def _smaller(self) -> List[Tuple[int, ...]]:
         """The shapes of a reply's outputs, some of which are smaller than they could be."""
@@ -438,7 +445,7 @@ class Prepared:
         if self._end is None:
             self._connection.look()
             why = "" if error is None else f" ({error})"
-            self._finish(self._connection.end or DisconnectedError(f"the host has ended what was prepared of {self._kernel}{why}; prepare it again"))
+            self._finish(self._connection.end or DisconnectedError(f"the host has ended {self._called}{why}; {self._remedy}"))
         self._socket.close()
         self._check_end()
         raise AssertionError("it has ended")
@@ -464,11 +471,12 @@ class Prepared:
         """Ends it in the host; a call that is under way raises `DisconnectedError`. Without effect in a forked child."""
         if os.getpid() != self._pid:
             return
-        self._finish(DisconnectedError(f"what was prepared of {self._kernel} was closed; prepare it again"))
+        self._finish(DisconnectedError(f"{self._called} was closed; {self._remedy}"))
         # Else whoever is in a call closes it.
         if self._lock.acquire(blocking=False):
             try:
-                self._socket.close()
+                if not self._watched:
+                    self._socket.close()
             finally:
                 self._lock.release()
 
@@ -508,22 +516,22 @@ def _within(shape: Tuple[int, ...], most: Tuple[int, ...]) -> bool:
     return len(shape) == len(most) and all(map(operator.le, shape, most))
 
 
-def _read(body: Mapping[str, Any]) -> Tuple[int, List[_Place], int, List[_Place], int]:
-    """What the OK to PREPARE says, held against itself."""
+def _read(body: Mapping[str, Any], op: Op) -> Tuple[int, List[_Place], int, List[_Place], int]:
+    """What the OK to PREPARE, or STREAM, says, held against itself."""
     try:
         number, inputs, outputs = int(body["prepared"]), _places(body, "inputs"), _places(body, "outputs")
         request_bytes, reply_bytes = int(body["request_bytes"]), int(body["reply_bytes"])
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ProtocolError(f"malformed OK to PREPARE: {error!r}") from None
+        raise ProtocolError(f"malformed OK to {op.name}: {error!r}") from None
     for places, size in ((inputs, request_bytes), (outputs, reply_bytes)):
         end = len(places) * _SIZES.size
         for place in places:
             if place.misfit(PAYLOAD_BYTES_MAX) is not None or place.offset != end:
                 wrong = place.misfit(PAYLOAD_BYTES_MAX) or f"it is at {place.offset}, and belongs at {end}"
-                raise ProtocolError(f"the OK to PREPARE: port {place.name!r}: {wrong}")
+                raise ProtocolError(f"the OK to {op.name}: port {place.name!r}: {wrong}")
             end += -(-place.length // ALIGN_BYTES) * ALIGN_BYTES
         if end != size or size > PAYLOAD_BYTES_MAX or len({place.name for place in places}) != len(places):
-            raise ProtocolError(f"the OK to PREPARE: {size} bytes for {len(places)} ports, which have {end}, each once")
+            raise ProtocolError(f"the OK to {op.name}: {size} bytes for {len(places)} ports, which have {end}, each once")
     return number, list(map(_Place, inputs)), request_bytes, list(map(_Place, outputs)), reply_bytes
 
 
@@ -531,16 +539,16 @@ def _places(body: Mapping[str, Any], key: str) -> List[Tensor]:
     return [Tensor.read({**place, "name": place["port"]}) for place in body[key]]
 
 
-def _open(fd: int, request_bytes: int) -> socket.socket:
+def _open(fd: int, request_bytes: int, op: Op) -> socket.socket:
     """The socket for calls of so many bytes."""
     try:
         sock = socket.socket(fileno=fd)
     except OSError as error:
         os.close(fd)
-        raise ProtocolError(f"the OK to PREPARE brings a descriptor that is no socket: {error}") from None
+        raise ProtocolError(f"the OK to {op.name} brings a descriptor that is no socket: {error}") from None
     try:
         if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_SEQPACKET):
-            raise ProtocolError(f"the OK to PREPARE brings a socket of another kind: {sock.family!r}, {sock.type!r}")
+            raise ProtocolError(f"the OK to {op.name} brings a socket of another kind: {sock.family!r}, {sock.type!r}")
         sock.settimeout(None)
         _address.interruptible(sock)
         room = _wire.packet_room(sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF))

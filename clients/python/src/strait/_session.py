@@ -11,9 +11,10 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import numpy as np
 
-from . import _address, _dtypes, _foreign, _parameters, _prepare, _stream
+from . import _address, _channel, _dtypes, _foreign, _parameters, _prepare, _stream
 from ._array import Array, Arrays, LazyInfo, Placed, Segment, view_of
 from ._call import Call, Scratch
+from ._channel import ChannelReader
 from ._connection import Connection
 from ._errors import ProtocolError, RemoteError
 from ._pages import HUGE_MIN_BYTES, Pages
@@ -85,6 +86,7 @@ class Session:
         self._placed = Placed()
         self._lock = threading.Lock()
         self._scratch: List[Scratch] = []
+        # Whatever has a socket of its own.
         self._prepared: "weakref.WeakSet[Prepared]" = weakref.WeakSet()
         self._ports: Dict[str, List[str]] = {}
         self._copied_bytes = 0
@@ -422,8 +424,26 @@ class Session:
 
         As `prepare`, with the same options; the shapes begin with the most rows that are sent at a time. Those inputs that the kernel
         takes whole are `fixed`; they may also be given under their names, as parameters are: `taps="taps"`.
+
+        `channel`: a name, or `ChannelOptions`: what comes of the chunks goes to whoever reads the channel of that name, in this process or in another
+        one of this user's. Raises `RemoteError` with `NAME_TAKEN` if there is such a channel.
         """
         return _stream.prepared(self, kernel, args, **options)
+
+    def read_channel(self, name: str, *, automatic: bool = True, request_id: Optional[str] = None) -> ChannelReader:
+        """Reads the channel of that name, which a stream of this user's feeds (`prepare_stream` with `channel`).
+
+            with s.read_channel("levels") as channel:
+                for y in channel:
+                    ...
+
+        `automatic`: a batch is acknowledged when the next one is asked for; False: by `ChannelReader.acknowledge` alone. `request_id`: in
+        the host's log and in errors.
+
+        Raises `RemoteError`: `CHANNEL_NOT_FOUND` before its producer has prepared it and after its end, `WRONG_STATE` while somebody
+        else reads it. It ends with `close`, a `with` block, its session, or when it is collected.
+        """
+        return _channel.read(self, name, automatic, request_id)
 
     def stream(self, kernel: str, chunks: Iterable[Any], *, rows: Optional[int] = None, **options: Any) -> Iterator[Result]:
         """What comes of a kernel's input chunk by chunk: for each what a prepared call would return, and once more with the rest.

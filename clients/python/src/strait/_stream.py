@@ -10,11 +10,12 @@ the stream are lost then. So it ends the stream, and no reply has to be taken in
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from . import _dtypes
+from ._channel import ChannelOptions
 from ._errors import DisconnectedError, ProtocolError, StraitError, from_host
 from ._prepare import prepare
 from ._prepared import _OP_AT, _SEND_FLAGS, Prepared, Result, Spec, _Place
@@ -42,13 +43,18 @@ class PreparedStream:
     the rows that came of it as a prepared call returns its output. All rows of a stream, one after another, are bit for bit those of one call on
     all rows, however they were cut. After `last` the next chunk begins another stream.
 
+    With a `channel` the rows go to whoever reads that (`Session.read_channel`), and not to this program: a chunk returns `{}`, and `outputs` are none.
+    While the channel is full a chunk waits; `last` waits until everything was acknowledged, and is the end of this object, too. A stream that ends
+    before that, as by `close`, is lost to the reader, who is told.
+
     An array of another dtype, or of other sizes behind axis 0, is a `TypeError` or `ValueError`, and nothing of it is sent. Any other exception,
     an interrupt too, ends the stream in the host and is the end of this object; `RemoteError` says which chunk it was in `details["chunk"]`,
     where a chunk that is longer than `inputs` says counts as several. Chunks of several threads wait for each other.
     """
 
-    def __init__(self, lane: Prepared) -> None:
+    def __init__(self, lane: Prepared, to_channel: bool) -> None:
         self._lane = lane
+        self._to_channel = to_channel
         # A chunk was begun whose rows nobody has yet.
         self._under_way = False
         flat = [place.port for place in lane._outputs if not place.shape]
@@ -111,6 +117,9 @@ class PreparedStream:
                     self._exchange(op if index == pieces - 1 else Op.CHUNK, piece, came)
                 results = [_joined(rows) for rows in came]
                 self._under_way = False
+                if self._to_channel and op == Op.LAST:
+                    # The host has ended it, and counts it for as long as this side does not.
+                    self._end("is over")
             except BaseException as error:
                 if isinstance(error, StraitError):
                     self._end("has failed")
@@ -189,6 +198,7 @@ def prepared(
     inputs: Optional[Mapping[str, Any]] = None,
     fixed: Optional[Mapping[str, Any]] = None,
     parameters: Optional[Mapping[str, Any]] = None,
+    channel: Union[str, ChannelOptions, None] = None,
     deadline: Optional[float] = None,
     limits: Optional[Mapping[str, int]] = None,
     request_id: Optional[str] = None,
@@ -202,8 +212,9 @@ def prepared(
     if twice:
         raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given twice, as fixed and by name")
     fixed, parameters = {**(fixed or {}), **whole}, {**(parameters or {}), **named}
-    options: Dict[str, Any] = dict(deadline=deadline, limits=limits, request_id=request_id)
-    return PreparedStream(prepare(session, kernel, args, stream=True, inputs=inputs, fixed=fixed, parameters=parameters, **options))
+    options: Dict[str, Any] = dict(channel=channel, deadline=deadline, limits=limits, request_id=request_id)
+    made = prepare(session, kernel, args, stream=True, inputs=inputs, fixed=fixed, parameters=parameters, **options)
+    return PreparedStream(made, channel is not None)
 
 
 def stream(session: "Session", kernel: str, chunks: Iterable[Any], rows: Optional[int], options: Dict[str, Any]) -> Iterator[Result]:

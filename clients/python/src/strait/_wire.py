@@ -50,6 +50,7 @@ class Op(enum.IntEnum):
     PREPARE = 18
     CALL = 19
     CANCEL = 20
+    STREAM = 21
     PING = 22
     LIMITS = 23
     WORKERS = 24

@@ -19,9 +19,11 @@ class Driver:
         self.session = None
         self.handles = {}
         self.prepared = {}
+        # Streams and readers of channels that are to stay open.
+        self.kept = []
 
     def hello(self):
-        return {"language": "python", "client": f"strait-python/{strait.__version__}", "fork": "refused"}
+        return {"language": "python", "client": f"strait-python/{strait.__version__}", "fork": "refused", "channels": True}
 
     def connect(self, address, renew=True):
         self.close()
@@ -32,6 +34,7 @@ class Driver:
     def close(self):
         if self.session is not None:
             self.session.close()
+        self.kept.clear()
         return {}
 
     def make(self, dtype, shape, file, how, **fields):
@@ -104,10 +107,7 @@ class Driver:
             kernel, inputs=specs, fixed=fixed, parameters=parameters, deadline=seconds(deadline_ms), request_id=request_id
         )
         self.prepared[fields["as"]] = made
-        return {
-            key: [{"port": port, "dtype": spec.dtype, "shape": list(spec.shape)} for port, spec in specs.items()]
-            for key, specs in (("inputs", made.inputs), ("outputs", made.outputs))
-        }
+        return {"inputs": ports(made.inputs), "outputs": ports(made.outputs)}
 
     def call_prepared(self, prepared, inputs, files=None, cancel_after_ms=None, repeat=1):
         prepared = self.prepared[prepared]
@@ -135,6 +135,62 @@ class Driver:
     def close_prepared(self, prepared):
         self.prepared.pop(prepared).close()
         return {}
+
+    def channel_produce(self, kernel, channel, inputs, rows, cuts, end="last", deadline_ms=None, **options):
+        given = {port: np.asarray(self.handles[x["handle"]]) for port, x in inputs.items()}
+        specs = {port: strait.Spec(array(self.handles[x["handle"]])["dtype"], (rows, *given[port].shape[1:])) for port, x in inputs.items()}
+        channel = strait.ChannelOptions(
+            channel["name"], channel.get("batches"), seconds(channel.get("wait_ms")), seconds(channel.get("resume_ms"))
+        )
+        stream = self.session.prepare_stream(kernel, inputs=specs, channel=channel, deadline=seconds(deadline_ms), **options)
+        try:
+            if not cuts and end == "last":
+                cuts = [0]
+            start = 0
+            for index, cut in enumerate(cuts):
+                send = stream.last if end == "last" and index == len(cuts) - 1 else stream.chunk
+                send(**{port: x[start : start + cut] for port, x in given.items()})
+                start += cut
+        except BaseException:
+            stream.close()
+            raise
+        if end == "keep":
+            self.kept.append(stream)
+        else:
+            stream.close()
+        return {"chunks": len(cuts)}
+
+    def channel_read(self, channel, batches=None, acknowledge=False, files=None, keep=False, request_id=None):
+        reader = self.session.read_channel(channel, request_id=request_id)
+        try:
+            numbers, came, ended = [], {port: [] for port in reader.outputs}, False
+            while len(numbers) != batches:
+                batch = next(reader, None)
+                if batch is None:
+                    ended = True
+                    break
+                numbers.append(reader.number)
+                for port, rows in (batch if isinstance(batch, dict) else {next(iter(reader.outputs)): batch}).items():
+                    came[port].append(len(rows))
+                    if port in (files or {}):
+                        write(rows, files[port], "ab")
+            if acknowledge:
+                reader.acknowledge()
+        except BaseException:
+            reader.close()
+            raise
+        if keep:
+            self.kept.append(reader)
+        else:
+            reader.close()
+        return {
+            "kernel": reader.kernel,
+            "outputs": ports(reader.outputs),
+            "numbers": numbers,
+            "rows": came,
+            "ended": ended,
+            "notes": [{"key": key, "text": text} for key, text in reader.notes.items()],
+        }
 
     def concurrent(self, calls, repeat=1):
         answers = [None] * len(calls)
@@ -239,8 +295,12 @@ def place(x):
     return {"device": 0, "inode": 0}
 
 
-def write(x, file):
-    with open(file, "wb") as out:
+def ports(specs):
+    return [{"port": port, "dtype": spec.dtype, "shape": list(spec.shape)} for port, spec in specs.items()]
+
+
+def write(x, file, mode="wb"):
+    with open(file, mode) as out:
         out.write(np.asarray(x).tobytes())
 
 
@@ -253,6 +313,8 @@ def attempt(work):
         answer.update(reason=error.reason, request_id=error.request_id)
         if error.backtrace is not None:
             answer["backtrace"] = error.backtrace
+        if error.details:
+            answer["details"] = dict(error.details)
         return answer
     except (strait.StraitError, TypeError, ValueError) as error:
         kinds = {
