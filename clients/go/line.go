@@ -30,6 +30,15 @@ type line struct {
 
 // newLine takes over fd, also when it fails.
 func (c *conn) newLine(fd int) (*line, error) {
+	if err := checkPackets(fd, false); err != nil {
+		return nil, err
+	}
+	l := &line{conn: c, fd: fd, done: make(chan struct{})}
+	return l, c.add(l)
+}
+
+// checkPackets says whether fd is a socket as the host hands them out, which waits as nonblocking says. It closes any other.
+func checkPackets(fd int, nonblocking bool) error {
 	domain, domainErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	kind, kindErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	err := errors.Join(domainErr, kindErr)
@@ -37,21 +46,13 @@ func (c *conn) newLine(fd int) (*line, error) {
 		err = fmt.Errorf("a socket of domain %d and type %d", domain, kind)
 	}
 	if err == nil {
-		err = unix.SetNonblock(fd, false)
+		err = unix.SetNonblock(fd, nonblocking)
 	}
 	if err != nil {
 		closeAll([]int{fd})
-		return nil, protocolError("calls need a unix socket for packets: %w", err)
+		return protocolError("calls and channels need a unix socket for packets: %w", err)
 	}
-	l := &line{conn: c, fd: fd, done: make(chan struct{})}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		l.finish(c.err)
-		return nil, c.err
-	}
-	c.lines[l] = struct{}{}
-	return l, nil
+	return nil
 }
 
 // enter is the descriptor, until leave. One caller at a time.
@@ -100,9 +101,7 @@ func (l *line) close() {
 // drop is finish for one that the connection need not end any more. It answers the reason that stands.
 func (l *line) drop(why error) error {
 	l.finish(why)
-	l.conn.mu.Lock()
-	delete(l.conn.lines, l)
-	l.conn.mu.Unlock()
+	l.conn.remove(l)
 	return l.end()
 }
 

@@ -47,7 +47,8 @@ func (c *Client) Stream(ctx context.Context, kernel string, inputs Inputs, chunk
 
 // PrepareStream makes a kernel ready for tensors that come in chunks. An input that comes in chunks is an Each, whose first
 // size is the most rows that the kernel gets at a time; longer chunks are cut. What the kernel takes whole is anything that
-// goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included.
+// goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included. With ChannelOptions somebody else gets what
+// comes of the chunks.
 func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Stream, error) {
 	for port, input := range inputs {
 		if each, chunked := input.(Brought); chunked && (len(each.shape) == 0 || each.shape[0] < 1) {
@@ -73,7 +74,8 @@ func (s *Stream) Close() error { return s.prepared.Close() }
 // Inputs are those that come in chunks, in the kernel's order; they begin with the most rows that it gets at a time.
 func (s *Stream) Inputs() []Spec { return s.prepared.Inputs() }
 
-// Outputs are the kernel's, in its order; they begin with the most rows of one frame, of which a chunk may bring several.
+// Outputs are the kernel's, in its order; they begin with the most rows of one frame, of which a chunk may bring several. There
+// are none if they go to a channel.
 func (s *Stream) Outputs() []Spec { return s.prepared.Outputs() }
 
 // Chunk gives the kernel the next rows, perhaps none, of each of s.Inputs, and returns what comes of them. All sizes but the
@@ -194,7 +196,7 @@ func (s *Stream) gather(all []rows) ([]Note, error) {
 		if err != nil {
 			return nil, err
 		}
-		op, reply, err := p.received(n, s.room)
+		op, reply, err := p.received(n, op(p.head[3]), p.sequence, s.room)
 		if err != nil {
 			return nil, err
 		}
