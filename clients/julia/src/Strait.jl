@@ -9,7 +9,7 @@ x .= rand.()
 y = call(s, "zscore", x; axis = 1)   # an Array over the result's pages
 ```
 
-[`connect`](@ref), [`call`](@ref), [`prepare`](@ref), [`stream`](@ref), [`kernels`](@ref), [`publish!`](@ref), `fetch(session, name)`, `delete!(session, name)`,
+[`connect`](@ref), [`call`](@ref), [`prepare`](@ref), [`stream`](@ref), [`read_channel`](@ref), [`kernels`](@ref), [`publish!`](@ref), `fetch(session, name)`, `delete!(session, name)`,
 `zeros(session, T, dims...)`, `similar(session, x)`, [`release!`](@ref), [`stats`](@ref). Errors: [`StraitError`](@ref).
 
 Linux on x86-64, the same machine as the host; nothing but Julia's standard library.
@@ -22,7 +22,7 @@ using FileWatching: FDWatcher
     error("Strait needs Linux on x86-64; this is $(Sys.KERNEL) on $(Sys.ARCH)")
 end
 
-export connect, call, prepare, call!, stream, prepare_stream, chunk!, last!, kernels, publish!, release!, flights, stats
+export connect, call, prepare, call!, stream, prepare_stream, chunk!, last!, read_channel, acknowledge!, kernels, publish!, release!, flights, stats
 export StraitError, RemoteError, LeaseExpired, Disconnected, NoHost, Forked, Released, MappingError, ProtocolError
 export BFloat16, Float8_e4m3fn, Float8_e5m2
 
@@ -43,6 +43,7 @@ include("session.jl")
 include("inline.jl")
 include("prepared.jl")
 include("stream.jl")
+include("channel.jl")
 include("call.jl")
 
 end

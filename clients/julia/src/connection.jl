@@ -144,20 +144,20 @@ forget!(c::Connection, sequence::UInt32) = locked(() -> (delete!(c.waiting, sequ
 
 "A request failed or was interrupted: its call is cancelled, and what it may still be granted is given back."
 function abandon!(c::Connection, sequence::UInt32)
-    cancel = locked(c) do
+    op = locked(c) do
         pending = get(c.waiting, sequence, nothing)
-        pending === nothing && return false
+        pending === nothing && return nothing
         if pending.reply !== nothing || c.ending !== nothing
             delete!(c.waiting, sequence)
             pending.reply === nothing || discard!(c, pending.reply)
-            return false
+            return nothing
         end
         pending.wanted = false
-        return pending.op in (INVOKE, PREPARE)
+        return pending.op
     end
-    if cancel
-        quietly(() -> tell(c, CANCEL, (sequence = sequence,)))
-        # Its answer is waited for all the same: results that were under way hold memory in the host.
+    if op in (INVOKE, PREPARE, STREAM)
+        op == STREAM || quietly(() -> tell(c, CANCEL, (sequence = sequence,)))
+        # Its answer is waited for all the same: results that were under way hold memory in the host, and nobody else reads the channel.
         in_background(() -> quietly(() -> undisturbed(() -> await(() -> !haskey(c.waiting, sequence), c))))
     end
     signal_reaper()

@@ -90,10 +90,12 @@ function prepare(f::Function, s::Session, kernel::AbstractString, inputs...; par
 end
 
 function prepare_with(s::Session, kernel::String, given::Vector{Pair{String,Any}}, parameters::Vector{Pair{String,Any}}, streams::Bool = false;
-    deadline_ms = nothing, limits = nothing, request_id = nothing)
+    deadline_ms = nothing, limits = nothing, request_id = nothing, channel = nothing)
     c = ready!(s)
     body = Dict{String,Any}("kernel" => kernel)
     streams && (body["stream"] = true)
+    channel === nothing || streams || throw(ArgumentError("a channel is fed by a stream, not by calls; use prepare_stream"))
+    channel === nothing || (body["channel"] = channel_body(channel))
     deadline_ms === nothing || (body["deadline_ms"] = milliseconds(deadline_ms, "deadline_ms"))
     limits === nothing || (body["limits"] = Dict(named(limits)))
     for (key, value) in pairs(with_options(s, NamedTuple(); request_id = request_id))
@@ -150,16 +152,17 @@ end
 rank_of(::Session, x::TensorSpec) = ndims(x)
 rank_of(s::Session, x::Fixed) = rank_of(s, x.value)
 
-"Reads what a PREPARE was answered; the descriptor is the caller's until it returns."
-function Prepared(s::Session, kernel::String, reply::Reply)
-    wrong(what) = throw(ProtocolError("the OK to PREPARE: $what"))
-    length(reply.fds) == 1 && is_seqpacket(reply.fds[1]) || wrong("it brings one descriptor, the socket for calls")
+"Reads what a PREPARE was answered (or a STREAM, as a PREPARE would be); the descriptor is the caller's until it returns."
+function Prepared(s::Session, kernel::String, reply::Reply, op::Op = PREPARE)
+    length(reply.fds) == 1 && is_seqpacket(reply.fds[1]) || throw(ProtocolError("the OK to $op: it brings one descriptor, a SEQPACKET socket"))
     brought, request_bytes = call_tensors(reply.body, "inputs", "request_bytes")
     given, reply_bytes = call_tensors(reply.body, "outputs", "reply_bytes")
     number = size_field(reply.body, "prepared")
     gap = zeros(UInt8, mapreduce(tensor -> tensor.place.bytes + ALIGN_BYTES, max, brought; init = 0))
     c = s.connection
     socket = CallSocket(UInt64(number), reply.fds[1], length(brought), request_bytes, reply_bytes)
+    # For errors, until something is sent.
+    socket.head[4] = UInt8(op)
     late = locked(c) do
         c.ending === nothing && push!(c.call_sockets, socket)
         c.ending

@@ -40,6 +40,11 @@ columns, and of a vector an element. Windows, sums and filters go along it.
 *Inputs* and `options` as in [`prepare`](@ref). What comes in chunks is told by an array or a `TensorSpec`, whose last dimension is the most rows that
 travel, and that the kernel has, at a time. What the kernel takes whole (`taps` of `fir`) is a flight's name, an array or a number.
 All that a frame brings, or gives, has at most 131072 bytes together. With a function first, it is called with the stream, which is closed afterwards.
+
+*A channel*: with `channel = "levels"` among the `options` what comes of the chunks goes to whoever reads the channel of that name ([`read_channel`](@ref)), and not to this program: `chunk!` and
+`last!` answer `NamedTuple()`, and there are no `outputs`. `channel = (name = "levels", batches = 8, wait_ms = 60_000, resume_ms = 0)` says more: `batches` (1 to 1024) that are not acknowledged yet are
+kept, and then a chunk waits; for longer than `wait_ms` without an acknowledgement it fails (`DEADLINE`); a reader that left has `resume_ms` to come back, else the
+stream fails (`CONSUMER_LOST`). `last!` waits until all was acknowledged, and is the end of the stream; one that ends before that is lost to the reader, who is told.
 """
 function prepare_stream(s::Session, kernel::AbstractString, inputs...; options::NamedTuple = NamedTuple(), parameters...)
     found = declaration(s, kernel)

@@ -21,6 +21,7 @@
     PREPARE = 18
     CALL = 19
     CANCEL = 20
+    STREAM = 21
     PING = 22
     LIMITS = 23
     WORKERS = 24

@@ -20,9 +20,11 @@ include("peer.jl")
     @testset "inline" begin include("inline.jl") end
     @testset "prepared" begin include("prepared.jl") end
     @testset "streams" begin include("stream.jl") end
+    @testset "channels" begin include("channel.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
         @testset "live streams" begin include("live_stream.jl") end
+        @testset "live channels" begin include("live_channel.jl") end
     else
         @info "STRAIT_BIN is not set: nothing is tested against a real host"
     end

@@ -24,6 +24,7 @@ mutable struct Driver
     handles::Dict{String,Any}
     axes::Dict{String,Vector{String}}         # of each kernel: its parameters of kind axis
     prepared::Dict{String,Strait.Prepared}
+    kept::Vector{Any}                         # streams and readers of channels that are to stay open
 end
 
 session(d::Driver) = d.session === nothing ? throw(DriverError("no session")) : d.session
@@ -78,6 +79,7 @@ function connect!(d::Driver, request)
     d.session === nothing || close(d.session)
     d.session = nothing
     empty!(d.prepared)
+    empty!(d.kept)
     s = d.session = connect(request["address"]; renew = something(option(request, "renew"), true))
     return (host_id = s.welcome["host_id"], move_min_bytes = s.welcome["move_min_bytes"], inline_bytes = s.welcome["inline_bytes"])
 end
@@ -210,6 +212,62 @@ end
 
 close_prepared(d::Driver, request) = (close(prepared(d, request)); delete!(d.prepared, request["prepared"]); NamedTuple())
 
+# ---- channels
+
+"A tensor with so many rows from `from` on."
+rows_of(x::Array, from::Int, count::Int) = copy(selectdim(x, ndims(x), from+1:from+count))
+
+function channel_produce(d::Driver, request)
+    s = session(d)
+    given = Dict{String,Array}(port => array_of(d, x["handle"]) for (port, x) in request["inputs"])
+    specs = [port => Strait.TensorSpec(eltype(x), Base.front(size(x))..., request["rows"]) for (port, x) in given]
+    keywords = (Symbol(name) => value for (name, value) in parameters(d, request, given))
+    channel = (; (Symbol(key) => value for (key, value) in request["channel"])...)
+    options = (; (Symbol(key) => request[key] for key in ("deadline_ms", "request_id", "limits") if option(request, key) !== nothing)..., channel = channel)
+    stream = prepare_stream(s, request["kernel"], specs...; options = options, keywords...)
+    how, cuts, from = something(option(request, "end"), "last"), request["cuts"], 0
+    try
+        isempty(cuts) && how == "last" && last!(stream)
+        for (index, cut) in enumerate(cuts)
+            ports = (; (Symbol(spec.name) => rows_of(given[spec.name], from, cut) for spec in stream.inputs)...)
+            how == "last" && index == length(cuts) ? last!(stream; ports...) : chunk!(stream; ports...)
+            from += cut
+        end
+    catch
+        close(stream)
+        rethrow()
+    end
+    how == "keep" ? push!(d.kept, stream) : close(stream)
+    return (chunks = how == "last" ? max(1, length(cuts)) : length(cuts),)
+end
+
+function channel_read(d::Driver, request)
+    reader = read_channel(session(d), request["channel"]; request_id = option(request, "request_id"))
+    most, files = option(request, "batches"), something(option(request, "files"), Dict())
+    numbers, ended = Int[], false
+    rows = Dict(spec.name => Int[] for spec in reader.outputs)
+    try
+        while length(numbers) != most
+            next = iterate(reader)
+            next === nothing && (ended = true; break)
+            push!(numbers, reader.number)
+            found = length(reader.outputs) == 1 ? (next[1],) : Tuple(next[1])
+            for (spec, y) in zip(reader.outputs, found)
+                push!(rows[spec.name], size(y, ndims(y)))
+                file = get(files, spec.name, nothing)
+                file === nothing || open(io -> write(io, y), file, "a")
+            end
+        end
+        something(option(request, "acknowledge"), false) && acknowledge!(reader)
+    catch
+        close(reader)
+        rethrow()
+    end
+    something(option(request, "keep"), false) ? push!(d.kept, reader) : close(reader)
+    return (kernel = reader.kernel, outputs = specs(reader.outputs), numbers = numbers, rows = rows, ended = ended,
+        notes = [(key = key, text = text) for (key, text) in reader.notes])
+end
+
 function concurrent(d::Driver, request)
     repeat = something(option(request, "repeat"), 1)
     foreach(call -> axes_of(d, call["kernel"]), request["calls"])
@@ -268,9 +326,9 @@ end
 
 function perform(d::Driver, request)
     op = request["op"]
-    op == "hello" && return (language = "julia", client = "strait-julia/$(Strait.CLIENT_VERSION)", fork = "refused")
+    op == "hello" && return (language = "julia", client = "strait-julia/$(Strait.CLIENT_VERSION)", fork = "refused", channels = true)
     op == "connect" && return connect!(d, request)
-    op == "close" && return (close(session(d)); NamedTuple())
+    op == "close" && return (close(session(d)); empty!(d.kept); NamedTuple())
     op == "make" && return make(d, request)
     op == "put" && return put(d, request)
     op == "get" && return get_flight(d, request)
@@ -318,11 +376,12 @@ function failed(e)
     e isa LeaseExpired && return (; answer..., request_id = e.request_id)
     e isa RemoteError || return answer
     answer = (; answer..., code = e.code, reason = e.reason, request_id = e.request_id)
+    isempty(e.details) || (answer = (; answer..., details = e.details))
     return e.backtrace === nothing ? answer : (; answer..., backtrace = e.backtrace)
 end
 
 function main()
-    driver = Driver(nothing, Dict(), Dict(), Dict())
+    driver = Driver(nothing, Dict(), Dict(), Dict(), [])
     for line in eachline(stdin)
         isempty(line) && continue
         request = JSON.decode(line)
