@@ -121,7 +121,7 @@ type CallOption interface {
 	call(*invokeRequest) error
 }
 
-// PrepareOption changes one Prepare or PrepareStream: Param, Deadline, Limits, ChannelOptions.
+// PrepareOption changes one Prepare or PrepareStream: Param, Deadline, Limits; Ring for Prepare, ChannelOptions for PrepareStream.
 type PrepareOption interface {
 	prepare(*prepareRequest) error
 }

@@ -147,8 +147,8 @@ func (c *Channel) Close() error {
 }
 
 // Batches yields batch after batch until the end, each of which is acknowledged when the loop asks for the next one. An error
-// is the last that it yields. Whoever leaves the loop before the end has not acknowledged the batch that he left it with, and
-// may begin another loop, or Close the channel.
+// is the last that it yields. A loop that is left has not acknowledged its last batch; another loop goes on behind that, and
+// Close leaves the channel.
 func (c *Channel) Batches(ctx context.Context) iter.Seq2[*Batch, error] {
 	return func(yield func(*Batch, error) bool) {
 		for {

@@ -32,6 +32,8 @@ type conn struct {
 	log    *slog.Logger
 	// Of elements beside one request.
 	payloadRoom int
+	// For how long a call of what is prepared looks for its reply before it sleeps.
+	spin time.Duration
 	// Held to write one frame. A channel, so that a context can end the wait for it.
 	writing chan struct{}
 
@@ -75,7 +77,7 @@ type reply struct {
 	lost bool
 }
 
-func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) {
+func newConn(socket *net.UnixConn, o *dialOptions) (*conn, error) {
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("strait: a socket without a descriptor: %w", err), socket.Close())
@@ -86,11 +88,12 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 	c := &conn{
 		socket:      socket,
 		raw:         raw,
-		log:         log,
+		log:         o.log,
+		spin:        o.spin,
 		payloadRoom: payloadRoom(sendBuffer),
 		writing:     make(chan struct{}, 1),
 		waiting:     map[uint32]*waiter{},
-		leases:      newLeases(renew),
+		leases:      newLeases(o.renew),
 		lines:       map[finisher]struct{}{},
 		done:        make(chan struct{}),
 		wake:        make(chan struct{}, 1),

@@ -90,8 +90,11 @@ func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inpu
 			return nil, err
 		}
 	}
-	if asked.Channel != nil && !asked.Stream {
+	switch {
+	case asked.Channel != nil && !asked.Stream:
 		return nil, argumentError("channel %q takes what comes of a stream; prepare it by PrepareStream", asked.Channel.Name)
+	case asked.Ring && asked.Stream:
+		return nil, argumentError("chunks do not go through a Ring, which is for Prepare")
 	}
 	uses, err := c.say(ctx, inputs, &asked.kernelRequest, nil)
 	// By then the host has what it keeps.
@@ -109,7 +112,7 @@ func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inpu
 		closeAll(came.fds)
 		return nil, err
 	}
-	socket, err := c.conn.newLine(came.fds[0])
+	socket, err := c.conn.newLine(came.fds, &reply)
 	if err != nil {
 		return nil, err
 	}
@@ -118,8 +121,13 @@ func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inpu
 
 // check holds the host's word against what was asked, and against itself.
 func (r *prepareReply) check(asked *prepareRequest, fds int) error {
-	if fds != 1 {
-		return protocolError("%d descriptors beside the OK to PREPARE, which has one", fds)
+	expected := 1
+	if asked.Ring {
+		expected = 2
+	}
+	if fds != expected || (r.Ring != nil) != asked.Ring {
+		return protocolError("%d descriptors beside the OK to PREPARE, which has %d, and the place of a ring: %t, where %t was asked for",
+			fds, expected, r.Ring != nil, asked.Ring)
 	}
 	brought := 0
 	for _, said := range asked.Inputs {
@@ -143,6 +151,9 @@ func (r *prepareReply) check(asked *prepareRequest, fds int) error {
 	}
 	if err := checkPlaces(r.Outputs, r.ReplyBytes); err != nil {
 		return protocolError("prepared outputs: %w", err)
+	}
+	if layout := ringOf(r.RequestBytes, r.ReplyBytes); asked.Ring && *r.Ring != layout {
+		return protocolError("a ring that lies as %v and not as %v", *r.Ring, layout)
 	}
 	if asked.Channel != nil && len(r.Outputs) != 0 {
 		return protocolError("%d prepared outputs of a stream whose outputs go to channel %q", len(r.Outputs), asked.Channel.Name)

@@ -246,6 +246,7 @@ type prepareRequest struct {
 	kernelRequest
 	Stream  bool            `json:"stream,omitempty"`
 	Channel *channelRequest `json:"channel,omitempty"`
+	Ring    bool            `json:"ring,omitempty"`
 }
 
 // channelRequest has what comes of a stream go to a channel.
@@ -354,6 +355,7 @@ type prepareReply struct {
 	Inputs       []preparedPlace `json:"inputs"`
 	ReplyBytes   int64           `json:"reply_bytes"`
 	Outputs      []preparedPlace `json:"outputs"`
+	Ring         *ringReply      `json:"ring"`
 	RequestID    string          `json:"request_id"`
 }
 
