@@ -207,7 +207,9 @@ func TestAFullChannelHoldsItsProducerUp(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
-	s.Close()
+	if _, err := s.Chunk(ctx, Inputs{"x": Slice([]float64{5})}); !errors.Is(err, ErrDisconnected) || !strings.Contains(err.Error(), "over with its last chunk") {
+		t.Error(err)
+	}
 	held(t, c, 1, 0)
 }
 

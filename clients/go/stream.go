@@ -19,6 +19,8 @@ import (
 // one then.
 type Stream struct {
 	prepared *Prepared
+	// What comes of it goes to a channel, which ends with the last chunk.
+	channel bool
 	// One frame's rows are received here.
 	room []output
 }
@@ -61,7 +63,7 @@ func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs
 	if err != nil {
 		return nil, err
 	}
-	s := &Stream{prepared, make([]output, len(prepared.outputs))}
+	s := &Stream{prepared, asked.Channel != nil, make([]output, len(prepared.outputs))}
 	for i, place := range prepared.outputs {
 		s.room[i].bytes = words(int(place.Length))
 	}
@@ -91,7 +93,8 @@ func (s *Stream) Chunk(ctx context.Context, inputs Inputs) (*Result, error) {
 }
 
 // Last gives the kernel the last rows, as Chunk does, or none if inputs are empty, and returns the rest and the kernel's
-// Notes. The next Chunk begins another stream, of which the kernel knows nothing yet.
+// Notes. The next Chunk begins another stream, of which the kernel knows nothing yet. With ChannelOptions Last returns when the
+// consumer has acknowledged the end, and the Stream is closed then.
 func (s *Stream) Last(ctx context.Context, inputs Inputs) (*Result, error) {
 	if len(inputs) == 0 {
 		inputs = Inputs{}
@@ -120,6 +123,9 @@ func (s *Stream) send(ctx context.Context, op op, inputs Inputs) (*Result, error
 	result, err := s.pieces(ctx, op, brought)
 	stop()
 	if err == nil {
+		if s.channel && op == opLast {
+			_ = p.line.drop(closed("over with its last chunk, as the channel is"))
+		}
 		return result, nil
 	}
 	if remote := (*RemoteError)(nil); errors.As(err, &remote) {
