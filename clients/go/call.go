@@ -121,9 +121,9 @@ type CallOption interface {
 	call(*invokeRequest) error
 }
 
-// PrepareOption changes one Prepare: Param, Deadline, Limits.
+// PrepareOption changes one Prepare or PrepareStream: Param, Deadline, Limits; Ring for Prepare, ChannelOptions for PrepareStream.
 type PrepareOption interface {
-	prepare(*kernelRequest) error
+	prepare(*prepareRequest) error
 }
 
 // KernelOption changes one Call or Prepare: Param, Deadline, Limits.
@@ -148,8 +148,8 @@ func (o callOption) call(r *invokeRequest) error { return o(r) }
 
 type kernelOption func(*kernelRequest) error
 
-func (o kernelOption) call(r *invokeRequest) error    { return o(&r.kernelRequest) }
-func (o kernelOption) prepare(r *kernelRequest) error { return o(r) }
+func (o kernelOption) call(r *invokeRequest) error     { return o(&r.kernelRequest) }
+func (o kernelOption) prepare(r *prepareRequest) error { return o(&r.kernelRequest) }
 
 func plainOption(set func(*invokeRequest)) CallOption {
 	return callOption(func(r *invokeRequest) error {
@@ -232,8 +232,8 @@ type Limits struct {
 	LogBytes    int64 `json:"log_bytes,omitempty"`
 }
 
-func (l Limits) call(r *invokeRequest) error    { r.Limits = &l; return nil }
-func (l Limits) prepare(r *kernelRequest) error { r.Limits = &l; return nil }
+func (l Limits) call(r *invokeRequest) error     { r.Limits = &l; return nil }
+func (l Limits) prepare(r *prepareRequest) error { r.Limits = &l; return nil }
 
 // Verify asks the host which pages the kernel saw: Result.Pages.
 func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
@@ -289,9 +289,12 @@ type Result struct {
 }
 
 // Tensor is the output of a port. If there is none, the tensor it returns fails wherever it is used.
-func (r *Result) Tensor(port string) *Tensor {
-	ports := make([]string, 0, len(r.Tensors))
-	for _, t := range r.Tensors {
+func (r *Result) Tensor(port string) *Tensor { return ofPort(r.Tensors, port) }
+
+// ofPort is the tensor of a port, or one that fails wherever it is used.
+func ofPort(tensors []*Tensor, port string) *Tensor {
+	ports := make([]string, 0, len(tensors))
+	for _, t := range tensors {
 		if t.Name() == port {
 			return t
 		}

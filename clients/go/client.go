@@ -58,6 +58,7 @@ type dialOptions struct {
 	name      string
 	log       *slog.Logger
 	copyBytes int64
+	spin      time.Duration
 }
 
 // DialOption changes how a client behaves.
@@ -80,6 +81,12 @@ func WithLogger(log *slog.Logger) DialOption { return func(o *dialOptions) { o.l
 // WithCopyCache sets how many bytes of segments are kept for inputs that have to be copied (Slice),
 // so that a repeated call finds warm memory; 0 keeps none. The default is 256 MiB.
 func WithCopyCache(bytes int64) DialOption { return func(o *dialOptions) { o.copyBytes = bytes } }
+
+// WithSpin has calls of what is prepared look for their reply for that long, at most 50 ms, before they sleep: a processor is kept
+// busy, and a wake-up saved. The default is not to look.
+func WithSpin(spin time.Duration) DialOption {
+	return func(o *dialOptions) { o.spin = min(max(spin, 0), spinMax) }
+}
 
 // Dial connects to the host whose directory address names (unix:///run/strait), or for an empty
 // address to the one that Directory finds. ctx is for dialling only.
@@ -108,7 +115,7 @@ func greet(ctx context.Context, socket *net.UnixConn, options []DialOption) (*Cl
 	for _, option := range options {
 		option(&o)
 	}
-	conn, err := newConn(socket, o.renew, o.log)
+	conn, err := newConn(socket, &o)
 	if err != nil {
 		return nil, err
 	}

@@ -32,6 +32,8 @@ type conn struct {
 	log    *slog.Logger
 	// Of elements beside one request.
 	payloadRoom int
+	// For how long a call of what is prepared looks for its reply before it sleeps.
+	spin time.Duration
 	// Held to write one frame. A channel, so that a context can end the wait for it.
 	writing chan struct{}
 
@@ -41,8 +43,8 @@ type conn struct {
 	waiting  map[uint32]*waiter
 	leases   leases
 	drain    time.Time
-	// What was prepared ends with the connection.
-	lines map[*line]struct{}
+	// What was prepared, and channels, end with the connection.
+	lines map[finisher]struct{}
 	// Tensors that the garbage collector found, and leases that could not be released at once.
 	lost    []*handle
 	pending []uint64
@@ -75,7 +77,7 @@ type reply struct {
 	lost bool
 }
 
-func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) {
+func newConn(socket *net.UnixConn, o *dialOptions) (*conn, error) {
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("strait: a socket without a descriptor: %w", err), socket.Close())
@@ -86,12 +88,13 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 	c := &conn{
 		socket:      socket,
 		raw:         raw,
-		log:         log,
+		log:         o.log,
+		spin:        o.spin,
 		payloadRoom: payloadRoom(sendBuffer),
 		writing:     make(chan struct{}, 1),
 		waiting:     map[uint32]*waiter{},
-		leases:      newLeases(renew),
-		lines:       map[*line]struct{}{},
+		leases:      newLeases(o.renew),
+		lines:       map[finisher]struct{}{},
 		done:        make(chan struct{}),
 		wake:        make(chan struct{}, 1),
 	}
@@ -526,6 +529,27 @@ func (c *conn) finish(why error) {
 	clear(c.lines)
 	// Whatever it returns, the connection is over.
 	_ = c.socket.Close()
+}
+
+// finisher is what has a socket of its own and ends with its connection.
+type finisher interface{ finish(why error) }
+
+// add has l end with the connection, at once if that is over.
+func (c *conn) add(l finisher) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err != nil {
+		l.finish(c.err)
+		return c.err
+	}
+	c.lines[l] = struct{}{}
+	return nil
+}
+
+func (c *conn) remove(l finisher) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.lines, l)
 }
 
 // end is why the connection is over; nil while it is not.

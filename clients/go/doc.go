@@ -33,8 +33,9 @@
 //	  │         ├ reader goroutine: replies to who waits
 //	  │         └ upkeep goroutine: renewal of leases, tensors that the collector found
 //	  ├─▶ Tensor ─▶ segment: a mapping and the lease that holds it
-//	  └─▶ Prepared ─▶ line: a socket of its own, on which one call at a time sends and waits
-//	         └ Stream: its calls are chunks, each with any number of answers
+//	  ├─▶ Prepared ─▶ line: a socket of its own, on which one call at a time sends and waits, perhaps with a ring beside it
+//	  │      └ Stream: its calls are chunks, each with any number of answers, or none if they go to a channel
+//	  └─▶ Channel ─▶ packets: a socket of its own, on which batches come
 //
 // Package arrowalloc builds Arrow arrays in shared memory, package flight reads and puts over
 // Arrow Flight. docs/protocol.md is the protocol.

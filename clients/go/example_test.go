@@ -63,3 +63,44 @@ func ExampleClient_Stream() {
 		fmt.Println(y)
 	}
 }
+
+// One goroutine feeds a running sum, and another reads what comes of it: as well two processes, each with a client.
+func ExampleClient_ReadChannel() {
+	ctx := context.Background()
+	c, err := strait.Dial(ctx, "")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+	sums := strait.ChannelOptions{Name: "sums"}
+	s, err := c.PrepareStream(ctx, "cumsum", strait.Inputs{"x": strait.Each[float64](4096)}, sums)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer s.Close()
+	go func() {
+		for _, x := range [][]float64{{1, 2, 3}, {4}} {
+			if _, err := s.Chunk(ctx, strait.Inputs{"x": strait.Slice(x)}); err != nil {
+				log.Fatal(err)
+			}
+		}
+		if _, err := s.Last(ctx, nil); err != nil {
+			log.Fatal(err)
+		}
+	}()
+	channel, err := c.ReadChannel(ctx, "sums")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer channel.Close()
+	for batch, err := range channel.Batches(ctx) {
+		if err != nil {
+			log.Fatal(err)
+		}
+		y, err := strait.As[float64](batch.Tensor("y"))
+		if err != nil {
+			log.Fatal(err)
+		}
+		fmt.Println(batch.Number, y)
+	}
+}

@@ -242,7 +242,7 @@ func TestAPayloadHasRoomForSoMuch(t *testing.T) {
 	if err := near.SetWriteBuffer(64 << 10); err != nil {
 		t.Fatal(err)
 	}
-	c := must[*conn](t)(newConn(near, false, slog.Default()))
+	c := must[*conn](t)(newConn(near, &dialOptions{log: slog.Default()}))
 	defer c.finish(net.ErrClosed)
 	longest := headerBytes + bodyBytesMax + c.payloadRoom
 	if c.payloadRoom == 0 || c.payloadRoom == payloadBytesMax {

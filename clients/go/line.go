@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// line is the socket of what is prepared. Its system calls wait on their thread and not with the runtime's poller, with
-// which a call takes some 10 us more.
+// line is the socket of what is prepared, and perhaps a ring beside it. Its system calls wait on their thread and not with the
+// runtime's poller, with which a call takes some 10 us more.
 //
 //	Prepared.Call, Stream.Chunk ─▶ send, receive: enter, the system call, leave
 //	finish (Close, the end of the connection, a wrong reply, the collector) ends either, and what comes after
@@ -23,13 +23,32 @@ type line struct {
 	fd int
 	// Somebody is in a system call with fd, who closes it then.
 	entered bool
+	// Through which calls go, if that was asked for; unmapped when the socket is closed.
+	ring *ring
 	// Why it is over; set once, before done is closed.
 	err  error
 	done chan struct{}
 }
 
-// newLine takes over fd, also when it fails.
-func (c *conn) newLine(fd int) (*line, error) {
+// newLine takes over the descriptors of a socket and perhaps a ring, also when it fails.
+func (c *conn) newLine(fds []int, reply *prepareReply) (*line, error) {
+	if err := checkPackets(fds[0], false); err != nil {
+		closeAll(fds[1:])
+		return nil, err
+	}
+	l := &line{conn: c, fd: fds[0], done: make(chan struct{})}
+	if len(fds) > 1 {
+		var err error
+		if l.ring, err = newRing(fds[1], *reply.Ring, reply.ReplyBytes); err != nil {
+			l.finish(err)
+			return nil, err
+		}
+	}
+	return l, c.add(l)
+}
+
+// checkPackets says whether fd is a socket as the host hands them out, which waits as nonblocking says. It closes any other.
+func checkPackets(fd int, nonblocking bool) error {
 	domain, domainErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_DOMAIN)
 	kind, kindErr := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_TYPE)
 	err := errors.Join(domainErr, kindErr)
@@ -37,21 +56,13 @@ func (c *conn) newLine(fd int) (*line, error) {
 		err = fmt.Errorf("a socket of domain %d and type %d", domain, kind)
 	}
 	if err == nil {
-		err = unix.SetNonblock(fd, false)
+		err = unix.SetNonblock(fd, nonblocking)
 	}
 	if err != nil {
 		closeAll([]int{fd})
-		return nil, protocolError("calls need a unix socket for packets: %w", err)
+		return protocolError("calls and channels need a unix socket for packets: %w", err)
 	}
-	l := &line{conn: c, fd: fd, done: make(chan struct{})}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		l.finish(c.err)
-		return nil, c.err
-	}
-	c.lines[l] = struct{}{}
-	return l, nil
+	return nil
 }
 
 // enter is the descriptor, until leave. One caller at a time.
@@ -95,14 +106,16 @@ func (l *line) finish(why error) {
 func (l *line) close() {
 	_ = unix.Close(l.fd)
 	l.fd = -1
+	if l.ring != nil {
+		// Of a mapping of its own, which nobody else knows.
+		_ = l.ring.pages.Unmap()
+	}
 }
 
 // drop is finish for one that the connection need not end any more. It answers the reason that stands.
 func (l *line) drop(why error) error {
 	l.finish(why)
-	l.conn.mu.Lock()
-	delete(l.conn.lines, l)
-	l.conn.mu.Unlock()
+	l.conn.remove(l)
 	return l.end()
 }
 
@@ -120,6 +133,9 @@ func (l *line) send(packet [][]byte) error {
 		return err
 	}
 	defer l.leave()
+	if l.ring != nil {
+		return l.ring.send(fd, packet)
+	}
 	for {
 		if _, err = unix.SendmsgBuffers(fd, packet, nil, nil, unix.MSG_NOSIGNAL); err != unix.EINTR {
 			break
@@ -131,19 +147,36 @@ func (l *line) send(packet [][]byte) error {
 	return nil
 }
 
-// receive waits for the next packet, which has so many bytes in answer's parts of memory.
+// receive waits for the next reply, which has so many bytes in answer's parts of memory.
 func (l *line) receive(answer [][]byte) (int, error) {
 	fd, err := l.enter()
 	if err != nil {
 		return 0, err
 	}
 	defer l.leave()
+	spin := l.conn.spin
+	if l.ring != nil {
+		return l.ring.receive(l, fd, answer, spin)
+	}
+	for until := time.Now().Add(spin); spin > 0 && time.Now().Before(until); {
+		n, err := l.packet(fd, answer, unix.MSG_DONTWAIT)
+		if err != unix.EAGAIN {
+			return n, err
+		}
+	}
+	return l.packet(fd, answer, 0)
+}
+
+// packet receives from the socket; with MSG_DONTWAIT as how, the error is EAGAIN if there is nothing.
+func (l *line) packet(fd int, answer [][]byte, how int) (int, error) {
 	for {
 		// Without room for them descriptors are not received, and MSG_CTRUNC tells of them.
-		n, _, flags, _, err := unix.RecvmsgBuffers(fd, answer, nil, 0)
+		n, _, flags, _, err := unix.RecvmsgBuffers(fd, answer, nil, how)
 		switch {
 		case err == unix.EINTR:
 			continue
+		case err == unix.EAGAIN:
+			return 0, err
 		case err != nil:
 			return 0, fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
 		case n == 0:

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
-	"sync"
 
 	"strait/internal/shm"
 )
@@ -55,34 +54,21 @@ func (b Brought) elements() (Copied, *segment, error) {
 // Any number of goroutines may use it at once; its calls run one after another. Prepare the kernel several times to have
 // calls side by side. A call occupies a thread of the operating system while it waits.
 type Prepared struct {
-	conn *conn
+	replies
 	line *line
 	// By it the host is told to end a call.
 	number    uint64
 	requestID string
 	inputs    []preparedPlace
-	outputs   []preparedPlace
-	replyLen  int
-	// It is a Stream's.
-	streams bool
 
-	// Held by the call that is under way, and so is all that follows. A channel, so that a context can end the wait for it.
+	// Held by the call that is under way, and so are the replies and all that follows. A channel, so that a context can end
+	// the wait for it.
 	calling  chan struct{}
 	sequence uint32
 	// The header and the sizes of the inputs; the elements follow.
 	head   []byte
 	packet [][]byte
-	// The header and the sizes of the outputs of the reply.
-	replyHead []byte
-	answer    [][]byte
-	// What is received between outputs: something only beside a body.
-	gaps []byte
-	// Those of the outputs that were received last.
-	places []Place
 }
-
-// rests is memory for what is received behind outputs: an ERROR, or what a body moves there. A call that is under way has one.
-var rests = sync.Pool{New: func() any { return new([bodyBytesMax + 1]byte) }}
 
 // zeros are between tensors and behind them.
 var zeros [payloadBytesMax]byte
@@ -100,9 +86,15 @@ func (c *Client) Prepare(ctx context.Context, kernel string, inputs Inputs, opti
 
 func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inputs, options []PrepareOption) (*Prepared, error) {
 	for _, option := range options {
-		if err := option.prepare(&asked.kernelRequest); err != nil {
+		if err := option.prepare(asked); err != nil {
 			return nil, err
 		}
+	}
+	switch {
+	case asked.Channel != nil && !asked.Stream:
+		return nil, argumentError("channel %q takes what comes of a stream; prepare it by PrepareStream", asked.Channel.Name)
+	case asked.Ring && asked.Stream:
+		return nil, argumentError("chunks do not go through a Ring, which is for Prepare")
 	}
 	uses, err := c.say(ctx, inputs, &asked.kernelRequest, nil)
 	// By then the host has what it keeps.
@@ -120,7 +112,7 @@ func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inpu
 		closeAll(came.fds)
 		return nil, err
 	}
-	socket, err := c.conn.newLine(came.fds[0])
+	socket, err := c.conn.newLine(came.fds, &reply)
 	if err != nil {
 		return nil, err
 	}
@@ -129,8 +121,13 @@ func (c *Client) prepare(ctx context.Context, asked *prepareRequest, inputs Inpu
 
 // check holds the host's word against what was asked, and against itself.
 func (r *prepareReply) check(asked *prepareRequest, fds int) error {
-	if fds != 1 {
-		return protocolError("%d descriptors beside the OK to PREPARE, which has one", fds)
+	expected := 1
+	if asked.Ring {
+		expected = 2
+	}
+	if fds != expected || (r.Ring != nil) != asked.Ring {
+		return protocolError("%d descriptors beside the OK to PREPARE, which has %d, and the place of a ring: %t, where %t was asked for",
+			fds, expected, r.Ring != nil, asked.Ring)
 	}
 	brought := 0
 	for _, said := range asked.Inputs {
@@ -155,8 +152,22 @@ func (r *prepareReply) check(asked *prepareRequest, fds int) error {
 	if err := checkPlaces(r.Outputs, r.ReplyBytes); err != nil {
 		return protocolError("prepared outputs: %w", err)
 	}
-	if i := slices.IndexFunc(r.Outputs, func(place preparedPlace) bool { return len(place.Shape) == 0 }); asked.Stream && i >= 0 {
-		return protocolError("output %q of a stream has no axis, so that it has no rows", r.Outputs[i].Port)
+	if layout := ringOf(r.RequestBytes, r.ReplyBytes); asked.Ring && *r.Ring != layout {
+		return protocolError("a ring that lies as %v and not as %v", *r.Ring, layout)
+	}
+	if asked.Channel != nil && len(r.Outputs) != 0 {
+		return protocolError("%d prepared outputs of a stream whose outputs go to channel %q", len(r.Outputs), asked.Channel.Name)
+	}
+	if asked.Stream {
+		return checkRows(r.Outputs)
+	}
+	return nil
+}
+
+// checkRows says whether each output of a stream has an axis along which its rows are.
+func checkRows(outputs []preparedPlace) error {
+	if i := slices.IndexFunc(outputs, func(place preparedPlace) bool { return len(place.Shape) == 0 }); i >= 0 {
+		return protocolError("output %q of a stream has no axis, so that it has no rows", outputs[i].Port)
 	}
 	return nil
 }
@@ -186,19 +197,13 @@ func checkPlaces(places []preparedPlace, had int64) error {
 
 func newPrepared(socket *line, streams bool, reply *prepareReply) *Prepared {
 	p := &Prepared{
-		conn:      socket.conn,
+		replies:   newReplies(socket.conn, reply.Outputs, reply.ReplyBytes, streams),
 		line:      socket,
 		number:    reply.Prepared,
 		requestID: reply.RequestID,
 		inputs:    reply.Inputs,
-		outputs:   reply.Outputs,
-		replyLen:  int(reply.ReplyBytes),
-		streams:   streams,
 		calling:   make(chan struct{}, 1),
 		head:      make([]byte, headerBytes+sizesBytes*len(reply.Inputs)),
-		replyHead: make([]byte, headerBytes+sizesBytes*len(reply.Outputs)),
-		gaps:      make([]byte, alignBytes*len(reply.Outputs)),
-		places:    make([]Place, len(reply.Outputs)),
 	}
 	encodeHeader(p.head, header{op: opCall}, 0, int(reply.RequestBytes))
 	runtime.AddCleanup(p, func(l *line) { _ = l.drop(closed("forgotten")) }, socket)
@@ -425,7 +430,7 @@ func (p *Prepared) call(brought []Copied, outputs []output) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, reply, err := p.received(n, outputs)
+	_, reply, err := p.received(n, opCall, p.sequence, outputs)
 	if err != nil {
 		return nil, err
 	}
@@ -434,18 +439,6 @@ func (p *Prepared) call(brought []Copied, outputs []output) (*Result, error) {
 		result.Tensors[i] = p.tensor(place, outputs[i].bytes)
 	}
 	return result, nil
-}
-
-// answerInto has replies received in outputs. What it returns goes back to rests.
-func (p *Prepared) answerInto(outputs []output) *[bodyBytesMax + 1]byte {
-	p.answer = append(p.answer[:0], p.replyHead)
-	for i := range outputs {
-		bytes := outputs[i].bytes
-		p.answer = append(p.answer, bytes, p.gaps[alignBytes*i:][:-len(bytes)&(alignBytes-1)])
-	}
-	rest := rests.Get().(*[bodyBytesMax + 1]byte)
-	p.answer = append(p.answer, rest[:])
-	return rest
 }
 
 // ask sends a request with what it brings.
@@ -480,86 +473,7 @@ func (p *Prepared) pack(op op, brought []Copied) {
 	}
 }
 
-// received reads the n bytes of a reply from where they were received: an OK, or for a stream a CHUNK, before which there
-// are more. The elements of outputs are in their memory then, and p.places says what they are.
-func (p *Prepared) received(n int, outputs []output) (op, callReply, error) {
-	refuse := func(err error) (op, callReply, error) { return 0, callReply{}, err }
-	h, bodyBytes, err := decodeHeader(p.replyHead[:min(n, headerBytes)], n)
-	switch {
-	case err != nil:
-		return refuse(err)
-	case h.sequence != p.sequence:
-		return refuse(protocolError("the reply to call %d answers call %d", p.sequence, h.sequence))
-	case h.op == opError:
-		remote := &RemoteError{}
-		if err := decodeBody(linear(p.answer, n)[headerBytes:], remote); err != nil {
-			return refuse(err)
-		}
-		return refuse(remote)
-	case h.op != opOK && (h.op != opChunk || !p.streams):
-		return refuse(protocolError("op %d answers op %d", h.op, p.head[3]))
-	case n-headerBytes-bodyBytes != p.replyLen:
-		return refuse(protocolError("%d payload bytes answer a call; %d were said", n-headerBytes-bodyBytes, p.replyLen))
-	}
-	var reply callReply
-	if bodyBytes > 0 {
-		packet := linear(p.answer, n)
-		if err := decodeBody(packet[headerBytes:headerBytes+bodyBytes], &reply); err != nil {
-			return refuse(err)
-		}
-		// To where it is without a body.
-		payload := packet[headerBytes+bodyBytes:]
-		copy(p.replyHead[headerBytes:], payload)
-		for i := range outputs {
-			copy(outputs[i].bytes, payload[p.outputs[i].Offset:])
-		}
-	}
-	for i := range outputs {
-		p.places[i], err = p.outputs[i].sized(p.replyHead[headerBytes+sizesBytes*i:][:sizesBytes], p.streams)
-		if err != nil {
-			return refuse(err)
-		}
-		p.conn.copiedBytes.Add(p.places[i].Length)
-	}
-	return h.op, reply, nil
-}
-
 // result has no tensors yet.
 func (p *Prepared) result(notes []Note) *Result {
 	return &Result{Notes: notes, RequestID: p.requestID, Tensors: make([]*Tensor, len(p.outputs))}
-}
-
-// tensor is an output in memory of its own.
-func (p *Prepared) tensor(place Place, memory []byte) *Tensor {
-	s := &segment{conn: p.conn, mapping: Mapping{Tensors: []Place{place}}, memory: memory, fd: -1, holders: 1}
-	return newTensor(s, &s.mapping.Tensors[0])
-}
-
-// linear is a copy of the first n bytes of what lies in parts.
-func linear(parts [][]byte, n int) []byte {
-	all := make([]byte, 0, n)
-	for _, part := range parts {
-		all = append(all, part[:min(len(part), n-len(all))]...)
-	}
-	return all
-}
-
-// sized is an output with the sizes that came, in memory of its own. A stream's rows are as they were said.
-func (p *preparedPlace) sized(sizes []byte, streams bool) (Place, error) {
-	shape := make([]int, len(p.Shape))
-	for axis := range rankMax {
-		size, most := binary.LittleEndian.Uint64(sizes[8*axis:]), uint64(0)
-		if axis < len(shape) {
-			most = uint64(p.Shape[axis])
-		}
-		if size > most || streams && axis > 0 && size != most {
-			return Place{}, protocolError("output %q has %d along axis %d; %s was said", p.Port, size, axis, spec(p.DType, p.Shape))
-		}
-		if axis < len(shape) {
-			shape[axis] = int(size)
-		}
-	}
-	// No more than the bytes of the largest.
-	bytes, err := byteSize(p.DType, shape)
-	return Place{Spec{p.Port, p.DType, shape}, 0, bytes}, err
 }

@@ -38,6 +38,8 @@ type Stats struct {
 		IdleSegments int64 `json:"idle_segments"`
 		IdleBytes    int64 `json:"idle_bytes"`
 	} `json:"pool"`
+	// Channels are this principal's.
+	Channels []ChannelStats `json:"channels"`
 	// Own is this session's share.
 	Own struct {
 		Leases   int64 `json:"leases"`
@@ -45,6 +47,18 @@ type Stats struct {
 	} `json:"own"`
 	// JSON is the host's whole answer.
 	JSON json.RawMessage `json:"-"`
+}
+
+// ChannelStats is how far one channel has come.
+type ChannelStats struct {
+	Name   string `json:"name"`
+	Kernel string `json:"kernel"`
+	// Batches so far.
+	Batches uint64 `json:"batches"`
+	// LagBatches are not acknowledged yet, the oldest of them for LagMS milliseconds.
+	LagBatches uint64 `json:"lag_batches"`
+	LagMS      int64  `json:"lag_ms"`
+	IsRead     bool   `json:"is_read"`
 }
 
 // Stats asks the host for its counts. ClientStats has this client's own.
@@ -59,7 +73,7 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 // ClientStats is what one client did.
 type ClientStats struct {
 	// CopiedBytes of tensors that were copied on this side: Slice inputs, small results (out of the reply, and each
-	// time that they go into a call or under a name), all that goes into a call of a Prepared or Stream and comes out of it, and
+	// time that they go into a call or under a name), all that goes into a call of a Prepared or Stream and comes out of it or of a Channel, and
 	// a bool8 with bytes that no Go bool has.
 	CopiedBytes int64
 	// HugeBytes of tensors to fill that got huge pages before the first fill. Tensors of less than 4 MiB

@@ -19,6 +19,8 @@ import (
 // one then.
 type Stream struct {
 	prepared *Prepared
+	// What comes of it goes to a channel, which ends with the last chunk.
+	channel bool
 	// One frame's rows are received here.
 	room []output
 }
@@ -47,7 +49,8 @@ func (c *Client) Stream(ctx context.Context, kernel string, inputs Inputs, chunk
 
 // PrepareStream makes a kernel ready for tensors that come in chunks. An input that comes in chunks is an Each, whose first
 // size is the most rows that the kernel gets at a time; longer chunks are cut. What the kernel takes whole is anything that
-// goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included.
+// goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included. With ChannelOptions somebody else gets what
+// comes of the chunks.
 func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Stream, error) {
 	for port, input := range inputs {
 		if each, chunked := input.(Brought); chunked && (len(each.shape) == 0 || each.shape[0] < 1) {
@@ -60,7 +63,7 @@ func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs
 	if err != nil {
 		return nil, err
 	}
-	s := &Stream{prepared, make([]output, len(prepared.outputs))}
+	s := &Stream{prepared, asked.Channel != nil, make([]output, len(prepared.outputs))}
 	for i, place := range prepared.outputs {
 		s.room[i].bytes = words(int(place.Length))
 	}
@@ -73,7 +76,8 @@ func (s *Stream) Close() error { return s.prepared.Close() }
 // Inputs are those that come in chunks, in the kernel's order; they begin with the most rows that it gets at a time.
 func (s *Stream) Inputs() []Spec { return s.prepared.Inputs() }
 
-// Outputs are the kernel's, in its order; they begin with the most rows of one frame, of which a chunk may bring several.
+// Outputs are the kernel's, in its order; they begin with the most rows of one frame, of which a chunk may bring several. There
+// are none if they go to a channel.
 func (s *Stream) Outputs() []Spec { return s.prepared.Outputs() }
 
 // Chunk gives the kernel the next rows, perhaps none, of each of s.Inputs, and returns what comes of them. All sizes but the
@@ -89,7 +93,8 @@ func (s *Stream) Chunk(ctx context.Context, inputs Inputs) (*Result, error) {
 }
 
 // Last gives the kernel the last rows, as Chunk does, or none if inputs are empty, and returns the rest and the kernel's
-// Notes. The next Chunk begins another stream, of which the kernel knows nothing yet.
+// Notes. The next Chunk begins another stream, of which the kernel knows nothing yet. With ChannelOptions Last returns when the
+// consumer has acknowledged the end, and the Stream is closed then.
 func (s *Stream) Last(ctx context.Context, inputs Inputs) (*Result, error) {
 	if len(inputs) == 0 {
 		inputs = Inputs{}
@@ -118,6 +123,9 @@ func (s *Stream) send(ctx context.Context, op op, inputs Inputs) (*Result, error
 	result, err := s.pieces(ctx, op, brought)
 	stop()
 	if err == nil {
+		if s.channel && op == opLast {
+			_ = p.line.drop(closed("over with its last chunk, as the channel is"))
+		}
 		return result, nil
 	}
 	if remote := (*RemoteError)(nil); errors.As(err, &remote) {
@@ -194,7 +202,7 @@ func (s *Stream) gather(all []rows) ([]Note, error) {
 		if err != nil {
 			return nil, err
 		}
-		op, reply, err := p.received(n, s.room)
+		op, reply, err := p.received(n, op(p.head[3]), p.sequence, s.room)
 		if err != nil {
 			return nil, err
 		}

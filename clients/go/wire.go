@@ -29,6 +29,7 @@ const (
 	opPrepare  op = 18
 	opCall     op = 19
 	opCancel   op = 20
+	opStream   op = 21
 	opPing     op = 22
 	opChunk    op = 64
 	opGone     op = 65
@@ -243,7 +244,22 @@ type kernelRequest struct {
 
 type prepareRequest struct {
 	kernelRequest
-	Stream bool `json:"stream,omitempty"`
+	Stream  bool            `json:"stream,omitempty"`
+	Channel *channelRequest `json:"channel,omitempty"`
+	Ring    bool            `json:"ring,omitempty"`
+}
+
+// channelRequest has what comes of a stream go to a channel.
+type channelRequest struct {
+	Name     string `json:"name"`
+	Batches  int    `json:"batches,omitempty"`
+	WaitMS   int64  `json:"wait_ms,omitempty"`
+	ResumeMS int64  `json:"resume_ms,omitempty"`
+}
+
+type streamRequest struct {
+	traced
+	Channel string `json:"channel"`
 }
 
 type invokeRequest struct {
@@ -339,7 +355,16 @@ type prepareReply struct {
 	Inputs       []preparedPlace `json:"inputs"`
 	ReplyBytes   int64           `json:"reply_bytes"`
 	Outputs      []preparedPlace `json:"outputs"`
+	Ring         *ringReply      `json:"ring"`
 	RequestID    string          `json:"request_id"`
+}
+
+type streamReply struct {
+	Channel    string          `json:"channel"`
+	Kernel     string          `json:"kernel"`
+	Outputs    []preparedPlace `json:"outputs"`
+	BatchBytes int64           `json:"batch_bytes"`
+	First      uint64          `json:"first"`
 }
 
 // preparedPlace is a tensor's in the payload of a CALL or CHUNK, or of the answers to it.

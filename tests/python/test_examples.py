@@ -41,7 +41,7 @@ def test_first_program(host, program, folder):
 
 
 # What makes them small.
-SCRIPTS = {"go-julia": "--quick", "small-calls": "200"}
+SCRIPTS = {"go-julia": "--quick", "live-signal": "--quick", "small-calls": "200"}
 
 
 def test_every_script_is_known():

@@ -51,14 +51,23 @@ func run(ctx context.Context, address string, calls int) error {
 	if err != nil {
 		return err
 	}
+	if err := tellPrepared(ctx, c, "Go, prepared", calls); err != nil {
+		return err
+	}
+	return tellPrepared(ctx, c, "Go, ring", calls, strait.Ring())
+}
+
+// tellPrepared times calls of what was prepared once.
+func tellPrepared(ctx context.Context, c *strait.Client, client string, calls int, options ...strait.PrepareOption) error {
 	inputs := strait.Inputs{"x": strait.Each[float64](elements)}
-	prepared, err := c.Prepare(ctx, "scale-shift", inputs, strait.Param("a", 2), strait.Param("b", 1))
+	options = append(options, strait.Param("a", 2), strait.Param("b", 1))
+	prepared, err := c.Prepare(ctx, "scale-shift", inputs, options...)
 	if err != nil {
 		return err
 	}
 	defer prepared.Close()
 	own := make([]float64, elements)
-	return tell("Go, prepared", calls, func(i int) error {
+	return tell(client, calls, func(i int) error {
 		own[0] = float64(i)
 		return callPrepared(ctx, prepared, own)
 	})

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"strconv"
+	"sync/atomic"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -90,6 +91,13 @@ func mapAt(fd int, at unsafe.Pointer, length int, write bool, flags int) (Pages,
 // Bytes is the mapped memory. It is valid until Unmap or Resize.
 func (p Pages) Bytes() []byte {
 	return unsafe.Slice((*byte)(p.base), p.length)
+}
+
+// Word is the 4 bytes at offset, a multiple of 4, which another process may load and store at the same time. It is valid until
+// Unmap or Resize.
+func (p Pages) Word(offset int) *atomic.Uint32 {
+	word := p.Bytes()[offset : offset+4]
+	return (*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(word)))
 }
 
 // Len is the mapping's length in bytes.

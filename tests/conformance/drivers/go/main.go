@@ -55,6 +55,8 @@ type driver struct {
 	handles map[string]*handle
 	// By names of their own.
 	prepared map[string]*strait.Prepared
+	// Streams and readers of channels that are to stay open.
+	kept []io.Closer
 }
 
 // handle is a tensor, or an array of the Go heap.
@@ -92,6 +94,15 @@ type request struct {
 	Files    map[string]string `json:"files"`
 	Publish  map[string]string `json:"publish"`
 	Prepared string            `json:"prepared"`
+	// Of channels: a name, or what one is opened with.
+	Channel     any            `json:"channel"`
+	Rows        int            `json:"rows"`
+	Cuts        []int          `json:"cuts"`
+	End         string         `json:"end"`
+	Limits      *strait.Limits `json:"limits"`
+	Batches     *int           `json:"batches"`
+	Acknowledge bool           `json:"acknowledge"`
+	Keep        bool           `json:"keep"`
 }
 
 type answer map[string]any
@@ -124,6 +135,9 @@ func failure(err error) answer {
 		if remote.Backtrace != "" {
 			a["backtrace"] = remote.Backtrace
 		}
+		if len(remote.Details) > 0 {
+			a["details"] = remote.Details
+		}
 	}
 	return a
 }
@@ -150,7 +164,7 @@ func kind(err error) string {
 func (d *driver) operate(ctx context.Context, r *request) (answer, error) {
 	switch r.Op {
 	case "hello":
-		return answer{"language": "go", "client": "strait-go/" + strait.Version, "fork": "unsupported"}, nil
+		return answer{"language": "go", "client": "strait-go/" + strait.Version, "fork": "unsupported", "channels": true}, nil
 	case "fork":
 		return answer{"child": "unsupported"}, nil
 	case "connect":
@@ -161,6 +175,7 @@ func (d *driver) operate(ctx context.Context, r *request) (answer, error) {
 	}
 	switch r.Op {
 	case "close":
+		d.kept = nil
 		return answer{}, d.client.Close()
 	case "make":
 		return d.make(ctx, r)
@@ -178,6 +193,10 @@ func (d *driver) operate(ctx context.Context, r *request) (answer, error) {
 		return d.prepare(ctx, r)
 	case "call_prepared":
 		return d.callPrepared(ctx, r)
+	case "channel_produce":
+		return d.channelProduce(ctx, r)
+	case "channel_read":
+		return d.channelRead(ctx, r)
 	case "close_prepared":
 		prepared, err := d.preparedNamed(r.Prepared)
 		if err != nil {
@@ -218,6 +237,7 @@ func (d *driver) connect(ctx context.Context, r *request) (answer, error) {
 	d.client = client
 	// The session that they were of is closed.
 	clear(d.prepared)
+	d.kept = nil
 	welcome := client.Welcome()
 	return answer{"host_id": welcome.HostID, "move_min_bytes": welcome.MoveMinBytes, "inline_bytes": welcome.InlineBytes}, nil
 }
@@ -564,7 +584,7 @@ func (d *driver) calls(ctx context.Context, r *request) (answer, error) {
 		pages = append(pages, answer{"port": page.Port, "device": page.Device, "inode": page.Inode})
 	}
 	return answer{
-		"outputs": outputs, "notes": notes(result), "pages": pages, "seconds": seconds, "copied_bytes": result.CopiedBytes,
+		"outputs": outputs, "notes": notes(result.Notes), "pages": pages, "seconds": seconds, "copied_bytes": result.CopiedBytes,
 		"client_copied_bytes": d.client.ClientStats().CopiedBytes - before,
 	}, nil
 }
@@ -611,17 +631,10 @@ func (d *driver) prepare(ctx context.Context, r *request) (answer, error) {
 	if err != nil {
 		return nil, err
 	}
-	var options []strait.PrepareOption
-	for name, value := range r.Params {
-		options = append(options, strait.Param(name, parameter(value)))
-	}
-	if r.Deadline != nil {
-		options = append(options, strait.Deadline(time.Duration(*r.Deadline)*time.Millisecond))
-	}
 	if r.ID != "" {
 		ctx = strait.WithRequestID(ctx, r.ID)
 	}
-	prepared, err := d.client.Prepare(ctx, r.Kernel, inputs, options...)
+	prepared, err := d.client.Prepare(ctx, r.Kernel, inputs, r.prepareOptions()...)
 	if err != nil {
 		return nil, err
 	}
@@ -632,6 +645,20 @@ func (d *driver) prepare(ctx context.Context, r *request) (answer, error) {
 	}
 	d.prepared[name] = prepared
 	return answer{"inputs": places(prepared.Inputs()), "outputs": places(prepared.Outputs())}, nil
+}
+
+func (r *request) prepareOptions() []strait.PrepareOption {
+	var options []strait.PrepareOption
+	for name, value := range r.Params {
+		options = append(options, strait.Param(name, parameter(value)))
+	}
+	if r.Deadline != nil {
+		options = append(options, strait.Deadline(time.Duration(*r.Deadline)*time.Millisecond))
+	}
+	if r.Limits != nil {
+		options = append(options, *r.Limits)
+	}
+	return options
 }
 
 func places(specs []strait.Spec) []answer {
@@ -678,14 +705,14 @@ func (d *driver) callPrepared(ctx context.Context, r *request) (answer, error) {
 		return nil, err
 	}
 	return answer{
-		"outputs": outputs, "notes": notes(result), "seconds": seconds,
+		"outputs": outputs, "notes": notes(result.Notes), "seconds": seconds,
 		"client_copied_bytes": d.client.ClientStats().CopiedBytes - before,
 	}, nil
 }
 
-func notes(result *strait.Result) []answer {
+func notes(said []strait.Note) []answer {
 	all := []answer{}
-	for _, note := range result.Notes {
+	for _, note := range said {
 		all = append(all, answer{"key": note.Key, "text": note.Text})
 	}
 	return all
