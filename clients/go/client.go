@@ -58,6 +58,13 @@ type dialOptions struct {
 	name      string
 	log       *slog.Logger
 	copyBytes int64
+	// What is known of the host's own end, once the connection is over.
+	epitaph func() string
+}
+
+func defaultOptions() dialOptions {
+	return dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20,
+		epitaph: func() string { return "" }}
 }
 
 // DialOption changes how a client behaves.
@@ -104,11 +111,11 @@ func Dial(ctx context.Context, address string, options ...DialOption) (*Client, 
 }
 
 func greet(ctx context.Context, socket *net.UnixConn, options []DialOption) (*Client, error) {
-	o := dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20}
+	o := defaultOptions()
 	for _, option := range options {
 		option(&o)
 	}
-	conn, err := newConn(socket, o.renew, o.log)
+	conn, err := newConn(socket, &o)
 	if err != nil {
 		return nil, err
 	}

@@ -30,6 +30,8 @@ type conn struct {
 	socket *net.UnixConn
 	raw    syscall.RawConn
 	log    *slog.Logger
+	// Called by whoever notices that the connection is over.
+	epitaph func() string
 	// Of elements beside one request.
 	payloadRoom int
 	// Held to write one frame. A channel, so that a context can end the wait for it.
@@ -75,7 +77,7 @@ type reply struct {
 	lost bool
 }
 
-func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) {
+func newConn(socket *net.UnixConn, o *dialOptions) (*conn, error) {
 	raw, err := socket.SyscallConn()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("strait: a socket without a descriptor: %w", err), socket.Close())
@@ -86,11 +88,12 @@ func newConn(socket *net.UnixConn, renew bool, log *slog.Logger) (*conn, error) 
 	c := &conn{
 		socket:      socket,
 		raw:         raw,
-		log:         log,
+		log:         o.log,
+		epitaph:     o.epitaph,
 		payloadRoom: payloadRoom(sendBuffer),
 		writing:     make(chan struct{}, 1),
 		waiting:     map[uint32]*waiter{},
-		leases:      newLeases(renew),
+		leases:      newLeases(o.renew),
 		lines:       map[*line]struct{}{},
 		done:        make(chan struct{}),
 		wake:        make(chan struct{}, 1),
@@ -342,8 +345,15 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, w
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return ended(ctx)
 	}
-	c.finish(fmt.Errorf("strait: %w: %w", ErrDisconnected, err))
+	c.finish(c.broken(err))
 	return c.end()
+}
+
+func (c *conn) broken(err error) error {
+	if over := c.end(); over != nil {
+		return over
+	}
+	return fmt.Errorf("strait: %w: %w%s", ErrDisconnected, err, c.epitaph())
 }
 
 // write does not wait: EAGAIN says that the socket is full, which it hardly ever is.
@@ -409,9 +419,9 @@ func (c *conn) read() {
 		fds, rightsErr := descriptors(control[:controlled])
 		switch {
 		case err == io.EOF:
-			err = fmt.Errorf("strait: %w: the host closed it", ErrDisconnected)
+			err = fmt.Errorf("strait: %w: the host closed it%s", ErrDisconnected, c.epitaph())
 		case err != nil:
-			err = fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
+			err = c.broken(err)
 		case rightsErr != nil:
 			err = rightsErr
 		case flags&unix.MSG_TRUNC != 0 || flags&unix.MSG_CTRUNC != 0 && len(fds) == fdsMax:
