@@ -20,6 +20,7 @@ include("peer.jl")
     @testset "inline" begin include("inline.jl") end
     @testset "prepared" begin include("prepared.jl") end
     @testset "streams" begin include("stream.jl") end
+    @testset "local hosts" begin include("local.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
         @testset "live streams" begin include("live_stream.jl") end
