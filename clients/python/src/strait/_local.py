@@ -300,7 +300,8 @@ def _object(line: bytes) -> Dict[str, Any]:
 
 def _how(returncode: int) -> str:
     if returncode < 0:
-        return f"was ended by {signal.Signals(-returncode).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"was ended by {names.get(-returncode, f'signal {-returncode}')}"
     return f"ended with exit code {returncode}"
 
 
