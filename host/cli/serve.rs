@@ -70,15 +70,6 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     }
     config.server.tcp = args.tcp.or(config.server.tcp);
     config.workers.options = log::options(&args.log_level);
-    // Removed when this function returns, however it does.
-    let temporary = args.temporary.then(directory::temporary).transpose()?;
-    let directory = temporary
-        .as_ref()
-        .map(|temporary| temporary.path().to_owned())
-        .or_else(|| args.directory.clone())
-        .or_else(|| config.server.directory.clone())
-        .unwrap_or_else(directory::usual_directory);
-    let directory = directory::prepare(&directory)?;
 
     let linux =
         |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
@@ -96,7 +87,26 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
             .worker_threads(1)
             .thread_name("strait-data"),
     )?;
-    let done = main.block_on(serve_until_told(args, config, &directory, data.handle()));
+    let end = {
+        let _entered = main.enter();
+        Shutdown::new(args.until_stdin_ends)?
+    };
+    // Made once signals are watched for, and removed when this function returns.
+    let temporary = args.temporary.then(directory::temporary).transpose()?;
+    let directory = temporary
+        .as_ref()
+        .map(|temporary| temporary.path().to_owned())
+        .or_else(|| args.directory.clone())
+        .or_else(|| config.server.directory.clone())
+        .unwrap_or_else(directory::usual_directory);
+    let directory = directory::prepare(&directory)?;
+    let done = main.block_on(serve_until_told(
+        args,
+        config,
+        &directory,
+        data.handle(),
+        end,
+    ));
     // A kernel that outlived the drain time must not keep the process.
     data.shutdown_background();
     main.shutdown_background();
@@ -108,8 +118,8 @@ async fn serve_until_told(
     config: Config,
     directory: &Path,
     data_threads: &tokio::runtime::Handle,
+    mut end: Shutdown,
 ) -> Result<(), Failure> {
-    let mut end = Shutdown::new(args.until_stdin_ends)?;
     // Holding this socket is what makes this process the directory's host.
     let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(
         |error| match error.kind() {
