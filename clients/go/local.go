@@ -168,6 +168,10 @@ func (h *localHost) running(ctx context.Context, arguments, environment []string
 	if h.process != nil && h.process.isAlive() {
 		return h.process, nil
 	}
+	if h.process != nil {
+		// Nobody reads it any more; stderr is still to be quoted.
+		_ = h.process.stdin.Close()
+	}
 	process, err := startHost(ctx, arguments, environment)
 	if err != nil {
 		return nil, err

@@ -66,6 +66,7 @@ function connect_local(; plugins = String[], settings = Dict{String,Any}(), time
     host = lock(() -> get!(() -> LocalHost(ReentrantLock(), nothing), LOCAL_HOSTS, key), LOCAL_HOSTS_LOCK)
     running = lock(host.lock) do
         if host.running === nothing || process_exited(host.running.process)
+            host.running === nothing || end_stdin!(host.running)
             host.running = start_host(["--plugin" => path for path in paths], environment, Float64(timeout))
         end
         return host.running

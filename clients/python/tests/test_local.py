@@ -282,13 +282,13 @@ for _ in range(2):
     except strait.DisconnectedError as error:
         message = str(error)
 successor = strait.local()
-tell(message=message, flights=len(successor.list()), zombie=os.path.exists(f"/proc/{pid}"))
+tell(message=message, flights=len(successor.list()), zombie=os.path.exists(f"/proc/{pid}"), pipes=len(strait._local._write_ends))
 """
     with program(place, host_program, text) as process:
         outcome = told(process)
         assert process.wait(PATIENCE) == 0
     assert "was ended by SIGKILL" in outcome["message"] and host_program in outcome["message"]
-    assert outcome["flights"] == 0 and not outcome["zombie"]
+    assert outcome["flights"] == 0 and not outcome["zombie"] and outcome["pipes"] == 1
 
 
 # Which host

@@ -120,7 +120,10 @@ class _Host:
 
     def start(self, words: Sequence[str], environment: Mapping[str, str], timeout: float) -> "_Running":
         with self._lock:
-            if self.running is None or not self.running.alive:
+            if self.running is not None and not self.running.alive:
+                self.running.end()
+                self.running = None
+            if self.running is None:
                 self.running = _Running(words, environment, timeout)
             return self.running
 
