@@ -59,6 +59,13 @@ type dialOptions struct {
 	log       *slog.Logger
 	copyBytes int64
 	spin      time.Duration
+	// What is known of the host's own end, once the connection is over.
+	epitaph func() string
+}
+
+func defaultOptions() dialOptions {
+	return dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20,
+		epitaph: func() string { return "" }}
 }
 
 // DialOption changes how a client behaves.
@@ -111,7 +118,7 @@ func Dial(ctx context.Context, address string, options ...DialOption) (*Client, 
 }
 
 func greet(ctx context.Context, socket *net.UnixConn, options []DialOption) (*Client, error) {
-	o := dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20}
+	o := defaultOptions()
 	for _, option := range options {
 		option(&o)
 	}

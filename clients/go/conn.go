@@ -30,6 +30,8 @@ type conn struct {
 	socket *net.UnixConn
 	raw    syscall.RawConn
 	log    *slog.Logger
+	// Called by whoever notices that the connection is over.
+	epitaph func() string
 	// Of elements beside one request.
 	payloadRoom int
 	// For how long a call of what is prepared looks for its reply before it sleeps.
@@ -90,6 +92,7 @@ func newConn(socket *net.UnixConn, o *dialOptions) (*conn, error) {
 		raw:         raw,
 		log:         o.log,
 		spin:        o.spin,
+		epitaph:     o.epitaph,
 		payloadRoom: payloadRoom(sendBuffer),
 		writing:     make(chan struct{}, 1),
 		waiting:     map[uint32]*waiter{},
@@ -345,8 +348,15 @@ func (c *conn) send(ctx context.Context, op op, sequence uint32, body request, w
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return ended(ctx)
 	}
-	c.finish(fmt.Errorf("strait: %w: %w", ErrDisconnected, err))
+	c.finish(c.broken(err))
 	return c.end()
+}
+
+func (c *conn) broken(err error) error {
+	if over := c.end(); over != nil {
+		return over
+	}
+	return fmt.Errorf("strait: %w: %w%s", ErrDisconnected, err, c.epitaph())
 }
 
 // write does not wait: EAGAIN says that the socket is full, which it hardly ever is.
@@ -412,9 +422,9 @@ func (c *conn) read() {
 		fds, rightsErr := descriptors(control[:controlled])
 		switch {
 		case err == io.EOF:
-			err = fmt.Errorf("strait: %w: the host closed it", ErrDisconnected)
+			err = fmt.Errorf("strait: %w: the host closed it%s", ErrDisconnected, c.epitaph())
 		case err != nil:
-			err = fmt.Errorf("strait: %w: %w", ErrDisconnected, err)
+			err = c.broken(err)
 		case rightsErr != nil:
 			err = rightsErr
 		case flags&unix.MSG_TRUNC != 0 || flags&unix.MSG_CTRUNC != 0 && len(fds) == fdsMax:

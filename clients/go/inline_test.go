@@ -242,7 +242,9 @@ func TestAPayloadHasRoomForSoMuch(t *testing.T) {
 	if err := near.SetWriteBuffer(64 << 10); err != nil {
 		t.Fatal(err)
 	}
-	c := must[*conn](t)(newConn(near, &dialOptions{log: slog.Default()}))
+	o := defaultOptions()
+	o.renew = false
+	c := must[*conn](t)(newConn(near, &o))
 	defer c.finish(net.ErrClosed)
 	longest := headerBytes + bodyBytesMax + c.payloadRoom
 	if c.payloadRoom == 0 || c.payloadRoom == payloadBytesMax {

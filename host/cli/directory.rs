@@ -1,9 +1,11 @@
 //! The directory that a host serves: where it is, and that it is this user's alone.
 
-use std::fs::{self, DirBuilder};
+use std::fs::{self, DirBuilder, Permissions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
 
 use super::failure::Failure;
 
@@ -45,6 +47,19 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
     }
     owned(&directory)?;
     Ok(directory)
+}
+
+/// A new directory of this user alone, removed with what is in it when it is dropped.
+pub(super) fn temporary() -> Result<TempDir, Failure> {
+    let place = std::env::temp_dir();
+    tempfile::Builder::new()
+        .prefix("strait-host-")
+        .permissions(Permissions::from_mode(0o700))
+        .tempdir_in(&place)
+        .map_err(|error| {
+            let what = format!("cannot make a directory in it: {error}; set TMPDIR to another one");
+            wrong_directory(&place, &what)
+        })
 }
 
 fn wrong_directory(directory: &Path, what: &str) -> Failure {

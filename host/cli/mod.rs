@@ -117,7 +117,7 @@ pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     let (json, done) = match &command {
         Command::Demo(args) => (args.json, demo::demo(args)),
-        Command::Serve(args) => (false, serve::serve(args)),
+        Command::Serve(args) => (args.json, serve::serve(args)),
         Command::Doctor(args) => (args.json, doctor::doctor(args)),
         Command::Run(args) => (args.json, run::run(args)),
         Command::Call(args) => (args.connection.json, kernels::call(args)),

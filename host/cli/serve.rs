@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use serde_json::json;
 use strait_client::address::DATA_SOCKET;
 use strait_memory::{FrameListener, process};
 use tokio::net::{TcpListener, UnixListener};
@@ -34,6 +35,10 @@ pub(super) struct ServeArgs {
     /// [default: $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR/strait, /run/strait for root, /tmp/strait-UID].
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
+    /// Serve from a new directory in $TMPDIR (or /tmp) that is removed when this host ends; the settings'
+    /// `server.directory` and `server.tcp` do not count. A SIGKILL leaves that directory and two dead sockets behind, nothing else.
+    #[arg(long, conflicts_with = "directory")]
+    temporary: bool,
     /// Load this plugin beside the standard one; can be repeated.
     #[arg(long = "plugin", value_name = "FILE")]
     plugins: Vec<PathBuf>,
@@ -48,25 +53,23 @@ pub(super) struct ServeArgs {
     #[arg(long, default_value = "info", value_name = "LEVEL")]
     log_level: String,
     /// End as on SIGTERM when stdin ends, so as not to outlive whoever holds the other end.
-    #[arg(long, hide = true)]
+    #[arg(long)]
     until_stdin_ends: bool,
+    /// Print the line that says that it is ready as one JSON object (address, flight, pid, version, protocol, ...).
+    #[arg(long)]
+    pub(super) json: bool,
 }
 
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     log::start(args.log_format, &args.log_level)?;
     let mut config = hosting::settings(args.config.as_deref())?;
     config.server.plugins.extend(args.plugins.iter().cloned());
+    if args.temporary {
+        // The settings say where others find a host; nobody is meant to find this one.
+        config.server.tcp = None;
+    }
     config.server.tcp = args.tcp.or(config.server.tcp);
     config.workers.options = log::options(&args.log_level);
-    let directory = match args
-        .directory
-        .clone()
-        .or_else(|| config.server.directory.clone())
-    {
-        Some(directory) => directory,
-        None => directory::usual_directory(),
-    };
-    let directory = directory::prepare(&directory)?;
 
     let linux =
         |what: &str, error: io::Error| Failure::other("LINUX", format!("cannot {what}: {error}"));
@@ -84,12 +87,25 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
             .worker_threads(1)
             .thread_name("strait-data"),
     )?;
-    let until_stdin_ends = args.until_stdin_ends;
+    let end = {
+        let _entered = main.enter();
+        Shutdown::new(args.until_stdin_ends)?
+    };
+    // Made once signals are watched for, and removed when this function returns.
+    let temporary = args.temporary.then(directory::temporary).transpose()?;
+    let directory = temporary
+        .as_ref()
+        .map(|temporary| temporary.path().to_owned())
+        .or_else(|| args.directory.clone())
+        .or_else(|| config.server.directory.clone())
+        .unwrap_or_else(directory::usual_directory);
+    let directory = directory::prepare(&directory)?;
     let done = main.block_on(serve_until_told(
+        args,
         config,
         &directory,
         data.handle(),
-        until_stdin_ends,
+        end,
     ));
     // A kernel that outlived the drain time must not keep the process.
     data.shutdown_background();
@@ -98,12 +114,12 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
 }
 
 async fn serve_until_told(
+    args: &ServeArgs,
     config: Config,
     directory: &Path,
     data_threads: &tokio::runtime::Handle,
-    until_stdin_ends: bool,
+    mut end: Shutdown,
 ) -> Result<(), Failure> {
-    let mut end = Shutdown::new(until_stdin_ends)?;
     // Holding this socket is what makes this process the directory's host.
     let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(
         |error| match error.kind() {
@@ -128,9 +144,15 @@ async fn serve_until_told(
         let directory = directory.to_owned();
         tokio::task::spawn_blocking(move || hosting::start(config, &directory))
     };
-    let host = starting
-        .await
-        .map_err(|e| Failure::other("HOST", format!("the host stopped while starting: {e}")))??;
+    let host = tokio::select! {
+        started = starting => started
+            .map_err(|e| Failure::other("HOST", format!("the host stopped while starting: {e}")))??,
+        // Compiling plugins can take longer than whoever started this host waits.
+        what = end.told() => {
+            tracing::info!("ended before it was ready: {what}");
+            return Ok(());
+        }
+    };
     let (stop, stopped) = watch::channel(false);
     let told = |mut stopped: watch::Receiver<bool>| async move {
         // An error means that the sender is gone, which is an end, too.
@@ -141,9 +163,7 @@ async fn serve_until_told(
         data,
         told(stopped.clone()),
     ));
-    let over_tcp = tcp.as_ref().map_or_else(String::new, |(_, address)| {
-        format!(" and grpc+tcp://{address}")
-    });
+    let tcp_address = tcp.as_ref().map(|(_, address)| *address);
     let unix = flight::serve(Arc::clone(&host), listener, told(stopped.clone()));
     let remote = {
         let (host, told) = (Arc::clone(&host), told(stopped));
@@ -156,13 +176,8 @@ async fn serve_until_told(
     };
     let mut flight = tokio::spawn(async { tokio::try_join!(unix, remote).map(|_| ()) });
     let kernels = host.plugins().kernels().len();
-    let ready = format!(
-        "strait {} serves unix://{}{over_tcp} with {kernels} kernels",
-        env!("CARGO_PKG_VERSION"),
-        directory.display()
-    );
     // Whoever started it may not read it.
-    let _ = output::text(&ready);
+    let _ = say_ready(args.json, directory, tcp_address, kernels);
     tracing::info!(directory = %directory.display(), host_id = host.id(), kernels, "ready");
 
     let broken = tokio::select! {
@@ -202,6 +217,33 @@ async fn serve_until_told(
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     Ok(())
+}
+
+/// The one line on stdout: from here on clients are served.
+fn say_ready(
+    json: bool,
+    directory: &Path,
+    tcp: Option<SocketAddr>,
+    kernels: usize,
+) -> Result<(), Failure> {
+    let version = env!("CARGO_PKG_VERSION");
+    let address = format!("unix://{}", directory.display());
+    let tcp = tcp.map(|address| format!("grpc+tcp://{address}"));
+    if json {
+        return output::json(&json!({
+            "version": version,
+            "protocol": strait_protocol::VERSION,
+            "pid": std::process::id(),
+            "address": address,
+            "flight": format!("grpc+unix://{}", directory.join(FLIGHT_SOCKET).display()),
+            "tcp": tcp,
+            "kernels": kernels,
+        }));
+    }
+    let over_tcp = tcp.map_or_else(String::new, |tcp| format!(" and {tcp}"));
+    output::text(&format!(
+        "strait {version} serves {address}{over_tcp} with {kernels} kernels"
+    ))
 }
 
 fn describe<E: std::fmt::Display>(

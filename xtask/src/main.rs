@@ -8,6 +8,7 @@ mod setup;
 mod test;
 mod toolchain;
 mod tools;
+mod wheel;
 
 use anyhow::{Result, bail};
 use std::process::ExitCode;
@@ -22,6 +23,7 @@ cargo xtask COMMAND
   bindings [--check]        generate the SDK's bindings from wit/ (--check: fail if they differ)
   header [--check]          generate clients/c/include/strait.h from clients/c/src (--check: fail if it differs)
   install-c --prefix DIR    build libstrait and put it, its header and its pkg-config file below DIR
+  wheel                     build a Python wheel with the client and the `strait` program into target/dist
   test [STEP...]            set up what the tests need under target/ and run them, all or these steps:
 ";
 
@@ -52,6 +54,7 @@ fn run() -> Result<()> {
         ["header"] => client_c::write_header(),
         ["header", "--check"] => client_c::check_header(),
         ["install-c", "--prefix", prefix] => client_c::install(prefix.as_ref()),
+        ["wheel"] => wheel::build(),
         ["test", ref steps @ ..] => test::test(steps),
         [] | ["help" | "--help" | "-h"] => {
             print!("{}", usage());

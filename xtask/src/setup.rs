@@ -41,14 +41,15 @@ pub(crate) fn python_packages() -> Result<()> {
     }
     let mut sources = tools::files_under(&root, Path::new("clients/python/src"))?;
     sources.retain(|path| path.extension().is_some_and(|end| end == "py"));
-    sources.push("clients/python/pyproject.toml".into());
+    let build = ["pyproject.toml", "hatch_build.py"];
+    sources.extend(build.map(|file| Path::new("clients/python").join(file)));
     let from = tools::sha256_of_files(&root, sources)?;
     made_once(&venv.join("client"), &from, || {
         // A copy: an install in place writes into the checkout.
         let copy = root.join("target/tmp/client-python");
         copy_folder(&client, &copy)?;
         run(pip_install()
-            .args(["--no-deps", "--force-reinstall"])
+            .args(["--no-deps", "--no-build-isolation", "--force-reinstall"])
             .arg(&copy))
     })
 }

@@ -8,7 +8,7 @@ use crate::environment::{cargo, command, env_or, venv, with_host};
 use crate::setup::{data, go, julia, python_packages};
 use crate::toolchain;
 use crate::tools::{self, output, run};
-use crate::{bindings, client_c, plugins};
+use crate::{bindings, client_c, plugins, wheel};
 use anyhow::{Result, ensure};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -127,6 +127,13 @@ const STEPS: &[Step] = &[
         folder: "clients/python/tests",
         needs: &[Need::Python, Need::Programs],
         run: || pytest(&["clients/python"]),
+    },
+    Step {
+        name: "wheel",
+        about: "the Python client with the host's program: from the wheel to a call",
+        folder: "clients/python",
+        needs: &[Need::Python, Need::Programs],
+        run: wheel::test,
     },
     Step {
         name: "client-go",

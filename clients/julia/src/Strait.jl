@@ -9,20 +9,20 @@ x .= rand.()
 y = call(s, "zscore", x; axis = 1)   # an Array over the result's pages
 ```
 
-[`connect`](@ref), [`call`](@ref), [`prepare`](@ref), [`stream`](@ref), [`read_channel`](@ref), [`kernels`](@ref), [`publish!`](@ref), `fetch(session, name)`, `delete!(session, name)`,
+[`connect`](@ref), [`connect_local`](@ref), [`call`](@ref), [`prepare`](@ref), [`stream`](@ref), [`read_channel`](@ref), [`kernels`](@ref), [`publish!`](@ref), `fetch(session, name)`, `delete!(session, name)`,
 `zeros(session, T, dims...)`, `similar(session, x)`, [`release!`](@ref), [`stats`](@ref). Errors: [`StraitError`](@ref).
 
 Linux on x86-64, the same machine as the host; nothing but Julia's standard library.
 """
 module Strait
 
-using FileWatching: FDWatcher
+using FileWatching: FDWatcher, poll_fd
 
 @static if !(Sys.islinux() && Sys.ARCH === :x86_64)
     error("Strait needs Linux on x86-64; this is $(Sys.KERNEL) on $(Sys.ARCH)")
 end
 
-export connect, call, prepare, call!, stream, prepare_stream, chunk!, last!, read_channel, acknowledge!, kernels, publish!, release!, flights, stats
+export connect, connect_local, call, prepare, call!, stream, prepare_stream, chunk!, last!, read_channel, acknowledge!, kernels, publish!, release!, flights, stats
 export StraitError, RemoteError, LeaseExpired, Disconnected, NoHost, Forked, Released, MappingError, ProtocolError
 export BFloat16, Float8_e4m3fn, Float8_e5m2
 
@@ -40,6 +40,7 @@ include("mapped.jl")
 include("reaper.jl")
 include("kernels.jl")
 include("session.jl")
+include("local.jl")
 include("inline.jl")
 include("prepared.jl")
 include("stream.jl")

@@ -66,6 +66,7 @@ mutable struct Connection
     calls::Threads.Atomic{Int}
     buffer::Vector{UInt8}
     control::Vector{UInt8}
+    epitaph::Any                       # called once it is over: what is known of the host's own end, as text
 end
 
 "Mapped bytes from which on garbage is looked for: the collector itself does not see them."
@@ -77,7 +78,7 @@ function Connection(fd::Cint; renew::Bool = true)
     return Connection(getpid_now(), fd, payload_room(send_buffer_bytes(fd)), FDWatcher(RawFD(fd), true, false), Threads.Condition(), 0, Dict(), false, 0,
         nothing, Leases(renew), nothing, Inf, Set{Mapped}(), Dict(), Set{CallSocket}(), 0, COLLECT_BYTES_MIN, Inf,
         Threads.Atomic{Int}(0), 0, Threads.Atomic{Bool}(false), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0), Threads.Atomic{Int}(0),
-        Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX))
+        Vector{UInt8}(undef, HEADER_BYTES + BODY_BYTES_MAX + PAYLOAD_BYTES_MAX), zeros(UInt8, CMSG_HEADER + 4 * FDS_MAX), () -> "")
 end
 
 locked(f, c::Connection) = lock(f, c.changed)
@@ -199,7 +200,7 @@ function transmit(c::Connection, packet::Vector{UInt8})
         else
             # What the host said before it went is still there to be read.
             drain!(c)
-            finish!(c, Disconnected("the host closed the connection ($(Libc.strerror(errno))); connect again"))
+            finish!(c, Disconnected("the host closed the connection ($(Libc.strerror(errno))); connect again$(c.epitaph())"))
         end
     end
 end
@@ -237,7 +238,7 @@ function lead(c::Connection)
     try
         broken = !wait_until_ready(() -> wait(c.watcher))
         receive_all!(c)
-        broken && finish!(c, Disconnected("the connection is over: the host ended; connect again"))
+        broken && finish!(c, Disconnected("the connection is over: the host ended; connect again$(c.epitaph())"))
     finally
         lock(c.changed)
         c.leading = false
@@ -274,7 +275,7 @@ function receive_undisturbed!(c::Connection)
         count == -Libc.EAGAIN && return nothing
         if count <= 0
             why = count == 0 ? "the host ended or closed it" : Libc.strerror(-count)
-            return finish!(c, Disconnected("the connection is over: $why; connect again"))
+            return finish!(c, Disconnected("the connection is over: $why; connect again$(c.epitaph())"))
         end
         try
             flags & (MSG_TRUNC | MSG_CTRUNC) == 0 || throw(ProtocolError(

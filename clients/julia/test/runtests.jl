@@ -21,6 +21,7 @@ include("peer.jl")
     @testset "prepared" begin include("prepared.jl") end
     @testset "streams" begin include("stream.jl") end
     @testset "channels" begin include("channel.jl") end
+    @testset "local hosts" begin include("local.jl") end
     if haskey(ENV, "STRAIT_BIN")
         @testset "live" begin include("live.jl") end
         @testset "live streams" begin include("live_stream.jl") end

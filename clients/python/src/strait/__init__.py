@@ -32,6 +32,7 @@ from ._errors import (
     RemoteError,
     StraitError,
 )
+from ._local import local
 from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
 from ._session import ClientStats, Session, connect
@@ -67,4 +68,5 @@ __all__ = [
     "Tensor",
     "__version__",
     "connect",
+    "local",
 ]

@@ -25,7 +25,7 @@ import time
 import weakref
 from collections import deque
 from pathlib import Path
-from typing import Any, Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Deque, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 from . import _address, _leases, _pages, _wire
 from ._errors import (
@@ -86,6 +86,8 @@ class Connection:
         self._rung = False
         self._bell: "queue.SimpleQueue[Optional[str]]" = queue.SimpleQueue()
         self._keeper_due: Optional[float] = None
+        #: What is known of the host's own end, once the connection is over; called by the thread that notices.
+        self.epitaph: Callable[[], str] = str
         self._buffer = bytearray(_wire.FRAME_BYTES_MAX + 1)
         self._poll = select.poll()
         self._poll.register(sock, select.POLLIN)
@@ -183,7 +185,7 @@ class Connection:
             except OSError as error:
                 # The host may have said why before it closed.
                 self.look()
-                self._finish(_lost(error))
+                self._finish(self._lost(error))
                 self.check()
 
     def _make_room(self) -> None:
@@ -339,7 +341,7 @@ class Connection:
                     numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
                     fds += numbers
             if length == 0:
-                self._finish(DisconnectedError(_GONE_TEXT))
+                self._finish(self._lost())
                 return False
             try:
                 if cut & _CUT_FLAGS:
@@ -356,7 +358,7 @@ class Connection:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._finish(_lost(error))
+            self._finish(self._lost(error))
             return False
 
     def _deliver(self, op: int, sequence: int, body: Dict[str, Any], payload: bytes, fds: List[int]) -> None:
@@ -395,6 +397,10 @@ class Connection:
         elif op == Op.ERROR:
             # The host closes the connection after this.
             self._finish(from_host(body))
+
+    def _lost(self, error: Optional[OSError] = None) -> DisconnectedError:
+        cause = "" if error is None else f" ({error})"
+        return DisconnectedError(_GONE_TEXT + cause + self.epitaph())
 
     def _finish(self, end: StraitError) -> None:
         with self._lock:
@@ -576,10 +582,6 @@ class Connection:
 _GONE_TEXT = (
     "the connection to the host is over; mapped tensors stay readable, but everything else needs a new connection"
 )
-
-
-def _lost(error: OSError) -> DisconnectedError:
-    return DisconnectedError(f"{_GONE_TEXT} ({error})")
 
 
 def _keep(reference: "weakref.ref[Connection]", bell: "queue.SimpleQueue[Optional[str]]") -> None:
