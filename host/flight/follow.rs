@@ -95,15 +95,14 @@ impl Consumer for Follower {
     fn said(&self) -> Said {
         // Before it is looked at: what is taken after that makes it readable again.
         let _ = rustix::io::read(&*self.moved, &mut [0_u8; 8]);
-        if self.writer.is_left() {
-            return Said::Gone;
-        }
         let mut under_way = self.under_way.lock();
         match *under_way {
+            // Whoever has taken the end leaves.
             Some(bits) if self.writer.is_taken() => {
                 *under_way = None;
                 Said::Acknowledged(bits)
             }
+            _ if self.writer.is_left() => Said::Gone,
             _ => Said::Nothing,
         }
     }

@@ -24,6 +24,8 @@ struct State {
     end: Option<Result<(), Status>>,
     /// Nobody takes anything any more.
     is_left: bool,
+    /// Then: some messages were not taken.
+    is_unread: bool,
 }
 
 /// The messages between a thread and tonic, which takes them as its client reads.
@@ -72,6 +74,7 @@ impl Outbox {
     pub(super) fn leave(&self) {
         let mut state = self.state.lock();
         state.is_left = true;
+        state.is_unread |= !state.messages.is_empty();
         state.messages.clear();
         drop(state);
         self.tell();
@@ -139,7 +142,8 @@ impl Writer {
 
     /// All that was put in is taken.
     pub(super) fn is_taken(&self) -> bool {
-        self.0.state.lock().messages.is_empty()
+        let state = self.0.state.lock();
+        state.messages.is_empty() && !state.is_unread
     }
 
     /// Nothing follows but this. What waits behind a failure to read is thrown away with `is_stalled`.
