@@ -108,6 +108,8 @@ struct State {
     consumer: Option<Arc<dyn Consumer>>,
     /// When a consumer left that nobody has come after.
     left: Option<Instant>,
+    /// The end was acknowledged: whoever leaves then has all there was.
+    is_over: bool,
     /// When something was acknowledged, or a consumer came.
     moved: Instant,
 }
@@ -137,7 +139,9 @@ impl State {
                         consumer.fail(&bad_frame(message));
                         return self.lose();
                     }
-                    self.kept.drain(..through);
+                    let mut done = self.kept.drain(..through);
+                    self.is_over |= done.any(|kept| matches!(kept.item, Item::End(_)));
+                    drop(done);
                     self.first += through as u64;
                     self.sent -= through;
                     self.moved = Instant::now();
@@ -307,6 +311,7 @@ impl Caller {
                 sent: 0,
                 consumer: None,
                 left: None,
+                is_over: false,
                 moved: Instant::now(),
             }),
             came,
@@ -450,6 +455,7 @@ impl Channel {
         state.pump();
         let name = &self.plan.name;
         if let Some(left) = state.left
+            && !state.is_over
             && left.elapsed() >= self.plan.resume
         {
             let ms = self.plan.resume.as_millis();

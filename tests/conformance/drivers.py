@@ -95,6 +95,8 @@ class Driver:
         }
         self.process = None
         self._rest = b""
+        # Asked and not answered yet.
+        self.owed = 0
 
     def _fill(self, text):
         for name, place in self._places.items():
@@ -124,6 +126,7 @@ class Driver:
         command = [self._fill(word) for word in self.description["command"]]
         self._errors = tempfile.TemporaryFile()
         self._rest = b""
+        self.owed = 0
         try:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=self._environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors
@@ -146,6 +149,7 @@ class Driver:
         try:
             self.process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
             self.process.stdin.flush()
+            self.owed += 1
         except OSError as error:
             raise DriverError(f"{self.language}: driver takes no {op}: {error}; {self._last_words()}") from None
 
@@ -160,6 +164,7 @@ class Driver:
                 raise DriverError(f"{self.language}: driver {what} after {op}; {self._last_words()}")
             self._rest += more
         line, _, self._rest = self._rest.partition(b"\n")
+        self.owed -= 1
         try:
             answer = json.loads(line)
         except ValueError:

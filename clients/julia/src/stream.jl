@@ -15,6 +15,7 @@ mutable struct PreparedStream
     prepared::Prepared
     notes::Vector{Pair{String,String}}
     begun::Bool                        # a chunk was sent, and no last one
+    to_channel::Bool                   # what comes of it is another session's
 end
 Base.getproperty(stream::PreparedStream, name::Symbol) =
     name in (:inputs, :outputs) ? getfield(stream.prepared, name) : getfield(stream, name)
@@ -69,7 +70,7 @@ function PreparedStream(s::Session, kernel::AbstractString, given::Vector{Pair{S
         close(prepared)
         throw(ProtocolError("the OK to PREPARE: $(tensor.place.spec) in a stream has no rows"))
     end
-    return PreparedStream(prepared, Pair{String,String}[], false)
+    return PreparedStream(prepared, Pair{String,String}[], false, get(options, :channel, nothing) !== nothing)
 end
 
 stream_input(::Session, kernel, port::String, x) = x
@@ -164,6 +165,8 @@ function fed!(stream::PreparedStream, inputs, last::Bool)
             stream.notes = gathered!(prepared, rows)
         end
         stream.begun = !last
+        # The host has ended it, and counts it for as long as this side does not.
+        last && stream.to_channel && close(prepared)
         return rows
     catch e
         give_up!(prepared, e)

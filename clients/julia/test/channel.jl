@@ -279,7 +279,9 @@ end
         with_prepared(script; plan = fd -> plan(fd; outputs = (), reply_bytes = 0), make = make, log = log) do s, st, _
             @test bodies(log, PREPARE)[1]["channel"] == body && bodies(log, PREPARE)[1]["stream"] === true
             @test isempty(st.outputs) && chunk!(st, zeros(3, 3), [true, true, false]) === NamedTuple()
-            @test last!(st) === NamedTuple() && st.notes == ["k" => "t"]
+            # Nothing can follow.
+            @test last!(st) === NamedTuple() && st.notes == ["k" => "t"] && is_over(s, st)
+            @test_throws Disconnected chunk!(st, zeros(3, 1), [true])
             close(st)
         end
     end

@@ -22,11 +22,11 @@ elseif what == "reads"
 elseif what == "both"
     # Writers and readers on all threads, while garbage is collected: none of them holds the others up.
     Threads.nthreads() == 2 || error("$(Threads.nthreads()) threads, not 2")
-    x = randn(2, 5000)
+    x = randn(2, 500)
     function writes(name)
         st = prepare_stream(s, "cumsum", Strait.TensorSpec(Float64, 2, 16); options = (channel = (name = name, batches = 4),))
-        foreach(n -> chunk!(st, x[:, n:n+9]), 1:10:4981)
-        last!(st, x[:, 4991:5000])
+        foreach(n -> chunk!(st, x[:, n:n+9]), 1:10:481)
+        last!(st, x[:, 491:500])
     end
     function reads(name)
         reader = nothing
@@ -45,8 +45,8 @@ elseif what == "both"
         writers = [Threads.@spawn(writes("channel $n")) for n in 1:3]
         readers = [Threads.@spawn(reads("channel $n")) for n in 1:3]
         while !all(istaskdone, readers)
-            GC.gc()
-            sleep(0.001)
+            GC.gc(false)
+            sleep(0.01)
         end
         foreach(wait, writers)
         all(reader -> fetch(reader) == right, readers) || error("other rows than of one call")

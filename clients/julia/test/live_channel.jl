@@ -18,7 +18,7 @@ with_host() do address, host
     s, other = connect(address), connect(address)
     account() = (told = stats(s).host["account"]; (told["connections"], told["bytes"]))
     channels() = stats(s).host["channels"]
-    idle, fds = account(), open_fds()
+    idle = account()
     levels = Strait.TensorSpec(Float64, 4)
     produces(; more...) = prepare_stream(s, "cumsum", levels; options = (channel = (; name = "levels", more...),))
 
@@ -166,6 +166,8 @@ with_host() do address, host
     end
 
     @testset "nothing is left" begin
+        @test collect_until(() -> account() == idle)
+        fds = open_fds()
         for leave in ((st, reader) -> close(reader), (st, reader) -> close(st), (st, reader) -> nothing)
             apart() do
                 st = produces()

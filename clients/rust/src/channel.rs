@@ -9,8 +9,8 @@ use crate::wire::{self, Header, Note, Op, PreparedTensor, TraceContext};
 /// Reads a channel: batches of rows, in their order. It has a socket of its own; dropping it leaves the channel, which
 /// tells its producer, unless that lets a consumer come back.
 ///
-/// A batch is acknowledged when the next one is asked for, so that whoever comes back gets those again that were not done
-/// with.
+/// A batch is acknowledged when the next one is asked for, or by [`acknowledge`](Self::acknowledge), so that whoever comes
+/// back gets those again that were not done with.
 #[derive(Debug)]
 pub struct ChannelReader {
     kernel: String,
@@ -112,7 +112,11 @@ impl ChannelReader {
         Ok(Some(self.batches.result(notes)))
     }
 
-    fn acknowledge(&mut self) -> Result<(), Error> {
+    /// Acknowledges the batch that was received last, without waiting for the next one.
+    ///
+    /// # Errors
+    /// Those of Linux, but for a channel that is over: why is what [`Self::next`] tells.
+    pub fn acknowledge(&mut self) -> Result<(), Error> {
         if self.is_acknowledged {
             return Ok(());
         }

@@ -58,7 +58,12 @@ impl Link {
     /// Receives the frame of a reply: its bytes. One without a body has `bytes`.
     pub(crate) fn receive(&mut self, packet: &mut [u8], bytes: usize) -> Result<usize, Error> {
         let Some(ring) = &mut self.ring else {
-            let received = self.spin.recv(&self.socket, packet);
+            let mut received = self.spin.recv(&self.socket, packet);
+            // The host left without having read all. What it had sent is still there.
+            while matches!(&received, Err(error) if error.kind() == io::ErrorKind::ConnectionReset)
+            {
+                received = self.spin.recv(&self.socket, packet);
+            }
             return checked(received);
         };
         let came = ring

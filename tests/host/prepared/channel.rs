@@ -214,6 +214,23 @@ fn a_full_channel_holds_its_producer_up_and_drops_nothing() {
 }
 
 #[test]
+fn a_consumer_that_has_acknowledged_the_end_may_leave_at_once() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    for _ in 0..50 {
+        let producer = produces(&mut client, "levels", &json!({}));
+        let consumer = reads(&mut client, "levels");
+        producer.sends(true, &[1.0]);
+        assert_eq!(consumer.batch(), (1, vec![1.0]));
+        assert_eq!(consumer.receive().expect("the end").op(), Op::Last);
+        consumer.acknowledges(2);
+        drop(consumer);
+        producer.taken();
+        assert!(producer.receive().is_none());
+    }
+}
+
+#[test]
 fn a_consumer_that_comes_back_goes_on_where_it_had_acknowledged() {
     let host = Served::start(&[]);
     let mut client = host.greeted();

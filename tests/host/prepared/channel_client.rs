@@ -40,17 +40,25 @@ fn the_rust_client_writes_and_reads() {
             let end: [f64; 0] = [];
             producer.last(&[(&end[..]).into()]).expect("the end");
         });
-        let (mut came, mut came_back) = (Vec::new(), false);
+        let (mut came, mut came_back) = (Vec::new(), 0);
         let mut reader = other.read_channel("levels").expect("a reader");
         assert_eq!((reader.kernel(), reader.outputs().len()), ("cumsum", 1));
         loop {
             // Comes back in the middle: what was not acknowledged comes again.
-            if reader.number() == 4 && came.len() == 400 && !came_back {
-                came_back = true;
+            if reader.number() == 4 && came.len() == 400 && came_back == 0 {
+                came_back = 1;
                 drop(reader);
                 reader = other.read_channel("levels").expect("again");
                 assert_eq!(reader.number(), 3);
                 came.truncate(300);
+            }
+            if reader.number() == 6 && came_back == 1 {
+                came_back = 2;
+                reader.acknowledge().expect("it is there");
+                reader.acknowledge().expect("it was");
+                drop(reader);
+                reader = other.read_channel("levels").expect("again");
+                assert_eq!(reader.number(), 6);
             }
             let Some(batch) = reader.next().expect("a batch") else {
                 break;

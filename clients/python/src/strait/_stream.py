@@ -52,8 +52,9 @@ class PreparedStream:
     where a chunk that is longer than `inputs` says counts as several. Chunks of several threads wait for each other.
     """
 
-    def __init__(self, lane: Prepared) -> None:
+    def __init__(self, lane: Prepared, to_channel: bool) -> None:
         self._lane = lane
+        self._to_channel = to_channel
         # A chunk was begun whose rows nobody has yet.
         self._under_way = False
         flat = [place.port for place in lane._outputs if not place.shape]
@@ -116,6 +117,9 @@ class PreparedStream:
                     self._exchange(op if index == pieces - 1 else Op.CHUNK, piece, came)
                 results = [_joined(rows) for rows in came]
                 self._under_way = False
+                if self._to_channel and op == Op.LAST:
+                    # The host has ended it, and counts it for as long as this side does not.
+                    self._end("is over")
             except BaseException as error:
                 if isinstance(error, StraitError):
                     self._end("has failed")
@@ -209,7 +213,8 @@ def prepared(
         raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given twice, as fixed and by name")
     fixed, parameters = {**(fixed or {}), **whole}, {**(parameters or {}), **named}
     options: Dict[str, Any] = dict(channel=channel, deadline=deadline, limits=limits, request_id=request_id)
-    return PreparedStream(prepare(session, kernel, args, stream=True, inputs=inputs, fixed=fixed, parameters=parameters, **options))
+    made = prepare(session, kernel, args, stream=True, inputs=inputs, fixed=fixed, parameters=parameters, **options)
+    return PreparedStream(made, channel is not None)
 
 
 def stream(session: "Session", kernel: str, chunks: Iterable[Any], rows: Optional[int], options: Dict[str, Any]) -> Iterator[Result]:

@@ -1,5 +1,6 @@
 //! The Rust client's conformance driver; `tests/conformance/README.md` says what it is asked.
 
+mod channel;
 mod prepared;
 
 use std::collections::HashMap;
@@ -57,6 +58,7 @@ struct Driver {
     handles: HashMap<String, Handle>,
     calls: AtomicU64,
     prepared: HashMap<String, Prepared>,
+    kept: channel::Kept,
 }
 
 #[derive(Deserialize)]
@@ -108,10 +110,12 @@ impl Driver {
                 "language": "rust",
                 "client": concat!("strait-rust/", env!("CARGO_PKG_VERSION")),
                 "fork": "unsupported",
+                "channels": true,
             })),
             "connect" => self.connect(&text("address")?, fields["renew"].as_bool().unwrap_or(true)),
             "close" => {
                 self.client()?.close();
+                self.kept = channel::Kept::default();
                 Ok(json!({}))
             }
             "make" => self.make(serde_json::from_value(fields)?),
@@ -129,6 +133,8 @@ impl Driver {
                 self.prepared.remove(&text("prepared")?);
                 Ok(json!({}))
             }
+            "channel_produce" => self.channel_produce(serde_json::from_value(fields)?),
+            "channel_read" => self.channel_read(serde_json::from_value(fields)?),
             "concurrent" => self.concurrent(&fields),
             "delete" => {
                 self.client()?.drop_flight(&text("name")?)?;
@@ -167,6 +173,7 @@ impl Driver {
         let answer = json!({ "host_id": welcome.host_id, "move_min_bytes": welcome.move_min_bytes, "inline_bytes": welcome.inline_bytes });
         self.client = Some(client);
         self.prepared.clear();
+        self.kept = channel::Kept::default();
         self.calls = AtomicU64::new(0);
         Ok(answer)
     }
@@ -175,6 +182,14 @@ impl Driver {
         self.client
             .as_ref()
             .ok_or_else(|| Failed::Driver("not connected".into()))
+    }
+
+    /// The client, whose requests have that id.
+    fn client_as(&self, request_id: Option<&str>) -> Result<Client, Failed> {
+        Ok(match request_id {
+            Some(id) => self.client()?.with_request_id(id)?,
+            None => self.client()?.clone(),
+        })
     }
 
     fn handle(&self, name: &str) -> Result<&Handle, Failed> {
@@ -533,6 +548,9 @@ fn finished(answer: Answer) -> Value {
             });
             if let Some(backtrace) = &remote.backtrace {
                 answer["backtrace"] = backtrace.as_str().into();
+            }
+            if !remote.details.is_empty() {
+                answer["details"] = remote.details.clone().into();
             }
             return answer;
         }

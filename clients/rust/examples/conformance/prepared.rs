@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use strait_client::wire::PreparedTensor;
 use strait_client::{CallInput, Elements, Param, Prepared, TensorSpec};
 
 use super::{Answer, Driver, Failed, Handle, described, once, view};
@@ -34,12 +35,15 @@ pub(super) struct CallPrepared {
     repeat: u32,
 }
 
+/// Ports as the runner is told of them.
+pub(super) fn told(tensors: &[PreparedTensor]) -> Vec<Value> {
+    let one = |tensor: &PreparedTensor| json!({"port": tensor.port, "dtype": tensor.dtype, "shape": tensor.shape});
+    tensors.iter().map(one).collect()
+}
+
 impl Driver {
     pub(super) fn prepare(&mut self, request: PrepareRequest) -> Answer {
-        let client = match &request.request_id {
-            Some(id) => self.client()?.with_request_id(id)?,
-            None => self.client()?.clone(),
-        };
+        let client = self.client_as(request.request_id.as_deref())?;
         let mut specs = Vec::new();
         for (port, input) in &request.inputs {
             if input["dtype"].is_string() {
@@ -73,10 +77,6 @@ impl Driver {
             prepare = prepare.deadline(Duration::from_millis(milliseconds));
         }
         let prepared = prepare.send()?;
-        let told = |tensors: &[strait_client::wire::PreparedTensor]| -> Vec<Value> {
-            let one = |tensor: &strait_client::wire::PreparedTensor| json!({"port": tensor.port, "dtype": tensor.dtype, "shape": tensor.shape});
-            tensors.iter().map(one).collect()
-        };
         let answer =
             json!({"inputs": told(prepared.inputs()), "outputs": told(prepared.outputs())});
         self.prepared.insert(request.r#as, prepared);
@@ -94,6 +94,22 @@ impl Driver {
         answer
     }
 
+    /// The dtype, shape and bytes of an input that is a handle.
+    pub(super) fn elements(&self, input: &Value) -> Result<(TensorSpec, &[u8]), Failed> {
+        let name = input["handle"].as_str().unwrap_or_default();
+        Ok(match self.handle(name)? {
+            Handle::Ordinary(spec, data) => (spec.clone(), data.as_slice()),
+            handle => {
+                let tensor = view(handle)?;
+                let spec = TensorSpec {
+                    dtype: tensor.dtype(),
+                    shape: tensor.shape().to_vec(),
+                };
+                (spec, tensor.bytes())
+            }
+        })
+    }
+
     fn call_one(&self, prepared: &mut Prepared, request: &CallPrepared) -> Answer {
         let client = self.client()?;
         let before = client.copied_bytes();
@@ -106,18 +122,7 @@ impl Driver {
             .filter(|(port, _)| !ports.contains(port));
         let mut tensors = Vec::new();
         for input in known.chain(others.map(|(_, input)| input)) {
-            let name = input["handle"].as_str().unwrap_or_default();
-            tensors.push(match self.handle(name)? {
-                Handle::Ordinary(spec, data) => (spec.clone(), data.as_slice()),
-                handle => {
-                    let tensor = view(handle)?;
-                    let spec = TensorSpec {
-                        dtype: tensor.dtype(),
-                        shape: tensor.shape().to_vec(),
-                    };
-                    (spec, tensor.bytes())
-                }
-            });
+            tensors.push(self.elements(input)?);
         }
         let elements: Vec<_> = tensors
             .iter()
