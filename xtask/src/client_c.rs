@@ -14,8 +14,8 @@ fn header() -> PathBuf {
 }
 
 /// The files of clients/c/src, in the order in which the header tells of them.
-const SOURCES: [&str; 11] = [
-    "lib",
+const SOURCES: [&str; 12] = [
+    "version",
     "failure",
     "error",
     "tensor",
@@ -24,6 +24,7 @@ const SOURCES: [&str; 11] = [
     "call",
     "answer",
     "prepared",
+    "stream",
     "operation",
     "finish",
 ];
@@ -33,7 +34,7 @@ fn generate() -> Result<Vec<u8>> {
     let config = cbindgen::Config::from_file(folder.join("cbindgen.toml"))
         .map_err(|error| anyhow!("clients/c/cbindgen.toml: {error}"))?;
     let mut builder = cbindgen::Builder::new().with_config(config);
-    // What stands in the places of pointers is in `pointer`.
+    // What stands in the places of pointers is in `pointer`. `lib` has modules alone: with it cbindgen would find them all twice.
     for name in SOURCES.iter().chain(&["pointer"]) {
         builder = builder.with_src(folder.join(format!("src/{name}.rs")));
     }
@@ -43,7 +44,7 @@ fn generate() -> Result<Vec<u8>> {
             .and_then(|name| name.to_str())
             .unwrap_or_default();
         ensure!(
-            name == "pointer" || SOURCES.contains(&name),
+            ["lib", "pointer"].contains(&name) || SOURCES.contains(&name),
             "{} is not in SOURCES of {}",
             file.display(),
             file!()
@@ -204,7 +205,7 @@ fn check_symbols(prefix: &Path) -> Result<()> {
     Ok(())
 }
 
-/// A compiler, pkg-config, and valgrind with what it needs of the C library.
+/// A compiler, pkg-config, the JSON library of the conformance driver, and valgrind with what it needs of the C library.
 pub(crate) fn toolchain() -> Result<()> {
     for (program, package) in [
         ("cc", "gcc"),
@@ -214,6 +215,9 @@ pub(crate) fn toolchain() -> Result<()> {
         ("nm", "binutils"),
     ] {
         crate::setup::system(program, package)?;
+    }
+    if output(Command::new("pkg-config").args(["--exists", "json-c"])).is_err() {
+        crate::setup::install("libjson-c-dev")?;
     }
     // What valgrind knows the C library by.
     if !Path::new("/usr/lib/debug/.build-id").exists() {

@@ -33,7 +33,7 @@ impl Need {
             Self::Data => "vega-datasets in target/node",
             Self::Go => "Go",
             Self::Julia => "Julia in target/julia",
-            Self::C => "a C compiler and valgrind",
+            Self::C => "a C compiler, json-c and valgrind",
             Self::Programs => "the host and the examples, in release",
         }
     }
@@ -153,7 +153,7 @@ const STEPS: &[Step] = &[
         name: "conformance",
         about: "every client language through the same cases",
         folder: "tests/conformance",
-        needs: &[Need::Python, Need::Go, Need::Julia, Need::Programs],
+        needs: &[Need::Python, Need::C, Need::Go, Need::Julia, Need::Programs],
         run: || pytest(&["tests/conformance"]),
     },
     Step {

@@ -50,6 +50,13 @@ impl Notes {
             .find(|(known, _)| known.to_bytes() == key.as_bytes());
         found.map_or(StaticText::NULL, |(_, text)| StaticText::new(text))
     }
+
+    /// All of them, as INVOKE of docs/protocol.md has them.
+    pub(crate) fn report(&self) -> String {
+        let one = |(key, text): &(CString, CString)| json!({ "key": key.to_string_lossy(), "text": text.to_string_lossy() });
+        let notes: Vec<_> = self.0.iter().map(one).collect();
+        json!({ "notes": notes }).to_string()
+    }
 }
 
 impl Answer {
@@ -78,13 +85,14 @@ impl Answer {
     }
 
     pub(crate) fn of_rows(client: Connected, ports: Vec<CString>, rows: Rows) -> Self {
+        let notes = Notes::new(&rows.notes);
         Self {
             client,
             ports,
-            notes: Notes::new(&rows.notes),
             copied_bytes: 0,
             request_id: CString::default(),
-            report: json!({ "notes": rows.notes }).to_string(),
+            report: notes.report(),
+            notes,
             given: Mutex::new(Given::Rows(rows)),
         }
     }

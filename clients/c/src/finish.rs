@@ -10,8 +10,9 @@ use crate::client::Client;
 use crate::failure::{Failure, entry};
 use crate::operation::Operation;
 use crate::pointer::{Room, hand_out, hand_out_text};
-use crate::prepared::{Prepared, Slot, Stream};
+use crate::prepared::{Prepared, Slot};
 use crate::segment::Segment;
+use crate::stream::Stream;
 use crate::tensor::Tensor;
 
 /// Waits for an operation, and takes what it ends with.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! finish                                     the ends of operations
+//!  └▶ stream                                  chunks of rows
 //!  └▶ client, segment, call, answer, prepared the functions of strait.h, by noun
 //!      └▶ operation, tensor, error            what is started, what goes both ways
 //!          └▶ pointer                         what C gives and is given; all of the `unsafe`
@@ -33,26 +34,6 @@ pub mod operation;
 pub mod pointer;
 pub mod prepared;
 pub mod segment;
+pub mod stream;
 pub mod tensor;
-
-/// The version of this interface. It changes when a program that was compiled with another strait.h would not work.
-pub const STRAIT_ABI_VERSION: u32 = 1;
-
-/// The STRAIT_ABI_VERSION of the library that was loaded, to be compared with that of the header: STRAIT_ABI_MATCHES().
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_abi_version() -> u32 {
-    STRAIT_ABI_VERSION
-}
-
-/// The library's own version, such as "0.1.0".
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_version() -> pointer::StaticText {
-    pointer::StaticText::new(VERSION)
-}
-
-const VERSION: &std::ffi::CStr = match std::ffi::CStr::from_bytes_with_nul(
-    concat!(env!("CARGO_PKG_VERSION"), "\0").as_bytes(),
-) {
-    Ok(version) => version,
-    Err(_) => c"",
-};
+pub mod version;

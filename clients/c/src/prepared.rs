@@ -1,6 +1,6 @@
-//! Kernels that are made ready once: for calls, and for streams.
+//! Kernels that are made ready once, for calls; what operations borrow.
 
-use std::ffi::CString;
+use std::ffi::{CString, c_char};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
@@ -9,30 +9,20 @@ use std::task::{Context, Waker};
 
 use parking_lot::{Mutex, MutexGuard};
 use strait_client::wire::PreparedTensor;
-use strait_client::{
-    Client as Connected, Elements, Prepared as Calls, PreparedStream as Chunks, Rows, TensorSpec,
-};
+use strait_client::{Client as Connected, Elements, Prepared as Calls, TensorSpec};
 
-use crate::answer::{Answer, Notes};
+use crate::answer::Notes;
 use crate::call::{Call, Ready};
 use crate::failure::{Failure, asked, c_text, end, entry};
 use crate::operation::{Lane, Operation, Outcome, done, hand_out_started, ready};
-use crate::pointer::{Lent, Many, Room, StaticText, Text, answer, hand_out};
+use crate::pointer::{Lent, Many, Room, StaticText, Text, answer, hand_out, hand_out_text};
 use crate::tensor::Tensor;
 
 /// A kernel that is ready to be called again and again on small tensors. It has a socket of its own.
 pub struct Prepared(Arc<Slot>);
 
-/// A kernel that is ready for tensors that come in chunks of rows. It has a socket of its own.
-pub struct Stream {
-    slot: Arc<Bay<Chunks>>,
-    ports: Vec<CString>,
-    inputs: Vec<(CString, PreparedTensor)>,
-    client: Connected,
-}
-
 /// Where something is that an operation takes while it is under way.
-struct Bay<T>(Mutex<Berth<T>>);
+pub(crate) struct Bay<T>(Mutex<Berth<T>>);
 
 enum Berth<T> {
     Here(T),
@@ -42,12 +32,15 @@ enum Berth<T> {
 }
 
 impl<T> Bay<T> {
-    fn new(has: T) -> Arc<Self> {
+    pub(crate) fn new(has: T) -> Arc<Self> {
         Arc::new(Self(Mutex::new(Berth::Here(has))))
     }
 
     /// Does something with it here and now; others wait.
-    fn with<R>(&self, run: impl FnOnce(&mut T) -> Result<R, Failure>) -> Result<R, Failure> {
+    pub(crate) fn with<R>(
+        &self,
+        run: impl FnOnce(&mut T) -> Result<R, Failure>,
+    ) -> Result<R, Failure> {
         match &mut *self.0.lock() {
             Berth::Here(has) => run(has),
             Berth::Lent => Err(lent()),
@@ -56,7 +49,7 @@ impl<T> Bay<T> {
     }
 
     /// Lends it to an operation, once `send` succeeded with it.
-    fn lend<R>(
+    pub(crate) fn lend<R>(
         self: &Arc<Self>,
         send: impl FnOnce(&mut T) -> Result<R, Failure>,
     ) -> Result<(Borrowed<T>, R), Failure> {
@@ -81,25 +74,25 @@ fn lent() -> Failure {
     Failure::state("an operation on it is under way; finish that first")
 }
 
-fn gone() -> Failure {
+pub(crate) fn gone() -> Failure {
     Failure::state(
         "an operation on it was given up before its end, and with it what was prepared; prepare it again",
     )
 }
 
 /// Something in the hands of an operation.
-struct Borrowed<T> {
+pub(crate) struct Borrowed<T> {
     /// Empty once it is back.
-    has: Option<T>,
+    pub(crate) has: Option<T>,
     home: Arc<Bay<T>>,
 }
 
 impl<T> Borrowed<T> {
-    fn get(&mut self) -> Result<&mut T, Failure> {
+    pub(crate) fn get(&mut self) -> Result<&mut T, Failure> {
         self.has.as_mut().ok_or_else(gone)
     }
 
-    fn give_back(&mut self) {
+    pub(crate) fn give_back(&mut self) {
         if let Some(has) = self.has.take() {
             *self.home.0.lock() = Berth::Here(has);
         }
@@ -114,12 +107,15 @@ impl<T> Drop for Borrowed<T> {
     }
 }
 
-fn named(tensors: &[PreparedTensor]) -> Vec<(CString, PreparedTensor)> {
+pub(crate) fn named(tensors: &[PreparedTensor]) -> Vec<(CString, PreparedTensor)> {
     let one = |tensor: &PreparedTensor| (c_text(&*tensor.port), tensor.clone());
     tensors.iter().map(one).collect()
 }
 
-fn spec_at(tensors: &[(CString, PreparedTensor)], index: usize) -> Result<Tensor, Failure> {
+pub(crate) fn spec_at(
+    tensors: &[(CString, PreparedTensor)],
+    index: usize,
+) -> Result<Tensor, Failure> {
     let found = tensors.get(index).ok_or_else(|| {
         Failure::argument(format!(
             "number {index} of {}, counted from 0",
@@ -136,17 +132,17 @@ fn spec_at(tensors: &[(CString, PreparedTensor)], index: usize) -> Result<Tensor
 }
 
 /// Elements that C brings, as the client takes them.
-struct Brought(Vec<(TensorSpec, Lent)>);
+pub(crate) struct Brought(Vec<(TensorSpec, Lent)>);
 
 impl Brought {
-    fn new(inputs: &Many<Tensor>, count: usize) -> Result<Self, Failure> {
+    pub(crate) fn new(inputs: &Many<Tensor>, count: usize) -> Result<Self, Failure> {
         let inputs = inputs.of(count, "inputs")?;
         let each = inputs.iter().enumerate();
         let each = each.map(|(index, input)| input.elements(&format!("input {index}")));
         Ok(Self(each.collect::<Result<_, _>>()?))
     }
 
-    fn elements(&self) -> Vec<Elements<'_>> {
+    pub(crate) fn elements(&self) -> Vec<Elements<'_>> {
         let each = self.0.iter();
         each.map(|(spec, lent)| Elements::of_tensor(spec, lent.bytes()))
             .collect()
@@ -214,7 +210,7 @@ impl Slot {
 }
 
 /// Asks the host to end what was given up, and does not wait for its answer.
-fn cancel(client: &Connected, number: u64) {
+pub(crate) fn cancel(client: &Connected, number: u64) {
     let client = client.asynchronous();
     let asked = pin!(client.cancel_prepared(number));
     // The request is sent here; that it cannot be is the end of the connection, and of what it was to end.
@@ -265,14 +261,6 @@ impl Ready {
         let prepare = self.dress_prepare(asynchronous.prepare(self.kernel()));
         let calls = prepare.send().await?;
         Ok(Prepared(Slot::new(client, calls)))
-    }
-
-    async fn prepare_stream(self) -> Result<Stream, Failure> {
-        let client = self.client()?;
-        let asynchronous = client.asynchronous();
-        let prepare = self.dress_prepare(asynchronous.prepare(self.kernel()));
-        let chunks = prepare.stream().await?;
-        Ok(Stream::new(client, chunks))
     }
 }
 
@@ -399,6 +387,20 @@ pub extern "C" fn strait_prepared_note(prepared: Option<&Prepared>, key: Text) -
     })
 }
 
+/// What else the host told of the last call, a JSON object: "notes", all of them, as INVOKE of docs/protocol.md has them. strait_text_free frees the text.
+#[unsafe(no_mangle)]
+#[must_use]
+pub extern "C" fn strait_prepared_report(
+    prepared: Option<&Prepared>,
+    text: Option<&mut MaybeUninit<*mut c_char>>,
+) -> Option<Box<Failure>> {
+    entry(|| {
+        hand_out_text(text, "text", || {
+            Ok(Prepared::of(prepared)?.last.lock().notes.report())
+        })
+    })
+}
+
 /// Asks the host to end the call that is under way, which then fails with CANCELLED. `cancelled` (may be NULL) says whether there was one that the host
 /// had begun: if not, ask again until the call is answered, and do not call again before this returned.
 #[unsafe(no_mangle)]
@@ -420,175 +422,4 @@ pub extern "C" fn strait_prepared_cancel(
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_prepared_free(prepared: Option<Box<Prepared>>) {
     end(prepared);
-}
-
-/// A chunk of a stream, under way.
-struct Chunking {
-    chunks: Borrowed<Chunks>,
-    /// Empty once they are all here.
-    rows: Option<Rows>,
-    ports: Vec<CString>,
-    client: Connected,
-}
-
-impl Drop for Chunking {
-    fn drop(&mut self) {
-        if let Some(chunks) = &self.chunks.has {
-            cancel(&self.client, chunks.number());
-        }
-    }
-}
-
-impl Lane for Chunking {
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        self.chunks.has.as_ref().map(AsFd::as_fd)
-    }
-
-    fn advance(&mut self, wait: bool) -> Result<Option<Outcome>, Failure> {
-        let rows = self.rows.as_mut().ok_or_else(gone)?;
-        let chunks = self.chunks.get()?;
-        while ready(chunks.as_fd(), wait)? {
-            let received = chunks.receive(rows);
-            if let Ok(false) = received {
-                continue;
-            }
-            self.chunks.give_back();
-            received?;
-            let rows = self.rows.take().ok_or_else(gone)?;
-            let ports = std::mem::take(&mut self.ports);
-            let answer = Answer::of_rows(self.client.clone(), ports, rows);
-            return done(answer).map(Some);
-        }
-        Ok(None)
-    }
-}
-
-impl Stream {
-    fn new(client: Connected, chunks: Chunks) -> Self {
-        let ports = chunks.outputs().iter().map(|output| c_text(&*output.port));
-        Self {
-            ports: ports.collect(),
-            inputs: named(chunks.inputs()),
-            client,
-            slot: Bay::new(chunks),
-        }
-    }
-
-    fn of(stream: Option<&Self>) -> Result<&Self, Failure> {
-        stream.ok_or_else(|| Failure::null("stream"))
-    }
-}
-
-/// Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare. What the kernel keeps goes on from the first chunk to the last, and
-/// all rows that it gives are bit for bit those of one call on all rows.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_prepare_stream(
-    call: Option<&Call>,
-    stream: Option<&mut MaybeUninit<*mut Stream>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        hand_out(stream, "stream", || {
-            let ready = Call::ready_to_prepare(call)?;
-            let client = ready.client()?;
-            let prepare = ready.dress_prepare(client.prepare(ready.kernel()));
-            let chunks = prepare.stream()?;
-            Ok(Stream::new(client.clone(), chunks))
-        })
-    })
-}
-
-/// Starts a strait_prepare_stream; strait_finish_stream ends it.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_prepare_stream_start(
-    call: Option<&Call>,
-    operation: Option<&mut MaybeUninit<*mut Operation>>,
-) -> Option<Box<Failure>> {
-    hand_out_started(operation, || {
-        let ready = Call::ready_to_prepare(call)?;
-        Operation::start(async move { done(ready.prepare_stream().await?) })
-    })
-}
-
-/// How many inputs come in chunks; 0 for NULL.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_stream_inputs(stream: Option<&Stream>) -> usize {
-    asked(stream, 0, |stream| stream.inputs.len())
-}
-
-/// Port and spec, with the most rows of a chunk as the first size, of the input at `index`.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_stream_input(
-    stream: Option<&Stream>,
-    index: usize,
-    spec: Option<&mut MaybeUninit<Tensor>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        answer(spec, Tensor::NONE, "spec", || {
-            spec_at(&Stream::of(stream)?.inputs, index)
-        })
-    })
-}
-
-/// Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for what comes of them, perhaps no rows either. With
-/// `last` they are the last ones: the rest comes, with what the kernel has to say, and the next chunk begins another stream. A kernel that fails ends
-/// the stream (strait_error_details has the number of the chunk), and so does an operation that is given up.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_stream_chunk(
-    stream: Option<&Stream>,
-    inputs: Many<Tensor>,
-    count: usize,
-    last: bool,
-    result: Option<&mut MaybeUninit<*mut Answer>>,
-) -> Option<Box<Failure>> {
-    entry(|| {
-        hand_out(result, "result", || {
-            let stream = Stream::of(stream)?;
-            let brought = Brought::new(&inputs, count)?;
-            let rows = stream.slot.with(|chunks| {
-                let elements = brought.elements();
-                Ok(match last {
-                    true => chunks.last(&elements)?,
-                    false => chunks.chunk(&elements)?,
-                })
-            })?;
-            let ports = stream.ports.clone();
-            Ok(Answer::of_rows(stream.client.clone(), ports, rows))
-        })
-    })
-}
-
-/// Starts a strait_stream_chunk; strait_finish_result ends it. The rows have been sent when this returns.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_stream_chunk_start(
-    stream: Option<&Stream>,
-    inputs: Many<Tensor>,
-    count: usize,
-    last: bool,
-    operation: Option<&mut MaybeUninit<*mut Operation>>,
-) -> Option<Box<Failure>> {
-    hand_out_started(operation, || {
-        let stream = Stream::of(stream)?;
-        let brought = Brought::new(&inputs, count)?;
-        let (chunks, rows) = stream.slot.lend(|chunks| {
-            let elements = brought.elements();
-            Ok(chunks.begin(&elements, last)?)
-        })?;
-        Operation::on(Chunking {
-            chunks,
-            rows: Some(rows),
-            ports: stream.ports.clone(),
-            client: stream.client.clone(),
-        })
-    })
-}
-
-/// Ends a stream, in the host too. NULL is fine.
-#[unsafe(no_mangle)]
-pub extern "C" fn strait_stream_free(stream: Option<Box<Stream>>) {
-    end(stream);
 }

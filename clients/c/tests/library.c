@@ -441,6 +441,10 @@ static void prepared_calls(strait_client *client) {
         WANT(((const double *)out[0].data)[3] == 2 * i);
     }
     WANT(!strait_prepared_note(prepared, "any"));
+    char *report;
+    OK(strait_prepared_report(prepared, &report));
+    WANT(!strcmp(report, "{\"notes\":[]}"));
+    strait_text_free(report);
     /* Nothing is under way; but the host may still make the next call ready. */
     OK(strait_prepared_cancel(prepared, NULL));
     OK(strait_prepare_start(call, &op));

@@ -67,6 +67,13 @@ def test_sanitizers(tmp_path, address):
     run([program], STRAIT_ADDRESS=address, ASAN_OPTIONS="detect_leaks=1", UBSAN_OPTIONS="print_stacktrace=1")
 
 
+def test_conformance_with_sanitizers():
+    """As the step `conformance` runs it, but for how the driver is built."""
+    flags = " ".join(["-O1", *SANITIZED])
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/conformance")]
+    run(words, STRAIT_LANGUAGES="c", CFLAGS=flags, ASAN_OPTIONS="detect_leaks=1", UBSAN_OPTIONS="print_stacktrace=1")
+
+
 def test_valgrind(tmp_path, address):
     words = ["valgrind", "--quiet", "--error-exitcode=9", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]
     run([*words, built(tmp_path, C, LIBRARY)], STRAIT_ADDRESS=address)
