@@ -13,6 +13,7 @@ use strait::engine::Report;
 use strait_memory::{FrameSocket, WriteMapping};
 use strait_tensor::{Dtype, TensorSpec};
 
+use super::mutate;
 use super::packet::{LAST, MORE, send};
 use super::said::{
     self, ENDED, Ended, FilledIn, GRANTED, KEEPS, LOADED, NEED, Outcome, PIECE, Piece, WAITS,
@@ -29,6 +30,9 @@ pub(super) fn lie() -> String {
 pub(super) fn say(host: &FrameSocket, message: &[u8]) -> bool {
     let kind = message[0];
     let lie = lie();
+    if let Some(seed) = lie.strip_prefix("mutate ") {
+        return mutate::say(host, message, seed);
+    }
     let text = || "x".repeat(100 << 10);
     let changed = match (kind, &*lie) {
         (ENDED, "report: pages") => reported(message, |report| {

@@ -5,7 +5,9 @@
 //! ```
 //! The process in the middle passes everything on, but for what the file `lie` in its directory tells it to change.
 
+mod at_random;
 mod lies;
+mod mutate;
 mod packet;
 mod prepared;
 mod relay;

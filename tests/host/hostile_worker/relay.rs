@@ -7,6 +7,7 @@ use std::sync::Arc;
 use strait_memory::FrameSocket;
 
 use super::lies::{hear, lie, say};
+use super::mutate;
 use super::packet::{receive, send};
 use super::said::LANE;
 
@@ -67,6 +68,12 @@ fn worker_process() {
                 0 => String::new(),
                 _ => lie(),
             };
+            if let Some(seed) = said.strip_prefix("mutate ") {
+                if !mutate::say(&up_host, &message, seed) {
+                    break;
+                }
+                continue;
+            }
             let said: &[&[u8]] = match &*said {
                 "control: garbage" => &[&[9, 9]],
                 "control: forgotten" => &[&[1]],
