@@ -8,7 +8,7 @@ use std::fmt;
 use strait_memory::{BudgetExceeded, MemoryError, ParkError};
 pub use strait_protocol::{Code, Reason};
 
-use crate::text::{self, MESSAGE_BYTES_MAX};
+use crate::text::{self, BACKTRACE_BYTES_MAX, MESSAGE_BYTES_MAX};
 
 /// An error as it leaves the host: on the data socket as ERROR, over Flight as a gRPC status.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -61,11 +61,13 @@ impl TryFrom<Portable> for Status {
                 portable.code, portable.reason
             ));
         };
+        let backtrace = portable.backtrace;
         Ok(Self {
             code,
             reason,
-            message: portable.message,
-            backtrace: portable.backtrace,
+            // That process may not have been honest.
+            message: text::one_line(portable.message, MESSAGE_BYTES_MAX),
+            backtrace: backtrace.map(|text| text::lines(text, BACKTRACE_BYTES_MAX)),
             details: serde_json::from_str(&portable.details).map_err(|e| e.to_string())?,
         })
     }

@@ -245,12 +245,12 @@ impl LiveSegment {
     /// # Errors
     /// [`SealError::Memory`] with `StillWritable` if the client still maps it writable, with `KeptWritable` if a worker
     /// does: nothing changed. [`SealError::Tampered`], [`SealError::TamperedResult`]: it is sealed and cannot be
-    /// published; its tensors can still be used.
+    /// published; its tensors can still be used. Whoever filled such a result is [told](strait_memory::Author).
     pub fn seal(&self) -> Result<(), SealError> {
         let _sealing = self.sealing.lock();
-        let ending = match &mut *self.body() {
-            Body::Result(result) => result.ending(),
-            _ => None,
+        let (ending, author) = match &mut *self.body() {
+            Body::Result(result) => (result.ending(), result.author()),
+            _ => (None, None),
         };
         // Whoever only wants to know of the segment does not wait for this.
         if let Some(ending) = ending {
@@ -279,15 +279,21 @@ impl LiveSegment {
         if let Some(error) = error {
             return Err(error.into());
         }
-        match (&*body, &self.framing) {
-            (Body::Sealed(sealed), Some(framing)) if !framing.is_in(sealed)? => {
-                Err(match self.is_result {
-                    true => SealError::TamperedResult(self.id),
-                    false => SealError::Tampered(self.id),
-                })
-            }
-            _ => Ok(()),
+        let is_whole = match (&*body, &self.framing) {
+            (Body::Sealed(sealed), Some(framing)) => framing.is_in(sealed)?,
+            _ => true,
+        };
+        drop(body);
+        if is_whole {
+            return Ok(());
         }
+        if let Some(author) = author {
+            author.distrust("it changed header or footer of a result, which are the host's own");
+        }
+        Err(match self.is_result {
+            true => SealError::TamperedResult(self.id),
+            false => SealError::Tampered(self.id),
+        })
     }
 
     /// Before first use as an input: from now on only the client that made it can write.

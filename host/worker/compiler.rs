@@ -177,7 +177,8 @@ impl Compilers {
         let artifact = match answer {
             Ok((Controlled::Compiled(compiled), _)) => compiled?,
             Ok((other, _)) => {
-                return Err(LoadError::CompilerLost(format!("it answered {other:?}")));
+                let answer = format!("it answered {}", other.kind());
+                return Err(LoadError::CompilerLost(answer));
             }
             Err(ReceiveError::Late) => return Err(self.took_long()),
             Err(ReceiveError::Gone) => return Err(self.ended(process.end().map_err(host)?)),
@@ -249,9 +250,9 @@ fn describe(
         .map_err(|e| ReceiveError::Bad(e.to_string()))?;
     let mut lane = process.lane();
     lane.ask(&Ask::Describe(artifact.bytes()), &[fd.as_fd()])?;
-    match lane.answer(Instant::now() + DESCRIBE_MAX)? {
+    match lane.description(Instant::now() + DESCRIBE_MAX)? {
         Answer::Described(described) => Ok(*described),
-        answer => Err(ReceiveError::Bad(format!("{answer:?} for a plugin"))),
+        answer => Err(ReceiveError::Bad(format!("{} for a plugin", answer.kind()))),
     }
 }
 

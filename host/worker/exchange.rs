@@ -72,7 +72,7 @@ pub(super) fn next(
     cancel: &CancelToken,
     mut end: Instant,
     grace: Duration,
-    tensors: usize,
+    tensors: u64,
 ) -> Result<Answer, Trouble> {
     let mut cancelled = false;
     loop {
@@ -84,7 +84,7 @@ pub(super) fn next(
         match lane.wait(end.min(now + LOOK)) {
             Err(ReceiveError::Late) if Instant::now() < end => {}
             Err(error) => return Err(error.into()),
-            Ok(()) => return Ok(lane.answer_with(tensors, Instant::now() + REST_MAX)?),
+            Ok(()) => return Ok(lane.answer(tensors, Instant::now() + REST_MAX)?),
         }
     }
 }
@@ -144,7 +144,7 @@ impl<'a> Exchange<'a> {
             match self.answer()? {
                 Answer::Need(bytes) if !open_only && !self.granted => self.grant(&bytes)?,
                 Answer::Ended(ended) => break ended,
-                answer => return Err(senseless(format!("{answer:?} during a run"))),
+                answer => return Err(senseless(format!("{} during a run", answer.kind()))),
             }
         };
         drop(telling);
@@ -262,14 +262,15 @@ impl<'a> Exchange<'a> {
                 self.lane.process().add_plugin(plugin.hash);
                 Ok(())
             }
-            answer => Err(senseless(format!("{answer:?} for a plugin"))),
+            answer => Err(senseless(format!("{} for a plugin", answer.kind()))),
         }
     }
 
     /// The worker's next word, if it comes before nobody waits for the run any more, or a little later.
     pub(super) fn answer(&mut self) -> Result<Answer, Trouble> {
         let (cancel, end) = (&self.means.cancel, self.means.deadline + self.grace);
-        next(&mut self.lane, cancel, end, self.grace, 0)
+        let tensors = self.job.inline.map_or(0, |room| room.together);
+        next(&mut self.lane, cancel, end, self.grace, tensors)
     }
 
     /// Results as large as the kernel's last ones were, if they are at hand.
@@ -461,6 +462,7 @@ impl<'a> Exchange<'a> {
                 if layout.capacity > segment.bytes() {
                     return Err(senseless(format!("result `{}` does not fit", column.name)));
                 }
+                segment.set_author(process.author());
                 if let Some(filler) = filler {
                     segment.lend_to(Box::new(filler))?;
                 }

@@ -54,13 +54,24 @@ pub(super) struct Compile {
     pub(super) plugin: Vec<u8>,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+// What a worker says may be as long as it likes, so that no text is made of it: `kind` is for the log.
+#[derive(Serialize, Deserialize)]
 pub(super) enum Controlled {
     /// With the walls that this Linux lacks.
     Started(Result<Vec<String>, String>),
     Forgotten(Counts),
     /// The artifact.
     Compiled(Result<Vec<u8>, LoadError>),
+}
+
+impl Controlled {
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Started(_) => "`Started`",
+            Self::Forgotten(_) => "`Forgotten`",
+            Self::Compiled(_) => "`Compiled`",
+        }
+    }
 }
 
 /// A worker's warm mappings.
@@ -269,7 +280,8 @@ pub(super) struct Grant {
 }
 
 /// From the worker, on a lane.
-#[derive(Debug, Serialize, Deserialize)]
+// As `Controlled`.
+#[derive(Serialize, Deserialize)]
 pub(super) enum Answer {
     Loaded(Box<Result<(), LoadError>>),
     /// Answered by `Ask::Granted` or `Ask::Denied`: results of so many bytes.
@@ -284,8 +296,22 @@ pub(super) enum Answer {
     Piece(Box<Piece>),
 }
 
+impl Answer {
+    pub(super) fn kind(&self) -> &'static str {
+        match self {
+            Self::Loaded(_) => "`Loaded`",
+            Self::Need(_) => "`Need`",
+            Self::Ended(_) => "`Ended`",
+            Self::Described(_) => "`Described`",
+            Self::Waits(_) => "`Waits`",
+            Self::Keeps(_) => "`Keeps`",
+            Self::Piece(_) => "`Piece`",
+        }
+    }
+}
+
 /// Rows of each output, in the kernel's order.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct Piece {
     pub(super) outputs: Vec<(TensorSpec, ByteBuf)>,
     /// All that comes of the chunk has come; otherwise it is answered by `Ask::GoOn` or `Ask::Stop`.
@@ -294,7 +320,7 @@ pub(super) struct Piece {
 }
 
 /// The end of a run.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct Ended {
     pub(super) outcome: Result<Outcome, Failed>,
     /// By index, those granted segments that the worker has no more mapped.
@@ -303,7 +329,7 @@ pub(super) struct Ended {
     pub(super) counts: Counts,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) enum Outcome {
     /// In the kernel's order; those without bytes are in the granted segments, in their order.
     Filled(Vec<Filled>, Report),
@@ -314,14 +340,14 @@ pub(super) enum Outcome {
 }
 
 /// A result, from which the file around it follows.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) struct Filled {
     pub(super) port: String,
     pub(super) spec: TensorSpec,
     pub(super) body: FilledIn,
 }
 
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Serialize, Deserialize)]
 pub(super) enum FilledIn {
     Segment {
         /// What it could have become.

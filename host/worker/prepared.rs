@@ -90,7 +90,7 @@ impl Exchange<'_> {
         };
         match self.answer()? {
             Answer::Waits(bytes) => Ok((outputs, bytes)),
-            answer => Err(senseless(format!("{answer:?} for what is prepared"))),
+            answer => Err(senseless(format!("{} for what is prepared", answer.kind()))),
         }
     }
 
@@ -114,7 +114,7 @@ impl Exchange<'_> {
     fn end(&mut self, open_only: bool) -> Result<Given, Trouble> {
         match self.answer()? {
             Answer::Ended(ended) => self.given(*ended, open_only),
-            answer => Err(senseless(format!("{answer:?} of what is prepared"))),
+            answer => Err(senseless(format!("{} of what is prepared", answer.kind()))),
         }
     }
 }
@@ -386,7 +386,7 @@ impl Ready for Prepared {
         let never = CancelToken::default();
         let lost = match next(&mut lane, &never, until, Duration::ZERO, 0) {
             Ok(Answer::Waits(_)) => return Ok(()),
-            Ok(answer) => ReceiveError::Bad(format!("{answer:?} after a call")),
+            Ok(answer) => ReceiveError::Bad(format!("{} after a call", answer.kind())),
             Err(Trouble::Lost(lost)) => lost,
             Err(Trouble::Own(_) | Trouble::Failed(_)) => ReceiveError::Gone,
         };
@@ -446,7 +446,7 @@ impl Stream<'_> {
             if last {
                 return match self.heard()? {
                     Answer::Ended(ended) => self.ended(*ended, true),
-                    answer => Err(senseless(format!("{answer:?} after a stream"))),
+                    answer => Err(senseless(format!("{} after a stream", answer.kind()))),
                 };
             }
             batch = match batches.next() {
@@ -485,7 +485,7 @@ impl Stream<'_> {
                     }
                 }
                 Answer::Ended(ended) => return Ok(Some(*ended)),
-                answer => return Err(senseless(format!("{answer:?} during a stream"))),
+                answer => return Err(senseless(format!("{} during a stream", answer.kind()))),
             }
             // A guest that gives little at a time is seldom found at it by the clock of its process.
             if let Some(cause) = over(self.job, self.cancel, self.deadline) {
@@ -521,8 +521,7 @@ impl Stream<'_> {
         let _telling = self.cancel.telling(move || process.cancel(run));
         let bytes = self.outputs.iter().map(|(_, spec)| spec.bytes());
         let bytes = bytes.fold(0_u64, |sum, bytes| sum.saturating_add(bytes.unwrap_or(0)));
-        let tensors = usize::try_from(bytes).unwrap_or(usize::MAX);
-        next(&mut self.lane, self.cancel, end, self.grace, tensors)
+        next(&mut self.lane, self.cancel, end, self.grace, bytes)
     }
 
     /// Ends the stream on this side, as nobody wants more of it.
@@ -535,7 +534,7 @@ impl Stream<'_> {
         match stopped {
             Ok(Answer::Ended(ended)) => self.note(&ended),
             Ok(answer) => {
-                let why = format!("{answer:?} for the end of a stream");
+                let why = format!("{} for the end of a stream", answer.kind());
                 self.lane.process().kill(&why);
             }
             Err(Trouble::Lost(lost)) => self.lane.process().kill(&lost.to_string()),

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
-use strait_memory::{FrameSocket, KeepsMappings};
+use strait_memory::{Author, FrameSocket, KeepsMappings};
 
 use super::channel::{self, Channel, ReceiveError};
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
@@ -25,8 +25,10 @@ use crate::text;
 use mapped::Keeper;
 pub(super) use mapped::Mapped;
 
-/// What a worker may send in one message: a description, at most.
-const ANSWER_BYTES_MAX: usize = 16 << 20;
+/// What a worker may send in one message: beside tensors; and of a plugin, which is a description. A byte of it can become
+/// tens of bytes of this process before anything of it is looked at.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+const DESCRIPTION_BYTES_MAX: usize = 16 << 20;
 /// What a worker gets to start, and to answer what it needs no kernel for.
 const START_MAX: Duration = Duration::from_secs(30);
 const CONTROL_MAX: Duration = Duration::from_secs(2);
@@ -218,7 +220,9 @@ impl Process {
         drop(control);
         match started {
             Ok((Controlled::Started(started), _)) => {
-                let lacks = started.map_err(io::Error::other)?;
+                let lacks = started.map_err(|why| {
+                    io::Error::other(text::one_line(why, text::MESSAGE_BYTES_MAX))
+                })?;
                 let lacks = recipe.program.lacking.iter().cloned().chain(lacks);
                 let lacks = lacks.map(|wall| text::one_line(wall, WALL_BYTES_MAX));
                 let lacks = process
@@ -234,7 +238,9 @@ impl Process {
                     )));
                 }
             }
-            Ok((other, _)) => return Err(io::Error::other(format!("it answered {other:?}"))),
+            Ok((other, _)) => {
+                return Err(io::Error::other(format!("it answered {}", other.kind())));
+            }
             Err(error) => return Err(io::Error::other(error)),
         }
         Ok(process)
@@ -242,6 +248,11 @@ impl Process {
 
     /// Who is to be told when a segment goes that it has open.
     pub(super) fn keeper(&self) -> Arc<dyn KeepsMappings> {
+        Arc::clone(&self.keeper) as _
+    }
+
+    /// Who is to be told what becomes known of a result that it has filled.
+    pub(super) fn author(&self) -> Arc<dyn Author> {
         Arc::clone(&self.keeper) as _
     }
 
@@ -532,17 +543,18 @@ impl Lane {
         self.channel().wait(until)
     }
 
-    pub(super) fn answer(&mut self, until: Instant) -> Result<Answer, ReceiveError> {
-        self.answer_with(0, until)
+    /// What it says of a plugin.
+    pub(super) fn description(&mut self, until: Instant) -> Result<Answer, ReceiveError> {
+        self.receive(DESCRIPTION_BYTES_MAX, until)
     }
 
-    /// The same, with so many bytes of tensors in it at most.
-    pub(super) fn answer_with(
-        &mut self,
-        tensors: usize,
-        until: Instant,
-    ) -> Result<Answer, ReceiveError> {
-        let most = ANSWER_BYTES_MAX.saturating_add(tensors);
+    /// What it says of a run, with so many bytes of tensors in it at most.
+    pub(super) fn answer(&mut self, tensors: u64, until: Instant) -> Result<Answer, ReceiveError> {
+        let tensors = usize::try_from(tensors).unwrap_or(usize::MAX);
+        self.receive(ANSWER_BYTES_MAX.saturating_add(tensors), until)
+    }
+
+    fn receive(&mut self, most: usize, until: Instant) -> Result<Answer, ReceiveError> {
         // A worker sends no descriptors.
         Ok(self.channel().receive(most, 0, Some(until))?.0)
     }

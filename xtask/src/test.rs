@@ -160,13 +160,7 @@ const STEPS: &[Step] = &[
         name: "conformance",
         about: "every client language through the same cases",
         folder: "tests/conformance",
-        needs: &[
-            Need::Python,
-            Need::C,
-            Need::Go,
-            Need::Julia,
-            Need::Programs,
-        ],
+        needs: &[Need::Python, Need::C, Need::Go, Need::Julia, Need::Programs],
         run: || pytest(&["tests/conformance"]),
     },
     Step {

@@ -75,7 +75,7 @@ pub use mapping::{MappingError, ReadMapping, SharedMapping, WriteMapping};
 pub use memfd::unreadable_program;
 pub use moving::{Access, FaultRange, MoveRefused, Parked, Poisoned, Window};
 pub use peer::Peer;
-pub use pool::{Ending, Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
+pub use pool::{Author, Ending, Filler, PoolSegment, PoolStats, RecyclingKey, ResultPool};
 pub use result_pages::ResultPages;
 pub use scrap::{SCRAP_BYTES, Scrap};
 pub use seals::Seals;

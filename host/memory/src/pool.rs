@@ -32,7 +32,7 @@ use crate::{
     Budget, BudgetExceeded, Charge, GUEST_PAGE, HugeBirths, MemoryError, Open, ParkError, Segment,
 };
 
-pub use segment::{Ending, Filler, PoolSegment};
+pub use segment::{Author, Ending, Filler, PoolSegment};
 
 use segment::{Counted, Held, Warm, Writer};
 

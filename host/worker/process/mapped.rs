@@ -2,12 +2,12 @@
 
 use std::sync::{Arc, Weak};
 
-use strait_memory::{Filler, KeepsMappings};
+use strait_memory::{Author, Filler, KeepsMappings};
 
 use super::{Burial, Process};
 use crate::worker::messages::Control;
 
-/// What segments tell that they are gone.
+/// What segments tell that they are gone, and results that they are not what they should be.
 #[derive(Debug)]
 pub(super) struct Keeper(pub(super) Weak<Process>);
 
@@ -21,6 +21,14 @@ impl KeepsMappings for Keeper {
 
     fn is_slow(&self) -> bool {
         self.0.upgrade().is_some_and(|process| !process.is_gone())
+    }
+}
+
+impl Author for Keeper {
+    fn distrust(&self, why: &str) {
+        if let Some(process) = self.0.upgrade() {
+            process.kill(why);
+        }
     }
 }
 

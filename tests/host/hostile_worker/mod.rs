@@ -5,7 +5,13 @@
 //! ```
 //! The process in the middle passes everything on, but for what the file `lie` in its directory tells it to change.
 
+mod at_random;
+mod lies;
+mod mutate;
+mod packet;
+mod prepared;
 mod relay;
+mod said;
 
 use std::fs;
 use std::time::Instant;
@@ -129,6 +135,7 @@ impl Lied {
             eprintln!("{lie}");
             let message = reply.refused(outcome.0, outcome.1);
             assert!(message.contains("`scale-shift`"), "{lie}: {message:.200}");
+            assert!(message.len() < 10_000 && !message.contains(char::is_control));
         }
         drop(reply);
         self.honest();
@@ -155,6 +162,9 @@ impl Lied {
             });
         let log = self.host.log();
         assert!(!log.contains("thread '"), "it panicked: {log}");
+        // Nor did it write down what it was told.
+        let longest = log.lines().map(str::len).max();
+        assert!(longest < Some(20_000), "a line of {longest:?} bytes");
     }
 }
 
@@ -172,6 +182,7 @@ fn what_a_worker_says_is_held_against_what_it_was_asked() {
         "need: more than follows",
         "need: a result",
         "end: a need",
+        "end: a long need",
         "end: too long",
         "end: too long a packet",
         "end: another kind",
@@ -208,6 +219,7 @@ fn what_a_worker_says_is_held_against_what_it_was_asked() {
         ("report: figures", FINE),
         ("failed: long", ("INTERNAL", "GUEST_TRAP")),
         ("failed: refused", ("INVALID_ARGUMENT", "BAD_PARAMETER")),
+        ("failed: memory", ("RESOURCE_EXHAUSTED", "NO_MEMORY")),
     ] {
         lied.check(lie, 60_000, false, outcome);
     }
@@ -305,6 +317,53 @@ fn what_a_worker_does_to_its_descriptors_is_its_own_loss() {
             lied.honest();
             lied.honest();
             lied.check(lie, 60_000, seal, outcome);
+        }
+    }
+    lied.done(&before);
+}
+
+#[test]
+fn a_worker_that_changes_what_is_the_hosts_in_a_result_is_lost() {
+    let mut lied = Lied::start();
+    lied.honest();
+    let before = Holdings::of(&lied.host.settled(&mut lied.client));
+    let broken = ("INTERNAL", "BAD_ANSWER");
+    for lie in ["header: changed", "footer: changed"] {
+        for how in ["published later", "published", "sealed"] {
+            // With what is new to a worker, and not in one that ends with the run.
+            lied.kill_worker();
+            lied.honest();
+            lied.honest();
+            let lost = |lied: &mut Lied| {
+                let stats = lied.client.ok(Op::Stats, json!({}));
+                number(&stats, "/workers/lost")
+            };
+            let lost_before = lost(&mut lied);
+            lied.lie(lie);
+            let mut body = scale_shift(json!("y"), 2.0, 1.0);
+            match how {
+                "published" => body["publish"] = json!({"y": "z"}),
+                "sealed" => body["seal"] = json!(true),
+                _ => {}
+            }
+            let mut reply = lied.client.ask(Op::Invoke, body);
+            if how == "published later" {
+                let result = &reply.accepted()["results"][0];
+                assert_eq!(lost(&mut lied), lost_before, "nobody has looked yet");
+                let publish = json!({"segment": result["mapping"]["segment"], "name": "z"});
+                let refused = lied.client.ask(Op::Publish, publish);
+                let release = json!({"leases": [result["lease"]]});
+                lied.client.ok(Op::Release, release);
+                reply = refused;
+            }
+            let message = reply.refused(broken.0, broken.1);
+            assert!(message.contains("header or footer"), "{how}: {message}");
+            assert_eq!(lost(&mut lied), lost_before + 1, "{lie}, {how}");
+            lied.host
+                .eventually(&mut lied.client, "it is gone", |stats| {
+                    number(stats, "/workers/processes") == 0
+                });
+            lied.honest();
         }
     }
     lied.done(&before);

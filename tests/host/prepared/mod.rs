@@ -9,7 +9,7 @@ mod life;
 mod lost;
 mod memory;
 mod ring;
-mod stream;
+pub(super) mod stream;
 
 use std::os::fd::OwnedFd;
 
@@ -23,9 +23,9 @@ use crate::guest;
 use crate::served::{Frame, Holdings, Raw, Served, number, packet, put, ramp};
 
 /// One prepared kernel, as its client has it.
-struct Prepared {
+pub(super) struct Prepared {
     told: Value,
-    socket: FrameSocket,
+    pub(super) socket: FrameSocket,
 }
 
 fn bytes(values: &[f64]) -> Vec<u8> {
@@ -33,24 +33,24 @@ fn bytes(values: &[f64]) -> Vec<u8> {
     bytes.collect()
 }
 
-fn floats(bytes: &[u8]) -> Vec<f64> {
+pub(super) fn floats(bytes: &[u8]) -> Vec<f64> {
     let each = bytes.chunks_exact(8);
     each.map(|bytes| f64::from_le_bytes(bytes.try_into().unwrap()))
         .collect()
 }
 
 /// `count` float64s, which each call brings.
-fn brought(count: u64) -> Value {
+pub(super) fn brought(count: u64) -> Value {
     json!({"dtype": "float64", "shape": [count]})
 }
 
 /// 2 x + 1.
-fn scale_shift(x: Value) -> Value {
+pub(super) fn scale_shift(x: Value) -> Value {
     json!({"kernel": "scale-shift", "inputs": {"x": x}, "parameters": {"a": 2.0, "b": 1.0}})
 }
 
 impl Prepared {
-    fn of(mut reply: Frame) -> Self {
+    pub(super) fn of(mut reply: Frame) -> Self {
         let told = reply.accepted();
         assert_eq!(reply.fds.len(), 1, "{told}");
         let fd: OwnedFd = reply.fds.pop().unwrap();
@@ -60,7 +60,7 @@ impl Prepared {
         }
     }
 
-    fn by(client: &mut Raw, request: Value) -> Self {
+    pub(super) fn by(client: &mut Raw, request: Value) -> Self {
         Self::of(client.ask(Op::Prepare, request))
     }
 
@@ -69,7 +69,7 @@ impl Prepared {
     }
 
     /// The payload of a CALL with `x` in its one place.
-    fn payload(&self, x: &[f64]) -> Vec<u8> {
+    pub(super) fn payload(&self, x: &[f64]) -> Vec<u8> {
         let mut payload = wire::sizes(&[x.len() as u64]).to_vec();
         assert_eq!(number(&self.told, "/inputs/0/offset"), payload.len() as u64);
         payload.extend(bytes(x));
@@ -78,12 +78,12 @@ impl Prepared {
         payload
     }
 
-    fn send(&self, sequence: u32, payload: &[u8]) {
+    pub(super) fn send(&self, sequence: u32, payload: &[u8]) {
         let frame = call_frame(sequence, payload);
         self.socket.send(&[&frame], &[]).unwrap();
     }
 
-    fn receive(&self) -> Option<Frame> {
+    pub(super) fn receive(&self) -> Option<Frame> {
         let mut buffer =
             vec![0; wire::HEADER_BYTES + wire::BODY_BYTES_MAX + wire::PAYLOAD_BYTES_MAX];
         let received = self.socket.recv(&mut buffer).unwrap();
@@ -101,7 +101,7 @@ impl Prepared {
         })
     }
 
-    fn ask(&self, payload: &[u8]) -> Frame {
+    pub(super) fn ask(&self, payload: &[u8]) -> Frame {
         self.send(7, payload);
         let reply = self.receive().expect("an answer");
         assert_eq!(reply.sequence(), 7);
@@ -109,7 +109,7 @@ impl Prepared {
     }
 
     /// The one output of a call on `x`.
-    fn call(&self, x: &[f64]) -> Vec<f64> {
+    pub(super) fn call(&self, x: &[f64]) -> Vec<f64> {
         self.output(&self.ask(&self.payload(x)))
     }
 
@@ -136,7 +136,7 @@ fn call_frame(sequence: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-fn shifted(x: &[f64]) -> Vec<f64> {
+pub(super) fn shifted(x: &[f64]) -> Vec<f64> {
     x.iter().map(|x| 2.0 * x + 1.0).collect()
 }
 

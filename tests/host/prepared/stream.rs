@@ -56,7 +56,7 @@ pub(super) fn frame(last: bool, sequence: u32, payload: &[u8]) -> Vec<u8> {
 
 impl Prepared {
     /// The outputs of all frames up to the OK to one chunk, appended to `outputs`; the OK.
-    pub(super) fn collect(&self, outputs: &mut [Vec<u8>]) -> Frame {
+    pub(crate) fn collect(&self, outputs: &mut [Vec<u8>]) -> Frame {
         loop {
             let reply = self.receive().expect("an answer");
             assert_eq!(reply.sequence(), 5);
@@ -189,7 +189,7 @@ fn however_the_rows_are_cut_the_result_is_that_of_one_invocation() {
 }
 
 /// The same for tensors with one axis.
-pub(super) fn flat(prepared: &Prepared, last: bool, x: &[f64]) -> Vec<u8> {
+pub(crate) fn flat(prepared: &Prepared, last: bool, x: &[f64]) -> Vec<u8> {
     let mut payload = wire::sizes(&[x.len() as u64]).to_vec();
     payload.extend(bytes(x));
     payload.resize(

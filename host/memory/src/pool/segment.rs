@@ -29,6 +29,12 @@ pub trait Filler: fmt::Debug + Send + Sync {
     fn let_go(self: Box<Self>);
 }
 
+/// Who filled a result.
+pub trait Author: fmt::Debug + Send + Sync {
+    /// It did with the result what it has no right to, as `why` says: it is not to be trusted with another one.
+    fn distrust(&self, why: &str);
+}
+
 /// Where the one writable mapping of a segment is.
 #[derive(Debug)]
 pub(super) enum Writer {
@@ -122,6 +128,7 @@ pub struct PoolSegment {
     filler: Option<Box<dyn Filler>>,
     // By another process, whether or not it still can.
     filled_elsewhere: bool,
+    author: Option<Arc<dyn Author>>,
     pages: ResultPages,
     recyclable: AtomicBool,
     pool: Arc<ResultPool>,
@@ -156,6 +163,7 @@ impl PoolSegment {
             recyclable: AtomicBool::new(!matches!(held, Held::Sealable(_))),
             filler: None,
             filled_elsewhere: false,
+            author: None,
             held: Some(held),
             counted: Some(counted),
             pool: Arc::clone(pool),
@@ -277,6 +285,16 @@ impl PoolSegment {
                 Err(MemoryError::SealsLocked { inode, seals })
             }
         }
+    }
+
+    /// Who has filled it, by a process other than this one.
+    pub fn set_author(&mut self, author: Arc<dyn Author>) {
+        self.author = Some(author);
+    }
+
+    /// Whom [that](Self::set_author) named.
+    pub fn author(&self) -> Option<Arc<dyn Author>> {
+        self.author.clone()
     }
 
     /// A read-only mapping of `range` (bytes, whole guest pages), to use this result as a
