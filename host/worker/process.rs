@@ -16,6 +16,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use strait_memory::{FrameSocket, KeepsMappings};
 
 use super::channel::{self, Channel, ReceiveError};
+use super::confine;
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
 use super::program::{Census, Program, Recipe, Spawned};
 use crate::engine::{Cause, EngineConfig, RunnerProcess};
@@ -227,12 +228,7 @@ impl Process {
                 for wall in lacks {
                     tracing::warn!(worker = &**name, wall, "a worker process lacks a wall");
                 }
-                if recipe.require_walls && !lacks.is_empty() {
-                    return Err(io::Error::other(format!(
-                        "this Linux lacks a wall around it ({}), and the setting workers.require_walls allows none that does",
-                        lacks.join("; ")
-                    )));
-                }
+                confine::check(lacks, recipe.require_walls).map_err(io::Error::other)?;
             }
             Ok((other, _)) => return Err(io::Error::other(format!("it answered {other:?}"))),
             Err(error) => return Err(io::Error::other(error)),
