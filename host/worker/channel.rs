@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, poll};
@@ -51,7 +52,7 @@ impl From<io::Error> for ReceiveError {
 /// One end.
 #[derive(Debug)]
 pub(super) struct Channel {
-    socket: FrameSocket,
+    socket: Arc<FrameSocket>,
     packet: Vec<u8>,
     message: Vec<u8>,
 }
@@ -67,10 +68,15 @@ impl Channel {
     /// Of a socket that whoever made it has set a [`limit`] to: a confined process cannot.
     pub(super) fn limited(socket: FrameSocket) -> Self {
         Self {
-            socket,
+            socket: Arc::new(socket),
             packet: vec![0; 1 + PART_BYTES + 1],
             message: Vec::new(),
         }
+    }
+
+    /// For whoever ends the conversation without having a part in it.
+    pub(super) fn socket(&self) -> Weak<FrameSocket> {
+        Arc::downgrade(&self.socket)
     }
 
     /// Until something comes, or the peer is gone.

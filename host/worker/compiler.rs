@@ -156,6 +156,8 @@ impl Compilers {
     /// Has a process compile a plugin.
     fn compile(&self, plugin: &[u8], until: Instant) -> Result<Vec<u8>, LoadError> {
         let begin = Instant::now();
+        let require_walls = self.describers.require_walls;
+        confine::check(self.program.lacking.as_slice(), require_walls).map_err(host)?;
         let (own, its) = FrameSocket::pair().map_err(host)?;
         let mut process = Compiler(self.program.spawn(its, "compiler").map_err(host)?);
         let mut channel = Channel::new(own).map_err(host)?;
@@ -164,6 +166,7 @@ impl Compilers {
             engine: self.engine.clone(),
             seconds: self.settings.seconds,
             bytes: self.settings.bytes.max(BYTES_MIN),
+            require_walls,
             plugin: plugin.to_vec(),
         });
         let most = plugin.len().saturating_mul(ARTIFACT_TIMES);
@@ -304,9 +307,11 @@ pub(super) fn obey(
     lacking: Vec<String>,
 ) -> Result<(), String> {
     let compiled = limited(&work).and_then(|()| {
-        for wall in confine::confine(lacking, Confined::Compiler) {
+        let lacking = confine::confine(lacking, Confined::Compiler);
+        for wall in &lacking {
             tracing::warn!(wall, "a compiler process lacks a wall");
         }
+        confine::check(&lacking, work.require_walls).map_err(host)?;
         compile(&work.engine, work.plugin, work.bytes)
     });
     let answer = Controlled::Compiled(compiled);

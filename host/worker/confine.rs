@@ -4,6 +4,7 @@
 //! What stands in its way, each put up by the process itself before it has anything to do:
 //!
 //! - limits: memory of its own, descriptors, the size of files, no core files; and it is the first to go when memory is short,
+//! - no capability, also where the host is root (`users.rs`),
 //! - no path, no TCP port, and no signal to or abstract socket of anybody (Landlock), also where a system call slips through,
 //! - the system calls that it may make (`calls.rs`).
 
@@ -117,12 +118,20 @@ pub(super) fn confine(mut lacking: Vec<String>, who: Confined) -> Vec<String> {
     // It makes no files, and none by mistake that anybody could read.
     rustix::process::umask(Mode::RWXU | Mode::RWXG | Mode::RWXO);
     // Also sets that no privileges can be had any more, without which Linux takes no filter.
-    let filtered = match who {
-        Confined::Worker(_) => calls::filter_worker(),
-        Confined::Compiler => calls::filter_compiler(),
-    };
-    built("seccomp", filtered.map_err(|e| e.to_string()));
+    built("seccomp", calls::filter().map_err(|e| e.to_string()));
     lacking
+}
+
+/// # Errors
+/// A wall is lacking, and all are `required`.
+pub(super) fn check(lacking: &[String], required: bool) -> Result<(), String> {
+    match lacking {
+        lacking if required && !lacking.is_empty() => Err(format!(
+            "it lacks a wall ({}), and the setting workers.require_walls allows none that does",
+            lacking.join("; ")
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// What Linux is to hold the process to. A compiler has its addresses limited already.
@@ -183,8 +192,10 @@ mod tests {
     }
 
     /// Ways out that neither kind of process has.
-    fn attempts(parent: Pid, file: &fs::File, errno: i32) {
-        let refused = |what, result| refused(errno, what, result);
+    fn attempts(parent: Pid, file: &fs::File) {
+        use std::os::fd::AsRawFd;
+
+        let refused = |what, result| refused(libc::EACCES, what, result);
         let limit = Rlimit {
             current: Some(1),
             maximum: Some(1),
@@ -192,7 +203,7 @@ mod tests {
         let parents = Some(parent);
         let cpus = rustix::thread::CpuSet::new();
         let asynchronous = OFlags::from_bits_retain(libc::O_ASYNC.unsigned_abs());
-        let ways: [(&str, rustix::io::Result<()>); 10] = [
+        let ways: [(&str, rustix::io::Result<()>); 13] = [
             (
                 "kill of the parent",
                 rustix::process::test_kill_process(parent),
@@ -221,10 +232,61 @@ mod tests {
             ("O_ASYNC", rustix::fs::fcntl_setfl(file, asynchronous)),
             ("seals", rustix::fs::fcntl_add_seals(file, SealFlags::SEAL)),
             ("setsid", rustix::process::setsid().map(drop)),
+            ("pipe", rustix::pipe::pipe().map(drop)),
+            (
+                "flags of a descriptor",
+                rustix::fs::fcntl_setfl(file, OFlags::NONBLOCK),
+            ),
+            (
+                "lock",
+                rustix::fs::flock(file, rustix::fs::FlockOperation::LockShared),
+            ),
         ];
         for (what, result) in ways {
             refused(what, result.map_err(Into::into));
         }
+        let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+        refused("reopen of a descriptor", fs::File::open(own).map(drop));
+        refused("thread", std::thread::Builder::new().spawn(|| {}).map(drop));
+        files();
+    }
+
+    /// To look at, to make, to change and to take away what has a path.
+    fn files() {
+        use rustix::fs::{AtFlags, CWD, FileType, ResolveFlags};
+
+        let refused = |what, result: rustix::io::Result<()>| {
+            refused(libc::EACCES, what, result.map_err(Into::into));
+        };
+        // Nothing comes of that where the wall is lacking.
+        let (path, new) = ("/proc/self/status", "/proc/self/new");
+        let create = OFlags::CREATE | OFlags::WRONLY;
+        let mode = Mode::RUSR | Mode::WUSR;
+        let (uid, gid) = (rustix::fs::Uid::ROOT, rustix::fs::Gid::ROOT);
+        let open = |path: &str, flags| rustix::fs::open(path, flags, mode).map(drop);
+        let beneath = ResolveFlags::BENEATH;
+        refused("open to read", open(path, OFlags::RDONLY));
+        refused("open to write", open(path, OFlags::WRONLY));
+        refused("open to create", open(new, create));
+        refused(
+            "openat2",
+            rustix::fs::openat2(CWD, path, OFlags::RDONLY, Mode::empty(), beneath).map(drop),
+        );
+        refused("unlink", rustix::fs::unlink(path));
+        refused("rename", rustix::fs::rename(path, new));
+        refused("link", rustix::fs::link(path, new));
+        refused("symlink", rustix::fs::symlink(path, new));
+        refused("chmod", rustix::fs::chmod(path, mode));
+        refused("chown", rustix::fs::chown(path, Some(uid), Some(gid)));
+        refused("mkdir", rustix::fs::mkdir(new, mode));
+        let pipe = FileType::Fifo;
+        refused("mknod", rustix::fs::mknodat(CWD, new, pipe, mode, 0));
+        let is_there = rustix::fs::Access::EXISTS;
+        refused("access", rustix::fs::access(path, is_there));
+        refused(
+            "stat",
+            rustix::fs::statat(CWD, path, AtFlags::empty()).map(drop),
+        );
     }
 
     /// In threads that were there before, and this one.
@@ -250,13 +312,7 @@ mod tests {
         let parent = getppid().expect("it has one");
         match std::env::var(CONFINED).as_deref() {
             Ok("worker") => worker(parent),
-            Ok("compiler") => in_all_threads(Confined::Compiler, |file| {
-                attempts(parent, file, libc::EPERM);
-                let spawned = Command::new("/bin/true").spawn();
-                refused(libc::EPERM, "exec", spawned.map(drop));
-                fs::read("/proc/self/maps").expect("files");
-                std::thread::spawn(|| {}).join().expect("threads");
-            }),
+            Ok("compiler") => in_all_threads(Confined::Compiler, |file| attempts(parent, file)),
             Ok("shut out") => shut_out_of_names(parent),
             Ok("no Landlock") => {
                 calls::without(libc::SYS_landlock_create_ruleset).expect("a filter");
@@ -267,33 +323,23 @@ mod tests {
                 );
                 fs::read("/proc/self/maps").expect("files, and it goes on");
             }
-            Ok("exec") => {
-                confine(go_first(), WORKER);
-                let error = Command::new("/bin/true").exec();
-                println!("it lives: {error}");
-            }
+            Ok("worker that runs a program") => runs_a_program(WORKER),
+            Ok("compiler that runs a program") => runs_a_program(Confined::Compiler),
             _ => return,
         }
         println!("the process is confined");
     }
 
+    fn runs_a_program(who: Confined) {
+        confine(go_first(), who);
+        let error = Command::new("/bin/true").exec();
+        println!("it lives: {error}");
+    }
+
     fn worker(parent: Pid) {
         strait_memory::process::keep_mappings_open().expect("/proc");
         in_all_threads(WORKER, |file| {
-            use std::os::fd::AsRawFd;
-
-            attempts(parent, file, libc::EACCES);
-            let refused = |what, result| refused(libc::EACCES, what, result);
-            refused("openat", fs::File::open("/dev/null").map(drop));
-            let own = format!("/proc/self/fd/{}", file.as_raw_fd());
-            refused("reopen of a descriptor", fs::File::open(own).map(drop));
-            let pipe = rustix::pipe::pipe().map(drop);
-            refused("pipe", pipe.map_err(Into::into));
-            let flags = rustix::fs::fcntl_setfl(file, OFlags::NONBLOCK);
-            refused("flags of a descriptor", flags.map_err(Into::into));
-            let lock = rustix::fs::flock(file, rustix::fs::FlockOperation::LockShared);
-            refused("lock", lock.map_err(Into::into));
-            refused("thread", std::thread::Builder::new().spawn(|| {}).map(drop));
+            attempts(parent, file);
             // What it needs it can still do.
             let files = getrlimit(Resource::Nofile);
             assert_eq!((files.current, files.maximum), (Some(100), Some(100)));
@@ -366,8 +412,8 @@ mod tests {
     #[test]
     fn what_confined_processes_cannot_do() {
         let kinds = [
-            ("worker", 16),
-            ("compiler", 11),
+            ("worker", 29),
+            ("compiler", 29),
             ("shut out", 7),
             ("no Landlock", 0),
         ];
@@ -381,10 +427,22 @@ mod tests {
     }
 
     #[test]
-    fn a_worker_that_runs_a_program_is_killed() {
-        let process = confined("exec");
-        let text = String::from_utf8_lossy(&process.stdout);
-        assert!(!text.contains("it lives"), "{text}");
-        assert_eq!(process.status.signal(), Some(libc::SIGSYS));
+    fn who_runs_a_program_is_killed() {
+        for who in ["worker", "compiler"] {
+            let process = confined(&format!("{who} that runs a program"));
+            let text = String::from_utf8_lossy(&process.stdout);
+            assert!(!text.contains("it lives"), "{text}");
+            assert_eq!(process.status.signal(), Some(libc::SIGSYS), "{who}");
+        }
+    }
+
+    #[test]
+    fn where_all_walls_are_required_none_may_be_lacking() {
+        let lacking = ["seccomp: no".to_owned(), "Landlock: no".to_owned()];
+        assert_eq!((check(&lacking, false), check(&[], true)), (Ok(()), Ok(())));
+        let why = check(&lacking, true).expect_err("two are lacking");
+        for part in ["seccomp: no; Landlock: no", "workers.require_walls"] {
+            assert!(why.contains(part), "{why}");
+        }
     }
 }

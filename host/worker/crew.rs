@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex, MutexGuard};
-use strait_memory::ResultPool;
+use strait_memory::{PoolSegment, ResultPool};
 
 use super::channel::ReceiveError;
 use super::exchange::Trouble;
@@ -329,6 +329,14 @@ impl Crew {
         // A worker may tell anything.
         state.past = state.past.with(process.totals(), u64::saturating_add);
         self.pool.forget(process.number());
+    }
+
+    /// Frees what `process` could still fill when that, which was killed, is no more: waited for by nobody but who needs
+    /// that memory.
+    pub(super) fn bury(&self, process: &Process, segments: Vec<PoolSegment>) {
+        if !segments.is_empty() {
+            self.pool.budget().free_slowly(process.bury(segments));
+        }
     }
 
     /// Ends those that were idle for too long, and spares that nobody needs.

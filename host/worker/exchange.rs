@@ -181,6 +181,11 @@ impl<'a> Exchange<'a> {
         self.lane
     }
 
+    /// What it has of the worker to fill, after that was killed.
+    pub(super) fn into_segments(self) -> Vec<PoolSegment> {
+        self.segments
+    }
+
     /// Whether it ran, and nothing of another plugin beside it at any time.
     pub(super) fn was_alone(&self) -> bool {
         self.company.as_ref().is_some_and(Company::is_alone)

@@ -1,5 +1,6 @@
 //! What a worker writes on stderr, as the host tells it in its own log: who has broken out there could else write over that
-//! log, or into it in the host's name.
+//! log, or into it in the host's name. It is read no faster than it is told, lest it cost the host more than that: the pipe
+//! is full then, and whoever writes waits.
 
 use std::io::{self, BufRead, BufReader, Read};
 use std::process::ChildStderr;
@@ -10,8 +11,9 @@ use serde_json::{Map, Value};
 
 /// Longest line; what is behind it is skipped.
 const LINE_BYTES_MAX: u64 = 1 << 20;
-/// Most of one worker in a second; what is more is counted.
+/// Most of one worker in a second, with what a line costs beside its text.
 const SECOND_BYTES_MAX: usize = 1 << 20;
+const LINE_BYTES: usize = 256;
 const SECOND: Duration = Duration::from_secs(1);
 
 /// An event of the worker's, as `strait worker` writes it.
@@ -40,30 +42,70 @@ pub(super) fn relay(worker: &str, stderr: ChildStderr) -> io::Result<()> {
     let worker = worker.to_owned();
     std::thread::Builder::new()
         .name("strait-relay".to_owned())
-        .spawn(move || relay_all(&worker, &mut BufReader::new(stderr), tell))
+        .spawn(move || relay_all(&worker, stderr, tell))
         .map(drop)
 }
 
-fn relay_all(worker: &str, lines: &mut impl BufRead, mut tell: impl FnMut(&str, &str)) {
-    let (mut since, mut bytes, mut lost) = (Instant::now(), 0_usize, 0_u64);
-    while let Ok(Some(line)) = next(lines) {
-        if since.elapsed() >= SECOND {
-            since = Instant::now();
-            bytes = 0;
-            if lost > 0 {
+fn relay_all(worker: &str, stderr: impl Read, mut tell: impl FnMut(&str, &str)) {
+    let mut lines = BufReader::new(Slow {
+        stderr,
+        rate: Rate::new(worker),
+    });
+    while let Ok(Some(line)) = next(&mut lines) {
+        lines.get_mut().rate.spend(LINE_BYTES);
+        tell(worker, &line);
+    }
+}
+
+/// Reads as fast as there is something to spend.
+struct Slow<'a, R> {
+    stderr: R,
+    rate: Rate<'a>,
+}
+
+impl<R: Read> Read for Slow<'_, R> {
+    fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        let count = self.stderr.read(into)?;
+        self.rate.spend(count);
+        Ok(count)
+    }
+}
+
+/// [`SECOND_BYTES_MAX`] of each second.
+struct Rate<'a> {
+    worker: &'a str,
+    since: Instant,
+    bytes: usize,
+    told: bool,
+}
+
+impl<'a> Rate<'a> {
+    fn new(worker: &'a str) -> Self {
+        Self {
+            worker,
+            since: Instant::now(),
+            bytes: 0,
+            told: false,
+        }
+    }
+
+    /// Waits for the next second if this one's are spent.
+    fn spend(&mut self, bytes: usize) {
+        let elapsed = self.since.elapsed();
+        if elapsed < SECOND && self.bytes <= SECOND_BYTES_MAX {
+            self.bytes += bytes;
+            return;
+        }
+        if let Some(rest) = SECOND.checked_sub(elapsed) {
+            if !std::mem::replace(&mut self.told, true) {
                 tracing::warn!(
-                    worker,
-                    lost,
-                    "log lines of a worker are lost: it writes too many"
+                    worker = self.worker,
+                    "a worker writes more into the log than is told in a second: it has to wait"
                 );
-                lost = 0;
             }
+            std::thread::sleep(rest);
         }
-        bytes = bytes.saturating_add(line.len());
-        match bytes <= SECOND_BYTES_MAX {
-            true => tell(worker, &line),
-            false => lost += 1,
-        }
+        (self.since, self.bytes) = (Instant::now(), bytes);
     }
 }
 
@@ -125,20 +167,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_have_a_length_and_a_rate() {
-        let long = vec![b'x'; SECOND_BYTES_MAX + 10];
+    fn lines_have_a_length() {
+        let most = usize::try_from(LINE_BYTES_MAX).expect("a length");
+        let long = vec![b'x'; most + 10];
         let text = [&b"one\n\n\xff\n"[..], &long, b"\nlast"].concat();
         let mut told = Vec::new();
-        relay_all("1", &mut &text[..], |_, line| told.push(line.to_owned()));
+        relay_all("1", &text[..], |_, line| told.push(line.to_owned()));
         let lengths: Vec<_> = told.iter().map(String::len).collect();
-        // The long one is cut, and over the rate.
+        assert_eq!(lengths, [3, 0, 3, most, 4]);
         assert_eq!(
-            (&told[..3], &lengths[..]),
-            (
-                &["one".to_owned(), String::new(), "\u{fffd}".to_owned()][..],
-                &[3, 0, 3][..]
-            )
+            (&*told[0], &*told[2], &*told[4]),
+            ("one", "\u{fffd}", "last")
         );
+    }
+
+    #[test]
+    fn lines_and_bytes_have_a_rate() {
+        // As much as a second has room for, and half of that again.
+        let full = SECOND_BYTES_MAX + SECOND_BYTES_MAX / 2;
+        let lines = "a\n".repeat(full / (LINE_BYTES + 2));
+        for text in ["x".repeat(full), lines] {
+            let (begin, mut told) = (Instant::now(), 0);
+            relay_all("1", text.as_bytes(), |_, _| told += 1);
+            assert_eq!(told, text.lines().count(), "none is lost");
+            assert!(begin.elapsed() >= SECOND, "{:?}", begin.elapsed());
+        }
     }
 
     #[test]

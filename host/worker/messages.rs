@@ -51,6 +51,8 @@ pub(super) struct Compile {
     pub(super) seconds: u64,
     /// Of addresses.
     pub(super) bytes: u64,
+    /// It compiles nothing where a wall is lacking.
+    pub(super) require_walls: bool,
     pub(super) plugin: Vec<u8>,
 }
 

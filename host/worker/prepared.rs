@@ -166,7 +166,7 @@ impl Prepared {
     fn told_of<R>(&mut self, said: &Result<R, Trouble>, seated: &Seated) {
         if let Err(Trouble::Lost(lost)) = said {
             // What it would have filled is forgotten with its seat.
-            seated.process().bury(&lost.to_string());
+            seated.process().kill(&lost.to_string());
             self.bound = None;
         }
     }
@@ -390,7 +390,7 @@ impl Ready for Prepared {
             Err(Trouble::Lost(lost)) => lost,
             Err(Trouble::Own(_) | Trouble::Failed(_)) => ReceiveError::Gone,
         };
-        seated.process().bury(&lost.to_string());
+        seated.process().kill(&lost.to_string());
         self.bound = None;
         Err(Failed {
             took_process: company.is_alone(),

@@ -1,5 +1,6 @@
 //! One worker process, as the host sees it: started, talked to, ended.
 
+mod burial;
 mod mapped;
 
 use std::collections::{HashMap, HashSet};
@@ -16,12 +17,14 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use strait_memory::{Author, FrameSocket, KeepsMappings};
 
 use super::channel::{self, Channel, ReceiveError};
+use super::confine;
 use super::messages::{Answer, Ask, Control, Controlled, Counts, Start, Totals};
 use super::program::{Census, Program, Recipe, Spawned};
 use crate::engine::{Cause, EngineConfig, RunnerProcess};
 use crate::plugin::PluginHash;
 use crate::text;
 
+use burial::{Burial, Buried};
 use mapped::Keeper;
 pub(super) use mapped::Mapped;
 
@@ -79,6 +82,8 @@ pub(super) struct Process {
     cancels: Mutex<Channel>,
     lanes: Mutex<Vec<Channel>>,
     lane_free: Condvar,
+    /// This end of each socket, lent out or not: Linux closes the other one late.
+    sockets: Mutex<Vec<Weak<FrameSocket>>>,
     streams: Mutex<usize>,
     streams_max: usize,
     keeper: Arc<Keeper>,
@@ -117,27 +122,6 @@ impl Drop for Company {
     }
 }
 
-/// Whether Linux has taken all of a process apart.
-#[derive(Debug, Default)]
-struct Burial {
-    is_over: Mutex<bool>,
-    changed: Condvar,
-}
-
-impl Burial {
-    fn end(&self) {
-        *self.is_over.lock() = true;
-        self.changed.notify_all();
-    }
-
-    /// Returns when it is over, or takes too long.
-    fn wait(&self) {
-        let until = Instant::now() + CONTROL_MAX;
-        let mut is_over = self.is_over.lock();
-        while !*is_over && !self.changed.wait_until(&mut is_over, until).timed_out() {}
-    }
-}
-
 impl Process {
     /// # Errors
     /// Linux gives no process, or it does not come up in [`START_MAX`] or before it `is_over`.
@@ -169,7 +153,9 @@ impl Process {
         let cancels = FrameSocket::from(own.as_fd().try_clone_to_owned()?);
         let (control, cancels) = (Channel::new(own)?, Channel::new(cancels)?);
         let lanes = lanes.into_iter().map(Channel::new);
-        let lanes = lanes.collect::<io::Result<_>>()?;
+        let lanes = lanes.collect::<io::Result<Vec<_>>>()?;
+        let sockets = lanes.iter().chain([&control]).map(Channel::socket);
+        let sockets = Mutex::new(sockets.collect());
         let child = recipe.program.spawn(its, name)?;
         let start = Start {
             uid: child.uid(),
@@ -191,6 +177,7 @@ impl Process {
             lanes: Mutex::new(lanes),
             keeper: Arc::new(Keeper(Weak::clone(process))),
             lane_free: Condvar::new(),
+            sockets,
             streams: Mutex::new(0),
             streams_max: recipe.start.streams,
             gone: AtomicBool::new(false),
@@ -231,12 +218,7 @@ impl Process {
                 for wall in lacks {
                     tracing::warn!(worker = &**name, wall, "a worker process lacks a wall");
                 }
-                if recipe.require_walls && !lacks.is_empty() {
-                    return Err(io::Error::other(format!(
-                        "this Linux lacks a wall around it ({}), and the setting workers.require_walls allows none that does",
-                        lacks.join("; ")
-                    )));
-                }
+                confine::check(lacks, recipe.require_walls).map_err(io::Error::other)?;
             }
             Ok((other, _)) => {
                 return Err(io::Error::other(format!("it answered {}", other.kind())));
@@ -346,6 +328,10 @@ impl Process {
         self.note_cpu(&spawned);
         // It may have ended by itself.
         let _ = spawned.child.kill();
+        // Before all of it is taken apart: nobody waits for that who waits for an answer.
+        for socket in self.sockets.lock().iter().filter_map(Weak::upgrade) {
+            let _ = socket.shutdown();
+        }
         Some(spawned)
     }
 
@@ -368,10 +354,9 @@ impl Process {
             });
     }
 
-    /// [Kills](Self::kill) it and waits until it has nothing mapped any more: what it was given is free then.
-    pub(super) fn bury(&self, why: &str) {
-        self.kill(why);
-        self.burial.wait();
+    /// With it, which was killed: `what` it has mapped is not free, and no other's to fill, as long as it has.
+    pub(super) fn bury<T>(&self, what: T) -> Buried<T> {
+        Buried::new(&self.burial, what)
     }
 
     /// A run of `plugin` begins there.
@@ -420,6 +405,10 @@ impl Process {
         let channel = Channel::new(own).map_err(none)?;
         channel::limit(&its).map_err(none)?;
         *streams += 1;
+        let mut sockets = self.sockets.lock();
+        sockets.retain(|known| known.strong_count() > 0);
+        sockets.push(channel.socket());
+        drop(sockets);
         self.census.fds.fetch_add(1, Ordering::Relaxed);
         drop(streams);
         let lane = Lane {
@@ -448,8 +437,11 @@ impl Process {
         }
         match self.controlled(forget) {
             Ok(Controlled::Forgotten(counts)) => self.set_counts(counts),
-            // Killed, it has nothing mapped either.
-            Ok(_) | Err(_) => self.bury("it does not let go of a segment"),
+            Ok(_) | Err(_) => {
+                self.kill("it does not let go of a segment");
+                // Then it has nothing mapped either.
+                self.burial.wait();
+            }
         }
     }
 

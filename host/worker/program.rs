@@ -152,7 +152,13 @@ impl Program {
         })?;
         let (program, lacking) = match rustix::process::geteuid().is_root() {
             // Whoever else is root needs no way into its memory.
-            true => (file.try_clone()?, None),
+            true => {
+                let lacking = uids.is_none().then(|| {
+                    "a user of its own: it is root as its host is, without the setting workers.uids"
+                        .to_owned()
+                });
+                (file.try_clone()?, lacking)
+            }
             false => match unreadable_program(&file) {
                 Ok(program) => (program, None),
                 Err(error) => (

@@ -67,7 +67,8 @@ impl Runs {
         if let Err(Trouble::Lost(lost)) = &given {
             *was_alone = exchange.was_alone();
             // What it would have filled is forgotten with its seat.
-            seated.process().bury(&lost.to_string());
+            seated.process().kill(&lost.to_string());
+            self.crew.bury(seated.process(), exchange.into_segments());
         }
         given
     }

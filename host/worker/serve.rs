@@ -62,17 +62,17 @@ pub fn serve(control: OwnedFd) -> Result<(), String> {
     // No file can be opened later. There are no other threads yet.
     process::keep_mappings_open().map_err(|e| e.to_string())?;
     lacking.extend(confine::shut_out());
-    let become_user = |uid: Option<u32>| {
-        uid.map_or(Ok(()), users::become_user)
+    let step_down = |uid: Option<u32>| {
+        users::step_down(uid)
             .map_err(|e| format!("it cannot become the user that it is to be: {e}"))
     };
     let start = match first {
         Control::Start(start) => {
-            become_user(start.uid)?;
+            lacking.extend(step_down(start.uid)?);
             start
         }
         Control::Compile(work) => {
-            become_user(work.uid)?;
+            lacking.extend(step_down(work.uid)?);
             return compiler::obey(&mut control, work, lacking);
         }
         // It may hold all of a plugin.

@@ -1,4 +1,4 @@
-//! Whose worker processes are, and that they end with their host. Of two that live at a time no two have the same user.
+//! Whose worker processes are, what that may do, and that they end with their host. Of two that live at a time no two have the same user.
 //!
 //! What Linux lets one process of a user do to another of the same user (signals, `/proc`, limits) is then no matter between workers, nor
 //! between a worker and anybody else: nobody logs in as such a user, and no file is its.
@@ -9,8 +9,13 @@ use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use parking_lot::Mutex;
+use rustix::io::Errno;
 use rustix::process::{Gid, Signal, Uid, getppid, set_parent_process_death_signal};
-use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
 use strait_memory::process;
 
 /// Those that are there.
@@ -66,11 +71,56 @@ pub(super) fn end_with_host() -> io::Result<()> {
     Ok(set_parent_process_death_signal(Some(Signal::KILL))?)
 }
 
-/// Makes this process one of that user and of its group alone, for good. It has no other threads yet.
+/// Takes all capabilities from this process for good, and makes it one of user `uid`, if there is one, and of that user's
+/// group alone. It has no other threads yet. Answers what this Linux would not do, in words.
 ///
 /// # Errors
-/// It is not root, or its host is gone.
-pub(super) fn become_user(uid: u32) -> io::Result<()> {
+/// It cannot become that user: it is not root, or its host is gone.
+pub(super) fn step_down(uid: Option<u32>) -> io::Result<Option<String>> {
+    // Which takes a capability itself.
+    let unbound = empty_bounding_set();
+    if let Some(uid) = uid {
+        become_user(uid)?;
+    }
+    let dropped = unbound.and(drop_capabilities());
+    let lacking = dropped.map_err(|error| format!("no capabilities: {error}"));
+    Ok(lacking.err())
+}
+
+/// From now on no program that this process runs is given any. Who has none itself is given none in any case: it gets no
+/// new privileges.
+fn empty_bounding_set() -> rustix::io::Result<()> {
+    if !capabilities(None)?
+        .effective
+        .contains(CapabilitySet::SETPCAP)
+    {
+        return Ok(());
+    }
+    for bit in 0..u64::BITS {
+        match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << bit)) {
+            // This Linux knows no more of them.
+            Err(Errno::INVAL) => break,
+            removed => removed?,
+        }
+    }
+    Ok(())
+}
+
+/// Root without them is a user like others, but for whose files there are.
+fn drop_capabilities() -> rustix::io::Result<()> {
+    let none = CapabilitySet::empty();
+    clear_ambient_capability_set()?;
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: none,
+            permitted: none,
+            inheritable: none,
+        },
+    )
+}
+
+fn become_user(uid: u32) -> io::Result<()> {
     let host = getppid();
     let (user, group) = (Uid::from_raw(uid), Gid::from_raw(uid));
     set_thread_groups(&[])?;

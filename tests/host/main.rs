@@ -35,4 +35,5 @@ mod quotas;
 mod runaways;
 mod sealed;
 mod second_uid;
+mod walls;
 mod workers;

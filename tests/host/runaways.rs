@@ -1,12 +1,16 @@
 //! Kernels that would go on for ever in a worker process, where nothing in their loops looks at a clock: their deadline ends
 //! them and nothing else.
 
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
 use serde_json::json;
 use strait_client::wire::Op;
 
 use crate::guest;
-use crate::served::{Raw, Served, check_call, number, put, ramp};
-use crate::workers::{MOVED, NO_SPARE, ON, worker};
+use crate::served::{PATIENCE, Raw, Served, check_call, number, put, ramp, scale_shift};
+use crate::workers::{MOVED, NO_SPARE, ON, OnDrop, worker};
 
 /// In the guest's own code, whatever it does there.
 const IN_THE_GUEST: [(&str, &str); 14] = [
@@ -131,4 +135,64 @@ fn a_guest_that_is_rarely_in_its_own_code_ends_with_its_worker_at_the_latest() {
     for (index, (what, _)) in ELSEWHERE.iter().enumerate() {
         check_ended(&mut client, index, what);
     }
+}
+
+/// A quarter of a second or so: nobody waits for it.
+#[test]
+fn a_large_worker_is_taken_apart_beside_its_neighbours_next_runs() {
+    // More than a GiB in small pages.
+    let text = "(func $run (param i32) (result i32) (local $at i32)
+        (local.set $at (i32.mul (memory.grow (i32.const 18000)) (i32.const 65536)))
+        (loop $l (memory.fill (local.get $at) (i32.const 1) (i32.const 1170000000)) (br $l)) i32.const 0)";
+    let settings = [
+        ON,
+        NO_SPARE,
+        ("STRAIT__ENGINE__WORKERS", "4"),
+        ("STRAIT__LIMITS__GUEST_BYTES", "1400000000"),
+        ("STRAIT__WORKERS__GRACE_MS", "100"),
+    ];
+    let host = Served::with_plugin(&guest::component("fills", text), &settings);
+    let mut client = host.greeted();
+    put(&mut client, "x", MOVED);
+    let fill = |client: &mut Raw, deadline_ms: u64| {
+        let call = json!({"kernel": "fills/k", "inputs": {"x": "x"}, "deadline_ms": deadline_ms});
+        client
+            .ask(Op::Invoke, call)
+            .refused("DEADLINE_EXCEEDED", "DEADLINE");
+    };
+    // Its worker has the plugin.
+    fill(&mut client, 1);
+    let mut other = host.greeted();
+    put(&mut other, "large", 10 * MOVED);
+    let call = scale_shift(json!("large"), 2.0, 1.0);
+    other.ask(Op::Invoke, call.clone()).accepted();
+    let large = worker(&host);
+    let done = AtomicBool::new(false);
+    let (overrun, next, longest) = std::thread::scope(|scope| {
+        let neighbour = scope.spawn(|| {
+            let mut longest = Duration::ZERO;
+            while !done.load(Ordering::Relaxed) {
+                let begin = Instant::now();
+                let reply = other.ask(Op::Invoke, call.clone());
+                longest = longest.max(begin.elapsed());
+                let lease = reply.accepted()["results"][0]["lease"].clone();
+                other.ok(Op::Release, json!({"leases": [lease]}));
+            }
+            longest
+        });
+        // Also where this thread gives up.
+        let end = OnDrop(|| done.store(true, Ordering::Relaxed));
+        let begin = Instant::now();
+        fill(&mut client, 3000);
+        let overrun = begin.elapsed();
+        check_call(&mut client, json!("x"), &ramp(MOVED));
+        let next = begin.elapsed() - overrun;
+        drop(end);
+        (overrun, next, neighbour.join().unwrap())
+    });
+    eprintln!("its end {overrun:?}, the next call {next:?}, the neighbour's longest {longest:?}");
+    assert!(overrun.max(next).max(longest) < PATIENCE);
+    host.eventually(&mut client, "it is taken apart", |_| {
+        !fs::exists(format!("/proc/{}", large.as_raw_nonzero())).unwrap()
+    });
 }

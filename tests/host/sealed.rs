@@ -3,10 +3,16 @@
 use std::fs;
 use std::os::fd::AsFd;
 
+use arrow_array::Float64Array;
+use arrow_flight::utils::flight_data_to_batches;
+use arrow_flight::{Action, CancelFlightInfoRequest, FlightDescriptor};
+use futures::TryStreamExt;
+use prost::Message;
 use rustix::process::Pid;
-use serde_json::json;
+use serde_json::{Value, json};
 use strait_client::wire::Op;
 
+use crate::second_uid::{blocking, flight};
 use crate::served::{FINAL, Holdings, check_call, numbers, ramp, scale_shift};
 use crate::workers::{MOVED, ON, host, invoke, kill, stop, worker};
 
@@ -61,6 +67,62 @@ fn a_result_that_gets_a_name_is_sealed_by_linux_and_let_go_of() {
         let lease = &reply.body()["results"][0]["lease"];
         client.ok(Op::Release, json!({"leases": [lease]}));
     }
+    assert_eq!(Holdings::of(&host.settled(&mut client)), before);
+}
+
+#[test]
+fn a_result_is_sealed_before_it_is_read_over_flight() {
+    let (host, mut client) = host(&[ON]);
+    check_call(&mut client, json!("x"), &ramp(MOVED));
+    let before = Holdings::of(&host.settled(&mut client));
+    let call = scale_shift(json!("x"), 2.0, 1.0).to_string();
+    let (info, sent) = blocking(async {
+        let mut flight = flight(&host.directory()).await;
+        let info = flight.get_flight_info(FlightDescriptor::new_cmd(call));
+        let info = info.await.unwrap().into_inner();
+        let about: Value = serde_json::from_slice(&info.endpoint[0].app_metadata).unwrap();
+        let map = json!({"segment": about["segment"]});
+        let unread = client.ask(Op::Map, map.clone());
+        assert_eq!(unread.body()["mapping"]["writers"], "worker");
+        assert!(mapped_writable(worker(&host), &unread.fds[0]).is_some());
+        let data = flight.do_get(info.endpoint[0].ticket.clone().unwrap());
+        let sent: Vec<_> = data
+            .await
+            .unwrap()
+            .into_inner()
+            .try_collect()
+            .await
+            .unwrap();
+        assert_eq!(mapped_writable(worker(&host), &unread.fds[0]), None);
+        let seals = rustix::fs::fcntl_get_seals(&unread.fds[0]).unwrap();
+        assert!(seals.contains(FINAL), "{seals:?}");
+        let read = client.ask(Op::Map, map);
+        assert_eq!(read.body()["mapping"]["writers"], "none");
+        for reply in [unread, read] {
+            client.ok(Op::Release, json!({"leases": [reply.body()["lease"]]}));
+        }
+        let cancel = CancelFlightInfoRequest {
+            info: Some(info.clone()),
+        }
+        .encode_to_vec();
+        let cancel = flight.do_action(Action::new("CancelFlightInfo", cancel));
+        cancel
+            .await
+            .unwrap()
+            .into_inner()
+            .try_collect::<Vec<_>>()
+            .await
+            .unwrap();
+        (info, sent)
+    });
+    assert_eq!(info.total_records, i64::try_from(MOVED).unwrap());
+    let batches = flight_data_to_batches(&sent).unwrap();
+    let values = batches.iter().flat_map(|batch| {
+        let column = batch.column(0).as_any().downcast_ref::<Float64Array>();
+        column.unwrap().values().to_vec()
+    });
+    let expected = ramp(MOVED).into_iter().map(|x| 2.0 * x + 1.0);
+    assert!(values.eq(expected));
     assert_eq!(Holdings::of(&host.settled(&mut client)), before);
 }
 

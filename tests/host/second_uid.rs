@@ -39,7 +39,7 @@ fn open_host() -> Served {
     host
 }
 
-fn blocking<T>(future: impl Future<Output = T>) -> T {
+pub(super) fn blocking<T>(future: impl Future<Output = T>) -> T {
     // On this thread, whose user it is.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -47,7 +47,7 @@ fn blocking<T>(future: impl Future<Output = T>) -> T {
     runtime.unwrap().block_on(future)
 }
 
-async fn flight(directory: &Path) -> FlightServiceClient<Channel> {
+pub(super) async fn flight(directory: &Path) -> FlightServiceClient<Channel> {
     let address = format!("unix:{}", directory.join("flight.sock").display());
     let endpoint = Endpoint::from_shared(address).unwrap();
     // At its first call, which is where a refused connection is an error, too.

@@ -90,9 +90,11 @@ const WALLS: Subject = Subject::new(
 pub(super) fn walls(config: &Config) -> Check {
     let change = match config.workers.require_walls {
         true => {
-            "a host with workers.require_walls does not run here; run it where Linux, or the container around it, has them"
+            "a host with workers.require_walls does not run here; run it where Linux, or the container around it, has them, and one that is root with workers.uids"
         }
-        false => "run the host where Linux, or the container around it, has them",
+        false => {
+            "run the host where Linux, or the container around it, has them, and one that is root with workers.uids"
+        }
     };
     let program = config.workers.program.as_deref();
     let lacking = config
@@ -100,7 +102,12 @@ pub(super) fn walls(config: &Config) -> Check {
         .map_err(std::io::Error::other)
         .and_then(|uids| worker::lacking_walls(program, config.engine(), uids));
     match lacking {
-        Ok(lacks) if lacks.is_empty() => WALLS.ok("all stand"),
+        Ok(lacks) if lacks.is_empty() => WALLS.ok(match rustix::process::geteuid().is_root() {
+            true => "all stand",
+            false => {
+                "all stand; only root could say that workers are the first to go when memory is short"
+            }
+        }),
         Ok(lacks) if config.workers.enabled && config.workers.require_walls => {
             WALLS.fail(lacks.join("; "), change)
         }

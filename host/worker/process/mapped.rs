@@ -4,7 +4,8 @@ use std::sync::{Arc, Weak};
 
 use strait_memory::{Author, Filler, KeepsMappings};
 
-use super::{Burial, Process};
+use super::Process;
+use super::burial::Burial;
 use crate::worker::messages::Control;
 
 /// What segments tell that they are gone, and results that they are not what they should be.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use strait_client::wire::Op;
@@ -9,7 +10,7 @@ use tempfile::TempDir;
 use wasmtime_environ::object::{Object, ObjectSection, ObjectSymbol};
 
 use crate::guest;
-use crate::served::{Raw, Served, check_call, numbers, put, ramp};
+use crate::served::{PATIENCE, Raw, Served, check_call, numbers, put, ramp};
 use crate::workers::{MOVED, NO_SPARE, ON};
 
 /// The guest's functions and what they become: System V, with two registers more in front, as wasmtime calls within a module.
@@ -104,6 +105,12 @@ pub(super) fn ending(function: &str, parameters: &str, result: &str) -> Vec<u8> 
         &format!("ends-in-{function}"),
         &format!("{}\n{text}", placeholders()),
     )
+}
+
+/// What its `run` does, with the primitives.
+pub(super) fn running(name: &str, body: &str) -> Vec<u8> {
+    let text = format!("(func $run (param i32) (result i32) {body} i32.const 0)");
+    guest::component(name, &format!("{}\n{text}", placeholders()))
 }
 
 fn plugin() -> Vec<u8> {
@@ -323,6 +330,24 @@ impl Broken {
             .iter()
             .map(|answer| answer.to_bits().cast_signed())
             .collect())
+    }
+
+    /// How its workers have ended so far, in Linux's words, once `least` of them have.
+    pub(super) fn ends(&self, least: usize) -> Vec<String> {
+        let begin = Instant::now();
+        loop {
+            let log = self.host.log();
+            let ends = log.lines().filter_map(|line| {
+                let about = line.split_once("a worker process has ended")?.1;
+                Some(about.split_once("status=")?.1.to_owned())
+            });
+            let ends: Vec<_> = ends.collect();
+            if ends.len() >= least {
+                return ends;
+            }
+            assert!(begin.elapsed() < PATIENCE, "{ends:?} of {least}");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// The host, its worker and everybody's tensors are as they were.

@@ -2,7 +2,10 @@
 //! process are all that is left. Nothing here is pretended: the compiled plugin is changed where the host keeps it, so that four
 //! functions of the guest become a system call, a load and a store anywhere, and the stack pointer.
 
+mod calls;
 mod machine;
+
+use std::time::Instant;
 
 use serde_json::json;
 use strait_client::wire::Op;
@@ -11,227 +14,9 @@ use crate::guest;
 use crate::sealed::mapped_writable;
 use crate::served::{Frame, Holdings, check_call, numbers, put, ramp, scale_shift};
 use crate::workers::{MOVED, all_children, worker};
-use machine::{Attempt, Broken, CALLS, Call, FIRST, SECOND, THIRD, call, ending, map, twice, wipe};
-
-/// What the filter over a worker's calls answers.
-const REFUSED: [i64; 3] = [
-    -(libc::EPERM as i64),
-    -(libc::EACCES as i64),
-    -(libc::ENOSYS as i64),
-];
-
-#[test]
-fn what_reaches_beyond_the_worker_is_refused() {
-    let mut broken = Broken::new();
-    let host = i64::from(broken.host.pid());
-    let own = i64::from(worker(&broken.host).as_raw_nonzero().get());
-    // That the machine code runs at all.
-    let answers = broken.attempt(&Attempt::new([call(libc::SYS_getpid, [0; 3])]));
-    assert_eq!(answers, Ok(vec![own]));
-    let zeros = [0; 64];
-    let kill = i64::from(libc::SIGKILL);
-    let with =
-        |number, arguments, mask, data: &[u8]| Attempt::with([Call(number, arguments, mask)], data);
-    let path = |number, arguments, mask| with(number, arguments, mask, b"/proc/self/status\0");
-    let attempts = [
-        (
-            "kill of the host",
-            with(libc::SYS_kill, [host, kill, 0], 0, &zeros),
-        ),
-        ("kill of all", with(libc::SYS_kill, [-1, 0, 0], 0, &zeros)),
-        (
-            "signal to the host's thread",
-            with(libc::SYS_tkill, [host, kill, 0], 0, &zeros),
-        ),
-        (
-            "signal to a thread of the host",
-            with(libc::SYS_tgkill, [host, host, kill], 0, &zeros),
-        ),
-        (
-            "queued signal",
-            with(libc::SYS_rt_sigqueueinfo, [host, kill, 0], THIRD, &zeros),
-        ),
-        (
-            "pidfd of the host",
-            with(libc::SYS_pidfd_open, [host, 0, 0], 0, &zeros),
-        ),
-        (
-            "ptrace",
-            with(
-                libc::SYS_ptrace,
-                [i64::from(libc::PTRACE_ATTACH), host, 0],
-                0,
-                &zeros,
-            ),
-        ),
-        (
-            "the host's memory",
-            with(libc::SYS_process_vm_readv, [host, 0, 0], SECOND, &zeros),
-        ),
-        ("a file", path(libc::SYS_open, [0; 3], FIRST)),
-        (
-            "its own descriptor anew",
-            with(
-                libc::SYS_openat,
-                [i64::from(libc::AT_FDCWD), 0, i64::from(libc::O_RDWR)],
-                SECOND,
-                b"/proc/self/fd/0\0",
-            ),
-        ),
-        (
-            "a thread",
-            with(
-                libc::SYS_clone,
-                [
-                    i64::from(libc::CLONE_THREAD | libc::CLONE_VM | libc::CLONE_SIGHAND),
-                    0,
-                    0,
-                ],
-                SECOND,
-                &zeros,
-            ),
-        ),
-        ("fork", with(libc::SYS_fork, [0; 3], 0, &zeros)),
-        (
-            "clone",
-            with(libc::SYS_clone, [i64::from(libc::SIGCHLD), 0, 0], 0, &zeros),
-        ),
-        ("clone3", with(libc::SYS_clone3, [0, 64, 0], FIRST, &zeros)),
-        ("exec", path(libc::SYS_execve, [0; 3], FIRST)),
-        (
-            "socket",
-            with(
-                libc::SYS_socket,
-                [i64::from(libc::AF_INET), i64::from(libc::SOCK_STREAM), 0],
-                0,
-                &zeros,
-            ),
-        ),
-        (
-            "connect",
-            with(libc::SYS_connect, [0, 0, 64], SECOND, &zeros),
-        ),
-        (
-            "who is sent a signal",
-            with(
-                libc::SYS_fcntl,
-                [0, i64::from(libc::F_SETOWN), host],
-                0,
-                &zeros,
-            ),
-        ),
-        (
-            "which signal",
-            with(libc::SYS_fcntl, [0, 10, kill], 0, &zeros),
-        ),
-        (
-            "signals of a socket",
-            with(
-                libc::SYS_fcntl,
-                [0, i64::from(libc::F_SETFL), i64::from(libc::O_ASYNC)],
-                0,
-                &zeros,
-            ),
-        ),
-        (
-            "signals by ioctl",
-            with(libc::SYS_ioctl, [0, 0x5452, 0], THIRD, &1_u32.to_le_bytes()),
-        ),
-        (
-            "owner by ioctl",
-            with(libc::SYS_ioctl, [0, 0x8901, 0], THIRD, &1_u32.to_le_bytes()),
-        ),
-        (
-            "limits of the host",
-            with(
-                libc::SYS_prlimit64,
-                [host, i64::from(libc::RLIMIT_NOFILE), 0],
-                THIRD,
-                &zeros,
-            ),
-        ),
-        (
-            "own limits",
-            with(
-                libc::SYS_prlimit64,
-                [0, i64::from(libc::RLIMIT_NOFILE), 0],
-                THIRD,
-                &zeros,
-            ),
-        ),
-        (
-            "CPUs of the host",
-            with(
-                libc::SYS_sched_setaffinity,
-                [host, 8, 0],
-                THIRD,
-                &1_u64.to_le_bytes(),
-            ),
-        ),
-        (
-            "priority of the host",
-            with(libc::SYS_setpriority, [0, host, 19], 0, &zeros),
-        ),
-        (
-            "a write lease",
-            with(
-                libc::SYS_fcntl,
-                [0, 1024, i64::from(libc::F_WRLCK)],
-                0,
-                &zeros,
-            ),
-        ),
-        ("seals", with(libc::SYS_fcntl, [0, 1033, 1], 0, &zeros)),
-        (
-            "io_uring",
-            with(libc::SYS_io_uring_setup, [8, 0, 0], SECOND, &zeros),
-        ),
-        ("bpf", with(libc::SYS_bpf, [0, 0, 64], SECOND, &zeros)),
-        (
-            "userfaultfd",
-            with(libc::SYS_userfaultfd, [0; 3], 0, &zeros),
-        ),
-        (
-            "perf events",
-            with(libc::SYS_perf_event_open, [0, 0, -1], FIRST, &zeros),
-        ),
-        (
-            "namespaces",
-            with(
-                libc::SYS_unshare,
-                [i64::from(libc::CLONE_NEWUSER), 0, 0],
-                0,
-                &zeros,
-            ),
-        ),
-        ("another user", with(libc::SYS_setuid, [1, 0, 0], 0, &zeros)),
-        ("keys", with(libc::SYS_keyctl, [0; 3], 0, &zeros)),
-        (
-            "memory that is writable and executable",
-            with(libc::SYS_mprotect, [0, 4096, 7], FIRST, &zeros),
-        ),
-        (
-            "executable memory of a file",
-            with(libc::SYS_mmap, [0, 4096, 5], 0, &zeros),
-        ),
-        (
-            "the same by keys",
-            with(libc::SYS_pkey_mprotect, [0, 4096, 7], FIRST, &zeros),
-        ),
-        ("reboot", with(libc::SYS_reboot, [0; 3], 0, &zeros)),
-    ];
-    for (what, attempt) in attempts {
-        match broken.attempt(&attempt) {
-            Ok(answers) => assert!(
-                REFUSED.contains(&answers[0]),
-                "{what} answered {answers:?}: no wall of the worker's calls (seccomp) stopped it"
-            ),
-            // A filter that kills.
-            Err(reason) => assert_eq!(reason, "WORKER_LOST", "{what}"),
-        }
-        broken.check(what);
-    }
-}
+use machine::{
+    Attempt, Broken, CALLS, Call, FIRST, SECOND, call, ending, map, running, twice, wipe,
+};
 
 #[test]
 fn what_ends_the_worker_ends_nothing_else() {
@@ -269,7 +54,78 @@ fn what_ends_the_worker_ends_nothing_else() {
         assert_eq!(broken.attempt(&attempt), Err(reason.to_owned()), "{what}");
         broken.check(what);
     }
-    assert_eq!(all_children(broken.host.pid()), 1);
+    // Over what the worker itself lives on. What comes of it is its own affair.
+    let heap = broken.attempt(&Attempt::new([call(libc::SYS_brk, [0; 3])]));
+    let heap = heap.unwrap()[0];
+    for below in [8, 64, 4096, 65_536] {
+        let stores = [0, 8, 16, 24].map(|further| wipe(heap - below + further));
+        match broken.attempt(&Attempt::new(stores)) {
+            Ok(_) => {}
+            Err(reason) => assert_eq!(reason, "WORKER_LOST", "{below}"),
+        }
+        for _ in 0..2 {
+            check_call(&mut broken.client, json!("x"), &ramp(MOVED));
+        }
+    }
+    let pid = broken.host.pid();
+    broken
+        .host
+        .eventually(&mut broken.client, "one is left", |_| {
+            all_children(pid) == 1
+        });
+}
+
+#[test]
+fn a_worker_that_aborts_is_lost() {
+    let (getpid, gettid, tgkill) = (libc::SYS_getpid, libc::SYS_gettid, libc::SYS_tgkill);
+    let own = |number| {
+        format!(
+            "(call $primitive_call (i64.const {number}) (i64.const 0) (i64.const 0) (i64.const 0))"
+        )
+    };
+    let abort = format!(
+        "(drop (call $primitive_call (i64.const {tgkill}) {} {} (i64.const {})))",
+        own(getpid),
+        own(gettid),
+        libc::SIGABRT
+    );
+    let mut broken = Broken::with(&[running("aborts", &abort)]);
+    let call = json!({"kernel": "aborts/k", "inputs": {"x": "x"}});
+    let reply = broken.client.ask(Op::Invoke, call);
+    reply.refused("UNAVAILABLE", "WORKER_LOST");
+    let ends = broken.ends(2);
+    assert!(ends.iter().all(|end| end.contains("SIGABRT")), "{ends:?}");
+    broken.check("it was lost twice");
+}
+
+/// Short lines, which cost whoever reads them the most.
+#[test]
+fn a_worker_that_writes_without_end_takes_no_time_of_the_hosts() {
+    let write = libc::SYS_write;
+    let lines = i64::from_le_bytes(*b"a\nb\nc\nd\n");
+    let body = format!(
+        "(local $at i64) (local $end i64)
+        (local.set $end (i64.and (i64.sub (call $primitive_stack) (i64.const 4096)) (i64.const -64)))
+        (local.set $at (i64.sub (local.get $end) (i64.const 4096)))
+        (loop $l
+          (call $primitive_store (local.get $at) (i64.const {lines}))
+          (br_if $l (i64.lt_u (local.tee $at (i64.add (local.get $at) (i64.const 8))) (local.get $end))))
+        (loop $l
+          (drop (call $primitive_call (i64.const {write}) (i64.const 2) (i64.sub (local.get $end) (i64.const 4096)) (i64.const 4096)))
+          (br $l))"
+    );
+    let mut broken = Broken::with(&[running("writes", &body)]);
+    let pid = broken.host.pid().unsigned_abs();
+    let used = || strait_memory::process::cpu_time(pid).unwrap();
+    let (begin, before) = (Instant::now(), used());
+    let call = json!({"kernel": "writes/k", "inputs": {"x": "x"}, "deadline_ms": 3000});
+    let reply = broken.client.ask(Op::Invoke, call);
+    reply.refused("DEADLINE_EXCEEDED", "DEADLINE");
+    let (elapsed, used) = (begin.elapsed(), used() - before);
+    eprintln!("{used:?} of the host's in {elapsed:?}");
+    assert!(used < elapsed / 4, "{used:?} of the host's in {elapsed:?}");
+    assert!(broken.host.log().contains("it has to wait"));
+    broken.check("its log is full");
 }
 
 #[test]

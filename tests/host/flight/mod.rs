@@ -59,6 +59,11 @@ impl Rig {
         let mut config = Config::default();
         config.memory.budget_bytes = Some(2 << 30);
         config.engine.cache = Some(PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("cache"));
+        // The same suite, with kernels in a process of their own.
+        config.workers.enabled = std::env::var_os("STRAIT_TEST_WORKERS").is_some();
+        config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
+        // What starts in the background is counted at no certain time.
+        config.workers.spare = false;
         change(&mut config);
         let path = directory.path().to_owned();
         let host = tokio::task::spawn_blocking(move || Host::start(config, &path))
