@@ -436,6 +436,7 @@ const LONG: &[(&str, &str)] = &[
     ("clients/c/include/strait.h", "generated"),
     ("clients/go/live_test.go", "a list of cases"),
     ("clients/go/prepared_test.go", "a list of cases"),
+    ("clients/python/tests/test_channel.py", "a list of cases"),
     ("clients/python/tests/test_live.py", "a list of cases"),
     ("clients/python/tests/test_stream.py", "a list of cases"),
     ("tests/conformance/test_conformance.py", "a list of cases"),

@@ -20,14 +20,6 @@ import (
 // TestMain is another process, too: one that feeds the channel `levels` of the host that this names until it is killed.
 const producesAt = "STRAIT_TEST_PRODUCES_AT"
 
-func TestMain(m *testing.M) {
-	if address := os.Getenv(producesAt); address != "" {
-		fmt.Fprintln(os.Stderr, produceForEver(address))
-		os.Exit(1)
-	}
-	os.Exit(m.Run())
-}
-
 func produceForEver(address string) error {
 	ctx := context.Background()
 	c, err := Dial(ctx, address)
@@ -180,6 +172,9 @@ func TestAFullChannelHoldsItsProducerUp(t *testing.T) {
 	stats := must[Stats](t)(c.Stats(ctx))
 	if len(stats.Channels) != 1 {
 		t.Fatal(stats.Channels)
+	}
+	if own := stats.Account; own.Connections < 2 || own.Quotas["streams"] == nil || own.Quotas["bytes"] != nil {
+		t.Error(own)
 	}
 	if got := stats.Channels[0]; got.Name != "levels" || got.Kernel != "cumsum" || got.Batches != 2 || got.LagBatches != 2 || got.LagMS < 200 || !got.IsRead {
 		t.Error(got)

@@ -22,17 +22,6 @@ import (
 // asProgram is the environment variable by which this test binary is told to be one of the programs below.
 const asProgram = "STRAIT_TEST_PROGRAM"
 
-func TestMain(m *testing.M) {
-	if name := os.Getenv(asProgram); name != "" {
-		if err := programs[name](context.Background()); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
-	os.Exit(m.Run())
-}
-
 type facts struct {
 	PID, Hosts int
 	Directory  string

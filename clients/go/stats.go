@@ -38,6 +38,8 @@ type Stats struct {
 		IdleSegments int64 `json:"idle_segments"`
 		IdleBytes    int64 `json:"idle_bytes"`
 	} `json:"pool"`
+	// Account is what this principal has of the host, and may have.
+	Account AccountStats `json:"account"`
 	// Channels are this principal's.
 	Channels []ChannelStats `json:"channels"`
 	// Own is this session's share.
@@ -47,6 +49,38 @@ type Stats struct {
 	} `json:"own"`
 	// JSON is the host's whole answer.
 	JSON json.RawMessage `json:"-"`
+}
+
+// AccountStats is what a principal has of a host. Refused counts what did not fit its quota.
+type AccountStats struct {
+	// Quotas by name: bytes, segments, connections, … ; nil: as many as the host has.
+	Quotas    map[string]*uint64 `json:"quotas"`
+	Bytes     uint64             `json:"bytes"`
+	PeakBytes uint64             `json:"peak_bytes"`
+	Segments  int64              `json:"segments"`
+	Refused   int64              `json:"refused"`
+	// Elsewhere is what the host let go of and somebody still has open.
+	ElsewhereBytes     uint64 `json:"elsewhere_bytes"`
+	ElsewhereSegments  int64  `json:"elsewhere_segments"`
+	Connections        int64  `json:"connections"`
+	ConnectionsRefused int64  `json:"connections_refused"`
+	Sessions           int64  `json:"sessions"`
+	Streams            int64  `json:"streams"`
+	StreamsRefused     int64  `json:"streams_refused"`
+	Leases             int64  `json:"leases"`
+	LeasesRefused      int64  `json:"leases_refused"`
+	Names              int64  `json:"names"`
+	NamesRefused       int64  `json:"names_refused"`
+	Descriptors        int64  `json:"descriptors"`
+	DescriptorsRefused int64  `json:"descriptors_refused"`
+	Invocations        int64  `json:"invocations"`
+	Queued             int64  `json:"queued"`
+	Running            int64  `json:"running"`
+	QueueRefused       int64  `json:"queue_refused"`
+	// CPUPercent of one CPU in about the last minute, and what was more than the quota before.
+	CPUPercent int64   `json:"cpu_percent"`
+	CPURefused int64   `json:"cpu_refused"`
+	CPUSeconds float64 `json:"cpu_seconds"`
 }
 
 // ChannelStats is how far one channel has come.

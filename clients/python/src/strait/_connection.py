@@ -400,7 +400,8 @@ class Connection:
 
     def _lost(self, error: Optional[OSError] = None) -> DisconnectedError:
         cause = "" if error is None else f" ({error})"
-        return DisconnectedError(_GONE_TEXT + cause + self.epitaph())
+        gone = "the connection to the host is over; mapped tensors stay readable, but everything else needs a new connection"
+        return DisconnectedError(gone + cause + self.epitaph())
 
     def _finish(self, end: StraitError) -> None:
         with self._lock:
@@ -577,11 +578,6 @@ class Connection:
                 return
             with self._lock:
                 self._leases.gone(leases[0], error.message)
-
-
-_GONE_TEXT = (
-    "the connection to the host is over; mapped tensors stay readable, but everything else needs a new connection"
-)
 
 
 def _keep(reference: "weakref.ref[Connection]", bell: "queue.SimpleQueue[Optional[str]]") -> None:
