@@ -79,7 +79,8 @@ class ChannelReader:
 
     Raises `RemoteError` with the reason why no more comes: `PRODUCER_LOST`, or what the producer was told, at which chunk in
     `details["chunk"]`; `DisconnectedError` if the host has ended, and after any of these. An interrupt (Ctrl-C), and the cancellation of a
-    task, ends the wait and nothing else: the reader can be gone on with, and the batch that was about to come still comes.
+    task, ends the wait and nothing else: the reader can be gone on with, and the batch that was about to come still comes. (An interrupt at
+    the very moment when `next(channel)` returns takes its batch along, and `number` has moved then; a loop has no such moment.)
 
     It is for one thread or task at a time, but for `close`.
     """
