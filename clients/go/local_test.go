@@ -186,15 +186,21 @@ func localHere(t *testing.T) (place string) {
 	t.Cleanup(func() {
 		for _, host := range localHosts.byKey {
 			if host.process != nil {
-				host.process.kill()
+				_ = host.process.stdin.Close()
+				if !host.process.endsWithin(time.Minute) {
+					t.Error("a host does not end")
+				}
+				host.process.close()
 			}
 		}
 		localHosts.byKey = before
-		soon(t, "nothing is left", func() bool {
+		if left := must[[]string](t)(filepath.Glob(filepath.Join(place, "strait-*-*"))); len(left) != 0 {
+			t.Error("left behind:", left)
+		}
+		soon(t, "no descriptor is left", func() bool {
 			// What is only forgotten is closed by finalizers.
 			runtime.GC()
-			left, err := filepath.Glob(filepath.Join(place, "strait-*-*"))
-			return err == nil && len(left) == 0 && openFDs(t) <= fds
+			return openFDs(t) <= fds
 		})
 	})
 	return place
