@@ -125,13 +125,13 @@ pub(super) fn confine(mut lacking: Vec<String>, who: Confined) -> Vec<String> {
 /// # Errors
 /// A wall is lacking, and all are `required`.
 pub(super) fn check(lacking: &[String], required: bool) -> Result<(), String> {
-    match lacking {
-        lacking if required && !lacking.is_empty() => Err(format!(
-            "it lacks a wall ({}), and the setting workers.require_walls allows none that does",
-            lacking.join("; ")
-        )),
-        _ => Ok(()),
+    if !required || lacking.is_empty() {
+        return Ok(());
     }
+    Err(format!(
+        "it lacks a wall ({}), and the setting workers.require_walls allows none that does",
+        lacking.join("; ")
+    ))
 }
 
 /// What Linux is to hold the process to. A compiler has its addresses limited already.

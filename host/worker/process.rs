@@ -326,8 +326,7 @@ impl Process {
         let mut spawned = self.child.lock().take()?;
         self.census.living.fetch_sub(1, Ordering::Relaxed);
         self.note_cpu(&spawned);
-        // It may have ended by itself.
-        let _ = spawned.child.kill();
+        spawned.kill();
         // Before all of it is taken apart: nobody waits for that who waits for an answer.
         for socket in self.sockets.lock().iter().filter_map(Weak::upgrade) {
             let _ = socket.shutdown();
@@ -341,7 +340,7 @@ impl Process {
         };
         // Linux takes gigabytes apart before it lets go of it. Without a thread it is reaped when the host ends.
         let burial = Arc::clone(&self.burial);
-        let _ = std::thread::Builder::new()
+        let reaper = std::thread::Builder::new()
             .name("strait-reaper".to_owned())
             .spawn(move || {
                 let child = &mut spawned.child;
@@ -352,6 +351,10 @@ impl Process {
                 drop(spawned);
                 burial.end();
             });
+        if reaper.is_err() {
+            // Nobody is going to know.
+            self.burial.end();
+        }
     }
 
     /// With it, which was killed: `what` it has mapped is not free, and no other's to fill, as long as it has.
@@ -432,17 +435,15 @@ impl Process {
 
     /// Returns when it has let go of a segment, or is gone.
     pub(super) fn forget(&self, forget: &Control) {
-        if self.is_gone() {
-            return;
-        }
-        match self.controlled(forget) {
-            Ok(Controlled::Forgotten(counts)) => self.set_counts(counts),
-            Ok(_) | Err(_) => {
-                self.kill("it does not let go of a segment");
-                // Then it has nothing mapped either.
-                self.burial.wait();
+        if !self.is_gone() {
+            if let Ok(Controlled::Forgotten(counts)) = self.controlled(forget) {
+                self.set_counts(counts);
+                return;
             }
+            self.kill("it does not let go of a segment");
         }
+        // Then it has nothing mapped either.
+        self.burial.wait();
     }
 
     /// Asks it to end a run.

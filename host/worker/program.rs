@@ -221,4 +221,13 @@ impl Spawned {
     pub(super) fn uid(&self) -> Option<u32> {
         self.user.as_ref().map(|user| user.uid)
     }
+
+    /// Ends it, unless it has ended by itself. It is still to be waited for.
+    pub(super) fn kill(&mut self) {
+        if let Some(user) = &mut self.user {
+            user.leave();
+        }
+        // It may have ended.
+        let _ = self.child.kill();
+    }
 }

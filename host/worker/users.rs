@@ -7,8 +7,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::ops::RangeInclusive;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 use rustix::io::Errno;
 use rustix::process::{Gid, Signal, Uid, getppid, set_parent_process_death_signal};
 use rustix::thread::{
@@ -18,33 +19,57 @@ use rustix::thread::{
 };
 use strait_memory::process;
 
+/// How long one waits for a process to be gone.
+const LEAVING_MAX: Duration = Duration::from_secs(2);
+
 /// Those that are there.
 #[derive(Debug)]
 pub(super) struct Users {
-    /// The next one first: one that has just ended waits the longest.
-    free: Mutex<VecDeque<u32>>,
+    state: Mutex<State>,
+    changed: Condvar,
     asked: RangeInclusive<u32>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// The next one first: one that has just ended waits the longest.
+    free: VecDeque<u32>,
+    /// How many are about to be.
+    leaving: usize,
 }
 
 /// One, until this is dropped.
 #[derive(Debug)]
 pub(super) struct User {
     pub(super) uid: u32,
+    is_leaving: bool,
     of: Arc<Users>,
 }
 
 impl Users {
     pub(super) fn new(uids: RangeInclusive<u32>) -> Arc<Self> {
         Arc::new(Self {
-            free: Mutex::new(uids.clone().collect()),
+            state: Mutex::new(State {
+                free: uids.clone().collect(),
+                leaving: 0,
+            }),
+            changed: Condvar::new(),
             asked: uids,
         })
     }
 
+    /// One of them, as soon as there is one, if that will be soon.
+    ///
     /// # Errors
     /// All are taken.
     pub(super) fn take(self: &Arc<Self>) -> io::Result<User> {
-        let Some(uid) = self.free.lock().pop_front() else {
+        let until = Instant::now() + LEAVING_MAX;
+        let mut state = self.state.lock();
+        while state.free.is_empty()
+            && state.leaving > 0
+            && !self.changed.wait_until(&mut state, until).timed_out()
+        {}
+        let Some(uid) = state.free.pop_front() else {
             let (first, last) = (self.asked.start(), self.asked.end());
             return Err(io::Error::other(format!(
                 "each user of workers.uids ({first}-{last}) has a process already; give it more, or lower workers.max or workers.compilers"
@@ -52,14 +77,27 @@ impl Users {
         };
         Ok(User {
             uid,
+            is_leaving: false,
             of: Arc::clone(self),
         })
     }
 }
 
+impl User {
+    /// Its process was killed, and is being taken apart.
+    pub(super) fn leave(&mut self) {
+        if !std::mem::replace(&mut self.is_leaving, true) {
+            self.of.state.lock().leaving += 1;
+        }
+    }
+}
+
 impl Drop for User {
     fn drop(&mut self) {
-        self.of.free.lock().push_back(self.uid);
+        let mut state = self.of.state.lock();
+        state.free.push_back(self.uid);
+        state.leaving -= usize::from(self.is_leaving);
+        self.of.changed.notify_all();
     }
 }
 
@@ -133,5 +171,28 @@ fn become_user(uid: u32) -> io::Result<()> {
     match getppid() == host {
         true => Ok(()),
         false => Err(io::Error::other("the host has ended")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_about_to_be_free_is_waited_for() {
+        let users = Users::new(7..=8);
+        let (mut one, other) = (users.take().expect("one"), users.take().expect("another"));
+        assert_eq!((one.uid, other.uid), (7, 8));
+        let full = users.take().expect_err("all are taken");
+        assert!(full.to_string().contains("workers.uids (7-8)"), "{full}");
+        one.leave();
+        std::thread::scope(|scope| {
+            let next = scope.spawn(|| users.take().expect("it is free soon"));
+            drop(one);
+            assert_eq!(next.join().expect("no panic").uid, 7);
+        });
+        drop(other);
+        // Who was free first comes first.
+        assert_eq!(users.take().expect("nobody is left").uid, 7);
     }
 }

@@ -290,8 +290,6 @@ impl Filler for Elsewhere {
     fn is_there(&self) -> bool {
         true
     }
-
-    fn let_go(self: Box<Self>) {}
 }
 
 impl Drop for Elsewhere {

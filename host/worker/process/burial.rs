@@ -5,27 +5,35 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 
-/// How long anybody waits for that.
+/// How long it is waited for, by all together.
 const BURIAL_MAX: Duration = Duration::from_secs(2);
 
 /// Whether it is done.
 #[derive(Debug, Default)]
 pub(super) struct Burial {
-    is_over: Mutex<bool>,
+    state: Mutex<State>,
     changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    is_over: bool,
+    /// Since it is waited for.
+    until: Option<Instant>,
 }
 
 impl Burial {
     pub(super) fn end(&self) {
-        *self.is_over.lock() = true;
+        self.state.lock().is_over = true;
         self.changed.notify_all();
     }
 
     /// Returns when it is over, or takes too long.
     pub(super) fn wait(&self) {
-        let until = Instant::now() + BURIAL_MAX;
-        let mut is_over = self.is_over.lock();
-        while !*is_over && !self.changed.wait_until(&mut is_over, until).timed_out() {}
+        let mut state = self.state.lock();
+        let latest = || Instant::now() + BURIAL_MAX;
+        let until = *state.until.get_or_insert_with(latest);
+        while !state.is_over && !self.changed.wait_until(&mut state, until).timed_out() {}
     }
 }
 
@@ -80,5 +88,15 @@ mod tests {
         assert!(is_dropped.load(Ordering::Relaxed));
         // Later on nobody waits.
         drop(Buried::new(&burial, ()));
+    }
+
+    #[test]
+    fn one_that_does_not_end_is_waited_for_once() {
+        let (burial, begin) = (Arc::new(Burial::default()), Instant::now());
+        drop(Buried::new(&burial, ()));
+        let first = begin.elapsed();
+        (0..100).for_each(|_| drop(Buried::new(&burial, ())));
+        assert!(first >= BURIAL_MAX, "{first:?}");
+        assert!(begin.elapsed() < 10 * BURIAL_MAX, "{:?}", begin.elapsed());
     }
 }

@@ -21,7 +21,7 @@ impl KeepsMappings for Keeper {
     }
 
     fn is_slow(&self) -> bool {
-        self.0.upgrade().is_some_and(|process| !process.is_gone())
+        self.0.strong_count() > 0
     }
 }
 
@@ -76,20 +76,13 @@ impl Filler for Mapped {
             .upgrade()
             .is_some_and(|process| !process.is_gone())
     }
-
-    fn let_go(self: Box<Self>) {
-        let (process, burial) = (Weak::clone(&self.process), Arc::clone(&self.burial));
-        drop(self);
-        if process.upgrade().is_none_or(|process| process.is_gone()) {
-            burial.wait();
-        }
-    }
 }
 
 impl Drop for Mapped {
     fn drop(&mut self) {
-        if let Some(process) = self.process.upgrade() {
-            process.forget(&Control::ForgetResult(self.segment));
+        match self.process.upgrade() {
+            Some(process) => process.forget(&Control::ForgetResult(self.segment)),
+            None => self.burial.wait(),
         }
     }
 }

@@ -17,16 +17,13 @@ use crate::{
 };
 
 /// Another process, which fills a result's segment through a writable mapping of its own. Dropping this has it let
-/// go: when that returns, it has, or is gone.
+/// go: when that returns, it has, or is gone with all that it had.
 pub trait Filler: fmt::Debug + Send + Sync {
     /// Which process it is: its number among those of this one's life.
     fn process(&self) -> u64;
 
     /// Whether it can fill the segment again.
     fn is_there(&self) -> bool;
-
-    /// As dropping it, and waits for the memory of one that is gone, too.
-    fn let_go(self: Box<Self>);
 }
 
 /// Who filled a result.
@@ -95,9 +92,7 @@ impl Ending {
     /// # Errors
     /// [`MemoryError::KeptWritable`]; [`MemoryError::SealsLocked`] if somebody else forbade further seals.
     pub fn end(self) -> Result<(), MemoryError> {
-        if let Some(filler) = self.filler {
-            filler.let_go();
-        }
+        drop(self.filler);
         let add = || rustix::fs::fcntl_add_seals(&self.sealer, Seals::SEALED.0);
         let mut added = add();
         // Whoever looks at a process that ends keeps its memory for a moment.
@@ -389,9 +384,10 @@ impl PoolSegment {
 impl Drop for PoolSegment {
     fn drop(&mut self) {
         let (held, counted) = (self.held.take(), self.counted.take());
+        // One that is gone fills nothing again, and may have it mapped a moment longer.
+        let is_there = self.filler.as_ref().is_none_or(|filler| filler.is_there());
         let writer = match self.filler.take() {
-            Some(filler) if filler.is_there() => Some(Writer::There(filler)),
-            Some(_gone) => None,
+            Some(filler) => Some(Writer::There(filler)),
             None => self.pages.take_parked().map(Writer::Here),
         };
         let Some(held) = held else {
@@ -400,7 +396,7 @@ impl Drop for PoolSegment {
         let recyclable = self.recyclable.load(Ordering::Relaxed);
         match (held, counted, writer) {
             (Held::Lent(segment, key), Some(counted), Some(writer))
-                if recyclable && !segment.backing().has_readers() =>
+                if recyclable && is_there && !segment.backing().has_readers() =>
             {
                 self.pool.keep(
                     Warm {
