@@ -184,16 +184,16 @@ type Leasing time.Duration
 func (l Leasing) call(r *invokeRequest) error { r.LeaseMS = milliseconds(time.Duration(l)); return nil }
 func (l Leasing) fetch(r *mapRequest)         { r.LeaseMS = milliseconds(time.Duration(l)) }
 
-// LeaseFor sets the life of the leases that come with the outputs or the flight.
+// LeaseFor sets the lifetime of the leases that come with the outputs or the flight.
 func LeaseFor(life time.Duration) Leasing { return Leasing(life) }
 
-// Seal has the outputs sealed for good, so that not even the host can write to them again. Each time
+// Seal has the outputs sealed permanently, so that not even the host can write to them again. Each time
 // they cost the host new memory.
 func Seal() CallOption { return plainOption(func(r *invokeRequest) { r.Seal = true }) }
 
-// Deadline ends the kernel after this time, counted by the host from when it has the call, waiting for
-// a worker included. By default it is the context's deadline, and without one the host's default. The
-// Call fails with ErrArgument unless after is more than 0. With Prepare it is each call's, and no context's deadline
+// Deadline ends the kernel after this time, counted by the host from when it receives the call, including the wait for
+// a worker. By default it is the context's deadline, and without one the host's default. The
+// Call fails with ErrArgument unless after is more than 0. With Prepare it applies to each call, and no context's deadline
 // takes its place.
 func Deadline(after time.Duration) KernelOption {
 	return kernelOption(func(r *kernelRequest) error {
@@ -224,7 +224,7 @@ func InlineBytes(most int64) CallOption {
 	})
 }
 
-// Limits of one call, or of each that is prepared, each lower than the host's own; 0 leaves it at that.
+// Limits of one call, or of each prepared one, each lower than the host's own; 0 keeps the host's.
 type Limits struct {
 	GuestBytes  int64 `json:"guest_bytes,omitempty"`
 	WindowBytes int64 `json:"window_bytes,omitempty"`
@@ -240,7 +240,7 @@ func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify 
 
 // IdempotencyKey lets a repeat of the call within a minute have the same results without another
 // run. It has the form of a request id. A RemoteError with IDEMPOTENCY_KEY_REUSED says that the key
-// came with another request before: each call that is to be repeated needs a key of its own.
+// came with a different request before: each call that may be repeated needs a key of its own.
 func IdempotencyKey(key string) CallOption {
 	return callOption(func(r *invokeRequest) error {
 		if !isID(key) {
@@ -251,7 +251,7 @@ func IdempotencyKey(key string) CallOption {
 	})
 }
 
-// Note is what a kernel had to say.
+// Note is a kernel's note on a call.
 type Note struct {
 	Key  string `json:"key"`
 	Text string `json:"text"`
@@ -313,10 +313,10 @@ func (r *Result) Release() {
 // Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one) and waits for its
 // results, which are to be released.
 //
-// When ctx ends, the kernel is cancelled, also while it waits for a worker; the error is then both ctx's and
-// the host's RemoteError with CANCELLED. Nothing is sent if ctx is over already. Call returns when the kernel
+// When ctx ends, the kernel is cancelled, even while it waits for a worker; the error is then both ctx's and
+// the host's RemoteError with CANCELLED. Nothing is sent if ctx is already over. Call returns when the kernel
 // is over, so that inputs can be written again, or soon if the host does not answer at all. Results that
-// arrived all the same are returned.
+// arrived nevertheless are returned.
 //
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
 // if an input can no longer be used; ErrDisconnected if the connection ended.

@@ -31,7 +31,7 @@ type Client struct {
 	copies  copies
 }
 
-// Welcome is what the host said when it was connected to.
+// Welcome is what the host said when the client connected.
 type Welcome struct {
 	HostID      string `json:"host_id"`
 	HostVersion string `json:"host_version"`
@@ -72,10 +72,10 @@ func defaultOptions() dialOptions {
 type DialOption func(*dialOptions)
 
 // WithoutRenewal leaves leases alone: each ends when it expires, unless Tensor.Renew is called in
-// time. By default they are renewed in the background at half of their life.
+// time. By default they are renewed in the background at half their lifetime.
 func WithoutRenewal() DialOption { return func(o *dialOptions) { o.renew = false } }
 
-// WithLease asks for leases of this life instead of the host's default.
+// WithLease asks for leases of this lifetime instead of the host's default.
 func WithLease(life time.Duration) DialOption { return func(o *dialOptions) { o.lease = life } }
 
 // WithName sets the name by which the host's log knows this client.
@@ -143,7 +143,7 @@ func (c *Client) Close() error {
 	return nil
 }
 
-// Welcome is what the host said when it was connected to.
+// Welcome is what the host said when the client connected.
 func (c *Client) Welcome() Welcome { return c.welcome }
 
 // Draining says when the host ends, once it has announced that; it takes no more calls then.
@@ -213,7 +213,7 @@ func releaseAll(tensors []*Tensor) {
 }
 
 // Fetch maps a flight of one tensor, or one tensor of it ("flight#tensor"), read-only. Nothing is
-// copied: the slice that As lends lies on the same pages for everyone.
+// copied: the slice that As lends is over the same pages for everyone.
 //
 // A RemoteError with FLIGHT_NOT_FOUND says that there is no such flight.
 func (c *Client) Fetch(ctx context.Context, name string, options ...FetchOption) (*Tensor, error) {
@@ -264,7 +264,7 @@ type Flight struct {
 	Mapping Mapping `json:"mapping"`
 }
 
-// Publish makes a tensor a flight: others find it by that name, and it lives on without this client.
+// Publish makes a tensor a flight: others find it by that name, and it outlives this client.
 // A tensor that was made to be filled becomes read-only, at the same address, even if the host
 // refuses the name. A Slice is copied. The other tensors of its segment become part of the flight.
 //
@@ -434,14 +434,14 @@ type Kernel struct {
 	SplitAxis *int `json:"split_axis"`
 	// Combine is how the results of slices are put together: "none", "concatenate" or "tree".
 	Combine string `json:"combine"`
-	// BlockTree is there with "tree".
+	// BlockTree is set if Combine is "tree".
 	BlockTree *BlockTree `json:"block_tree"`
 	Streaming bool       `json:"streaming"`
 	InPlace   bool       `json:"in_place"`
 }
 
-// BlockTree says how a reduction gives the same bits on any slicing: kernel Partials gives one row for each
-// BlockRows rows, counted from row 0, and kernel Merge makes the result of all those rows.
+// BlockTree says how a reduction gives the same bits for any slicing: kernel Partials gives one row for each
+// BlockRows rows, counted from row 0, and kernel Merge makes the result from all those rows.
 type BlockTree struct {
 	BlockRows uint64 `json:"block_rows"`
 	Partials  string `json:"partials"`

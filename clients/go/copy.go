@@ -9,7 +9,7 @@ import (
 	"strait/internal/shm"
 )
 
-// Copied is data of the Go heap as an input: each use copies it once, and ClientStats counts the bytes. Up to
+// Copied is data on the Go heap as an input: each use copies it once, and ClientStats counts the bytes. Up to
 // Welcome.InlineBytes it goes along with the call itself, above that, and for Publish, into shared memory. Slice,
 // Scalar and Raw make it.
 type Copied struct {

@@ -10,8 +10,8 @@ import (
 var (
 	// ErrNoHost: there is nobody to connect to.
 	ErrNoHost = errors.New("no strait host")
-	// ErrDisconnected: the connection is over, because the host ended it or Close was called. That of what is prepared
-	// can be over alone.
+	// ErrDisconnected: the connection is over, because the host ended it or Close was called. A Prepared or Stream has
+	// its own, which can end alone.
 	// Slices of mapped tensors stay readable; everything else needs a new Dial.
 	ErrDisconnected = errors.New("the connection to the strait host is over")
 	// ErrLeaseExpired: the right to a segment is over while the connection is fine. Its pages stay

@@ -74,10 +74,10 @@ type Prepared struct {
 var zeros [payloadBytesMax]byte
 
 // Prepare makes a kernel ready for many calls. An input is an Each, whose elements every call brings, or anything that goes
-// into Client.Call, which is then the same for all calls: it is kept for as long as what is prepared, whatever becomes of its
+// into Client.Call, which is then the same for all calls: it is kept for as long as the Prepared, whatever becomes of its
 // name, and must not be written to meanwhile. A Slice is copied into shared memory.
 //
-// What calls bring, and what they give back, has at most 128 KiB together; a RemoteError says so.
+// The inputs that a call brings have at most 128 KiB together, and so do its outputs; otherwise Prepare fails with a RemoteError.
 //
 // ctx is for preparing only. When it ends, preparing is cancelled. Its request id (WithRequestID) is that of all calls.
 func (c *Client) Prepare(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Prepared, error) {
@@ -210,7 +210,7 @@ func newPrepared(socket *line, streams bool, reply *prepareReply) *Prepared {
 	return p
 }
 
-// Close ends what is prepared, here and in the host. A call that is under way, and every later one, fails with
+// Close ends the Prepared, here and in the host. A call that is under way, and every later one, fails with
 // ErrDisconnected. A second Close does nothing.
 func (p *Prepared) Close() error {
 	_ = p.line.drop(closed("closed here"))
@@ -251,8 +251,8 @@ type preparedOption func(p *Prepared, outputs []output) error
 
 func (o preparedOption) prepared(p *Prepared, outputs []output) error { return o(p, outputs) }
 
-// Into receives an output in the caller's own slice and not in fresh memory. The slice has room for the largest the output
-// can be, and may be one that goes in, since that has been sent by then. If the call fails, anything may be in it. Tensors of
+// Into receives an output in the caller's own slice and not in fresh memory. The slice must have room for the output at its
+// largest, and may be an input's, since that has been sent by then. If the call fails, its elements are undefined. Tensors of
 // the Result are views of it.
 //
 // The Call fails with ErrArgument, before anything is sent, if there is no such output or it does not fit.
@@ -289,17 +289,17 @@ func ports(places []preparedPlace) []string {
 
 // Call runs the kernel on the elements of inputs, one for each of p.Inputs: a Slice, Scalar, Raw or tensor. They have the
 // element type and the number of axes that were prepared, and are at most as large along each axis; smaller ones take longer.
-// The elements are sent from where they lie.
+// The elements are sent straight from the caller's memory.
 //
-// The Result has Tensors, Notes and the RequestID. Its tensors are in memory of the Go heap, fresh for each call and the
+// The Result has Tensors, Notes and the RequestID. Its tensors are on the Go heap, fresh for each call and the
 // caller's own, unless Into says where. They need no Release.
 //
 // When ctx ends, the call is cancelled, and Call returns when the host says that it is over; the error is then both ctx's
-// and the host's RemoteError with CANCELLED. A deadline of ctx's is not told to the host beforehand: see Deadline.
+// and the host's RemoteError with CANCELLED. A deadline of ctx's is not sent to the host beforehand: see Deadline.
 //
-// The error is ErrArgument if inputs or options do not fit, and nothing is sent then; a RemoteError if the kernel fails,
-// which concerns no later call; ErrDisconnected if the connection, or what is prepared, has ended; ErrProtocol if the host
-// breaks the protocol. After the last two, and if the host does not say that a cancelled call is over, it has ended.
+// The error is ErrArgument if inputs or options do not fit, and then nothing is sent; a RemoteError if the kernel fails,
+// which does not affect later calls; ErrDisconnected if the connection, or the Prepared, has ended; ErrProtocol if the host
+// breaks the protocol. After the last two, and if the host does not say that a cancelled call is over, the Prepared has ended.
 func (p *Prepared) Call(ctx context.Context, inputs Inputs, options ...PreparedOption) (*Result, error) {
 	if err := ended(ctx); err != nil {
 		return nil, err

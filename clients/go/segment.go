@@ -14,7 +14,7 @@ import (
 type Mapping struct {
 	// Version of the mapping's format: 1.
 	Version int `json:"strait-mmap"`
-	// HostID is of the host that has the segment: a mapping of another host cannot be mapped.
+	// HostID is that of the host that has the segment: another host's mapping cannot be mapped.
 	HostID string `json:"host_id"`
 	// Socket is that host's data socket.
 	Socket string `json:"socket"`

@@ -26,7 +26,7 @@ type Stats struct {
 	// CopiedBytes of tensors since the host's start, and by place.
 	CopiedBytes int64            `json:"copied_bytes"`
 	Copied      map[string]int64 `json:"copied"`
-	// Huge is of results, uploads and files: bytes that were to be born in huge pages, and those that were.
+	// Huge is about results, uploads and files: bytes for which huge pages were requested, and those that got them.
 	Huge struct {
 		AskedBytes int64 `json:"asked_bytes"`
 		HugeBytes  int64 `json:"huge_bytes"`
@@ -115,7 +115,7 @@ type ClientStats struct {
 	HugeBytes int64
 	// Calls that were sent, those of a Prepared and the chunks of a Stream among them.
 	Calls int64
-	// Mappings that live, those in the cache for copies among them.
+	// Mappings that are live, including those in the cache for copies.
 	Mappings int64
 	// Forgotten tensors: they lent a slice and were never released. They stay mapped.
 	Forgotten int64

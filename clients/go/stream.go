@@ -8,9 +8,9 @@ import (
 	"math"
 )
 
-// Stream is a kernel that is given tensors in chunks of rows. What the kernel keeps goes on from the first chunk to the
-// last, and all rows that it gives are bit for bit those of one Client.Call on all rows, however they were cut. Which of
-// them come with which chunk is the kernel's affair.
+// Stream is a kernel that is given tensors in chunks of rows. It keeps its state from the first chunk to the
+// last, and all its output rows are bit for bit those of one Client.Call on all rows, however they were cut. Which of
+// them come with which chunk is up to the kernel.
 //
 // It has a socket, a thread and memory as a Prepared has, until Close, or that of its Client, or until the garbage collector
 // finds it. Chunks from several goroutines go one after another, in no order that anyone has promised.
@@ -25,8 +25,8 @@ type Stream struct {
 	room []output
 }
 
-// Stream runs a kernel on chunks of rows and yields what comes of each: perhaps no rows. After the last chunk it yields the
-// rest, with the kernel's Notes. An error is the last that it yields. The loop may be left at any time: the kernel ends.
+// Stream runs a kernel on chunks of rows and yields the output of each: perhaps no rows. After the last chunk it yields the
+// rest, with the kernel's Notes. An error is the last thing that it yields. The loop may be left at any time: then the kernel ends.
 //
 // inputs are as those of PrepareStream, chunks as those of Stream.Chunk.
 func (c *Client) Stream(ctx context.Context, kernel string, inputs Inputs, chunks iter.Seq[Inputs], options ...PrepareOption) iter.Seq2[*Result, error] {
@@ -48,7 +48,7 @@ func (c *Client) Stream(ctx context.Context, kernel string, inputs Inputs, chunk
 }
 
 // PrepareStream makes a kernel ready for tensors that come in chunks. An input that comes in chunks is an Each, whose first
-// size is the most rows that the kernel gets at a time; longer chunks are cut. What the kernel takes whole is anything that
+// size is the largest number of rows that the kernel gets at a time; longer chunks are cut. An input that the kernel takes whole is
 // goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included. With ChannelOptions somebody else gets what
 // comes of the chunks.
 func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Stream, error) {
@@ -73,15 +73,15 @@ func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs
 // Close ends the stream, here and in the host, as Prepared.Close does.
 func (s *Stream) Close() error { return s.prepared.Close() }
 
-// Inputs are those that come in chunks, in the kernel's order; they begin with the most rows that it gets at a time.
+// Inputs are those that come in chunks, in the kernel's order; their shapes begin with the most rows that it gets at a time.
 func (s *Stream) Inputs() []Spec { return s.prepared.Inputs() }
 
 // Outputs are the kernel's, in its order; they begin with the most rows of one frame, of which a chunk may bring several. There
 // are none if they go to a channel.
 func (s *Stream) Outputs() []Spec { return s.prepared.Outputs() }
 
-// Chunk gives the kernel the next rows, perhaps none, of each of s.Inputs, and returns what comes of them. All sizes but the
-// first are those that were prepared. A chunk with more rows than were prepared goes in several pieces.
+// Chunk gives the kernel the next rows, perhaps none, of each of s.Inputs, and returns the output. All sizes but the
+// first are those that were prepared. A chunk with more rows than were prepared is sent in several pieces.
 //
 // The Result is as that of Prepared.Call, in fresh memory. When ctx ends, the stream does.
 //

@@ -87,8 +87,10 @@ fn typed(kind: &str, text: &str) -> Result<serde_json::Value, &'static str> {
             .map(Into::into)
             .or_else(|_| text.parse::<u64>().map(Into::into))
             .map_err(|_| "an integer, such as 3, from -2^63 to 2^64-1"),
-        "number" => number(text).ok_or("a number, such as 3 or 1.5 (nan, inf and -inf count)"),
-        "real" => real(text).map_err(|_| "a number, such as 1.5 (nan, inf and -inf count)"),
+        "number" => {
+            number(text).ok_or("a number, such as 3 or 1.5 (nan, inf and -inf are allowed)")
+        }
+        "real" => real(text).map_err(|_| "a number, such as 1.5 (nan, inf and -inf are allowed)"),
         "axis" => text
             .parse::<u32>()
             .map(Into::into)

@@ -29,7 +29,7 @@ pub(super) struct InspectArgs {
     /// A .npy, .npz, .safetensors, .csv, .arrow or .feather file, or - for an Arrow stream on stdin (FILE#NAME for one of
     /// its tensors or columns); a plugin's FILE.wasm; else one of the host's flights: NAME, or NAME#TENSOR.
     what: String,
-    /// It is a flight, even if a file is called so.
+    /// Treat the name as a flight even if a file of that name exists.
     #[arg(long)]
     flight: bool,
     #[command(flatten)]

@@ -20,7 +20,7 @@ use super::signature::{describe, of_file};
 pub(super) struct KernelsArgs {
     /// Only this kernel: KERNEL or PLUGIN/KERNEL; or all kernels of FILE.wasm, without a host.
     kernel: Option<String>,
-    /// List the standard kernels, which `run` has, without asking a host.
+    /// List the standard kernels available to `run`, without a host.
     #[arg(long)]
     local: bool,
     #[command(flatten)]
@@ -29,7 +29,7 @@ pub(super) struct KernelsArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct CallArgs {
-    /// The kernel: KERNEL, or PLUGIN/KERNEL where two plugins have one of that name.
+    /// The kernel: KERNEL, or PLUGIN/KERNEL if two plugins have one of that name.
     kernel: String,
     /// The flight for an input port: PORT=NAME, or PORT=NAME#TENSOR if it has several tensors.
     #[arg(long = "input", short, value_name = "PORT=NAME", value_parser = pair)]
@@ -40,10 +40,10 @@ pub(super) struct CallArgs {
     /// The flight that an output becomes; without PORT, the kernel's only output.
     #[arg(long = "output", short, value_name = "[PORT=]NAME", required = true)]
     outputs: Vec<String>,
-    /// Replace flights that have these names already.
+    /// Replace flights that already have these names.
     #[arg(long)]
     replace: bool,
-    /// Seal the outputs for good, so that not even the host can write to their memory again.
+    /// Seal the outputs permanently, so that not even the host can write to their memory again.
     #[arg(long)]
     seal: bool,
     /// Milliseconds that the call may take [default and maximum: the host's].

@@ -19,13 +19,13 @@ pub(super) struct LimitsArgs {
 
 #[derive(Debug, Subcommand)]
 enum Change {
-    /// Change quotas until the host ends; to keep a change, make it in its settings (`quota.NAME`, `quota.of`).
+    /// Change quotas until the host ends; to make a change permanent, put it in the settings (`quota.NAME`, `quota.of`).
     Set(SetArgs),
 }
 
 #[derive(Debug, Args)]
 struct SetArgs {
-    /// Whose quotas: a principal such as uid:1000, or `default` for all that have none of their own.
+    /// Whose quotas: a principal such as uid:1000, or `default` for all principals without quotas of their own.
     principal: String,
     #[arg(required = true, value_parser = pair, value_name = "NAME=VALUE", help = changes_help())]
     quotas: Vec<(String, String)>,

@@ -50,13 +50,13 @@ use serde_json::json;
 use failure::{Exit, Failure};
 
 const AFTER_HELP: &str = "\
-What has a name in a host is a flight: one or more tensors in one piece of shared memory.
+A flight is a name in a host for one or more tensors in one piece of shared memory.
 
 Exit codes:
   0  done
   1  anything else, such as a full disk or a bug in strait
   2  usage: unknown option, missing argument (text only, no JSON)
-  3  bad input: a file, name, port, parameter or setting that does not fit
+  3  bad input: a file, name, port, parameter or setting that is wrong
   4  the kernel failed, trapped, ran into a limit or its deadline, or was cancelled
   5  no host, or the connection to it broke
   6  `doctor`: a host cannot run here, or not with these settings
@@ -79,7 +79,7 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Run a host in the foreground until SIGTERM or SIGINT.
     Serve(serve::ServeArgs),
-    /// Check what a host needs from this machine and user; say what to change, and why.
+    /// Check whether this machine and user have what a host needs; say what to change, and why.
     Doctor(doctor::DoctorArgs),
     /// Run a kernel on files, without a host.
     Run(run::RunArgs),
@@ -97,11 +97,11 @@ enum Command {
     Ls(tensors::LsArgs),
     /// Remove flights; their memory is freed once nobody uses it.
     Rm(tensors::RmArgs),
-    /// Show and change each user's quotas, and show what is used of them; for the host's operators.
+    /// Show each principal's quotas and usage, and change quotas (operators only).
     Limits(limits::LimitsArgs),
-    /// Show the processes that run the host's kernels: everybody's to its operators, your own otherwise.
+    /// Show the worker processes (operators: all; others: their own).
     Workers(workers::WorkersArgs),
-    /// Show the plugins that the host has loaded and what of them is out of service, and put that back.
+    /// List loaded plugins, show which are out of service, and re-enable them.
     Plugins(plugins::PluginsArgs),
     #[command(hide = true)]
     Worker(worker::WorkerArgs),

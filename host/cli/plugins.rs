@@ -20,7 +20,7 @@ pub(super) struct PluginsArgs {
 
 #[derive(Debug, Subcommand)]
 enum Change {
-    /// Put a plugin back into service whose kernels cost too many worker processes; for the host's operators.
+    /// Re-enable a plugin whose kernels cost too many worker processes (operators only).
     Enable(EnableArgs),
 }
 
@@ -28,7 +28,7 @@ enum Change {
 struct EnableArgs {
     /// Name of the plugin.
     plugin: String,
-    /// For this principal alone, such as uid:1000.
+    /// Only for this principal, such as uid:1000.
     #[arg(long)]
     principal: Option<String>,
 }

@@ -34,10 +34,10 @@ pub(super) struct RunArgs {
     #[arg(long = "param", short, value_name = "NAME=VALUE", value_parser = pair)]
     parameters: Vec<(String, String)>,
     /// The file (the same formats) for an output, or - for an Arrow stream on stdout; without PORT, the kernel's only
-    /// output. Several outputs may go into one file, but for .npy: each under its port's name, or NAME of FILE#NAME.
+    /// output. Several outputs may go into one file, except .npy: each under its port's name, or NAME of FILE#NAME.
     #[arg(long = "output", short, value_name = "[PORT=]FILE", required = true)]
     outputs: Vec<String>,
-    /// Milliseconds that the kernel may take [default: as in the settings, else 30 s].
+    /// Milliseconds that the kernel may take [default: from the settings, else 30 s].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     deadline_ms: Option<u64>,
     /// Rows that the kernel gets at a time, if it streams [default: all].

@@ -39,20 +39,20 @@ pub(super) struct ServeArgs {
     /// `server.directory` and `server.tcp` do not count. A SIGKILL leaves that directory and two dead sockets behind, nothing else.
     #[arg(long, conflicts_with = "directory")]
     temporary: bool,
-    /// Load this plugin beside the standard one; can be repeated.
+    /// Load this plugin in addition to the standard one; can be repeated.
     #[arg(long = "plugin", value_name = "FILE")]
     plugins: Vec<PathBuf>,
     /// Serve Flight on this loopback address, too (reads and puts, without authentication: every user of
-    /// this machine can do there what you can); port 0 takes a free port.
+    /// this machine can do there whatever you can); port 0 picks a free port.
     #[arg(long, value_name = "ADDRESS:PORT")]
     tcp: Option<SocketAddr>,
     /// Format of the log lines on stderr.
     #[arg(long, value_enum, default_value = "human")]
     log_format: LogFormat,
-    /// Log error, warn, info, debug or trace, or by a filter such as info,strait::session=debug.
+    /// Log level: error, warn, info, debug or trace, or a filter such as info,strait::session=debug.
     #[arg(long, default_value = "info", value_name = "LEVEL")]
     log_level: String,
-    /// End as on SIGTERM when stdin ends, so as not to outlive whoever holds the other end.
+    /// End, as on SIGTERM, when stdin ends, so as not to outlive whoever holds the other end.
     #[arg(long)]
     until_stdin_ends: bool,
     /// Print the line that says that it is ready as one JSON object (address, flight, pid, version, protocol, ...).

@@ -21,12 +21,12 @@ pub(super) struct PutArgs {
     /// The name of the new flight.
     name: String,
     /// A .npy, .npz, .safetensors, .csv, .arrow or .feather file, or - for an Arrow stream on stdin. FILE#NAME takes
-    /// one tensor or column, FILE.csv#A,B or FILE.csv#* a matrix of columns, FILE alone all that are numbers.
+    /// one tensor or column, FILE.csv#A,B or FILE.csv#* a matrix of columns, FILE alone all numeric ones.
     file: String,
     /// Take only this tensor or column.
     #[arg(long)]
     column: Option<String>,
-    /// Replace the flight that has this name already.
+    /// Replace the flight that already has this name.
     #[arg(long)]
     replace: bool,
     #[command(flatten)]

@@ -117,7 +117,7 @@ pub enum SealError {
     Tampered(SegmentId),
     /// The same of a result: whatever ran in the worker process has taken it over.
     #[error(
-        "the worker process that filled segment {0} changed the host's own bytes of it (header or footer), which no plugin can do by right; do not trust its tensors"
+        "the worker process that filled segment {0} changed the host's own bytes of it (header or footer), which no well-behaved plugin can do; do not trust its tensors"
     )]
     TamperedResult(SegmentId),
     /// An earlier failure lost it.

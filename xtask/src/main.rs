@@ -18,8 +18,8 @@ cargo xtask COMMAND
 
   setup                     make sure that a wasm toolchain exists: rustup's target, or a private one under target/
   build-plugins [--check]   build the plugins into target/plugins and plugins/prebuilt
-                            (--check: into target/plugins only, and fail if plugins/prebuilt does not fit)
-  check-prebuilt            fail if plugins/prebuilt does not fit the sources; needs no toolchain
+                            (--check: into target/plugins only, and fail if plugins/prebuilt does not match)
+  check-prebuilt            fail if plugins/prebuilt does not match the sources; needs no toolchain
   bindings [--check]        generate the SDK's bindings from wit/ (--check: fail if they differ)
   header [--check]          generate clients/c/include/strait.h from clients/c/src (--check: fail if it differs)
   install-c --prefix DIR    build libstrait and put it, its header and its pkg-config file below DIR

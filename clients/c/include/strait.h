@@ -12,19 +12,19 @@
 /*
  * strait: tensors in shared memory, and sandboxed kernels by name.
  *
- * Errors. A function that may fail returns a strait_error, or NULL. Whoever is given one frees it (strait_error_free). What a failed
- * function was to answer is then NULL, or zero.
+ * Errors. A function that may fail returns a strait_error, or NULL. The caller frees it (strait_error_free). What a failed
+ * function would have returned through its pointers is then NULL, or zero.
  *
  * Handles (strait_client, strait_segment, strait_call, strait_result, strait_prepared, strait_stream, strait_operation, strait_error) are opaque,
- * and each is freed by the function of its name, in any order: what one needs of another it keeps. NULL is fine for
- * every one of these functions; a handle that is freed twice, or used after that, is not. strait_finish... frees its operation.
+ * and each is freed by the function of its name, in any order: a handle keeps what it needs of another. NULL is fine for
+ * every one of these functions; freeing a handle twice, or using it after it was freed, is not. strait_finish... frees its operation.
  *
- * Threads. Any functions may be called at once, with the same handles or others, but for the free of one that is in use. Those of one
+ * Threads. Any functions may be called at once, with the same handles or others, except freeing one that is in use. Calls on one
  * strait_prepared or strait_stream wait for each other.
  *
- * Pointers that a program gives are NULL or point to what their type says, and are needed only until the function returns, but
- * where its description says more. Texts are UTF-8 and end with 0. What a program is given by a `const char *` or a strait_tensor is
- * the handle's, and stays until that is freed, but where the description says less; a `char *` is freed by strait_text_free.
+ * Pointers that a program passes are NULL or point to what their type says, and are needed only until the function returns, unless
+ * its description says more. Texts are UTF-8 and end with 0. What a `const char *` or a strait_tensor that a program gets points to
+ * belongs to the handle, and stays until that is freed, unless the description says less; a `char *` is freed by strait_text_free.
  *
  * Waiting. Functions without _start wait on the calling thread. Those with it return at once; a strait_operation then has a descriptor that can be
  * waited for with others (poll, epoll, the event loop of a language):
@@ -33,7 +33,7 @@
  *     while (!strait_operation_poll(operation)) { ... wait until strait_operation_fd(operation) is readable ... }
  *     e = strait_finish_result(operation, &result);
  *
- * Forks. A child must connect by itself: handles of its parent fail there with kind STRAIT_ERROR_KIND_FORKED, and their memory is not there.
+ * Forks. A child must make its own connection: handles of its parent fail there with kind STRAIT_ERROR_KIND_FORKED, and their memory is not there.
  */
 
 #if defined(__GNUC__)
@@ -42,27 +42,27 @@
 #define STRAIT_MUST_USE
 #endif
 
-/* Whether the library that was loaded fits this header. Programs that load it by themselves (dlopen) ask before anything else; for others the
- * loader has looked (libstrait.so.N). */
+/* Whether the library that was loaded matches this header. Programs that load it by hand (dlopen) ask before anything else; for others the
+ * loader has checked (libstrait.so.N). */
 #define STRAIT_ABI_MATCHES() (strait_abi_version() == STRAIT_ABI_VERSION)
 
 /**
- * The version of this interface. It changes when a program that was compiled with another strait.h would not work.
+ * The version of this interface. It changes when programs compiled with the previous strait.h would no longer work.
  */
 #define STRAIT_ABI_VERSION 1
 
 /**
- * Axes that a tensor has at most.
+ * The most axes that a tensor can have.
  */
 #define STRAIT_DIMS_MAX 8
 
 /**
- * Of strait_options.flags: leases are not renewed in the background, and end when they expire.
+ * For strait_options.flags: leases are not renewed in the background, and end when they expire.
  */
 #define STRAIT_NO_RENEWAL 1
 
 /**
- * What a program can do about an error. Numbers are never given to another kind; a newer library may have more.
+ * What a program can do about an error. Numbers are never reused for another kind; a newer library may have more.
  */
 typedef enum strait_error_kind {
   /**
@@ -78,7 +78,7 @@ typedef enum strait_error_kind {
    */
   STRAIT_ERROR_KIND_DISCONNECTED = 3,
   /**
-   * Nobody to connect to.
+   * No host to connect to.
    */
   STRAIT_ERROR_KIND_NO_HOST = 4,
   /**
@@ -86,7 +86,7 @@ typedef enum strait_error_kind {
    */
   STRAIT_ERROR_KIND_ARGUMENT = 5,
   /**
-   * It would work at another time: the handle is used by an operation that is under way, or is over.
+   * It would work at another time: an operation under way uses the handle, or the handle is over.
    */
   STRAIT_ERROR_KIND_STATE = 6,
   /**
@@ -98,7 +98,7 @@ typedef enum strait_error_kind {
    */
   STRAIT_ERROR_KIND_UNSUPPORTED = 8,
   /**
-   * The host said what the protocol does not allow.
+   * The host said something that the protocol does not allow.
    */
   STRAIT_ERROR_KIND_PROTOCOL = 9,
   /**
@@ -106,7 +106,7 @@ typedef enum strait_error_kind {
    */
   STRAIT_ERROR_KIND_LINUX = 10,
   /**
-   * A bug of this library (reason HOST, as a bug of the host has it).
+   * A bug in this library (reason HOST, as for a bug in the host).
    */
   STRAIT_ERROR_KIND_BUG = 11,
 } strait_error_kind;
@@ -186,12 +186,12 @@ typedef enum strait_dtype {
 } strait_dtype;
 
 /**
- * What a kernel gave.
+ * What a kernel returned.
  */
 typedef struct strait_result strait_result;
 
 /**
- * What a kernel is to be called with. It can be sent any number of times, also at once, and be changed between.
+ * What to call a kernel with. It can be sent any number of times, even at once, and be changed in between.
  */
 typedef struct strait_call strait_call;
 
@@ -201,14 +201,14 @@ typedef struct strait_call strait_call;
 typedef struct strait_client strait_client;
 
 /**
- * An error. Whoever is given one frees it with strait_error_free.
+ * An error. Whoever gets one frees it with strait_error_free.
  */
 typedef struct strait_error strait_error;
 
 /**
  * Something that was started, by one of the functions that end with _start.
  *
- * It goes on in strait_operation_poll and strait_finish..., on the thread that calls them and nowhere else: copies and system calls of this process
+ * It makes progress in strait_operation_poll and strait_finish..., on the thread that calls them and nowhere else: copies and system calls of this process
  * are made there. Its first request is sent when it is started.
  */
 typedef struct strait_operation strait_operation;
@@ -236,7 +236,7 @@ typedef struct strait_stream strait_stream;
  */
 typedef struct strait_options {
   /**
-   * Life of leases in milliseconds; 0: the host's default. Never more than its maximum.
+   * Lifetime of leases in milliseconds; 0: the host's default. Never more than its maximum.
    */
   uint64_t lease_ms;
   /**
@@ -256,12 +256,12 @@ typedef struct strait_options {
 /**
  * An array: what it is, and where its elements are, row-major (the last axis varies fastest) and contiguous.
  *
- * A program fills one in to say what it has (with `data`) or wants (a spec: `data` is NULL); set all of it to zero first. One that it is
- * given shows memory of the handle that was asked, which it may only read.
+ * A program fills one in to say what it has (with `data`) or wants (a spec: `data` is NULL); set all of it to zero first. One that a
+ * function fills in points to memory of that function's handle, which the program may only read.
  */
 typedef struct strait_tensor {
   /**
-   * Its name in a segment, or the port of a result. May be NULL where the name is given otherwise.
+   * Its name in a segment, or the port of a result. May be NULL if the name is given in another way.
    */
   const char *name;
   /**
@@ -269,7 +269,7 @@ typedef struct strait_tensor {
    */
   uint32_t dtype;
   /**
-   * Axes: how many of `shape` count. 0: one element.
+   * Number of axes: how many entries of `shape` are used. 0: one element.
    */
   uint32_t ndim;
   /**
@@ -281,7 +281,7 @@ typedef struct strait_tensor {
    */
   const void *data;
   /**
-   * Bytes at `data`: exactly the number of elements times the size of one. Of a spec: 0, or the same.
+   * Bytes at `data`: exactly the number of elements times the size of one. In a spec: 0, or the same.
    */
   uint64_t bytes;
 } strait_tensor;
@@ -306,12 +306,12 @@ const char *strait_version(void);
 uint32_t strait_error_get_kind(const struct strait_error *error);
 
 /**
- * The name of a gRPC code, the class of the error: "NOT_FOUND". NULL for NULL, as the other texts.
+ * The name of a gRPC code, the class of the error: "NOT_FOUND". NULL for NULL, like the other texts.
  */
 const char *strait_error_code(const struct strait_error *error);
 
 /**
- * The stable word for the case, for programs: "FLIGHT_NOT_FOUND". docs/protocol.md has the host's; of this library itself are
+ * The stable word for the case, for programs: "FLIGHT_NOT_FOUND". docs/protocol.md has the host's; this library's own are
  * BAD_ARGUMENT, BAD_ADDRESS, REMOTE_ADDRESS, NO_HOST, DISCONNECTED, WRONG_STATE, FORKED, BROKEN_PROTOCOL, LINUX, HOST.
  */
 const char *strait_error_reason(const struct strait_error *error);
@@ -327,17 +327,17 @@ const char *strait_error_message(const struct strait_error *error);
 const char *strait_error_request_id(const struct strait_error *error);
 
 /**
- * The guest's stack when it trapped; NULL without one.
+ * The guest's stack when it trapped; NULL if there is none.
  */
 const char *strait_error_backtrace(const struct strait_error *error);
 
 /**
- * Figures and names, a JSON object as docs/protocol.md has it; NULL without any.
+ * Figures and names, a JSON object as in docs/protocol.md; NULL if there are none.
  */
 const char *strait_error_details(const struct strait_error *error);
 
 /**
- * Ends an error, and the texts that were asked from it. NULL is fine.
+ * Frees an error, and the texts that came from it. NULL is fine.
  */
 void strait_error_free(struct strait_error *error);
 
@@ -352,7 +352,7 @@ const char *strait_dtype_name(uint32_t dtype);
 uint32_t strait_dtype_named(const char *name);
 
 /**
- * Connects to the host at `address` ("unix:///DIRECTORY"). NULL: the one that STRAIT_ADDRESS names, or the first that is found in the usual places
+ * Connects to the host at `address` ("unix:///DIRECTORY"). NULL: the one that STRAIT_ADDRESS names, or the first one found in the usual places
  * (docs/protocol.md). Addresses of other machines are refused for now (REMOTE_ADDRESS). `options` may be NULL.
  */
 STRAIT_MUST_USE
@@ -378,12 +378,12 @@ struct strait_error *strait_client_with_request_id(const struct strait_client *c
                                                    struct strait_client **with_id);
 
 /**
- * Ends the connection now, for everything that came of it. What is mapped stays readable.
+ * Ends the connection now, for everything that uses it. What is mapped stays readable.
  */
 void strait_client_close(const struct strait_client *client);
 
 /**
- * Lets go of a client. The connection ends with the last of its clients, segments and operations. NULL is fine.
+ * Frees a client. The connection ends with the last of its clients, segments and operations. NULL is fine.
  */
 void strait_client_free(struct strait_client *client);
 
@@ -408,7 +408,7 @@ uint64_t strait_client_inline_bytes(const struct strait_client *client);
 uint64_t strait_client_copied_bytes(const struct strait_client *client);
 
 /**
- * Removes the name of a flight. Its memory is freed when nobody has it any more.
+ * Removes the name of a flight. Its memory is freed when nobody uses it any more.
  */
 STRAIT_MUST_USE struct strait_error *strait_drop(const struct strait_client *client, const char *name);
 
@@ -421,7 +421,7 @@ struct strait_error *strait_drop_start(const struct strait_client *client,
                                        struct strait_operation **operation);
 
 /**
- * The caller's flights, by name: {"flights": [{"name", "mapping"}, ...]}, as LIST of docs/protocol.md has them. strait_text_free
+ * The caller's flights, by name: {"flights": [{"name", "mapping"}, ...]}, as in LIST of docs/protocol.md. strait_text_free
  * frees the text.
  */
 STRAIT_MUST_USE
@@ -437,7 +437,7 @@ struct strait_error *strait_list_start(const struct strait_client *client,
 
 /**
  * The kernels, by plugin and name, all of them or those called `kernel`: {"kernels": [{"name", "plugin", "inputs", "outputs",
- * "parameters", ...}, ...]}, as KERNELS of docs/protocol.md has them. strait_text_free frees the text.
+ * "parameters", ...}, ...]}, as in KERNELS of docs/protocol.md. strait_text_free frees the text.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_kernels(const struct strait_client *client,
@@ -453,7 +453,7 @@ struct strait_error *strait_kernels_start(const struct strait_client *client,
                                           struct strait_operation **operation);
 
 /**
- * The host's counts, as STATS of docs/protocol.md has them. strait_text_free frees the text.
+ * The host's counts, as in STATS of docs/protocol.md. strait_text_free frees the text.
  */
 STRAIT_MUST_USE struct strait_error *strait_stats(const struct strait_client *client, char **text);
 
@@ -465,7 +465,7 @@ struct strait_error *strait_stats_start(const struct strait_client *client,
                                         struct strait_operation **operation);
 
 /**
- * Frees a text that a function answered. NULL is fine.
+ * Frees a text that a function returned. NULL is fine.
  */
 void strait_text_free(char *text);
 
@@ -589,7 +589,7 @@ struct strait_error *strait_segment_renew(const struct strait_segment *segment,
 void strait_segment_free(struct strait_segment *segment);
 
 /**
- * Begins a call of `kernel`, or "plugin/kernel" where two plugins have one of that name. Nothing is sent yet.
+ * Begins a call of `kernel`, or "plugin/kernel" if two plugins have one of that name. Nothing is sent yet.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_new(const struct strait_client *client,
@@ -611,7 +611,7 @@ struct strait_error *strait_call_segment(const struct strait_call *call,
                                          const char *tensor);
 
 /**
- * Gives an input port elements of the program's memory, which each run copies: small ones into its request, others into a segment. They must stay, and
+ * Gives an input port elements in the program's memory, which each run copies: small ones into its request, others into a segment. They must stay, and
  * not be written to while the call is under way, until strait_call_free and the end of every operation that it started.
  */
 STRAIT_MUST_USE
@@ -620,8 +620,8 @@ struct strait_error *strait_call_tensor(const struct strait_call *call,
                                         const struct strait_tensor *tensor);
 
 /**
- * For strait_prepare and strait_prepare_stream: an input of which each call brings the elements, at most as many along each axis as `spec` says; of a stream
- * the first axis is the most rows of a chunk.
+ * For strait_prepare and strait_prepare_stream: an input whose elements each call brings, at most as many along each axis as `spec` says; for a stream
+ * the first axis is the largest number of rows in a chunk.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_each(const struct strait_call *call,
@@ -629,7 +629,7 @@ struct strait_error *strait_call_each(const struct strait_call *call,
                                       const struct strait_tensor *spec);
 
 /**
- * Gives a parameter an integer. It reaches the kernel exactly, as those of the functions below. An axis is 0-based and row-major.
+ * Gives a parameter an integer. It reaches the kernel exactly, as do the values of the functions below. An axis is 0-based and row-major.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_param_int(const struct strait_call *call,
@@ -645,7 +645,7 @@ struct strait_error *strait_call_param_uint(const struct strait_call *call,
                                             uint64_t value);
 
 /**
- * Gives a parameter a real number, NaN and the infinities included.
+ * Gives a parameter a real number, including NaN and the infinities.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_param_real(const struct strait_call *call,
@@ -695,7 +695,7 @@ struct strait_error *strait_call_param_json(const struct strait_call *call,
                                             const char *json);
 
 /**
- * Gives an output a name, under which others find it. With `replace` the names of a call may be taken from other flights.
+ * Gives an output a name, under which others find it. With `replace` the call may take its names from other flights.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_publish(const struct strait_call *call,
@@ -704,7 +704,7 @@ struct strait_error *strait_call_publish(const struct strait_call *call,
                                          bool replace);
 
 /**
- * The outputs are sealed for good, so that not even the host can write to them again.
+ * The outputs are sealed permanently, so that not even the host can write to them again.
  */
 STRAIT_MUST_USE struct strait_error *strait_call_seal(const struct strait_call *call, bool seal);
 
@@ -714,19 +714,19 @@ STRAIT_MUST_USE struct strait_error *strait_call_seal(const struct strait_call *
 STRAIT_MUST_USE struct strait_error *strait_call_verify(const struct strait_call *call, bool verify);
 
 /**
- * Milliseconds of wall time for a run, from the host's receipt on; 0: the host's default. Of what is prepared: for each call.
+ * Milliseconds of wall time for a run, from the host's receipt on; 0: the host's default. For a prepared kernel: for each call.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_deadline(const struct strait_call *call,
                                           uint64_t ms);
 
 /**
- * Life of the results' leases in milliseconds; 0: that of the client.
+ * Lifetime of the results' leases in milliseconds; 0: the client's.
  */
 STRAIT_MUST_USE struct strait_error *strait_call_lease(const struct strait_call *call, uint64_t ms);
 
 /**
- * Bytes of the largest result that comes in the reply and is not a segment; 0: none does. Without this as many as the host allows.
+ * Bytes of the largest result that comes in the reply and not in a segment; 0: none does. Without this as many as the host allows.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_call_inline_bytes(const struct strait_call *call,
@@ -757,7 +757,7 @@ struct strait_error *strait_call_start(const struct strait_call *call,
                                        struct strait_operation **operation);
 
 /**
- * Asks the host to end all runs of the call that are under way, in whatever thread; they fail with CANCELLED. Without effect when there is none.
+ * Asks the host to end all runs of the call that are under way, in whatever thread; they fail with CANCELLED. No effect if there is none.
  */
 void strait_call_cancel(const struct strait_call *call);
 
@@ -785,8 +785,8 @@ struct strait_error *strait_result_tensor(const struct strait_result *result,
                                           struct strait_tensor *tensor);
 
 /**
- * Takes the output `port` out, to keep it, to give it a name or to call the next kernel with it. What a strait_tensor of it points to stays
- * until strait_segment_free then.
+ * Takes the output `port` out of the result, to keep it, to give it a name or to call the next kernel with it. Then what a strait_tensor of it points to
+ * stays until strait_segment_free.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_result_take(const struct strait_result *result,
@@ -799,7 +799,7 @@ struct strait_error *strait_result_take(const struct strait_result *result,
 uint64_t strait_result_copied_bytes(const struct strait_result *result);
 
 /**
- * What the kernel had to say under that key; NULL if nothing. "notes" of strait_result_report are all.
+ * The kernel's note under that key; NULL if there is none. "notes" of strait_result_report has all of them.
  */
 const char *strait_result_note(const struct strait_result *result, const char *key);
 
@@ -809,7 +809,7 @@ const char *strait_result_note(const struct strait_result *result, const char *k
 const char *strait_result_request_id(const struct strait_result *result);
 
 /**
- * What else the host told, a JSON object: "notes", "seconds", "pages", "minor_faults" and so on, as INVOKE of docs/protocol.md has them.
+ * What else the host reported, a JSON object: "notes", "seconds", "pages", "minor_faults" and so on, as in INVOKE of docs/protocol.md.
  * strait_text_free frees the text.
  */
 STRAIT_MUST_USE
@@ -842,7 +842,7 @@ struct strait_error *strait_prepare_start(const struct strait_call *call,
 size_t strait_prepared_inputs(const struct strait_prepared *prepared);
 
 /**
- * Port and spec, as large as it can be, of the input at `index`, in the order in which calls bring them.
+ * Port and spec, at its largest, of the input at `index`, in the order in which calls bring them.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_prepared_input(const struct strait_prepared *prepared,
@@ -855,7 +855,7 @@ struct strait_error *strait_prepared_input(const struct strait_prepared *prepare
 size_t strait_prepared_outputs(const struct strait_prepared *prepared);
 
 /**
- * Port and spec, as large as it can be, of the output at `index`, in the kernel's order.
+ * Port and spec, at its largest, of the output at `index`, in the kernel's order.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_prepared_output(const struct strait_prepared *prepared,
@@ -863,9 +863,9 @@ struct strait_error *strait_prepared_output(const struct strait_prepared *prepar
                                             struct strait_tensor *spec);
 
 /**
- * Runs the kernel on `inputs`, in the order of strait_prepared_input, and waits for its results: `outputs`, which has room for at least as many
+ * Runs the kernel on `inputs`, in the order of strait_prepared_input, and waits for its results: `outputs`, which must have room for at least as many
  * tensors as there are outputs, shows them until the next call of the same handle. Calls from several threads wait for each other, and overwrite each
- * other's outputs: threads that call at once each prepare their own. A kernel that fails concerns no later call.
+ * other's outputs: threads that call at once should each prepare their own. A kernel that fails does not affect later calls.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_prepared_call(const struct strait_prepared *prepared,
@@ -884,7 +884,7 @@ struct strait_error *strait_prepared_call_start(const struct strait_prepared *pr
                                                 struct strait_operation **operation);
 
 /**
- * What the kernel had to say in the last call under that key, until the next call; NULL if nothing.
+ * The kernel's note under that key in the last call, valid until the next call; NULL if there is none.
  */
 const char *strait_prepared_note(const struct strait_prepared *prepared, const char *key);
 
@@ -897,20 +897,20 @@ struct strait_error *strait_prepared_report(const struct strait_prepared *prepar
 
 /**
  * Asks the host to end the call that is under way, which then fails with CANCELLED. `cancelled` (may be NULL) says whether there was one that the host
- * had begun: if not, ask again until the call is answered, and do not call again before this returned.
+ * had begun: if not, ask again until the call is answered, and do not call again before this has returned.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_prepared_cancel(const struct strait_prepared *prepared,
                                             bool *cancelled);
 
 /**
- * Ends what was prepared, in the host too, and the outputs of its last call. NULL is fine.
+ * Ends a prepared kernel, in the host too, and frees the outputs of its last call. NULL is fine.
  */
 void strait_prepared_free(struct strait_prepared *prepared);
 
 /**
- * Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare. What the kernel keeps goes on from the first chunk to the last, and
- * all rows that it gives are bit for bit those of one call on all rows.
+ * Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare does for calls. The kernel keeps its state from the first chunk to the last,
+ * and all its output rows are bit for bit those of one call on all rows.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_prepare_stream(const struct strait_call *call,
@@ -929,7 +929,7 @@ struct strait_error *strait_prepare_stream_start(const struct strait_call *call,
 size_t strait_stream_inputs(const struct strait_stream *stream);
 
 /**
- * Port and spec, with the most rows of a chunk as the first size, of the input at `index`.
+ * Port and spec of the input at `index`; the first size is the largest number of rows in a chunk.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_stream_input(const struct strait_stream *stream,
@@ -937,9 +937,9 @@ struct strait_error *strait_stream_input(const struct strait_stream *stream,
                                          struct strait_tensor *spec);
 
 /**
- * Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for what comes of them, perhaps no rows either. With
- * `last` they are the last ones: the rest comes, with what the kernel has to say, and the next chunk begins another stream. A kernel that fails ends
- * the stream (strait_error_details has the number of the chunk), and so does an operation that is given up.
+ * Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for the output, perhaps no rows either. With
+ * `last` they are the last ones: the rest of the output comes, with the kernel's notes, and the next chunk begins another stream. A kernel that fails ends
+ * the stream (strait_error_details has the number of the chunk), and so does an operation that is abandoned.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_stream_chunk(const struct strait_stream *stream,
@@ -964,24 +964,24 @@ struct strait_error *strait_stream_chunk_start(const struct strait_stream *strea
 void strait_stream_free(struct strait_stream *stream);
 
 /**
- * Becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It is the
- * operation's: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
+ * A descriptor that becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It belongs
+ * to the operation: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
  */
 int32_t strait_operation_fd(const struct strait_operation *operation);
 
 /**
- * Does what can be done without waiting. True once the operation is done, which strait_finish... then answers at once; true for NULL.
+ * Does what can be done without waiting. True once the operation is done, so that strait_finish... returns at once; true for NULL.
  */
 bool strait_operation_poll(const struct strait_operation *operation);
 
 /**
- * Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
- * whose operation is given up before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
+ * Abandons an operation: a kernel that it runs is cancelled, its result is released. A prepared call or a stream
+ * whose operation is abandoned before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
  */
 void strait_operation_free(struct strait_operation *operation);
 
 /**
- * Ends an operation that answers nothing: waits for it if it is not done, and frees it, as all that follow, whatever they return.
+ * Ends an operation that has no result: waits for it if it is not done, and frees it, as do all the functions below, whatever they return.
  */
 STRAIT_MUST_USE
 struct strait_error *strait_finish(struct strait_operation *operation);

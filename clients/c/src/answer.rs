@@ -13,7 +13,7 @@ use crate::pointer::{StaticText, Text, answer, hand_out, hand_out_text};
 use crate::segment::Segment;
 use crate::tensor::Tensor;
 
-/// What a kernel gave.
+/// What a kernel returned.
 #[derive(Debug)]
 pub struct Answer {
     client: Connected,
@@ -153,8 +153,8 @@ pub extern "C" fn strait_result_tensor(
     })
 }
 
-/// Takes the output `port` out, to keep it, to give it a name or to call the next kernel with it. What a strait_tensor of it points to stays
-/// until strait_segment_free then.
+/// Takes the output `port` out of the result, to keep it, to give it a name or to call the next kernel with it. Then what a strait_tensor of it points to
+/// stays until strait_segment_free.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_result_take(
@@ -175,7 +175,7 @@ pub extern "C" fn strait_result_copied_bytes(result: Option<&Answer>) -> u64 {
     asked(result, 0, |result| result.copied_bytes)
 }
 
-/// What the kernel had to say under that key; NULL if nothing. "notes" of strait_result_report are all.
+/// The kernel's note under that key; NULL if there is none. "notes" of strait_result_report has all of them.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_result_note(result: Option<&Answer>, key: Text) -> StaticText {
     asked(result, StaticText::NULL, |result| result.notes.text(&key))
@@ -189,7 +189,7 @@ pub extern "C" fn strait_result_request_id(result: Option<&Answer>) -> StaticTex
     })
 }
 
-/// What else the host told, a JSON object: "notes", "seconds", "pages", "minor_faults" and so on, as INVOKE of docs/protocol.md has them.
+/// What else the host reported, a JSON object: "notes", "seconds", "pages", "minor_faults" and so on, as in INVOKE of docs/protocol.md.
 /// strait_text_free frees the text.
 #[unsafe(no_mangle)]
 #[must_use]

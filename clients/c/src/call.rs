@@ -19,7 +19,7 @@ use crate::pointer::{Lent, Many, Text, hand_out};
 use crate::segment::{Held, Memory, Segment};
 use crate::tensor::Tensor;
 
-/// What a kernel is to be called with. It can be sent any number of times, also at once, and be changed between.
+/// What to call a kernel with. It can be sent any number of times, even at once, and be changed in between.
 #[derive(Debug)]
 pub struct Call {
     client: Connected,
@@ -273,7 +273,7 @@ impl Call {
     }
 }
 
-/// Begins a call of `kernel`, or "plugin/kernel" where two plugins have one of that name. Nothing is sent yet.
+/// Begins a call of `kernel`, or "plugin/kernel" if two plugins have one of that name. Nothing is sent yet.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_new(
@@ -330,7 +330,7 @@ pub extern "C" fn strait_call_segment(
     })
 }
 
-/// Gives an input port elements of the program's memory, which each run copies: small ones into its request, others into a segment. They must stay, and
+/// Gives an input port elements in the program's memory, which each run copies: small ones into its request, others into a segment. They must stay, and
 /// not be written to while the call is under way, until strait_call_free and the end of every operation that it started.
 #[unsafe(no_mangle)]
 #[must_use]
@@ -348,8 +348,8 @@ pub extern "C" fn strait_call_tensor(
     })
 }
 
-/// For strait_prepare and strait_prepare_stream: an input of which each call brings the elements, at most as many along each axis as `spec` says; of a stream
-/// the first axis is the most rows of a chunk.
+/// For strait_prepare and strait_prepare_stream: an input whose elements each call brings, at most as many along each axis as `spec` says; for a stream
+/// the first axis is the largest number of rows in a chunk.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_each(
@@ -365,7 +365,7 @@ pub extern "C" fn strait_call_each(
     })
 }
 
-/// Gives a parameter an integer. It reaches the kernel exactly, as those of the functions below. An axis is 0-based and row-major.
+/// Gives a parameter an integer. It reaches the kernel exactly, as do the values of the functions below. An axis is 0-based and row-major.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_param_int(
@@ -387,7 +387,7 @@ pub extern "C" fn strait_call_param_uint(
     Call::param(call, &name, value)
 }
 
-/// Gives a parameter a real number, NaN and the infinities included.
+/// Gives a parameter a real number, including NaN and the infinities.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_param_real(
@@ -471,7 +471,7 @@ pub extern "C" fn strait_call_param_json(
     }
 }
 
-/// Gives an output a name, under which others find it. With `replace` the names of a call may be taken from other flights.
+/// Gives an output a name, under which others find it. With `replace` the call may take its names from other flights.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_publish(
@@ -489,7 +489,7 @@ pub extern "C" fn strait_call_publish(
     })
 }
 
-/// The outputs are sealed for good, so that not even the host can write to them again.
+/// The outputs are sealed permanently, so that not even the host can write to them again.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_seal(call: Option<&Call>, seal: bool) -> Option<Box<Failure>> {
@@ -509,7 +509,7 @@ pub extern "C" fn strait_call_verify(call: Option<&Call>, verify: bool) -> Optio
     })
 }
 
-/// Milliseconds of wall time for a run, from the host's receipt on; 0: the host's default. Of what is prepared: for each call.
+/// Milliseconds of wall time for a run, from the host's receipt on; 0: the host's default. For a prepared kernel: for each call.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_deadline(call: Option<&Call>, ms: u64) -> Option<Box<Failure>> {
@@ -519,7 +519,7 @@ pub extern "C" fn strait_call_deadline(call: Option<&Call>, ms: u64) -> Option<B
     })
 }
 
-/// Life of the results' leases in milliseconds; 0: that of the client.
+/// Lifetime of the results' leases in milliseconds; 0: the client's.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_lease(call: Option<&Call>, ms: u64) -> Option<Box<Failure>> {
@@ -529,7 +529,7 @@ pub extern "C" fn strait_call_lease(call: Option<&Call>, ms: u64) -> Option<Box<
     })
 }
 
-/// Bytes of the largest result that comes in the reply and is not a segment; 0: none does. Without this as many as the host allows.
+/// Bytes of the largest result that comes in the reply and not in a segment; 0: none does. Without this as many as the host allows.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_call_inline_bytes(call: Option<&Call>, most: u64) -> Option<Box<Failure>> {
@@ -582,7 +582,7 @@ pub extern "C" fn strait_call_start(
     hand_out_started(operation, || Call::of(call)?.start())
 }
 
-/// Asks the host to end all runs of the call that are under way, in whatever thread; they fail with CANCELLED. Without effect when there is none.
+/// Asks the host to end all runs of the call that are under way, in whatever thread; they fail with CANCELLED. No effect if there is none.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_call_cancel(call: Option<&Call>) {
     asked(call, (), |call| {

@@ -19,14 +19,14 @@ pub struct Client {
     host_id: CString,
 }
 
-/// Of strait_options.flags: leases are not renewed in the background, and end when they expire.
+/// For strait_options.flags: leases are not renewed in the background, and end when they expire.
 pub const STRAIT_NO_RENEWAL: u32 = 1;
 
 /// How a client behaves. Set all of it to zero first, which is the default.
 #[repr(C)]
 #[derive(Debug)]
 pub struct Options {
-    /// Life of leases in milliseconds; 0: the host's default. Never more than its maximum.
+    /// Lifetime of leases in milliseconds; 0: the host's default. Never more than its maximum.
     pub lease_ms: u64,
     /// Name and version by which the host's log knows this client; NULL: strait-c/VERSION.
     pub name: *const c_char,
@@ -107,7 +107,7 @@ where
     Operation::start(ask(Client::of(client)?.asynchronous())?)
 }
 
-/// Connects to the host at `address` ("unix:///DIRECTORY"). NULL: the one that STRAIT_ADDRESS names, or the first that is found in the usual places
+/// Connects to the host at `address` ("unix:///DIRECTORY"). NULL: the one that STRAIT_ADDRESS names, or the first one found in the usual places
 /// (docs/protocol.md). Addresses of other machines are refused for now (REMOTE_ADDRESS). `options` may be NULL.
 #[unsafe(no_mangle)]
 #[must_use]
@@ -159,13 +159,13 @@ pub extern "C" fn strait_client_with_request_id(
     })
 }
 
-/// Ends the connection now, for everything that came of it. What is mapped stays readable.
+/// Ends the connection now, for everything that uses it. What is mapped stays readable.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_client_close(client: Option<&Client>) {
     asked(client, (), |client| client.client.close());
 }
 
-/// Lets go of a client. The connection ends with the last of its clients, segments and operations. NULL is fine.
+/// Frees a client. The connection ends with the last of its clients, segments and operations. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_client_free(client: Option<Box<Client>>) {
     end(client);
@@ -197,7 +197,7 @@ pub extern "C" fn strait_client_copied_bytes(client: Option<&Client>) -> u64 {
     asked(client, 0, |client| client.client.copied_bytes())
 }
 
-/// Removes the name of a flight. Its memory is freed when nobody has it any more.
+/// Removes the name of a flight. Its memory is freed when nobody uses it any more.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_drop(client: Option<&Client>, name: Text) -> Option<Box<Failure>> {
@@ -223,7 +223,7 @@ pub extern "C" fn strait_drop_start(
     })
 }
 
-/// The caller's flights, by name: {"flights": [{"name", "mapping"}, ...]}, as LIST of docs/protocol.md has them. strait_text_free
+/// The caller's flights, by name: {"flights": [{"name", "mapping"}, ...]}, as in LIST of docs/protocol.md. strait_text_free
 /// frees the text.
 #[unsafe(no_mangle)]
 #[must_use]
@@ -254,7 +254,7 @@ pub extern "C" fn strait_list_start(
 }
 
 /// The kernels, by plugin and name, all of them or those called `kernel`: {"kernels": [{"name", "plugin", "inputs", "outputs",
-/// "parameters", ...}, ...]}, as KERNELS of docs/protocol.md has them. strait_text_free frees the text.
+/// "parameters", ...}, ...]}, as in KERNELS of docs/protocol.md. strait_text_free frees the text.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_kernels(
@@ -289,7 +289,7 @@ pub extern "C" fn strait_kernels_start(
     })
 }
 
-/// The host's counts, as STATS of docs/protocol.md has them. strait_text_free frees the text.
+/// The host's counts, as in STATS of docs/protocol.md. strait_text_free frees the text.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_stats(
@@ -317,7 +317,7 @@ pub extern "C" fn strait_stats_start(
     })
 }
 
-/// Frees a text that a function answered. NULL is fine.
+/// Frees a text that a function returned. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_text_free(text: *mut c_char) {
     free_text(text);

@@ -17,13 +17,13 @@ pub extern "C" fn strait_error_get_kind(error: Option<&Failure>) -> u32 {
     asked(error, 0, |error| error.kind as u32)
 }
 
-/// The name of a gRPC code, the class of the error: "NOT_FOUND". NULL for NULL, as the other texts.
+/// The name of a gRPC code, the class of the error: "NOT_FOUND". NULL for NULL, like the other texts.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_error_code(error: Option<&Failure>) -> StaticText {
     field(error, |error| Some(&error.code))
 }
 
-/// The stable word for the case, for programs: "FLIGHT_NOT_FOUND". docs/protocol.md has the host's; of this library itself are
+/// The stable word for the case, for programs: "FLIGHT_NOT_FOUND". docs/protocol.md has the host's; this library's own are
 /// BAD_ARGUMENT, BAD_ADDRESS, REMOTE_ADDRESS, NO_HOST, DISCONNECTED, WRONG_STATE, FORKED, BROKEN_PROTOCOL, LINUX, HOST.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_error_reason(error: Option<&Failure>) -> StaticText {
@@ -42,19 +42,19 @@ pub extern "C" fn strait_error_request_id(error: Option<&Failure>) -> StaticText
     field(error, |error| error.request_id.as_ref())
 }
 
-/// The guest's stack when it trapped; NULL without one.
+/// The guest's stack when it trapped; NULL if there is none.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_error_backtrace(error: Option<&Failure>) -> StaticText {
     field(error, |error| error.backtrace.as_ref())
 }
 
-/// Figures and names, a JSON object as docs/protocol.md has it; NULL without any.
+/// Figures and names, a JSON object as in docs/protocol.md; NULL if there are none.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_error_details(error: Option<&Failure>) -> StaticText {
     field(error, |error| error.details.as_ref())
 }
 
-/// Ends an error, and the texts that were asked from it. NULL is fine.
+/// Frees an error, and the texts that came from it. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_error_free(error: Option<Box<Failure>>) {
     end(error);

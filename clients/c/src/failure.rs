@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use strait_client::Error;
 use strait_client::address::AddressError;
 
-/// What a program can do about an error. Numbers are never given to another kind; a newer library may have more.
+/// What a program can do about an error. Numbers are never reused for another kind; a newer library may have more.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorKind {
@@ -16,25 +16,25 @@ pub enum ErrorKind {
     LeaseExpired = 2,
     /// The connection is over. What is mapped stays readable, everything else needs a new one.
     Disconnected = 3,
-    /// Nobody to connect to.
+    /// No host to connect to.
     NoHost = 4,
     /// An argument that can never work; nothing was sent.
     Argument = 5,
-    /// It would work at another time: the handle is used by an operation that is under way, or is over.
+    /// It would work at another time: an operation under way uses the handle, or the handle is over.
     State = 6,
     /// The client was connected before a fork, and this is the child.
     Forked = 7,
     /// What this library does not do yet.
     Unsupported = 8,
-    /// The host said what the protocol does not allow.
+    /// The host said something that the protocol does not allow.
     Protocol = 9,
     /// Linux refused memory, a descriptor or a thread.
     Linux = 10,
-    /// A bug of this library (reason HOST, as a bug of the host has it).
+    /// A bug in this library (reason HOST, as for a bug in the host).
     Bug = 11,
 }
 
-/// An error. Whoever is given one frees it with strait_error_free.
+/// An error. Whoever gets one frees it with strait_error_free.
 #[derive(Debug)]
 pub struct Failure {
     pub(crate) kind: ErrorKind,

@@ -26,7 +26,7 @@ fn finish<T: Any>(operation: Option<Box<Operation>>, what: &str) -> Result<T, Fa
     })
 }
 
-/// Ends an operation that answers nothing: waits for it if it is not done, and frees it, as all that follow, whatever they return.
+/// Ends an operation that has no result: waits for it if it is not done, and frees it, as do all the functions below, whatever they return.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_finish(operation: Option<Box<Operation>>) -> Option<Box<Failure>> {

@@ -35,7 +35,7 @@ pub(crate) trait Lane: Send {
 
 /// Something that was started, by one of the functions that end with _start.
 ///
-/// It goes on in strait_operation_poll and strait_finish..., on the thread that calls them and nowhere else: copies and system calls of this process
+/// It makes progress in strait_operation_poll and strait_finish..., on the thread that calls them and nowhere else: copies and system calls of this process
 /// are made there. Its first request is sent when it is started.
 pub struct Operation {
     event: Arc<Event>,
@@ -174,8 +174,8 @@ pub(crate) fn hand_out_started(
     entry(|| hand_out(operation, "operation", start))
 }
 
-/// Becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It is the
-/// operation's: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
+/// A descriptor that becomes readable when there is something to do: then call strait_operation_poll. It stays readable when the operation is done. It belongs
+/// to the operation: do not read from it or close it, and ask again after each strait_operation_poll. -1 for NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_operation_fd(operation: Option<&Operation>) -> i32 {
     asked(operation, -1, |operation| {
@@ -186,7 +186,7 @@ pub extern "C" fn strait_operation_fd(operation: Option<&Operation>) -> i32 {
     })
 }
 
-/// Does what can be done without waiting. True once the operation is done, which strait_finish... then answers at once; true for NULL.
+/// Does what can be done without waiting. True once the operation is done, so that strait_finish... returns at once; true for NULL.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_operation_poll(operation: Option<&Operation>) -> bool {
     asked(operation, true, |operation| {
@@ -194,8 +194,8 @@ pub extern "C" fn strait_operation_poll(operation: Option<&Operation>) -> bool {
     })
 }
 
-/// Gives an operation up: a kernel that it runs is cancelled, what it was to answer is released. A prepared call or a stream
-/// whose operation is given up before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
+/// Abandons an operation: a kernel that it runs is cancelled, its result is released. A prepared call or a stream
+/// whose operation is abandoned before it is done is over; one that the host has not begun then runs to its deadline. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_operation_free(operation: Option<Box<Operation>>) {
     end(operation);

@@ -301,7 +301,7 @@ pub extern "C" fn strait_prepared_inputs(prepared: Option<&Prepared>) -> usize {
     asked(prepared, 0, |prepared| prepared.0.inputs.len())
 }
 
-/// Port and spec, as large as it can be, of the input at `index`, in the order in which calls bring them.
+/// Port and spec, at its largest, of the input at `index`, in the order in which calls bring them.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_prepared_input(
@@ -322,7 +322,7 @@ pub extern "C" fn strait_prepared_outputs(prepared: Option<&Prepared>) -> usize 
     asked(prepared, 0, |prepared| prepared.0.outputs.len())
 }
 
-/// Port and spec, as large as it can be, of the output at `index`, in the kernel's order.
+/// Port and spec, at its largest, of the output at `index`, in the kernel's order.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_prepared_output(
@@ -337,9 +337,9 @@ pub extern "C" fn strait_prepared_output(
     })
 }
 
-/// Runs the kernel on `inputs`, in the order of strait_prepared_input, and waits for its results: `outputs`, which has room for at least as many
+/// Runs the kernel on `inputs`, in the order of strait_prepared_input, and waits for its results: `outputs`, which must have room for at least as many
 /// tensors as there are outputs, shows them until the next call of the same handle. Calls from several threads wait for each other, and overwrite each
-/// other's outputs: threads that call at once each prepare their own. A kernel that fails concerns no later call.
+/// other's outputs: threads that call at once should each prepare their own. A kernel that fails does not affect later calls.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_prepared_call(
@@ -379,7 +379,7 @@ pub extern "C" fn strait_prepared_call_start(
     })
 }
 
-/// What the kernel had to say in the last call under that key, until the next call; NULL if nothing.
+/// The kernel's note under that key in the last call, valid until the next call; NULL if there is none.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_prepared_note(prepared: Option<&Prepared>, key: Text) -> StaticText {
     asked(prepared, StaticText::NULL, |prepared| {
@@ -402,7 +402,7 @@ pub extern "C" fn strait_prepared_report(
 }
 
 /// Asks the host to end the call that is under way, which then fails with CANCELLED. `cancelled` (may be NULL) says whether there was one that the host
-/// had begun: if not, ask again until the call is answered, and do not call again before this returned.
+/// had begun: if not, ask again until the call is answered, and do not call again before this has returned.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_prepared_cancel(
@@ -418,7 +418,7 @@ pub extern "C" fn strait_prepared_cancel(
     })
 }
 
-/// Ends what was prepared, in the host too, and the outputs of its last call. NULL is fine.
+/// Ends a prepared kernel, in the host too, and frees the outputs of its last call. NULL is fine.
 #[unsafe(no_mangle)]
 pub extern "C" fn strait_prepared_free(prepared: Option<Box<Prepared>>) {
     end(prepared);

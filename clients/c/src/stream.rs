@@ -91,8 +91,8 @@ impl Ready {
     }
 }
 
-/// Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare. What the kernel keeps goes on from the first chunk to the last, and
-/// all rows that it gives are bit for bit those of one call on all rows.
+/// Makes a kernel that streams ready for a tensor in chunks of rows, as strait_prepare does for calls. The kernel keeps its state from the first chunk to the last,
+/// and all its output rows are bit for bit those of one call on all rows.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_prepare_stream(
@@ -129,7 +129,7 @@ pub extern "C" fn strait_stream_inputs(stream: Option<&Stream>) -> usize {
     asked(stream, 0, |stream| stream.inputs.len())
 }
 
-/// Port and spec, with the most rows of a chunk as the first size, of the input at `index`.
+/// Port and spec of the input at `index`; the first size is the largest number of rows in a chunk.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_stream_input(
@@ -144,9 +144,9 @@ pub extern "C" fn strait_stream_input(
     })
 }
 
-/// Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for what comes of them, perhaps no rows either. With
-/// `last` they are the last ones: the rest comes, with what the kernel has to say, and the next chunk begins another stream. A kernel that fails ends
-/// the stream (strait_error_details has the number of the chunk), and so does an operation that is given up.
+/// Sends the next rows of each input, in the order of strait_stream_input, perhaps none, and waits for the output, perhaps no rows either. With
+/// `last` they are the last ones: the rest of the output comes, with the kernel's notes, and the next chunk begins another stream. A kernel that fails ends
+/// the stream (strait_error_details has the number of the chunk), and so does an operation that is abandoned.
 #[unsafe(no_mangle)]
 #[must_use]
 pub extern "C" fn strait_stream_chunk(

@@ -8,7 +8,7 @@ use strait_client::{Dtype, NewTensor, TensorSpec, TensorView};
 use crate::failure::Failure;
 use crate::pointer::{Lent, StaticText, Text};
 
-/// Axes that a tensor has at most.
+/// The most axes that a tensor can have.
 pub const STRAIT_DIMS_MAX: usize = 8;
 
 /// The type of a tensor's elements, by numpy's and ml_dtypes' names. Always little-endian. Numbers never change.
@@ -83,22 +83,22 @@ fn number(dtype: Dtype) -> u32 {
 
 /// An array: what it is, and where its elements are, row-major (the last axis varies fastest) and contiguous.
 ///
-/// A program fills one in to say what it has (with `data`) or wants (a spec: `data` is NULL); set all of it to zero first. One that it is
-/// given shows memory of the handle that was asked, which it may only read.
+/// A program fills one in to say what it has (with `data`) or wants (a spec: `data` is NULL); set all of it to zero first. One that a
+/// function fills in points to memory of that function's handle, which the program may only read.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Tensor {
-    /// Its name in a segment, or the port of a result. May be NULL where the name is given otherwise.
+    /// Its name in a segment, or the port of a result. May be NULL if the name is given in another way.
     pub name: *const c_char,
     /// One of strait_dtype.
     pub dtype: u32,
-    /// Axes: how many of `shape` count. 0: one element.
+    /// Number of axes: how many entries of `shape` are used. 0: one element.
     pub ndim: u32,
     /// The sizes of its axes.
     pub shape: [u64; STRAIT_DIMS_MAX],
     /// The elements.
     pub data: *const c_void,
-    /// Bytes at `data`: exactly the number of elements times the size of one. Of a spec: 0, or the same.
+    /// Bytes at `data`: exactly the number of elements times the size of one. In a spec: 0, or the same.
     pub bytes: u64,
 }
 

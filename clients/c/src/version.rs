@@ -2,7 +2,7 @@
 
 use crate::pointer::StaticText;
 
-/// The version of this interface. It changes when a program that was compiled with another strait.h would not work.
+/// The version of this interface. It changes when programs compiled with the previous strait.h would no longer work.
 pub const STRAIT_ABI_VERSION: u32 = 1;
 
 /// The STRAIT_ABI_VERSION of the library that was loaded, to be compared with that of the header: STRAIT_ABI_MATCHES().

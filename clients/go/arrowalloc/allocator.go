@@ -1,5 +1,5 @@
 // Package arrowalloc builds Arrow arrays in shared memory, so that kernels of a strait host read
-// them where they lie.
+// them in place.
 //
 //	a := arrowalloc.New(nil)
 //	b := array.NewFloat64Builder(a)       // any arrow-go code that takes an allocator
@@ -8,7 +8,7 @@
 //	res, err := client.Call(ctx, "zscore", strait.Inputs{"x": x}, strait.Param("axis", 0))
 //	y, err := arrowalloc.Array(res.Tensor("y"))
 //
-// As with every allocator that is not Go's own, arrays are to be released: their memory is the
+// As with every allocator that is not Go's own, arrays must be released: their memory is the
 // process's until then, and gone afterwards.
 package arrowalloc
 
@@ -34,8 +34,8 @@ const blockBytes = 64 << 10
 // file of its own, which grows without being copied and takes one descriptor. Any number of
 // goroutines may use it at once.
 //
-// An allocator cannot report errors. Where Linux gives no shared memory (no descriptor, no space) it
-// says so to the log and takes the Go heap, so that such arrays are copied when they are used.
+// An allocator cannot report errors. If Linux gives no shared memory (no descriptor, no space) it
+// logs that and uses the Go heap, so that such arrays are copied when they are used.
 type Allocator struct {
 	heap memory.Allocator
 	log  *slog.Logger
@@ -60,7 +60,7 @@ type block struct {
 	frozen bool
 }
 
-// New makes an allocator. Memory that could not be had is logged to log; nil is slog.Default.
+// New makes an allocator. Failures to get shared memory are logged to log; nil is slog.Default.
 func New(log *slog.Logger) *Allocator {
 	if log == nil {
 		log = slog.Default()

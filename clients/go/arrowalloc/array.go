@@ -34,8 +34,8 @@ func (i *Input) Release() {
 }
 
 // Input makes an array of numbers a kernel's input: without a copy if its values are in memory of
-// this allocator and begin on a 64 KiB boundary of it (as those of an array that was built whole
-// do), else with one copy for each call. Fixed-size lists are further axes, and so are the rows of an
+// this allocator and begin on a 64 KiB boundary of it (as those of an array that was built
+// entirely in it do), else with one copy for each call. Fixed-size lists are further axes, and so are the rows of an
 // arrow.fixed_shape_tensor; a byte of an arrow.bool8 is true unless it is 0. While it is an input,
 // the array must not be written to.
 //

@@ -34,8 +34,8 @@ end
 What a kernel gave back, in full:
 - `outputs`: `NamedTuple` of `Array`s by port; empty with `map = false`
 - `published`: names of the outputs that were published, by port
-- `notes`: what the kernel had to say, `key => text`
-- `copied_bytes`: bytes of this call's tensors that the host copied, `client_copied_bytes`: and those that this side copied
+- `notes`: the kernel's notes, `key => text`
+- `copied_bytes`: bytes of this call's tensors that the host copied, `client_copied_bytes`: those that this side copied
 - `pages`: with `verify = true`, the pages that the kernel saw: `(port, device, inode)`
 - `minor_faults`, `seconds`: what it cost the host (a `Dict`: queue, instantiate, open, reserve, move_in, run, move_out, total)
 - `request_id`: id of this call in the host's log
@@ -61,7 +61,7 @@ Base.show(io::IO, i::Invocation) = print(io, "Strait.Invocation(", join(("$port 
     call(session, kernel; x = a, m = b, parameters...)
     call(f, session, kernel, ...; parameters...)
 
-Runs a kernel and returns its output: an `Array` over the pages of the result, read-only, or, of a small result, an ordinary
+Runs a kernel and returns its output: an `Array` over the pages of the result, read-only, or, for a small result, an ordinary
 `Array`; a `NamedTuple` of them by port if the kernel has several outputs, `nothing` if none was mapped.
 
 ```julia
@@ -72,27 +72,27 @@ y = call(s, "zscore", x; axis = 1)      # no copy in either direction
 
 *Inputs* are arrays, numbers (0-dimensional), or names of flights (`"name"`, `"name#tensor"`). Given by position they
 belong to the kernel's input ports in order. An `Array` of this session (from `zeros(session, ...)`, `similar`, `call` or
-`fetch`) goes in as it is; of any other array, a view, range, sparse matrix or other wrapper, one dense copy is made of the
+`fetch`) goes in as it is; of any other array (a view, range, sparse matrix or other wrapper) one dense copy is made of the
 elements that it shows, counted in [`stats`](@ref): into the request itself if it is small (`session.welcome["inline_bytes"]`,
-usually 32 KiB), else into a segment. An array with a `missing` in it is refused. Do not write to an input while
+usually 32 KiB), else into a segment. An array that contains `missing` is refused. Do not write to an input while
 the call runs.
 
 *Dimensions.* Tensors are row-major outside of Julia, `Array`s column-major. The same bytes are seen with the dimensions
-from back to front: an `Array` of `size` `(c, r)` is the host's tensor of shape `[r, c]`. Nothing is ever transposed or
+in reverse order: an `Array` of `size` `(c, r)` is the host's tensor of shape `[r, c]`. Nothing is ever transposed or
 moved. So `axis` counts as it does everywhere in Julia: from 1 (the fastest) to `ndims(x)`, and `axis = k` is the host's axis
 `ndims(x) - k`. It refers to the first input port. And a matrix product of two inputs `a`, `b` computes `b * a` in
 Julia's terms, since each matrix is seen transposed: swap the inputs.
 
 *Parameters* are keywords: `Bool`s, numbers, text (a `String`, a `Symbol`, or an element type, as in `to = BFloat16`), vectors of
-numbers. What a kernel takes: `kernels(session, name)`. An integer of any type arrives exactly, in the whole range of `Int64`
-and `UInt64` (beyond it is an `ArgumentError`); any other number as the nearest `Float64`.
+numbers. `kernels(session, name)` says which ones a kernel takes. An integer of any type arrives exactly, in the whole range of `Int64`
+and `UInt64` (beyond that it is an `ArgumentError`); any other number as the nearest `Float64`.
 
-*`options = (...)`*, a `NamedTuple`, is about the call itself; see [`invocation`](@ref), which also tells what the call
+*`options = (...)`*, a `NamedTuple`, is about the call itself; see [`invocation`](@ref), which also says what the call
 cost: `options = (deadline_ms = 500,)`.
 
-*Lifetime.* A result's pages are given back when the `Array` is garbage, by [`release!`](@ref), or, with a function first,
-once that has been called with the output: `call(sum, s, "zscore", x; axis = 1)`; then keep nothing of it. A small result
-came in the reply and is Julia's alone: it has no pages to give back, and is published by a copy. `options = (inline_bytes = 0,)`
+*Lifetime.* A result's pages are given back when the `Array` is garbage-collected, by [`release!`](@ref), or, with a function first,
+once that function has returned: `call(sum, s, "zscore", x; axis = 1)`; then keep nothing of the output. A small result
+came in the reply and is an ordinary `Array`: it has no pages to give back, and is published by a copy. `options = (inline_bytes = 0,)`
 asks for a segment.
 
 Throws a [`RemoteError`](@ref) if the host refuses or the kernel fails.
@@ -172,18 +172,18 @@ named(other) = refuse_input(other)
 """
     Strait.invocation(session, kernel, inputs, parameters = (); options...)
 
-[`call`](@ref) with every option, and with all that the host answered, as an [`Invocation`](@ref). `inputs` and `parameters` are
+[`call`](@ref) with every option, and with the host's whole answer, as an [`Invocation`](@ref). `inputs` and `parameters` are
 collections of `name => value` (named tuples, dictionaries, tuples of pairs). Options:
 
 - `deadline_ms`: wall time for the call, from the host's receipt on
-- `lease_ms`: life of the results' leases
+- `lease_ms`: lifetime of the results' leases
 - `publish`: names for outputs, `(y = "name",)`; `replace = false`: whether they may take names from other flights
-- `seal = false`: outputs are sealed for good, so that not even the host can write to them again
+- `seal = false`: outputs are sealed permanently, so that not even the host can write to them again
 - `map = true`: whether the outputs are mapped here; if not, publish each
-- `inline_bytes`: results that cannot become larger than so many bytes come in the reply, as ordinary `Array`s, and are no
-  segments; 0: none does. Without it as large as the host allows (with `publish` or `seal` all are segments)
+- `inline_bytes`: results that cannot become larger than this come in the reply, as ordinary `Array`s, and not in
+  segments; 0: none does. The default is what the host allows (with `publish` or `seal` all are segments)
 - `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
-- `verify = false`: the host tells which pages the kernel saw
+- `verify = false`: whether the host reports which pages the kernel saw
 - `idempotency_key`: a repeat of the same call with the same key within a minute gets the same results without another run;
   another call with that key is refused with reason `IDEMPOTENCY_KEY_REUSED`
 - `request_id`: id of this call in the host's log and in errors

@@ -126,7 +126,7 @@ Base.show(io::IO, x::T) where {T<:NarrowFloat} = print(io, nameof(T), '(', Float
 """
     Strait.DTYPES
 
-The wire's element types and Julia's, as pairs. `bool8` is one byte, of which any but 0 is true; the complex ones are pairs
+The wire's element types and Julia's, as pairs. `bool8` is one byte, true unless it is 0; the complex ones are pairs
 (real, imaginary).
 """
 const DTYPES = (

@@ -5,7 +5,7 @@
 
 Everything that the host, or the connection to it, can throw at a caller: [`RemoteError`](@ref),
 [`LeaseExpired`](@ref), [`Disconnected`](@ref), [`NoHost`](@ref), [`Forked`](@ref), [`Released`](@ref),
-[`MappingError`](@ref), [`ProtocolError`](@ref). A wrong argument that is noticed before the host is asked
+[`MappingError`](@ref), [`ProtocolError`](@ref). A wrong argument that is detected before the host is asked
 is an `ArgumentError`, as everywhere in Julia.
 """
 abstract type StraitError <: Exception end
@@ -15,12 +15,12 @@ abstract type StraitError <: Exception end
 
 The host refused, or the kernel failed; the connection is fine.
 
-- `code`: a gRPC code's name, such as `"NOT_FOUND"`
+- `code`: the name of a gRPC code, such as `"NOT_FOUND"`
 - `reason`: the protocol's stable word, such as `"FLIGHT_NOT_FOUND"`; compare this one
 - `message`: what, which, by how much, what to do
 - `request_id`: the same as in the host's log
 - `backtrace`: the kernel's, if it trapped, else `nothing`
-- `details`: whatever else the host said
+- `details`: anything else the host said
 """
 struct RemoteError <: StraitError
     code::String
@@ -55,7 +55,7 @@ end
 """
     NoHost
 
-Nobody answers where a host should be.
+No host answers where one should be.
 """
 struct NoHost <: StraitError
     message::String
@@ -92,9 +92,9 @@ end
 """
     ProtocolError
 
-The host said something that the protocol does not allow. After a frame that cannot be read the session is over; of an
-answer that cannot be right nothing is kept, and the session goes on. After a wrong reply to the call of a prepared kernel
-that kernel is over.
+The host said something that the protocol does not allow. After a frame that cannot be read the session is over; an
+answer that cannot be right is discarded, and the session goes on. After a wrong reply to the call of a prepared kernel
+that prepared kernel is closed.
 """
 struct ProtocolError <: StraitError
     message::String

@@ -1,7 +1,7 @@
 """
     Strait.JSON
 
-JSON as RFC 8259 has it, and no more: what the data socket's frames and nothing else need.
+JSON as in RFC 8259, and no more than the data socket's frames need.
 
 [`decode`](@ref) reads one value, [`encode`](@ref) writes one. Objects are `Dict{String,Any}`, arrays
 `Vector{Any}`, `null` is `nothing`. A number without fraction and exponent is an `Int64`, or a `UInt64`
@@ -18,7 +18,7 @@ const DEPTH_MAX = 64
 """
     ParseError(position, message)
 
-Why bytes are no JSON. `position` counts bytes from 1.
+Why bytes are not JSON. `position` counts bytes from 1.
 """
 struct ParseError <: Exception
     position::Int
@@ -46,8 +46,8 @@ end
     decode(bytes::AbstractVector{UInt8})
     decode(text::AbstractString)
 
-The one value that `bytes` hold. Throws [`ParseError`](@ref), also for an object that has a key twice,
-a string that is no UTF-8, and bytes that follow the value.
+The one value that `bytes` hold. Throws [`ParseError`](@ref), also for an object with a duplicate key,
+a string that is not UTF-8, and bytes after the value.
 """
 function decode(bytes::AbstractVector{UInt8})
     r = Reader(convert(Vector{UInt8}, bytes), 1)

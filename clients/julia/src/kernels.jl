@@ -21,9 +21,9 @@ end
 
 A parameter of a kernel: `name`, `kind` (`"boolean"`, `"integer"`, `"real"`, `"number"`, `"axis"`, `"text"`, `"integers"` or `"reals"`),
 `default` (`nothing`: it must be given), `minimum`, `maximum`, `choices` (of a text; empty: any), `doc`. Default and bounds
-are exact: an `Int64` or `UInt64` where the host has an integer, else a `Float64`.
+are exact: an `Int64` or `UInt64` if the host has an integer, else a `Float64`.
 
-They are as the host has them: an axis' default counts from 0, row-major. [`call`](@ref) takes an axis as Julia
+They are as the host states them: an axis's default counts from 0, row-major. [`call`](@ref) takes an axis as Julia
 counts, from 1 to `ndims(x)`.
 """
 struct Parameter
@@ -39,8 +39,8 @@ end
 """
     Strait.BlockTree
 
-How a reduction gives the same bits on any slicing: the kernel `partials` gives one row for each `block_rows` rows, counted
-from the first, and the kernel `merge` makes the result of all those rows.
+How a reduction gives the same bits for any slicing: the kernel `partials` gives one row for each `block_rows` rows, counted
+from the first, and the kernel `merge` makes the result from all those rows.
 """
 struct BlockTree
     block_rows::Int

@@ -3,7 +3,7 @@
 """
     Strait.Fixed(x)
 
-An input of [`prepare`](@ref) that is the same for all calls: an array. One of the session's, in a segment, is taken
+An array that is the same input for all calls of a [`prepare`](@ref)d kernel. If it is in a segment of the session it is used
 as it is, and must not be written to from then on; any other is copied into a segment once.
 """
 struct Fixed
@@ -24,10 +24,10 @@ CallTensor(place::Place) = CallTensor{place.spec.type,ndims(place.spec)}(place.s
 A kernel that is ready, made by [`prepare`](@ref): `prepared(x)` calls it.
 
 - `kernel`: its name
-- `inputs`: what each call brings, [`TensorSpec`](@ref)s in that order, by port, as large as they may be
-- `outputs`: what it gives, in the same way
+- `inputs`: what each call brings, [`TensorSpec`](@ref)s in that order, by port, at their largest
+- `outputs`: what it returns, in the same way
 
-`close(prepared)` ends it in the host, as does the end of its session, or being garbage.
+`close(prepared)` ends it in the host, as does the end of its session, or garbage collection.
 """
 mutable struct Prepared
     session::Session
@@ -44,13 +44,13 @@ end
     prepare(session, kernel, inputs...; options = (...), parameters...)
     prepare(f, session, kernel, inputs...; ...)
 
-Makes a kernel ready to be called again and again on small tensors: it is checked, opened and bound once. Answers a
-[`Prepared`](@ref Strait.Prepared), which is called with the arrays alone. A call takes a fraction of the time of [`call`](@ref).
+Makes a kernel ready to be called again and again on small tensors: it is checked, opened and bound once. Returns a
+[`Prepared`](@ref Strait.Prepared), which is called with only the arrays. A call takes a fraction of the time of [`call`](@ref).
 
 ```julia
 scale = prepare(s, "scale-shift", zeros(128); a = 2)     # a vector of up to 128 Float64
-y = scale(x)                                             # an Array of its own
-call!(y, scale, x)                                       # or into one that is there
+y = scale(x)                                             # a new Array
+call!(y, scale, x)                                       # or into an existing one
 ```
 
 *Inputs*, by position, as `port => ...` or as keywords, as in [`call`](@ref). An array, a number or a `TensorSpec(T, dims...)` stands for
@@ -59,20 +59,20 @@ what each call brings: its element type and, along each dimension, the largest s
 
 *A call* takes arrays and numbers in the order of `prepared.inputs`, or as keywords by port. Each has the element type and number of
 dimensions that were prepared and at most the size; fewer rows are fine, and cost a little more. Anything else is an
-`ArgumentError` before anything is sent. A dense `Array` is sent from where it lies; of any other array a dense copy.
+`ArgumentError` before anything is sent. A dense `Array` is sent straight from its memory, any other array as a dense copy.
 
-*Results* are ordinary `Array`s that belong to the caller, a new one for each call; [`call!`](@ref) fills those that there are, and
+*Results* are ordinary `Array`s that belong to the caller, a new one for each call; [`call!`](@ref) fills existing ones, and
 `Strait.invocation(prepared, inputs...)` has the kernel's notes, too.
 
-An ERROR to a call is a [`RemoteError`](@ref) and concerns no other call. Any number of tasks may call: one call
-runs after another, in this process and in the host. [`Strait.cancel!`](@ref)`(prepared)` ends the one that runs; an interrupt (Ctrl-C) does so, too, and
-the next call is a call as any other. In a forked child each use throws [`Forked`](@ref).
+An ERROR to a call is a [`RemoteError`](@ref) and does not affect other calls. Any number of tasks may call: one call
+runs after another, in this process and in the host. [`Strait.cancel!`](@ref)`(prepared)` ends the one that runs, and so does an interrupt (Ctrl-C);
+the next call is then a call like any other. In a forked child each use throws [`Forked`](@ref).
 
 *`options`*: `deadline_ms` of each call, from the host's receipt on; `limits` of each call, as for [`Strait.invocation`](@ref);
 `request_id` of all of them in the host's log and in errors.
 
-With a function first, it is called with the prepared kernel, which is closed afterwards. All that calls bring, or give, has at most
-131072 bytes together; above that use [`call`](@ref).
+With a function first, it is called with the prepared kernel, which is closed afterwards. The inputs that a call brings have at most
+131072 bytes together, and so do its outputs; above that use [`call`](@ref).
 """
 function prepare(s::Session, kernel::AbstractString, inputs...; options::NamedTuple = NamedTuple(), parameters...)
     found = declaration(s, kernel)
@@ -203,9 +203,9 @@ end
     call!(y, prepared, inputs...)
     call!((y, z), prepared, inputs...)
 
-A call of what was [`prepare`](@ref)d whose results fill arrays that are there: one, or as many as it has outputs, in the order
-of `prepared.outputs`. They are returned. Each has the element type and dimensions of its output; one of another size is
-left as it is, and a `DimensionMismatch` thrown after the call.
+Calls a [`prepare`](@ref)d kernel; its results fill existing arrays: one, or as many as it has outputs, in the order
+of `prepared.outputs`. They are returned. Each has the element type and number of dimensions of its output; one of another size is
+left as it is, and a `DimensionMismatch` is thrown after the call.
 """
 call!(y::Array, prepared::Prepared, inputs...; ports...) = (call!((y,), prepared, inputs...; ports...); y)
 function call!(ys::Union{Tuple,NamedTuple}, prepared::Prepared, inputs...; ports...)
@@ -219,8 +219,8 @@ end
 """
     Strait.invocation(prepared, inputs...)
 
-A call of what was [`prepare`](@ref)d, with all that there is to know: `outputs` (a `NamedTuple` of `Array`s by port), `notes` (what the
-kernel had to say, `key => text`) and `client_copied_bytes`.
+Calls a [`prepare`](@ref)d kernel and returns everything there is to know: `outputs` (a `NamedTuple` of `Array`s by port), `notes` (the
+kernel's, `key => text`) and `client_copied_bytes`.
 """
 function invocation(prepared::Prepared, inputs...; ports...)
     outputs, notes, copied = called(prepared, in_order(prepared, inputs, ports), nothing)
@@ -389,8 +389,8 @@ end
 """
     Strait.cancel!(prepared)
 
-Asks the host to end the call that is under way, if one is; that one throws a [`RemoteError`](@ref) with reason `CANCELLED`, and the next is
-not concerned. From another task than the one that calls. Returns `nothing`.
+Asks the host to end the call that is under way, if any; that call throws a [`RemoteError`](@ref) with reason `CANCELLED`, and the next is
+not affected. Use it from a task other than the one that calls. Returns `nothing`.
 """
 function cancel!(prepared::Prepared)
     c = prepared.session.connection
@@ -403,7 +403,7 @@ end
 """
     close(prepared)
 
-Ends what was prepared, in the host, too, and a call that runs: it throws [`Disconnected`](@ref), as does any later one. Results stay.
+Ends the prepared kernel, in the host, too. A call that runs throws [`Disconnected`](@ref), as does any later one. Results stay.
 """
 function Base.close(prepared::Prepared)
     c, socket = prepared.session.connection, prepared.socket

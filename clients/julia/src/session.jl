@@ -33,8 +33,8 @@ is set; else the first of `RUNTIME_DIRECTORY`, `XDG_RUNTIME_DIR/strait`, `/run/s
 has a host. With a function first, it is called with the session, which is closed afterwards.
 
 Options:
-- `renew = true`: renew leases in the background at half of their life, so that they end only with their arrays
-- `lease_ms = nothing`: life of a lease; `nothing` is the host's default
+- `renew = true`: renew leases in the background at half their lifetime, so that they end only with their arrays
+- `lease_ms = nothing`: lifetime of a lease; `nothing` is the host's default
 - `request_id = nothing`: id of every request in the host's log and in errors; 1 to 64
   characters from `A-Z a-z 0-9 . _ : -`
 
@@ -134,7 +134,7 @@ milliseconds(value, what) = value isa Real && !(value isa Bool) && 0 < value < 2
 
 An `Array` of zeros inside a segment, so that [`call`](@ref) and [`publish!`](@ref) take it without a copy. Fill it like any
 `Array`, but not while a call that uses it is running: the kernel would see some of the old and some of the new
-elements. `T` is one of `Strait.DTYPES`; without it `Float64`. It is given back to the host when it is garbage, or by
+elements. `T` is one of `Strait.DTYPES`; without it `Float64`. It is given back to the host when it is garbage-collected, or by
 [`release!`](@ref).
 """
 Base.zeros(s::Session, ::Type{T}, dims::Tuple{Vararg{Integer}}) where {T} = create(s, T, Dims(dims))
@@ -182,9 +182,9 @@ end
 """
     release!(session, y)
 
-Gives an array's segment back to the host now, not when the garbage collector finds it. Afterwards `y`, and whatever
-shares its elements, reads as zeros; using it in a call throws [`Released`](@ref). An array that is in no segment of
-this session, as a small result is, is left alone, and of a flight of several tensors each has to be released. Returns `nothing`.
+Gives an array's segment back to the host now, not when the garbage collector finds it. Afterwards `y`, and anything that
+shares its elements, reads as zeros; using it in a call throws [`Released`](@ref). An array that is not in a segment of
+this session, such as a small result, is left alone. In a flight of several tensors each has to be released. Returns `nothing`.
 """
 function release!(s::Session, y::Array)
     check_owner(s.connection)
@@ -204,9 +204,9 @@ release!(s::Session, ys::Union{NamedTuple,Tuple}) = foreach(y -> release!(s, y),
 """
     renew!(session, y; lease_ms = nothing)
 
-Gives the lease of an array's segment a new life, counted from now, and returns the life that the host granted, in
+Renews the lease of an array's segment, counted from now, and returns the lifetime that the host granted, in
 milliseconds. Without `lease_ms` it is the host's default. Useful only in a session with `renew = false`. Throws
-[`LeaseExpired`](@ref) if it is over, `ArgumentError` if `y` is in no segment of this session.
+[`LeaseExpired`](@ref) if it is over, `ArgumentError` if `y` is not in a segment of this session.
 """
 function renew!(s::Session, y::Array; lease_ms = nothing)
     c = ready!(s)
@@ -285,12 +285,12 @@ end
 """
     publish!(session, name, x; replace = false)
 
-Makes `x` a flight: every process of this user finds it by that name (with `fetch`, from any language), and it lives on
-without this program, until `delete!(session, name)`. Returns `x`.
+Makes `x` a flight: every process of this user can find it by that name (with `fetch`, from any language), and it outlives
+this program, until `delete!(session, name)`. Returns `x`.
 
 An array that was made by `zeros(session, ...)`, or came from `call` or `fetch`, is published as it is, with no copy. It
 can then no longer be written to, even if the host refuses the name: a write is a `ReadOnlyMemoryError`. Of any other
-array, and of a small result of `call`, a dense copy is published, counted in [`stats`](@ref); one with a `missing` in it is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
+array, and of a small result of `call`, a dense copy is published, counted in [`stats`](@ref); one that contains `missing` is refused. Throws a [`RemoteError`](@ref) with reason `NAME_TAKEN`
 if there is such a flight and `replace` is false.
 """
 function publish!(s::Session, name::AbstractString, x::AbstractArray; replace::Bool = false)
@@ -364,11 +364,11 @@ end
 """
     fetch(session, name; lease_ms = nothing)
 
-The tensor of a flight as an `Array` over its pages, read-only; of a flight of several tensors a `NamedTuple` of
+The tensor of a flight as an `Array` over its pages, read-only; for a flight of several tensors a `NamedTuple` of
 `Array`s. Writing to one is a `ReadOnlyMemoryError`. Throws a [`RemoteError`](@ref) with reason `FLIGHT_NOT_FOUND`
 if there is no such flight.
 
-The dimensions are the wire's from back to front: what numpy calls shape `(rows, columns)` has
+The dimensions are the wire's in reverse order: what numpy calls shape `(rows, columns)` has
 `size` `(columns, rows)` here, over the same bytes in the same order.
 """
 function Base.fetch(s::Session, name::AbstractString; lease_ms = nothing)
@@ -441,10 +441,10 @@ end
     stats(session)
 
 Counts of this session and of its host:
-- `copied_bytes`: bytes of arrays that this session copied into segments or frames, because they were in no segment, and of small
-  results that it copied out of frames (and of tensors of `bool8` with other bytes than 0 and 1, from the first such on)
-- `huge_bytes`: bytes of large arrays to fill (`zeros(session, ...)`, and copies) that were born in huge pages
-- `calls`: kernels that it called
+- `copied_bytes`: bytes of arrays that this session copied into segments or frames, because they were not in a segment, and of small
+  results that it copied out of frames (and of tensors of `bool8` with bytes other than 0 and 1, from the first such byte on)
+- `huge_bytes`: bytes of large arrays to fill (`zeros(session, ...)`, and copies) that got huge pages before they were filled
+- `calls`: kernel calls that it made
 - `mappings`, `mapped_bytes`: segments that it has mapped now, and their bytes
 - `host`: what the host counts, a `Dict` (docs/protocol.md, STATS): its own copies are `host["copied_bytes"]`
 """
@@ -456,7 +456,7 @@ end
 """
     Strait.client_stats(session)
 
-The part of [`stats`](@ref) that needs no answer from the host; it can be had after the session's end, too.
+The part of [`stats`](@ref) that needs no answer from the host; it is available after the session's end, too.
 """
 function client_stats(s::Session)
     c = s.connection

@@ -5,11 +5,11 @@
 
 A kernel that is ready for tensors in chunks of rows, made by [`prepare_stream`](@ref): [`chunk!`](@ref), [`last!`](@ref).
 
-- `inputs`: what comes in chunks, [`TensorSpec`](@ref)s in that order; their last dimension is the most rows of a frame
-- `outputs`: what it gives, in the same way
-- `notes`: what the kernel had to say at the end of the last stream, `key => text`
+- `inputs`: what comes in chunks, [`TensorSpec`](@ref)s in that order; their last dimension is the largest number of rows in a frame
+- `outputs`: what it returns, in the same way
+- `notes`: the kernel's notes at the end of the last stream, `key => text`
 
-`close(stream)` ends it in the host, as do an error, the end of its session, or being garbage.
+`close(stream)` ends it in the host, as do an error, the end of its session, or garbage collection.
 """
 mutable struct PreparedStream
     prepared::Prepared
@@ -24,9 +24,9 @@ Base.getproperty(stream::PreparedStream, name::Symbol) =
     prepare_stream(session, kernel, inputs...; options = (...), parameters...)
     prepare_stream(f, session, kernel, inputs...; ...)
 
-Makes a kernel ready for a tensor that comes in chunks of rows and has no end; a kernel that can says so in `kernels(s, name)[1].streaming`.
-All rows that come are bit for bit those of one [`call`](@ref) on all rows, however they were cut. For chunks that are at hand one after the
-other, [`stream`](@ref) is shorter.
+Makes a kernel ready for a tensor that comes in chunks of rows and has no end; `kernels(s, name)[1].streaming` says whether a kernel can stream.
+All output rows are bit for bit those of one [`call`](@ref) on all rows, however they were cut. If an iterator has the chunks,
+[`stream`](@ref) is shorter.
 
 ```julia
 sums = prepare_stream(s, "cumsum", Strait.TensorSpec(Float64, 3, 1000))    # rows of 3, 1000 of them a frame
@@ -36,11 +36,11 @@ close(sums)
 ```
 
 *Rows* lie along an array's last dimension, the slowest, which is the first axis outside of Julia: a row of a matrix of size `(c, n)` is one of its `n`
-columns, and of a vector an element. Windows, sums and filters go along it.
+columns, and a row of a vector one element. Windows, sums and filters go along it.
 
-*Inputs* and `options` as in [`prepare`](@ref). What comes in chunks is told by an array or a `TensorSpec`, whose last dimension is the most rows that
-travel, and that the kernel has, at a time. What the kernel takes whole (`taps` of `fir`) is a flight's name, an array or a number.
-All that a frame brings, or gives, has at most 131072 bytes together. With a function first, it is called with the stream, which is closed afterwards.
+*Inputs* and `options` as in [`prepare`](@ref). An array or a `TensorSpec` describes an input that comes in chunks; its last dimension is the largest number of rows
+sent, and processed, at a time. An input that the kernel takes whole (`taps` of `fir`) is a flight's name, an array or a number.
+The inputs in a frame have at most 131072 bytes together, and so do the outputs. With a function first, it is called with the stream, which is closed afterwards.
 
 *A channel*: with `channel = "levels"` among the `options` what comes of the chunks goes to whoever reads the channel of that name ([`read_channel`](@ref)), and not to this program: `chunk!` and
 `last!` answer `NamedTuple()`, and there are no `outputs`. `channel = (name = "levels", batches = 8, wait_ms = 60_000, resume_ms = 0)` says more: `batches` (1 to 1024) that are not acknowledged yet are
@@ -88,13 +88,13 @@ end
 """
     chunk!(stream, inputs...)
 
-Sends the next rows, any number of them or none, and waits for the rows that come of them: an `Array` of its own, perhaps of no rows; a
+Sends the next rows, any number of them or none, and waits for the output: a new `Array`, perhaps of no rows; a
 `NamedTuple` of several by port if the kernel has several outputs. Inputs are arrays in the order of `stream.inputs`, or keywords
 by port, with the element type and all dimensions but the last as they were prepared: anything else is an `ArgumentError` and nothing is
 sent. More rows than were prepared travel in several frames.
 
-An error of the host's is a [`RemoteError`](@ref) whose `details["chunk"]` says at which frame, counted from 0. After that, or if the wait
-is broken off (Ctrl-C), the stream is over: prepare another.
+An error from the host is a [`RemoteError`](@ref) whose `details["chunk"]` says at which frame, counted from 0. After that, or if the wait
+is interrupted (Ctrl-C), the stream is over: prepare another.
 """
 chunk!(stream::PreparedStream, inputs...; ports...) = shown_rows(stream, fed!(stream, in_order(stream.prepared, inputs, ports), false))
 
@@ -102,8 +102,8 @@ chunk!(stream::PreparedStream, inputs...; ports...) = shown_rows(stream, fed!(st
     last!(stream, inputs...)
     last!(stream)
 
-As [`chunk!`](@ref) with the last rows, or none: what comes is the rest. Then `stream.notes` are what the kernel had to say, and the next `chunk!` begins
-another stream, of which the kernel knows nothing yet.
+Like [`chunk!`](@ref), with the last rows, or none; returns the rest. Then `stream.notes` has the kernel's notes, and the next `chunk!` begins
+another stream, for which the kernel starts afresh.
 """
 function last!(stream::PreparedStream, inputs...; ports...)
     none = isempty(inputs) && isempty(ports)
@@ -223,8 +223,8 @@ end
 """
     Strait.cancel!(stream)
 
-Asks the host to end the chunk that is under way, if one is, and the stream with it: it throws a [`RemoteError`](@ref) with reason `CANCELLED`. From
-another task than the one that waits. Returns `nothing`.
+Asks the host to end the chunk that is under way, if any, and the stream with it: it throws a [`RemoteError`](@ref) with reason `CANCELLED`. Use it from
+a task other than the one that waits. Returns `nothing`.
 """
 cancel!(stream::PreparedStream) = cancel!(stream.prepared)
 
@@ -238,7 +238,7 @@ Base.show(io::IO, stream::PreparedStream) = print(io, "Strait.PreparedStream(", 
 """
     Strait.ChunkStream
 
-What [`stream`](@ref) answers: an iterator. `notes` are what the kernel had to say once all came, `close` ends it.
+The iterator that [`stream`](@ref) returns. `notes` has the kernel's notes once all has come, `close` ends it.
 """
 mutable struct ChunkStream
     session::Session
@@ -258,7 +258,7 @@ Base.IteratorEltype(::Type{ChunkStream}) = Base.EltypeUnknown()
     stream(session, kernel, chunks; rows, options = (...), parameters...)
     stream(f, session, kernel, chunks; ...)
 
-Gives a kernel a tensor chunk by chunk, and answers an iterator over what comes of each: an `Array`, perhaps of no rows (several outputs: a `NamedTuple`),
+Gives a kernel a tensor chunk by chunk, and returns an iterator over the output of each: an `Array`, perhaps of no rows (several outputs: a `NamedTuple`),
 and at the end one more with the rest. All of them, one after another, are bit for bit the result of one [`call`](@ref).
 
 ```julia
@@ -268,14 +268,14 @@ end
 stream(ys -> mapreduce(sum, +, ys), s, "fir", chunks; taps = [0.25, 0.5, 0.25], rows = 4096)
 ```
 
-*`chunks`* is anything that iterates arrays, or tuples or named tuples of them if several inputs come in chunks. The first says the element type and the size of a
-row; without any nothing comes. *Rows* lie along the last dimension, which is the first axis outside of Julia, as [`prepare_stream`](@ref) tells. `rows` is how many travel,
-and the kernel has, at a time; longer chunks are cut. An input given by keyword is the same for all chunks: an array, a number or
+*`chunks`* is anything that iterates arrays, or tuples or named tuples of them if several inputs come in chunks. The first determines the element type and the size of a
+row; without any chunk there is no output. *Rows* lie along the last dimension, which is the first axis outside of Julia, as for [`prepare_stream`](@ref). `rows` is how many are sent,
+and processed, at a time; longer chunks are cut. An input given by keyword is the same for all chunks: an array, a number or
 a flight's name. `options` as in [`prepare`](@ref).
 
-Nothing is asked ahead: a chunk is taken when the next `y` is asked for. Each loop is a stream of its own, which is over with its last `y` or an error, whoever threw it here: [`chunk!`](@ref). Julia does
-not tell an iterator that a loop left it early: `close(iterator)` then ends the stream, or the function `f`, which is called with the
-iterator and after which it is closed; else it ends when it is garbage.
+Nothing is fetched ahead: a chunk is taken when the next `y` is requested. Each loop is a stream of its own, which is over after its last `y` or any error (see [`chunk!`](@ref)). Julia does
+not tell an iterator that a loop left it early: call `close(iterator)`, or pass a function `f`, which is called with the
+iterator; it is closed afterwards. Otherwise it ends when it is garbage-collected.
 """
 function stream(s::Session, kernel::AbstractString, chunks; rows::Integer, options::NamedTuple = NamedTuple(), parameters...)
     0 < rows <= typemax(Int) && !(rows isa Bool) || throw(ArgumentError("rows is $rows; it is a number of rows from 1 on"))

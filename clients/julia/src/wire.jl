@@ -157,7 +157,7 @@ What a tensor is, without its elements.
 
 - `name`: in its segment
 - `type`: of its elements
-- `dims`: Julia's, as `size` gives them: the wire's shape from back to front
+- `dims`: Julia's, as `size` gives them: the wire's shape in reverse order
 
 `TensorSpec(T, dims...)` is one without a name, for [`prepare`](@ref).
 """

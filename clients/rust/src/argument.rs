@@ -68,7 +68,7 @@ impl From<&String> for CallInput<'_> {
 }
 
 impl<'a> CallInput<'a> {
-    /// Elements of any dtype: little-endian, row-major, contiguous. If they are not as many as `spec` says, the call tells it.
+    /// Elements of any dtype: little-endian, row-major, contiguous. If they are not as many as `spec` says, the call fails.
     #[must_use]
     pub fn of_bytes(spec: &TensorSpec, bytes: &'a [u8]) -> Self {
         let given = match spec.bytes() {

@@ -72,7 +72,7 @@ impl AsyncClient {
         self.0.with_request_id(id).map(Self)
     }
 
-    /// What the host said when it was connected to.
+    /// What the host said when the client connected.
     #[must_use]
     pub fn welcome(&self) -> &Welcome {
         self.0.welcome()
@@ -110,7 +110,7 @@ impl AsyncClient {
         self.0.create(tensors).await
     }
 
-    /// Makes a segment a flight: others find it by that name, and it lives on without this client.
+    /// Makes a segment a flight: others find it by that name, and it outlives this client.
     /// Its writable mapping is replaced by a read-only one first, even if the host refuses the name.
     ///
     /// # Errors
@@ -214,7 +214,7 @@ impl AsyncClient {
     /// All flights of this principal, sorted by name.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn list(&self) -> Result<Vec<Flight>, Error> {
         self.0.list().await
     }
@@ -230,7 +230,7 @@ impl AsyncClient {
     /// All kernels, sorted by plugin and name; with `name` those of that name.
     ///
     /// # Errors
-    /// The ends of the connection; [`Error::Remote`] with `KERNEL_NOT_FOUND`.
+    /// If the connection has ended; [`Error::Remote`] with `KERNEL_NOT_FOUND`.
     pub async fn kernels(&self, name: Option<&str>) -> Result<Vec<Kernel>, Error> {
         self.0.kernels(name).await
     }
@@ -238,7 +238,7 @@ impl AsyncClient {
     /// The host's counts, with this client's own copied bytes.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn stats(&self) -> Result<Stats, Error> {
         self.0.stats().await
     }
@@ -246,7 +246,7 @@ impl AsyncClient {
     /// What each principal may have of the host, and has. For operators of the host.
     ///
     /// # Errors
-    /// `NO_RIGHT`, and the ends of the connection.
+    /// `NO_RIGHT`, or if the connection has ended.
     pub async fn limits(&self) -> Result<QuotaList, Error> {
         self.0.limits(None, None).await
     }
@@ -255,7 +255,7 @@ impl AsyncClient {
     /// holds then. For operators of the host.
     ///
     /// # Errors
-    /// `NO_RIGHT`, `BAD_REQUEST`, and the ends of the connection.
+    /// `NO_RIGHT`, `BAD_REQUEST`, or if the connection has ended.
     pub async fn set_limits(
         &self,
         principal: Option<&str>,
@@ -268,21 +268,21 @@ impl AsyncClient {
     /// itself runs them.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn workers(&self) -> Result<Vec<Worker>, Error> {
         self.0.workers().await
     }
 
-    /// The plugins that are loaded, and worker processes that their kernels cost lately: everybody to the host's operators, oneself
-    /// to others.
+    /// The loaded plugins, and the worker processes that their kernels cost lately: everybody's for the host's operators, one's own
+    /// for others.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn plugins(&self) -> Result<Vec<Plugin>, Error> {
         self.0.plugins(None).await
     }
 
-    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Answers all plugins.
+    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Returns all plugins.
     ///
     /// # Errors
     /// `NO_RIGHT`; `BAD_REQUEST` for a plugin or a principal that the host does not know.
@@ -297,12 +297,12 @@ impl AsyncClient {
     /// Asks whether the host is there.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn ping(&self) -> Result<(), Error> {
         self.0.ping().await
     }
 
-    /// Begins a call of `kernel`, or `plugin/kernel` where two plugins have one of that name.
+    /// Begins a call of `kernel`, or `plugin/kernel` if two plugins have one of that name.
     pub fn call(&self, kernel: &str) -> Call<'_, Self> {
         Call::new(&self.0, kernel)
     }
@@ -322,10 +322,10 @@ impl AsyncClient {
         self.0.read_channel(name).await
     }
 
-    /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.
+    /// Ends the call that is under way on the [`Prepared`] of that number; it then fails with `CANCELLED`. False if there is none.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub async fn cancel_prepared(&self, number: u64) -> Result<bool, Error> {
         self.0.cancel_prepared(number).await
     }

@@ -89,7 +89,7 @@ impl<'a, C> Call<'a, C> {
         self
     }
 
-    /// Whether the outputs are sealed for good, so that not even the host can write to them again.
+    /// Whether the outputs are sealed permanently, so that not even the host can write to them again.
     pub fn seal(mut self, seal: bool) -> Self {
         self.invoke.seal = seal;
         self
@@ -101,7 +101,7 @@ impl<'a, C> Call<'a, C> {
         self
     }
 
-    /// Largest result that comes in the reply and not as a segment that others can be given; 0: none does. Without this, as
+    /// Largest result that comes in the reply and not in a segment that can be passed on; 0: none does. Without this, as
     /// large as the host allows.
     pub fn inline_bytes(mut self, most: u64) -> Self {
         self.invoke.inline_bytes = Some(most).filter(|bytes| *bytes > 0);
@@ -114,7 +114,7 @@ impl<'a, C> Call<'a, C> {
         self
     }
 
-    /// Life of the results' leases.
+    /// Lifetime of the results' leases.
     pub fn lease(mut self, life: Duration) -> Self {
         self.invoke.lease_ms = Some(milliseconds(life));
         self
@@ -243,7 +243,7 @@ enum Phase {
 }
 
 impl CancelHandle {
-    /// Asks the host to end the call, or keeps it from being sent. Without effect once it is
+    /// Asks the host to end the call, or keeps it from being sent. No effect once it is
     /// answered. Returns at once: the call itself tells how it went.
     pub fn cancel(&self) {
         let mut phase = self.0.lock();
@@ -304,14 +304,14 @@ enum Came {
     Inline(wire::InlineResult),
 }
 
-/// What a kernel gave back.
+/// What a kernel returned.
 #[derive(Debug)]
 pub struct CallResult {
     /// Each output port with its result, in the kernel's order; after [`Call::map`]`(false)` only those that came in the reply.
     pub results: Vec<(String, Output)>,
     /// The outputs that were published.
     pub published: Vec<Flight>,
-    /// What the kernel had to say.
+    /// The kernel's notes.
     pub notes: Vec<Note>,
     /// Bytes of this call's tensors that the host copied.
     pub copied_bytes: u64,

@@ -1,4 +1,4 @@
-//! Channels: what comes of a stream that another session feeds.
+//! Channels: the output of a stream that another session feeds.
 
 use crate::connection::Beside;
 use crate::error::Error;
@@ -9,8 +9,8 @@ use crate::wire::{self, Header, Note, Op, PreparedTensor, TraceContext};
 /// Reads a channel: batches of rows, in their order. It has a socket of its own; dropping it leaves the channel, which
 /// tells its producer, unless that lets a consumer come back.
 ///
-/// A batch is acknowledged when the next one is asked for, or by [`acknowledge`](Self::acknowledge), so that whoever comes
-/// back gets those again that were not done with.
+/// A batch is acknowledged when the next one is requested, or by [`acknowledge`](Self::acknowledge), so that a consumer
+/// that comes back gets again those that were not finished.
 #[derive(Debug)]
 pub struct ChannelReader {
     kernel: String,
@@ -19,7 +19,7 @@ pub struct ChannelReader {
     /// Of the batch that was received last.
     number: u64,
     is_acknowledged: bool,
-    /// What the kernel had to say, once it is over.
+    /// The kernel's notes, once it is over.
     notes: Option<Vec<Note>>,
 }
 
@@ -54,7 +54,7 @@ impl Session {
 }
 
 impl ChannelReader {
-    /// Whose outputs come.
+    /// The kernel whose outputs come.
     #[must_use]
     pub fn kernel(&self) -> &str {
         &self.kernel
@@ -72,7 +72,7 @@ impl ChannelReader {
         self.number
     }
 
-    /// What the kernel had to say, at the end.
+    /// The kernel's notes, at the end.
     #[must_use]
     pub fn notes(&self) -> &[Note] {
         self.notes.as_deref().unwrap_or_default()

@@ -82,7 +82,7 @@ impl Client {
         self.0.with_request_id(id).map(Self)
     }
 
-    /// What the host said when it was connected to.
+    /// What the host said when the client connected.
     #[must_use]
     pub fn welcome(&self) -> &Welcome {
         self.0.welcome()
@@ -225,7 +225,7 @@ impl Client {
     /// All kernels, sorted by plugin and name; with `name` those of that name.
     ///
     /// # Errors
-    /// The ends of the connection; [`Error::Remote`] with `KERNEL_NOT_FOUND`.
+    /// If the connection has ended; [`Error::Remote`] with `KERNEL_NOT_FOUND`.
     pub fn kernels(&self, name: Option<&str>) -> Result<Vec<Kernel>, Error> {
         self.0.wait(self.0.kernels(name))
     }
@@ -233,7 +233,7 @@ impl Client {
     /// The host's counts, with this client's own copied bytes.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub fn stats(&self) -> Result<Stats, Error> {
         self.0.wait(self.0.stats())
     }
@@ -241,7 +241,7 @@ impl Client {
     /// What each principal may have of the host, and has. For operators of the host.
     ///
     /// # Errors
-    /// `NO_RIGHT`, and the ends of the connection.
+    /// `NO_RIGHT`, or if the connection has ended.
     pub fn limits(&self) -> Result<QuotaList, Error> {
         self.0.wait(self.0.limits(None, None))
     }
@@ -250,7 +250,7 @@ impl Client {
     /// holds then. For operators of the host.
     ///
     /// # Errors
-    /// `NO_RIGHT`, `BAD_REQUEST`, and the ends of the connection.
+    /// `NO_RIGHT`, `BAD_REQUEST`, or if the connection has ended.
     pub fn set_limits(
         &self,
         principal: Option<&str>,
@@ -263,21 +263,21 @@ impl Client {
     /// itself runs them.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub fn workers(&self) -> Result<Vec<Worker>, Error> {
         self.0.wait(self.0.workers())
     }
 
-    /// The plugins that are loaded, and worker processes that their kernels cost lately: everybody to the host's operators, oneself
-    /// to others.
+    /// The loaded plugins, and the worker processes that their kernels cost lately: everybody's for the host's operators, one's own
+    /// for others.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub fn plugins(&self) -> Result<Vec<Plugin>, Error> {
         self.0.wait(self.0.plugins(None))
     }
 
-    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Answers all plugins.
+    /// Puts a plugin back into service, for `principal` or for everybody; for operators of the host. Returns all plugins.
     ///
     /// # Errors
     /// `NO_RIGHT`; `BAD_REQUEST` for a plugin or a principal that the host does not know.
@@ -292,12 +292,12 @@ impl Client {
     /// Asks whether the host is there.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub fn ping(&self) -> Result<(), Error> {
         self.0.wait(self.0.ping())
     }
 
-    /// Begins a call of `kernel`, or `plugin/kernel` where two plugins have one of that name.
+    /// Begins a call of `kernel`, or `plugin/kernel` if two plugins have one of that name.
     pub fn call(&self, kernel: &str) -> Call<'_, Self> {
         Call::new(&self.0, kernel)
     }
@@ -316,10 +316,10 @@ impl Client {
         self.0.wait(self.0.read_channel(name))
     }
 
-    /// Ends the call that the [`Prepared`] of that number does now; it then fails with `CANCELLED`. False if there is no such.
+    /// Ends the call that the [`Prepared`] of that number has under way; it then fails with `CANCELLED`. False if there is none.
     ///
     /// # Errors
-    /// The ends of the connection.
+    /// If the connection has ended.
     pub fn cancel_prepared(&self, number: u64) -> Result<bool, Error> {
         self.0.wait(self.0.cancel_prepared(number))
     }
@@ -366,7 +366,7 @@ impl AsyncClient {
 }
 
 impl OpenSegment {
-    /// Makes the segment a flight: others find it by that name, and it lives on without this client.
+    /// Makes the segment a flight: others find it by that name, and it outlives this client.
     /// Its writable mapping is replaced by a read-only one first, at the same address, even if the
     /// host refuses the name. Asynchronous code uses [`AsyncClient::publish`].
     ///
@@ -403,7 +403,7 @@ impl Call<'_, Client> {
     ///
     /// # Errors
     /// [`Error::Remote`] if the host refuses or the kernel fails, [`Error::LeaseExpired`] if an
-    /// input's lease is over, and the ends of the connection.
+    /// input's lease is over, or if the connection has ended.
     pub fn send(self) -> Result<CallResult, Error> {
         self.session().wait(self.run())
     }

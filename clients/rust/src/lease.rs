@@ -11,7 +11,7 @@ use crate::error::Error;
 ///
 /// While it lives, the host neither frees nor reuses the segment. Unless
 /// [`Options::renew`](crate::Options::renew) was switched off, it is renewed in the background at
-/// half of its life, so that it ends only by drop or with the connection.
+/// half its lifetime, so that it ends only by drop or with the connection.
 pub struct Lease {
     id: u64,
     connection: Arc<Connection>,

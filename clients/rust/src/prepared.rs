@@ -48,7 +48,7 @@ impl<'a, C> Prepare<'a, C> {
         }
     }
 
-    /// An input of which each call brings the elements.
+    /// An input whose elements each call brings.
     pub fn input(mut self, port: &str, spec: &TensorSpec) -> Self {
         let input = PreparedInput::Spec {
             dtype: spec.dtype,
@@ -94,8 +94,8 @@ impl<'a, C> Prepare<'a, C> {
         self
     }
 
-    /// What comes of the chunks goes to whoever reads the channel of that name, and not to this process: for
-    /// [`stream`](Prepare::stream), whose chunks then give no rows.
+    /// The output goes to whoever reads the channel of that name, and not to this process: for
+    /// [`stream`](Prepare::stream), whose chunks then return no rows.
     pub fn channel(mut self, channel: ChannelOptions) -> Self {
         self.request.channel = Some(channel);
         self
@@ -106,7 +106,7 @@ impl<'a, C> Prepare<'a, C> {
     }
 
     /// Has calls go through a ring of slots in memory that the host shares with this process, and not over a socket: while both
-    /// sides look for what comes ([`Options::spin`](crate::Options::spin), the host's `server.spin_us`) a call is no system call.
+    /// sides spin ([`Options::spin`](crate::Options::spin), the host's `server.spin_us`) a call makes no system call.
     /// The ring's memory counts as a segment. Not for [streams](crate::PreparedStream).
     pub fn ring(mut self) -> Self {
         self.request.ring = true;
@@ -152,7 +152,7 @@ impl<C> fmt::Debug for Prepare<'_, C> {
 
 /// A kernel that is ready. It has a socket of its own, and a ring if that was [asked for](Prepare::ring); dropping it ends it in the host.
 ///
-/// A call sends its inputs from where they lie and receives its results into memory that is used again: it allocates
+/// A call sends its inputs straight from their memory and receives its results into memory that is reused: it allocates
 /// nothing that grows with them. It waits on the calling thread, so asynchronous code calls from a thread that may wait.
 #[derive(Debug)]
 pub struct Prepared {
@@ -174,12 +174,12 @@ pub struct Prepared {
     pub(crate) broken: bool,
 }
 
-/// What a call of a [`Prepared`] gave, until the next one.
+/// What a call of a [`Prepared`] returned, until the next one.
 #[derive(Debug)]
 pub struct PreparedResult<'a> {
     places: &'a [TensorPlace],
     bytes: &'a [u8],
-    /// What the kernel had to say.
+    /// The kernel's notes.
     pub notes: Vec<Note>,
 }
 
@@ -272,7 +272,7 @@ impl Prepared {
         &self.inputs
     }
 
-    /// The outputs, as large as they can be.
+    /// The outputs, at their largest.
     #[must_use]
     pub fn outputs(&self) -> &[PreparedTensor] {
         &self.outputs
@@ -282,7 +282,7 @@ impl Prepared {
     ///
     /// # Errors
     /// [`Error::Dtype`] or [`Error::Length`] if they are not what was prepared; [`Error::Remote`] if the kernel fails, which
-    /// concerns no other call; [`Error::Disconnected`] if the host or this connection has ended.
+    /// does not affect other calls; [`Error::Disconnected`] if the host or this connection has ended.
     pub fn call(&mut self, elements: &[Elements<'_>]) -> Result<PreparedResult<'_>, Error> {
         self.begin(elements)?;
         self.end()

@@ -255,7 +255,7 @@ impl OpenSegment {
         Ok(self.all_mut()?.get_mut(range).unwrap_or_default())
     }
 
-    /// The bytes of every tensor, in the order in which they were announced: what fills several at a time needs them so.
+    /// The bytes of every tensor at once, in the order in which they were announced, for code that fills several at a time.
     ///
     /// # Errors
     /// [`Error::NotWritable`] once publishing has begun.

@@ -23,16 +23,16 @@ use crate::wire::{self, Mapping, Op, Welcome};
 /// How a client behaves.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
-    /// Whether leases are renewed in the background, at half of their life. Without it a lease
-    /// ends when it expires, and [`Lease::check`] tells. On by default.
+    /// Whether leases are renewed in the background, at half their lifetime. Without it a lease
+    /// ends when it expires, and [`Lease::check`] says so. On by default.
     pub renew: bool,
-    /// Life of leases; without it the host's default, and never more than its maximum.
+    /// Lifetime of leases; without it the host's default, and never more than its maximum.
     pub lease: Option<Duration>,
     /// Name and version by which the host's log knows this client.
     pub name: String,
-    /// For how long whoever waits for a prepared call's reply looks for it before it sleeps, at most 50 ms; zero: it sleeps
-    /// at once, as by default. At most as many threads of a process do so at a time as it has CPUs beside one. Worth it where a
-    /// CPU is idle otherwise, and the host spins, too (`server.spin_us`).
+    /// For how long a thread that waits for a prepared call's reply spins before it sleeps, at most 50 ms; zero, the default: it
+    /// sleeps at once. At most one thread fewer than the process has CPUs spins at a time. Useful when a
+    /// CPU is otherwise idle and the host spins as well (`server.spin_us`).
     pub spin: Duration,
 }
 

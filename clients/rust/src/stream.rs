@@ -10,18 +10,18 @@ use crate::prepared::Prepared;
 use crate::tensor::{TensorView, range};
 use crate::wire::{Note, Op, PreparedTensor};
 
-/// A kernel that is ready for tensors that come in chunks of rows. What the kernel keeps goes on from the first chunk to the
-/// last, and all rows that it gives are bit for bit those of one call on all rows.
+/// A kernel that is ready for tensors that come in chunks of rows. It keeps its state from the first chunk to the
+/// last, and all its output rows are bit for bit those of one call on all rows.
 ///
 /// It has a socket of its own; dropping it ends it in the host. It waits on the calling thread.
 #[derive(Debug)]
 pub struct PreparedStream(pub(crate) Prepared);
 
-/// What came of a chunk: rows of the outputs.
+/// A chunk's output: rows of the outputs.
 #[derive(Debug)]
 pub struct Rows {
     outputs: Vec<(TensorPlace, Vec<u128>)>,
-    /// What the kernel had to say, at the end.
+    /// The kernel's notes, at the end.
     pub notes: Vec<Note>,
 }
 
@@ -77,7 +77,7 @@ impl PreparedStream {
         &self.0.outputs
     }
 
-    /// Sends the next rows of [`Self::inputs`] in their order, perhaps none, and waits for what comes of them.
+    /// Sends the next rows of [`Self::inputs`] in their order, perhaps none, and waits for the output.
     ///
     /// # Errors
     /// As [`Prepared::call`]; [`Error::Remote`] says which chunk it was (`details.chunk`), and ends the stream.
@@ -100,7 +100,7 @@ impl PreparedStream {
         Ok(rows)
     }
 
-    /// The first half of [`Self::chunk`], or of [`Self::last`]: sends the rows. [`Self::receive`] brings what comes of them into
+    /// The first half of [`Self::chunk`], or of [`Self::last`]: sends the rows. [`Self::receive`] puts the output into
     /// the rows that this returns.
     ///
     /// # Errors
@@ -141,8 +141,8 @@ impl PreparedStream {
         })
     }
 
-    /// Waits for the next of the host's frames, which the descriptor (`AsFd`) tells of by being readable. True: it was the last
-    /// one, and `rows` is whole.
+    /// Waits for the next of the host's frames, for which the descriptor (`AsFd`) becomes readable. True: it was the last
+    /// one, and `rows` is complete.
     ///
     /// # Errors
     /// As [`Self::chunk`], and [`Error::Linux`] if nothing was begun.

@@ -5,7 +5,7 @@ use super::{Check, Subject, text};
 const SIMD: Subject = Subject::new(
     "cpu",
     "vector instructions",
-    "kernels use 128-bit SIMD; what the processor lacks is called as a function for each vector, or takes more instructions",
+    "kernels use 128-bit SIMD; an instruction the processor lacks becomes a function call for each vector, or several others",
 );
 const COUNT: Subject = Subject::new(
     "cpu",

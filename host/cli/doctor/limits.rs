@@ -15,17 +15,17 @@ const FILES: Subject = Subject::new(
 const MAPPINGS: Subject = Subject::new(
     "limits",
     "mappings",
-    "warm tensors and running kernels are mappings of one process, whose number is limited (vm.max_map_count)",
+    "warm tensors and running kernels are mappings of one process, and Linux limits their number (vm.max_map_count)",
 );
 const FILE_SIZE: Subject = Subject::new(
     "limits",
     "file size",
-    "Linux counts segments as files: one above the limit ends the host by SIGXFSZ",
+    "Linux counts segments as files: one above the limit kills the host with SIGXFSZ",
 );
 const ADDRESS_SPACE: Subject = Subject::new(
     "limits",
     "address space",
-    "each running kernel reserves 4 GiB of addresses, and some stay reserved for the next",
+    "each running kernel reserves 4 GiB of address space, and some stays reserved for the next",
 );
 const DATA: Subject = Subject::new(
     "limits",
@@ -50,7 +50,7 @@ const MEMORY: Subject = Subject::new(
 const GROUP: Subject = Subject::new(
     "limits",
     "memory of the group",
-    "strait does not read limits of control groups of version 1, and Linux kills what goes beyond them",
+    "strait does not read limits of version 1 control groups, and Linux kills whatever exceeds them",
 );
 const OVERCOMMIT: Subject = Subject::new(
     "limits",

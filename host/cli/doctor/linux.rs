@@ -37,7 +37,7 @@ const MOVES: Subject = Subject::new(
 const ADDRESSES: Subject = Subject::new(
     "linux",
     "guest addresses",
-    "each running kernel reserves 4 GiB of addresses, most of which it never uses",
+    "each running kernel reserves 4 GiB of address space, most of which it never uses",
 );
 const EXECUTABLE: Subject = Subject::new(
     "linux",
@@ -47,7 +47,7 @@ const EXECUTABLE: Subject = Subject::new(
 const COLLAPSE: Subject = Subject::new(
     "linux",
     "huge pages at birth",
-    "filling a new segment takes several times as long in pages of 4 KiB, and so does its first reader",
+    "filling a new segment in 4 KiB pages takes several times as long, and so does reading it for the first time",
 );
 const THP: Subject = Subject::new(
     "linux",
@@ -62,7 +62,7 @@ const POPULATE: Subject = Subject::new(
 const PIDFD: Subject = Subject::new(
     "linux",
     "pidfd",
-    "identifies a client's process beyond doubt; strait does not need it yet",
+    "identifies a client's process unambiguously; strait does not need it yet",
 );
 const SECCOMP: Subject = Subject::new(
     "linux",
@@ -83,7 +83,7 @@ const CGROUPS: Subject = Subject::new(
 const WALLS: Subject = Subject::new(
     "linux",
     "worker walls",
-    "whoever breaks out of a kernel's sandbox is in a worker process, which these walls keep from everything else",
+    "code that breaks out of a kernel's sandbox is still in a worker process, which these walls keep from everything else",
 );
 
 /// Those that a worker process of that host would lack.

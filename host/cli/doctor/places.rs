@@ -55,7 +55,7 @@ pub(super) fn checks(config: &Config, given: Option<&Path>) -> Vec<Check> {
 fn elsewhere(why: &str) -> Check {
     DIRECTORY.fail(
         why,
-        "mend it, or name another one: --directory DIR or server.directory",
+        "fix it, or choose another one: --directory DIR or server.directory",
     )
 }
 

@@ -9,12 +9,12 @@ use super::{Check, Subject, text};
 const USER: Subject = Subject::new(
     "users",
     "user",
-    "who runs code in the host has its user's rights",
+    "whoever runs code in the host has its user's rights",
 );
 const SHARED: Subject = Subject::new(
     "users",
     "who shares the uid",
-    "Linux keeps a process of the host's own uid from little: it can stop the host and trace clients",
+    "Linux denies little to a process of the host's own uid: it can stop the host and trace clients",
 );
 const IN_FLIGHT: Subject = Subject::new(
     "users",
@@ -30,7 +30,7 @@ const NAMESPACE: Subject = Subject::new(
 const PTRACE: Subject = Subject::new(
     "users",
     "ptrace",
-    "the host itself cannot be traced by its user; its clients can, where this is 0",
+    "the host itself cannot be traced by its user; its clients can if this is 0",
 );
 
 const CAP_SYS_ADMIN: u64 = 1 << 21;

@@ -357,7 +357,7 @@ pub mod strait {
                 }
             }
             /// A number as the caller wrote it: an integer stays exact over both 64-bit ranges. `unsigned` is
-            /// for those from 2^63 on, so that there is one way to say each integer.
+            /// for those from 2^63 on, so that each integer has exactly one representation.
             #[derive(Clone, Copy, PartialEq)]
             pub enum Number {
                 Integer(i64),
@@ -428,9 +428,9 @@ pub mod strait {
                         .finish()
                 }
             }
-            /// Three kinds take a value `number`: `integer` one without a fraction, as `integer` or `unsigned`;
-            /// `real` one rounded to f64, as `real`; `number` any, as the caller wrote it. Two take `numbers`:
-            /// `integers` and `reals`, of which each number is as in those kinds.
+            /// Three kinds take a `number`: `integer`, one without a fraction, as `integer` or `unsigned`; `real`, rounded to
+            /// f64, as `real`; `number`, any, as the caller wrote it. Two take `numbers`: `integers` and `reals`, each number as
+            /// in the corresponding kind.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum ParameterKind {
@@ -552,7 +552,7 @@ pub mod strait {
                         .finish()
                 }
             }
-            /// How a reduction is computed with the same bits on any slicing. Two other kernels of this plugin do it:
+            /// How to compute a reduction so that any slicing gives the same bits. Two other kernels of this plugin do it:
             /// `partials` takes the reduction's inputs and gives one row for each block of `block-rows` rows (the last
             /// block may be shorter); blocks count from row 0 of the whole tensor. `merge` takes all those rows
             /// at once, in order, and gives the reduction's outputs. Ports of one name are the same port; `partials`
@@ -576,7 +576,7 @@ pub mod strait {
                         .finish()
                 }
             }
-            /// How the results of slices are put together again: not at all, along `split-axis`, or as a reduction.
+            /// How the results of slices are combined: not at all, along `split-axis`, or as a reduction.
             #[derive(Clone, PartialEq)]
             pub enum Combine {
                 None,
@@ -608,19 +608,19 @@ pub mod strait {
                 pub outputs: _rt::Vec<Port>,
                 pub parameters: _rt::Vec<ParameterDeclaration>,
                 /// Which axes are equal, as a gufunc signature: `(n),(k)->(m)`, one pair of parentheses for each port. The
-                /// names stand for the last axes of a tensor, and one name is one size wherever it stands; a number is that
+                /// names stand for the last axes of a tensor, and one name is one size wherever it occurs; a number is that
                 /// size. Axes before the named ones are the same, in number and size, for all ports; a `whole` port
-                /// has none. The host checks inputs before `open` and what `open` answers after it. Empty: no rule.
+                /// has none. The host checks inputs before `open` and what `open` returns after it. Empty: no rule.
                 pub signature: _rt::String,
                 /// The axis along which an invocation may be cut into slices with the same result bit for bit.
                 pub split_axis: Option<u32>,
                 pub combine: Combine,
-                /// `run` may be called once for each chunk of axis 0, with the same result bit for bit. Rows that a kernel
-                /// needs again it keeps, or does not consume.
+                /// `run` may be called once for each chunk of axis 0, with the same result bit for bit. A kernel must keep
+                /// rows that it needs later, or leave them unconsumed.
                 pub streaming: bool,
                 /// An output may share its first input's pages.
                 pub in_place: bool,
-                /// Rough nanoseconds for each input element; 0 says nothing.
+                /// Approximate nanoseconds per input element; 0: unknown.
                 pub cost_hint: f64,
             }
             impl ::core::fmt::Debug for Kernel {
@@ -650,8 +650,8 @@ pub mod strait {
                 pub name: _rt::String,
                 pub version: _rt::String,
                 pub kernels: _rt::Vec<Kernel>,
-                /// Where in linear memory an instance leaves the words of its panic before it traps; 0: nowhere. 1024 bytes,
-                /// which no allocation takes: u32 1 once there was a panic, u32 line, u32 bytes of the file's name, u32 bytes of
+                /// Address of the record in which an instance leaves its panic message before it traps; 0: none. 1024 bytes that
+                /// the allocator never uses: u32 1 once there was a panic, u32 line, u32 bytes of the file's name, u32 bytes of
                 /// the message; from byte 16 the name (at most 240), from byte 256 the message (at most 768), UTF-8. The host
                 /// reads it after a trap, when nothing of the instance can be called any more.
                 pub panic_record: u64,
@@ -670,7 +670,7 @@ pub mod strait {
                         .finish()
                 }
             }
-            /// The true shape of an output, at most what `open` answered.
+            /// The true shape of an output, at most what `open` returned.
             #[derive(Clone, PartialEq)]
             pub struct Extent {
                 pub shape: _rt::Vec<u64>,
@@ -2667,15 +2667,15 @@ pub mod exports {
                     /// What this plugin offers. Pure: the same answer each time.
                     #[allow(async_fn_in_trait)]
                     fn describe() -> Description;
-                    /// Starts an invocation, or starts over. Checks the arguments and answers the outputs'
-                    /// specs: an upper bound where the data decides.
+                    /// Starts an invocation, or starts over. Checks the arguments and returns the outputs'
+                    /// specs: an upper bound if the size depends on the data.
                     #[allow(async_fn_in_trait)]
                     fn open(
                         kernel: _rt::String,
                         parameters: _rt::Vec<Parameter>,
                         inputs: _rt::Vec<Spec>,
                     ) -> Result<_rt::Vec<Spec>, Error>;
-                    /// Grows the linear memory by at least `bytes` with one `memory.grow` and answers the old
+                    /// Grows the linear memory by at least `bytes` with one `memory.grow` and returns the old
                     /// size in bytes. The host looks at the memory itself and not at the answer.
                     #[allow(async_fn_in_trait)]
                     fn reserve(bytes: u64) -> u64;
@@ -2690,7 +2690,7 @@ pub mod exports {
                     ///    last chunk are dropped, and the invocation is over.
                     /// 1: see `last-error`.
                     /// 2: there is more to do: call again with the rows that were not consumed, perhaps none, and the room
-                    ///    that is left. A step that consumed nothing and wrote nothing must not say so.
+                    ///    that is left. A step that consumed nothing and wrote nothing must not return 2.
                     /// Inputs are read-only: a store to one ends the invocation.
                     #[allow(async_fn_in_trait)]
                     fn run(mode: u32) -> u32;

@@ -105,11 +105,11 @@ class Array(NDArrayOperatorsMixin):
     """A tensor in a segment that this process has mapped, or a call's small result in its own memory; read-only.
 
     It acts as a numpy array in expressions and functions, without a copy. `release`, or the end of a `with` block,
-    lets go of it; used after that it raises `ReleasedError`. The pages and the lease stay for as long as a view
-    lives (`numpy`, `arrow`, a DLPack consumer), so a view is never pulled from under its user. A forked child sees the
+    releases it; used after that it raises `ReleasedError`. The pages and the lease stay for as long as a view
+    lives (`numpy`, `arrow`, a DLPack consumer), so a view never loses its memory. A forked child sees the
     same values; the lease is its parent's.
 
-    A small result that came in the reply has neither pages of a segment nor a lease, so it never expires, and any session takes it.
+    A small result that came in the reply has neither a segment's pages nor a lease, so it never expires, and any session takes it.
     """
 
     def __init__(
@@ -251,7 +251,7 @@ class Array(NDArrayOperatorsMixin):
         return pa.Tensor.from_numpy(self.numpy())
 
     def renew(self, lease: Optional[float] = None) -> float:
-        """Gives its lease a new life of that many seconds, or the host's default, and returns what was granted.
+        """Renews its lease for that many seconds, or the host's default, and returns what was granted.
 
         Raises `LeaseExpiredError` if the lease is over. A session renews leases by itself unless it was made with
         `renew=False`. What came in a reply has no lease and is granted `inf`.

@@ -45,7 +45,7 @@ class Call:
         """Waits for the output and returns it as `Session.call` does.
 
         Raises what the call failed with: `RemoteError` (after `cancel` its code is `CANCELLED`), `LeaseExpiredError`
-        or `DisconnectedError`; `TimeoutError` after that many seconds, and then the call still runs. An interrupt
+        or `DisconnectedError`; `TimeoutError` after that many seconds, while the call goes on. An interrupt
         (Ctrl-C) while it waits cancels the call.
         """
         self._session._connection.check_process()
@@ -106,6 +106,6 @@ class Call:
         return self._pending.reply is not None or self._session._connection.closed
 
     def cancel(self) -> None:
-        """Asks the host to end the call, from any thread; returns at once. Without effect once it is answered."""
+        """Asks the host to end the call, from any thread; returns at once. No effect once it has been answered."""
         if not self.done():
             self._session._connection.cancel(self._pending)

@@ -1,6 +1,6 @@
 """What can go wrong between this process and the host.
 
-Three ends are distinct: there is no host (`NoHostError`), the connection is over
+Three failures are distinct: there is no host (`NoHostError`), the connection is over
 (`DisconnectedError`), a lease is over while the connection is fine (`LeaseExpiredError`).
 An argument that this package itself refuses is a plain `TypeError` or `ValueError`.
 """
@@ -11,7 +11,7 @@ from typing import Any, Mapping, Optional
 
 
 class StraitError(Exception):
-    """Every error of this package except mistaken arguments."""
+    """Every error of this package except wrong arguments."""
 
 
 class RemoteError(StraitError):

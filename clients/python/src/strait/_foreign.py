@@ -1,7 +1,7 @@
 """Arrays of other libraries as numpy arrays: kept exactly, or refused, never with something left out.
 
-What a tensor has no place for is refused with what to do: nulls and masks, text, dates, lists of any length. What is
-only written down in another way is decoded with its dtype kept: dictionaries, runs, chunks, lists of a fixed size. An
+What a tensor cannot hold is refused with advice on what to do: nulls and masks, text, dates, lists of any length. What is
+only encoded in another way is decoded with its dtype kept: dictionaries, runs, chunks, lists of a fixed size. An
 integer never becomes a float here. None of the libraries is imported unless an array of it is given.
 """
 

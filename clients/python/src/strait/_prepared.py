@@ -144,9 +144,9 @@ class Prepared:
     each axis. It returns the output as a numpy array, or a dict of them by port if the kernel has more than one output or none: memory of
     its own, made for each call, which the caller may keep and write to.
 
-    Calls of several threads wait for each other; a signal handler must not call it. After an exception, an interrupt too, it can be
+    Calls of several threads wait for each other; a signal handler must not call it. After an exception, including an interrupt, it can be
     called again, unless that was `DisconnectedError` or `ProtocolError`. It ends with `close`, a `with` block, its
-    session, or when it is collected.
+    session, or when it is garbage-collected.
     """
 
     def __init__(self, session: "Session", kernel: str, reply: Reply, wanted: Mapping[str, Spec], op: Op = Op.PREPARE) -> None:
@@ -205,11 +205,11 @@ class Prepared:
     def __call__(self, *arrays: Any, out: Any = None, **by_port: Any) -> Result:
         """Runs the kernel on these and waits for its output.
 
-        `out`: where the elements go, and not into fresh memory: an array of the output's dtype and largest shape, or a mapping from ports
-        to those. What is returned then is that array, or the part of it from its first element on that the result's shape makes.
+        `out`: where the elements go, instead of fresh memory: an array of the output's dtype and largest shape, or a mapping from ports
+        to those. The return value is then that array, or as many of its elements, from the first on, as the result's shape has.
 
         Raises `TypeError` or `ValueError` before anything is sent if the arrays are not what was prepared; `RemoteError` if the kernel fails,
-        which concerns no other call; `DisconnectedError`. An interrupt (Ctrl-C) ends the call in the host, too.
+        which does not affect other calls; `DisconnectedError`. An interrupt (Ctrl-C) ends the call in the host, too.
         """
         self._connection.check()
         if by_port or len(arrays) != len(self._inputs):

@@ -61,10 +61,10 @@ class _Copies:
 def connect(
     address: Optional[str] = None, *, renew: bool = True, lease: Optional[float] = None, name: str = f"strait-python/{VERSION}"
 ) -> "Session":
-    """Connects to the host at `address` (`"unix:///DIRECTORY"`), or to the one that the environment leads to.
+    """Connects to the host at `address` (`"unix:///DIRECTORY"`), or to the one that the environment points to.
 
     `renew`: leases are renewed in the background, so that they end only by release or with the session; without it
-    they end when they expire. `lease`: their life in seconds; the host's default if None. `name`: what the host's
+    they end when they expire. `lease`: their lifetime in seconds; the host's default if None. `name`: what the host's
     log calls this client.
 
     Raises `NoHostError`, or `RemoteError` if the host speaks another version of the protocol.
@@ -107,7 +107,7 @@ class Session:
 
     @property
     def inline_bytes(self) -> int:
-        """Up to this size a call's ordinary arrays and results travel in its frames and need no segments; 0: none do."""
+        """Up to this size a call's ordinary arrays and results travel in its frames and not in segments; 0: none do."""
         return int(self._connection.welcome.get("inline_bytes", 0))
 
     @property
@@ -351,11 +351,11 @@ class Session:
         `Session.inline_bytes` into the request itself).
 
         Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
-        are listed. `axis` is 0-based and row-major, as numpy's, and not negative.
+        are listed. `axis` is 0-based and row-major, as in numpy, and not negative.
 
-        `publish`: names for outputs, by port; `replace`: even if other flights have them. `seal`: outputs are sealed for good.
+        `publish`: names for outputs, by port; `replace`: even if other flights have them. `seal`: outputs are sealed permanently.
         `map`: whether outputs in segments are mapped here; if not, publish them all. `deadline`: seconds from the host's
-        receipt. `lease`: life of the outputs' leases in seconds. `limits`: lower than the host's own. `inline_bytes`: the
+        receipt. `lease`: lifetime of the outputs' leases in seconds. `limits`: lower than the host's own. `inline_bytes`: the
         largest output that may come in the reply and not in a segment, `Session.inline_bytes` if None; 0: none may. `verify`:
         fill `CallInfo.pages`. `request_id`: id of the call in the host's log. `idempotency_key`: a repeat within a
         minute gets the same results without another run.
@@ -400,17 +400,17 @@ class Session:
         request_id: Optional[str] = None,
         **more_parameters: Any,
     ) -> Prepared:
-        """Makes a kernel ready to be called again and again on small arrays, which then takes a tenth of the time of `call`.
+        """Makes a kernel ready to be called again and again on small arrays; a call then takes a fraction of the time of `call`.
 
             scale = s.prepare("scale-shift", x, a=2.0)
             y = scale(x)
 
-        Inputs, by position or by port in `inputs`: `Spec`s, or arrays that stand for their dtype and shape (anything else that has both
-        does, too); each call brings the elements, at most so many along each axis. In `fixed`, by port, what is the same for all calls: an
-        array of `empty` or a result, which is not to be written to any more, a flight's name (those may also stand among the others), or any other array, which
-        is copied into a segment now. What calls bring, and their outputs, have at most 128 KiB together.
+        Inputs, by position or by port in `inputs`: `Spec`s, or arrays that stand for their dtype and shape (or anything else that has
+        both); each call brings the elements, at most as many along each axis. In `fixed`, by port, inputs that are the same for all calls:
+        an array of `empty` or a result, which must no longer be written to, a flight's name (allowed among the others, too), or any other
+        array, which is copied into a segment now. The inputs that a call brings have at most 128 KiB together, and so do its outputs.
 
-        `deadline`: seconds of each call; `limits` and `request_id` are each call's, too. All that `start` says about parameters holds.
+        `deadline` (in seconds), `limits` and `request_id` apply to each call. Everything that `start` says about parameters applies.
         """
         parameters = {**(parameters or {}), **more_parameters}
         options: Dict[str, Any] = dict(deadline=deadline, limits=limits, request_id=request_id)
@@ -422,8 +422,8 @@ class Session:
             with s.prepare_stream("cumsum", strait.Spec("float64", (4096, 3))) as sums:
                 y = sums.chunk(x)
 
-        As `prepare`, with the same options; the shapes begin with the most rows that are sent at a time. Those inputs that the kernel
-        takes whole are `fixed`; they may also be given under their names, as parameters are: `taps="taps"`.
+        Like `prepare`, with the same options; the shapes begin with the largest number of rows sent at a time. Inputs that the kernel
+        takes whole are `fixed`; they may also be given by keyword, as parameters are: `taps="taps"`.
 
         `channel`: a name, or `ChannelOptions`: what comes of the chunks goes to whoever reads the channel of that name, in this process or in another
         one of this user's. Raises `RemoteError` with `NAME_TAKEN` if there is such a channel.
@@ -446,17 +446,17 @@ class Session:
         return _channel.read(self, name, automatic, request_id)
 
     def stream(self, kernel: str, chunks: Iterable[Any], *, rows: Optional[int] = None, **options: Any) -> Iterator[Result]:
-        """What comes of a kernel's input chunk by chunk: for each what a prepared call would return, and once more with the rest.
+        """A kernel's output chunk by chunk: for each chunk what a prepared call would return, and once more with the rest.
 
             for y in s.stream("fir", chunks, taps="taps"):
                 ...
 
-        `chunks`: any iterable of arrays that agree in all but the number of their rows, axis 0, or of mappings from ports to those. All
-        rows that come are, one after another, bit for bit those of one call on all rows; how many come with which chunk, perhaps none,
-        is the kernel's affair. `rows`: the most that are sent at a time, longer chunks being cut; None: as many as have about 32 KiB.
+        `chunks`: any iterable of arrays that differ only in their number of rows, axis 0, or of mappings from ports to those. All
+        output rows are, one after another, bit for bit those of one call on all rows; how many come with which chunk, perhaps none,
+        is up to the kernel. `rows`: the most that are sent at a time, longer chunks being cut; None: as many as have about 32 KiB.
         The options are those of `prepare_stream`.
 
-        The stream ends in the host when the loop has, however that ends and once nobody holds the iterator.
+        The stream ends in the host when the loop ends, for whatever reason, and nobody holds the iterator any more.
         """
         return _stream.stream(self, kernel, chunks, rows, options)
 

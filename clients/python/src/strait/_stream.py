@@ -3,8 +3,8 @@
     chunk ─▶ checks ─▶ cut to what was prepared ─▶ CHUNK ─▶ host
                    rows, joined ◀─ copied ◀─ CHUNK … OK ◀─┘
 
-The parts are those of a prepared call. Only an exception leaves nothing behind that could be gone on with: some rows of
-the stream are lost then. So it ends the stream, and no reply has to be taken in later.
+The parts are those of a prepared call. But after an exception a stream cannot go on, since some of its rows are
+lost. So an exception ends the stream, and no reply has to be taken in later.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ class PreparedStream:
             rest = sums.last()
 
     A chunk is the next rows, axis 0, of the arrays of `inputs`, by position in that order or by port: any number of them, perhaps none. It returns
-    the rows that came of it as a prepared call returns its output. All rows of a stream, one after another, are bit for bit those of one call on
+    its output rows as a prepared call returns its output. All rows of a stream, one after another, are bit for bit those of one call on
     all rows, however they were cut. After `last` the next chunk begins another stream.
 
     With a `channel` the rows go to whoever reads that (`Session.read_channel`), and not to this program: a chunk returns `{}`, and `outputs` are none.
     While the channel is full a chunk waits; `last` waits until everything was acknowledged, and is the end of this object, too. A stream that ends
     before that, as by `close`, is lost to the reader, who is told.
 
-    An array of another dtype, or of other sizes behind axis 0, is a `TypeError` or `ValueError`, and nothing of it is sent. Any other exception,
-    an interrupt too, ends the stream in the host and is the end of this object; `RemoteError` says which chunk it was in `details["chunk"]`,
-    where a chunk that is longer than `inputs` says counts as several. Chunks of several threads wait for each other.
+    An array of another dtype, or of other sizes beyond axis 0, is a `TypeError` or `ValueError`, and nothing of it is sent. Any other exception,
+    including an interrupt, ends the stream in the host, and this object cannot be used any more; `RemoteError` says which chunk it was in
+    `details["chunk"]`, where a chunk longer than `inputs` says counts as several. Chunks of several threads wait for each other.
     """
 
     def __init__(self, lane: Prepared, to_channel: bool) -> None:
@@ -64,7 +64,7 @@ class PreparedStream:
 
     @property
     def inputs(self) -> Dict[str, Spec]:
-        """What comes in chunks, by port and in the order of a chunk's arguments; the shapes begin with the most rows that are sent at a time."""
+        """What comes in chunks, by port and in the order of a chunk's arguments; the shapes begin with the most rows sent at a time."""
         return self._lane.inputs
 
     @property
@@ -74,18 +74,18 @@ class PreparedStream:
 
     @property
     def notes(self) -> Dict[str, str]:
-        """What the kernel had to say in the stream that ended last, with `last`; `{}` before."""
+        """The kernel's notes on the last stream that ended with `last`; `{}` before."""
         return self._lane.notes
 
     def chunk(self, /, *arrays: Any, **by_port: Any) -> Result:
-        """Sends the next rows and waits for what comes of them.
+        """Sends the next rows and waits for their output.
 
         Raises `TypeError` or `ValueError` before anything is sent; `RemoteError` if the kernel fails; `DisconnectedError` if this has ended.
         """
         return self._send(Op.CHUNK, arrays, by_port)
 
     def last(self, /, *arrays: Any, **by_port: Any) -> Result:
-        """As `chunk`, with the last rows, and waits for all that is left; without arrays, or with None, no more rows come."""
+        """Like `chunk`, with the last rows, and waits for all remaining output; without arrays, or with None, there are no more rows."""
         if all(array is None for array in (*arrays, *by_port.values())):
             by_port = {}
             arrays = tuple(np.empty((0, *place.shape[1:]), place.dtype) for place in self._lane._inputs)
