@@ -203,7 +203,7 @@ fn worker(c: &mut Criterion) {
     const DEADLINE_MS: u64 = 20;
     for (name, rig) in [("in process", &here), ("through a worker", &there)] {
         let spins = guest::component("spins", SPINS);
-        rig.0.host().load_plugin(&spins).unwrap();
+        rig.0.load_plugin(&spins).unwrap();
         group.bench_function(BenchmarkId::new(name, "after its deadline"), |b| {
             b.iter_custom(|calls| (0..calls).map(|_| rig.runaway(DEADLINE_MS)).sum());
         });
