@@ -1,6 +1,6 @@
 //! The consumer's end of a channel as a socket: batches go, and their acknowledgements come.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
@@ -51,11 +51,7 @@ impl Consumer for ConsumerSocket {
         let header = Header::of(op, sequence, lengths, TraceContext::NONE).encode();
         let mut parts = vec![&header[..], body];
         parts.extend(payload.iter().map(Vec::as_slice));
-        match self.socket.send_now(&parts) {
-            Ok(()) => Sent::Whole,
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Full,
-            Err(_) => Sent::Gone,
-        }
+        sent(self.socket.send_now(&parts))
     }
 
     fn said(&self) -> Said {
@@ -84,9 +80,8 @@ impl Consumer for ConsumerSocket {
         }
     }
 
-    fn fail(&self, status: &Status) {
-        // Whoever has no room for it sees the end.
-        let _ = failure(0, status, &self.request_id).send(&self.socket);
+    fn fail(&self, status: &Status) -> Sent {
+        sent(failure(0, status, &self.request_id).send(&self.socket))
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
@@ -97,5 +92,13 @@ impl Consumer for ConsumerSocket {
         let mut events = PollFlags::IN;
         events.set(PollFlags::OUT, unsent);
         events
+    }
+}
+
+fn sent(result: io::Result<()>) -> Sent {
+    match result {
+        Ok(()) => Sent::Whole,
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Sent::Full,
+        Err(_) => Sent::Gone,
     }
 }

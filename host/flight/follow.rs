@@ -107,8 +107,9 @@ impl Consumer for Follower {
         }
     }
 
-    fn fail(&self, status: &Status) {
+    fn fail(&self, status: &Status) -> Sent {
         self.writer.finish(Err(status.clone()), false);
+        Sent::Whole
     }
 
     fn fd(&self) -> BorrowedFd<'_> {

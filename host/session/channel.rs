@@ -73,8 +73,8 @@ pub trait Consumer: Send + Sync + std::fmt::Debug {
     /// Takes the next thing that it said, without waiting.
     fn said(&self) -> Said;
 
-    /// Tells why nothing more comes, if that can be done without waiting.
-    fn fail(&self, status: &Status);
+    /// Tells why nothing more comes, without waiting.
+    fn fail(&self, status: &Status) -> Sent;
 
     /// What to wait on for it.
     fn fd(&self) -> BorrowedFd<'_>;
@@ -551,8 +551,9 @@ impl Channel {
             };
             let Some(consumer) = consumer else { return };
             let left = end.saturating_duration_since(Instant::now());
-            if done || left.is_zero() {
-                consumer.fail(status);
+            // What was sent last may have filled its socket.
+            let told = (done || left.is_zero()) && consumer.fail(status) != Sent::Full;
+            if told || left.is_zero() {
                 return;
             }
             let events = consumer.events(true);

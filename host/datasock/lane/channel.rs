@@ -49,7 +49,7 @@ pub(super) fn produce(
     let ended = prepared
         .stream(first, cancel, &mut producing)
         .and_then(|called| producing.finish(called));
-    let told = ended.as_ref().err().cloned();
+    let told = ended.as_ref().err().map(|status| producing.told(status));
     // Before its producer can know that it is over.
     channel.close();
     producing.edge.end(prepared, ended);
@@ -57,6 +57,18 @@ pub(super) fn produce(
 }
 
 impl Producing<'_, '_, '_> {
+    /// What the consumer is told of how it ended: one that left is cancelled, wherever the lane was by then, and did not
+    /// cancel it.
+    fn told(&self, status: &Status) -> Status {
+        let mut told = status.clone();
+        let woken = || self.woken(false, Some(Duration::ZERO));
+        if told.reason == Reason::Cancelled && matches!(woken(), Ok(Woken::Gone)) {
+            let lost = producer_lost();
+            (told.code, told.reason, told.message) = (lost.code, lost.reason, lost.message);
+        }
+        told
+    }
+
     fn put(&self, payload: Vec<Vec<u8>>) {
         if has_rows(&payload) {
             self.channel.push(Item::Rows(payload));

@@ -13,7 +13,7 @@ use crate::served::{Frame, Holdings, Random, Raw, Served, number, packet, ramp};
 const MOST: u64 = 4;
 
 /// Rows of one float64 for the channel `name`, with `more` among its options.
-fn asks(kernel: &str, name: &str, more: &Value) -> Value {
+pub(super) fn asks(kernel: &str, name: &str, more: &Value) -> Value {
     let mut channel = json!({"name": name});
     for (option, value) in more.as_object().unwrap() {
         channel[option] = value.clone();
@@ -39,7 +39,7 @@ impl Prepared {
     }
 
     /// The producer is told that its chunk was taken.
-    fn taken(&self) {
+    pub(super) fn taken(&self) {
         let reply = self.receive().expect("an answer");
         assert_eq!(
             (reply.op(), reply.payload.len()),
@@ -50,7 +50,7 @@ impl Prepared {
     }
 
     /// The consumer's next batch: its number, and its rows.
-    fn batch(&self) -> (u32, Vec<f64>) {
+    pub(super) fn batch(&self) -> (u32, Vec<f64>) {
         self.rows(&self.receive().expect("a batch"))
     }
 

@@ -4,6 +4,7 @@ mod attack;
 mod channel;
 mod channel_circle;
 mod channel_client;
+mod channel_ends;
 mod channel_flight;
 mod life;
 mod lost;
