@@ -41,7 +41,7 @@ fn a_consumer_whose_socket_is_full_is_told_why_it_is_over() {
     for batches in [1, 8, 16] {
         // A few of them fill a socket.
         let rows = vec![1.0; 4096];
-        let mut request = asks("scale-shift", "levels", &json!({"batches": 16}));
+        let mut request = asks("scale-shift", "levels", &json!({"batches": 32}));
         request["inputs"]["x"]["shape"] = json!([rows.len(), 1]);
         let producer = Prepared::by(&mut one, request);
         let consumer = reads(&mut other, "levels");
