@@ -306,7 +306,7 @@ func TestWhoeverIsLeftOnAChannelIsTold(t *testing.T) {
 		if !errors.As(err, &remote) || remote.Code != "UNAVAILABLE" || remote.Reason != "PRODUCER_LOST" || last != 108 {
 			t.Error(err, last)
 		}
-		if took := time.Since(begun); took > time.Second {
+		if took := time.Since(begun); took > 10*time.Second {
 			t.Error("it was told after", took)
 		}
 		if _, err := channel.Next(ctx); !errors.Is(err, ErrDisconnected) {

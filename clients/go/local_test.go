@@ -325,7 +325,7 @@ func TestALocalHostThatIsNeverReady(t *testing.T) {
 	if !errors.Is(err, ErrNoHost) || !errors.Is(err, context.DeadlineExceeded) {
 		t.Error(err)
 	}
-	for _, part := range []string{"not ready within 0.3 s", "waits"} {
+	for _, part := range []string{"not ready within 0.", "waits"} {
 		if !strings.Contains(fmt.Sprint(err), part) {
 			t.Error(err)
 		}

@@ -48,8 +48,8 @@ func (c *Client) Stream(ctx context.Context, kernel string, inputs Inputs, chunk
 }
 
 // PrepareStream makes a kernel ready for tensors that come in chunks. An input that comes in chunks is an Each, whose first
-// size is the largest number of rows that the kernel gets at a time; longer chunks are cut. An input that the kernel takes whole is
-// goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included. With ChannelOptions somebody else gets what
+// size is the largest number of rows that the kernel gets at a time; longer chunks are cut. An input that the kernel takes whole
+// is anything that goes into Client.Call. The rest is as with Client.Prepare, 128 KiB included. With ChannelOptions somebody else gets what
 // comes of the chunks.
 func (c *Client) PrepareStream(ctx context.Context, kernel string, inputs Inputs, options ...PrepareOption) (*Stream, error) {
 	for port, input := range inputs {

@@ -36,7 +36,7 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "DIR")]
     directory: Option<PathBuf>,
     /// Serve from a new directory in $TMPDIR (or /tmp) that is removed when this host ends; the settings'
-    /// `server.directory` and `server.tcp` do not count. A SIGKILL leaves that directory and two dead sockets behind, nothing else.
+    /// `server.directory` and `server.tcp` do not count. A signal that ends it at once (SIGKILL, SIGHUP) leaves that directory and two dead sockets behind, nothing else.
     #[arg(long, conflicts_with = "directory")]
     temporary: bool,
     /// Load this plugin in addition to the standard one; can be repeated.

@@ -21,6 +21,7 @@ use strait_protocol::Header;
 
 use super::batches::Batches;
 use super::call::Call;
+use super::connection::Working;
 use super::outbox::{Offered, Outbox, Writer};
 use super::refused::host_bug;
 use super::upload::reserved;
@@ -36,6 +37,8 @@ struct Follower {
     under_way: Mutex<Option<u32>>,
     /// Readable when the client has taken something, or left.
     moved: Arc<OwnedFd>,
+    /// A host that ends waits for the channel's end.
+    _working: Option<Working>,
 }
 
 impl std::fmt::Debug for Follower {
@@ -162,6 +165,7 @@ pub(super) async fn channel(
         writer: Writer(outbox),
         under_way: Mutex::default(),
         moved,
+        _working: call.working(),
     });
     // It may wait a moment for whoever read it before.
     let attached = tokio::task::spawn_blocking(move || channel.attach(follower)).await;

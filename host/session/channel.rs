@@ -115,6 +115,8 @@ struct State {
     is_over: bool,
     /// When something was acknowledged, or a consumer came.
     moved: Instant,
+    /// Nobody comes to read it any more.
+    is_ended: bool,
 }
 
 impl State {
@@ -124,8 +126,8 @@ impl State {
         self.left = Some(Instant::now());
     }
 
-    /// Takes what the consumer said, and sends what it may have.
-    fn pump(&mut self) {
+    /// Takes what the consumer said.
+    fn hear(&mut self) {
         while let Some(consumer) = self.consumer.clone() {
             match consumer.said() {
                 Said::Nothing => break,
@@ -156,6 +158,11 @@ impl State {
                 Said::Gone => return self.lose(),
             }
         }
+    }
+
+    /// Takes what the consumer said, and sends what it may have.
+    fn pump(&mut self) {
+        self.hear();
         let Some(consumer) = self.consumer.clone() else {
             return;
         };
@@ -163,7 +170,14 @@ impl State {
             match consumer.send(self.first + self.sent as u64, &kept.item) {
                 Sent::Whole => self.sent += 1,
                 Sent::Full => return,
-                Sent::Gone => return self.lose(),
+                Sent::Gone => {
+                    // It may have said something before it left, since it was heard.
+                    self.hear();
+                    if self.consumer.is_some() {
+                        self.lose();
+                    }
+                    return;
+                }
             }
         }
     }
@@ -260,6 +274,9 @@ impl OpenChannel {
     /// Ends it. Its consumer, if it has one, is told why, or has all there is. Waits a moment for one that is behind.
     pub fn end(&self, status: Option<&Status>) {
         self.close();
+        if std::mem::replace(&mut self.channel.state.lock().is_ended, true) {
+            return;
+        }
         if let Some(status) = status {
             self.channel.fail(status, FAREWELL);
         }
@@ -316,6 +333,7 @@ impl Caller {
                 left: None,
                 is_over: false,
                 moved: Instant::now(),
+                is_ended: false,
             }),
             came,
         });
@@ -393,7 +411,7 @@ impl Channel {
     /// Waits a moment for whoever read it before to be gone.
     ///
     /// # Errors
-    /// `WRONG_STATE` if somebody else reads it.
+    /// `WRONG_STATE` if somebody else reads it; `CHANNEL_NOT_FOUND` if it has ended meanwhile.
     pub fn attach(&self, consumer: Arc<dyn Consumer>) -> Result<u64, Status> {
         let mut state = self.state.lock();
         // Whoever read it before may have left unnoticed, or a moment before this process closed what it had sent to it.
@@ -403,6 +421,16 @@ impl Channel {
                 break;
             }
             parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(LEAVING_LOOK));
+        }
+        if state.is_ended {
+            let name = &self.plan.name;
+            let message = format!(
+                "the channel `{name}` has just ended; its next producer's PREPARE opens it again"
+            );
+            return Err(
+                Status::new(Code::NotFound, Reason::ChannelNotFound, message)
+                    .with("name", name.clone()),
+            );
         }
         if state.consumer.is_some() {
             let name = &self.plan.name;

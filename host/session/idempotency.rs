@@ -12,7 +12,7 @@ use strait_protocol as wire;
 
 use super::answer::{Answer, Invoked};
 use super::prepare::{Found, Resolved};
-use super::run::{Call, Run};
+use super::run::{Call, NotJoined, Run, WAITERS_MAX};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Principal, SegmentId};
 use crate::plugin::hex;
@@ -159,7 +159,12 @@ impl Answers {
         match entries.get(key) {
             Some(Entry::Running(_, run)) => match run.join(answer, deadline_ms) {
                 Ok(call) => return Turn::Joined(Arc::clone(run), call),
-                Err(back) => answer = back,
+                Err(NotJoined::Over(back)) => answer = back,
+                Err(NotJoined::Full(answer)) => {
+                    drop(entries);
+                    answer.give(Err(too_many()));
+                    return Turn::Answered;
+                }
             },
             Some(Entry::Done(_, invoked, at)) if at.elapsed() <= KEPT => {
                 let invoked = Arc::clone(invoked);
@@ -203,6 +208,13 @@ impl Answers {
         });
         old
     }
+}
+
+fn too_many() -> Status {
+    let message = format!(
+        "{WAITERS_MAX} requests wait for the run of this idempotency key already; one answer is as good as all of them"
+    );
+    Status::new(Code::ResourceExhausted, Reason::QuotaExceeded, message).with("limit", WAITERS_MAX)
 }
 
 fn reused((principal, key): &Key, what: &str) -> Status {

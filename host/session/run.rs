@@ -32,6 +32,17 @@ enum Leaving {
     Late,
 }
 
+/// Most that wait for one run: each costs memory, and a place in no queue.
+pub(super) const WAITERS_MAX: usize = 256;
+
+/// An answer that joined no run.
+pub(super) enum NotJoined<T> {
+    /// The run is over.
+    Over(Answer<T>),
+    /// It has [`WAITERS_MAX`] who wait.
+    Full(Answer<T>),
+}
+
 #[derive(Debug)]
 struct Waiter<T> {
     id: u64,
@@ -155,15 +166,18 @@ impl<T: Given> Run<T> {
     /// One more that waits for the outcome.
     ///
     /// # Errors
-    /// The answer, if the run is over.
+    /// The answer, if the run is over or has enough who wait.
     pub(super) fn join(
         self: &Arc<Self>,
         answer: Answer<T>,
         deadline_ms: u64,
-    ) -> Result<Call, Answer<T>> {
+    ) -> Result<Call, NotJoined<T>> {
         let mut state = self.lock();
         if state.over {
-            return Err(answer);
+            return Err(NotJoined::Over(answer));
+        }
+        if state.waiters.len() >= WAITERS_MAX {
+            return Err(NotJoined::Full(answer));
         }
         Ok(self.call(state.add(answer, deadline_ms)))
     }

@@ -428,6 +428,25 @@ impl<'a> Exchange<'a> {
         if in_segments != self.segments.len() {
             return Err(senseless("it has results that it has no memory for"));
         }
+        // All of it is looked at first: what does not fit leaves the segments with the process that has them mapped.
+        let mut layouts = Vec::with_capacity(in_segments);
+        let ours = filled.iter().filter_map(|one| match one.body {
+            FilledIn::Segment { reserve_bytes } => Some((one, reserve_bytes)),
+            FilledIn::Inline(_) => None,
+        });
+        for ((one, reserve_bytes), segment) in ours.zip(&self.segments) {
+            let column = Column {
+                name: one.port.clone(),
+                spec: one.spec.clone(),
+                reserve_bytes,
+            };
+            let layout = FileLayout::plan(std::slice::from_ref(&column))
+                .map_err(|e| senseless(e.to_string()))?;
+            if layout.capacity > segment.bytes() {
+                return Err(senseless(format!("result `{}` does not fit", column.name)));
+            }
+            layouts.push(layout);
+        }
         let segments = std::mem::take(&mut self.segments);
         // For each that it has mapped anew, lest it keep one that nobody will have.
         let process = self.lane.process();
@@ -439,40 +458,25 @@ impl<'a> Exchange<'a> {
                     .then(|| Mapped::new(process, segment.number()))
             })
             .collect();
-        let mut segments = segments.into_iter().zip(fillers);
+        let mut segments = segments.into_iter().zip(fillers).zip(layouts);
         filled
             .into_iter()
             .map(|filled| {
                 let (port, spec) = (filled.port, filled.spec);
-                let reserve_bytes = match filled.body {
-                    FilledIn::Segment { reserve_bytes } => reserve_bytes,
-                    FilledIn::Inline(bytes) => {
-                        let body = OutputBody::Inline {
-                            spec,
-                            bytes: bytes.into_vec(),
-                        };
-                        return Ok(Output { port, body });
-                    }
-                };
-                let column = Column {
-                    name: port,
-                    spec,
-                    reserve_bytes,
-                };
-                let (mut segment, filler) = segments
+                if let FilledIn::Inline(bytes) = filled.body {
+                    let bytes = bytes.into_vec();
+                    let body = OutputBody::Inline { spec, bytes };
+                    return Ok(Output { port, body });
+                }
+                let ((mut segment, filler), layout) = segments
                     .next()
                     .ok_or_else(|| senseless("it has more results than segments"))?;
-                let layout = FileLayout::plan(std::slice::from_ref(&column))
-                    .map_err(|e| senseless(e.to_string()))?;
-                if layout.capacity > segment.bytes() {
-                    return Err(senseless(format!("result `{}` does not fit", column.name)));
-                }
                 segment.set_author(process.author());
                 if let Some(filler) = filler {
                     segment.lend_to(Box::new(filler))?;
                 }
                 Ok(Output {
-                    port: column.name,
+                    port,
                     body: OutputBody::Segment { layout, segment },
                 })
             })

@@ -61,7 +61,9 @@ impl Bound {
 
 impl Drop for Bound {
     fn drop(&mut self) {
-        if let Some(process) = self.process.upgrade() {
+        // One that is gone has forgotten it; nobody waits until it is taken apart.
+        let process = self.process.upgrade();
+        if let Some(process) = process.filter(|process| !process.is_gone()) {
             process.forget(&Control::ForgetPrepared(self.prepared));
         }
     }

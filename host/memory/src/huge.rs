@@ -49,10 +49,11 @@ impl HugeBirths {
         self.huge.load(Ordering::Relaxed)
     }
 
-    /// Backs `range` (bytes) of `file`, which has `bytes`, by a mapping made for that.
+    /// Backs `range` (bytes) of `file`, which has `bytes`, by a mapping made for that. Before anybody has written there: what is
+    /// there is kept, but copied.
     ///
     /// # Safety
-    /// The file does not get shorter during the call, and nobody has written to the range yet.
+    /// The file does not get shorter during the call.
     pub(crate) unsafe fn back_file(&self, file: BorrowedFd<'_>, bytes: u64, range: Range<u64>) {
         let range = to_usize(range.start)..to_usize(range.end.min(bytes));
         if range.len() < HUGE_WORTH_BYTES {
@@ -72,8 +73,7 @@ impl HugeBirths {
     ///
     /// # Safety
     /// The range is mapped shared and writable, of a file that cannot shrink, with addresses
-    /// that equal the file's offsets modulo [`crate::HUGE`]; nobody has written there yet and
-    /// nothing moves or covers it during the call.
+    /// that equal the file's offsets modulo [`crate::HUGE`]; nothing moves or covers it during the call.
     pub(crate) unsafe fn back(&self, pages: &Reservation, range: Range<usize>) {
         if range.len() < HUGE_WORTH_BYTES {
             return;

@@ -10,8 +10,8 @@ use super::Prepared;
 use super::channel::{produces, reads};
 use crate::served::{Holdings, Random, Served};
 
-/// What each of them waits for its consumer.
-const WAIT_MS: u64 = 500;
+/// What each of them waits for its consumer where nobody reads, and where all do, on a busy machine.
+const WAIT_MS: [u64; 2] = [500, 20_000];
 /// Chunks that each of them writes.
 const CHUNKS: u64 = 40;
 
@@ -87,13 +87,14 @@ fn run(host: &Served, seed: u64, greedy: bool) -> Vec<Option<String>> {
     let mut random = Random::seeded(seed);
     let count = 2 + random.below(3);
     let mut clients: Vec<_> = (0..count).map(|_| host.greeted()).collect();
-    let name = |party: usize| format!("from {party}");
+    // Those of the seed before may not have ended yet.
+    let name = |party: usize| format!("{seed}: from {party}");
     let producers: Vec<_> = clients
         .iter_mut()
         .enumerate()
         .map(|(party, client)| {
             let batches = 1 + random.below(3);
-            let options = json!({"batches": batches, "wait_ms": WAIT_MS});
+            let options = json!({"batches": batches, "wait_ms": WAIT_MS[usize::from(!greedy)]});
             produces(client, &name(party), &options)
         })
         .collect();

@@ -207,7 +207,7 @@ fn calls_and_chunks_wait_for_the_quota_of_cpu_time() {
     let (mut client, mut operator) = (host.greeted(), host.greeted());
     let request =
         |ms: u64| json!({"kernel": "kept/k", "inputs": {"x": brought(8)}, "deadline_ms": ms});
-    let short = Prepared::by(&mut client, request(25));
+    let short = Prepared::by(&mut client, request(250));
     let long = Prepared::by(&mut client, request(600_000));
     let stream = (!host.has_workers()).then(|| {
         let stream = json!({"kernel": "cumsum", "inputs": {"x": brought(8)}, "stream": true});
@@ -228,7 +228,7 @@ fn calls_and_chunks_wait_for_the_quota_of_cpu_time() {
     let message = refused.refused("RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED");
     assert!(
         message.contains("ms more than a quota.cpu_percent of 1 gives")
-            && message.contains("a deadline of 25 ms"),
+            && message.contains("a deadline of 250 ms"),
         "{message}"
     );
     // One that has time waits.

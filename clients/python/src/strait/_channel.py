@@ -92,7 +92,8 @@ class ChannelReader:
         # What was received last and not read yet, written by that very step.
         self._received: Deque[Any] = deque(maxlen=1)
         # The batch that was read last (None: the end), and the number of the last one that the caller was given.
-        self._held: Tuple[int, Optional[Result]] = (first - 1, None)
+        # And the packet that it came in.
+        self._held: Tuple[int, Optional[Result], Any] = (first - 1, None, None)
         self._number = first - 1
         self._acknowledged = first - 1
         # That an acknowledgement of `_sending` was sent, written by that very step.
@@ -185,6 +186,7 @@ class ChannelReader:
         lane = self._lane
         lane._connection.check_process()
         if flags == _NOW and lane._lock.locked():
+            lane._check_end()
             raise RuntimeError("another thread reads this channel; an event loop must not wait for that")
         with lane._lock:
             if self._is_over():
@@ -193,17 +195,19 @@ class ChannelReader:
             if self._held[0] == self._number:
                 if self._automatic:
                     self._acknowledge(self._number)
+                if self._received and self._received[0] is self._held[2]:
+                    # An interrupt came before it was thrown away.
+                    self._received.clear()
                 while not self._received:
                     try:
                         self._received.extend(map(lane._socket.recvmsg_into, ([lane._buffer],), (0,), (flags,)))
                     except ConnectionResetError:
                         # The host left without having read all that was acknowledged. What it sent is still there.
                         pass
-                held = self._read(*self._received[0])
-                # No interrupt comes between these two: else it would be read twice.
-                self._held = held
+                packet = self._received[0]
+                self._held = (*self._read(*packet), packet)
                 self._received.clear()
-            number, batch = self._held
+            number, batch, _ = self._held
             if batch is None:
                 self._take_end(number)
             else:

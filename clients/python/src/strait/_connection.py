@@ -185,7 +185,7 @@ class Connection:
             except OSError as error:
                 # The host may have said why before it closed.
                 self.look()
-                self._finish(self._lost(error))
+                self._lose(error)
                 self.check()
 
     def _make_room(self) -> None:
@@ -341,7 +341,7 @@ class Connection:
                     numbers.frombytes(data[: len(data) - len(data) % numbers.itemsize])
                     fds += numbers
             if length == 0:
-                self._finish(self._lost())
+                self._lose()
                 return False
             try:
                 if cut & _CUT_FLAGS:
@@ -358,7 +358,7 @@ class Connection:
         except BlockingIOError:
             return False
         except OSError as error:
-            self._finish(self._lost(error))
+            self._lose(error)
             return False
 
     def _deliver(self, op: int, sequence: int, body: Dict[str, Any], payload: bytes, fds: List[int]) -> None:
@@ -398,10 +398,10 @@ class Connection:
             # The host closes the connection after this.
             self._finish(from_host(body))
 
-    def _lost(self, error: Optional[OSError] = None) -> DisconnectedError:
-        cause = "" if error is None else f" ({error})"
+    def _lose(self, error: Optional[OSError] = None) -> None:
         gone = "the connection to the host is over; mapped tensors stay readable, but everything else needs a new connection"
-        return DisconnectedError(gone + cause + self.epitaph())
+        if self._end is None:
+            self._finish(DisconnectedError(gone + (f" ({error})" if error else "") + self.epitaph()))
 
     def _finish(self, end: StraitError) -> None:
         with self._lock:

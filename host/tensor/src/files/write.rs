@@ -1,9 +1,9 @@
 //! Tensors into files, which appear when they are complete.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{File, Permissions};
 use std::io::{self, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use super::error::{FileError, check_buffer, io_error};
 use super::format::Format;
@@ -92,9 +92,18 @@ pub fn write_tensors(path: &Path, tensors: &[NamedTensor<'_>]) -> Result<(), Fil
             Box::new(move |file| write_segment(file, &layout, tensors))
         }
     };
-    let mut partial = Partial::create(path)?;
-    write(&mut partial.file).map_err(|error| io_error(path, "write it", error))?;
-    partial.finish(path)
+    let mut partial = tempfile::Builder::new()
+        .prefix(".strait-")
+        .suffix(".partial")
+        // As of every file that a program makes: the umask takes from it.
+        .permissions(Permissions::from_mode(0o666))
+        .tempfile_in(path.with_file_name(""))
+        .map_err(|error| io_error(path, "create a file beside it", error))?;
+    write(partial.as_file_mut()).map_err(|error| io_error(path, "write it", error))?;
+    partial
+        .persist(path)
+        .map_err(|error| io_error(path, "move the finished file there", error.error))?;
+    Ok(())
 }
 
 /// Writes tensors of one leading axis as one Arrow IPC stream: schema, one record batch, end.
@@ -158,50 +167,4 @@ fn write_segment(
     }
     file.seek(SeekFrom::Start(layout.footer_offset))?;
     file.write_all(&layout.footer)
-}
-
-/// A file under a temporary name, removed unless it is finished.
-struct Partial {
-    file: File,
-    path: Option<PathBuf>,
-}
-
-impl Partial {
-    fn create(target: &Path) -> Result<Partial, FileError> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        loop {
-            let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-            let name = format!(".strait-{}-{number}.partial", std::process::id());
-            let path = target.with_file_name(name);
-            match OpenOptions::new().write(true).create_new(true).open(&path) {
-                Ok(file) => {
-                    return Ok(Partial {
-                        file,
-                        path: Some(path),
-                    });
-                }
-                // Of another process with our id: one that died, or in another pid namespace.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(error) => return Err(io_error(target, "create a file beside it", error)),
-            }
-        }
-    }
-
-    fn finish(mut self, target: &Path) -> Result<(), FileError> {
-        if let Some(path) = &self.path {
-            fs::rename(path, target)
-                .map_err(|error| io_error(target, "move the finished file there", error))?;
-        }
-        self.path = None;
-        Ok(())
-    }
-}
-
-impl Drop for Partial {
-    fn drop(&mut self) {
-        if let Some(path) = &self.path {
-            // Nobody is left to tell: the caller has the error that led here.
-            let _ = fs::remove_file(path);
-        }
-    }
 }
