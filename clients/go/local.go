@@ -169,8 +169,9 @@ func (h *localHost) running(ctx context.Context, arguments, environment []string
 		return h.process, nil
 	}
 	if h.process != nil {
-		// Nobody reads it any more; stderr is still to be quoted.
-		_ = h.process.stdin.Close()
+		// Nobody reads it any more; its clients may still quote the end of its stderr.
+		h.process.last()
+		h.process.close()
 	}
 	process, err := startHost(ctx, arguments, environment)
 	if err != nil {
@@ -194,6 +195,8 @@ type hostProcess struct {
 	stderr *os.File
 	// Closed once the process has ended and nothing is left of it.
 	ended chan struct{}
+	// The end of stderr, once it has ended.
+	last func() string
 }
 
 func startHost(ctx context.Context, arguments, environment []string) (*hostProcess, error) {
@@ -202,6 +205,7 @@ func startHost(ctx context.Context, arguments, environment []string) (*hostProce
 		return nil, err
 	}
 	p := &hostProcess{name: program + " (" + source + ")", ended: make(chan struct{})}
+	p.last = sync.OnceValue(p.tail)
 	p.command = exec.Command(program, append([]string{
 		"serve", "--temporary", "--until-stdin-ends", "--json", "--log-level", "warn"}, arguments...)...)
 	p.command.Env = append(os.Environ(), environment...)
@@ -348,7 +352,7 @@ func (p *hostProcess) how() string {
 	return fmt.Sprintf("ended with exit code %d", p.command.ProcessState.ExitCode())
 }
 
-// tail is the end of what it wrote to stderr.
+// tail is the end of what it has written to stderr.
 func (p *hostProcess) tail() string {
 	info, err := p.stderr.Stat()
 	if err != nil || info.Size() == 0 {
@@ -369,7 +373,7 @@ func (p *hostProcess) epitaph() string {
 	if !p.endsWithin(localDeath) {
 		return ""
 	}
-	return fmt.Sprintf("; the host, %s, %s%s", p.name, p.how(), p.tail())
+	return fmt.Sprintf("; the host, %s, %s%s", p.name, p.how(), p.last())
 }
 
 // hostProgram is the host's program, and where it was found.
