@@ -167,14 +167,15 @@ with_host() do address, host
         end
         @test framed() == before .+ 50 * 320 && Strait.client_stats(s).copied_bytes == own_copies + 50 * 640
         # Fewer rows, views, what lies in a segment.
-        for given in (x[:, 1:2], view(x, 1:3, 2:3), transpose(rand(5, 8)), zeros(8, 0), fill!(zeros(s, Float64, 8, 5), 3))
+        kept = fill!(zeros(s, Float64, 8, 5), 3)
+        for given in (x[:, 1:2], view(x, 1:3, 2:3), transpose(rand(5, 8)), zeros(8, 0), kept)
             y = zeros(size(given))
             @test p(given) == 2 .* given .+ 1 == call!(y, p, given) && p(x) == 2 .* x .+ 1
         end
-        released = zeros(s, Float64, 8, 5)
-        release!(s, released)
-        @test_throws Released p(released)
-        @test (told()["segments"], told()["account"]["connections"]) == (held[1] + 1, held[3] + 1)
+        release!(s, kept)
+        @test_throws Released p(kept)
+        # Nothing more; what a collection frees meanwhile may be less.
+        @test told()["segments"] <= held[1] && told()["account"]["connections"] == held[3] + 1
         # An axis is Julia's own; every type; the kernel's notes.
         for k in 1:2
             prepare(z -> (@test z(x) ≈ zscored(x, k)), s, "zscore", x; axis = k)

@@ -6,7 +6,7 @@ function in_place(f)
         children() = length(split(read("/proc/self/task/$(getpid())/children", String)))
         before = children()
         withenv(() -> f(place), "TMPDIR" => place)
-        for host in values(Strait.LOCAL_HOSTS)
+        for host in Base.values(Strait.LOCAL_HOSTS)
             host.running === nothing && continue
             Strait.end_stdin!(host.running)
             @test Strait.ends_within(host.running, 10.0)
@@ -114,7 +114,7 @@ haskey(ENV, "STRAIT_BIN") && @testset "a host is shared" begin
         write(joinpath(place, "not.wasm"), "not a component")
         says(failing(ENV["STRAIT_BIN"]; plugins = [joinpath(place, "not.wasm")]), "exit code 1", "not.wasm")
 
-        host = only(host.running for host in values(Strait.LOCAL_HOSTS) if host.running !== nothing && host.running.directory == s.directory)
+        host = only(host.running for host in Base.values(Strait.LOCAL_HOSTS) if host.running !== nothing && host.running.directory == s.directory)
         pid = getpid(host.process)
         run(`kill -9 $pid`)
         says(thrown(() -> call(s, "scale-shift", "x"; a = 2), Disconnected), "was ended by signal 9", ENV["STRAIT_BIN"])
