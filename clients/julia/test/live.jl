@@ -156,6 +156,7 @@ with_host() do address, host
     @testset "prepared calls" begin
         told() = stats(s).host
         framed() = (copied = told()["copied"]; (copied["frame_in"], copied["frame_out"]))
+        # Of what the tests before have left some is collected later.
         held = (told()["segments"], told()["leases"], told()["account"]["connections"])
         fds = open_fds()
         p = prepare(s, "scale-shift", zeros(8, 5); a = 2, b = 1)
@@ -211,7 +212,7 @@ with_host() do address, host
         close(p)
         @test_throws Disconnected p(x)
         release!(s, inside)
-        @test soon(() -> (GC.gc(); told()["account"]["connections"] == held[3])) && soon(() -> (GC.gc(); open_fds() == fds))
+        @test soon(() -> (GC.gc(); told()["account"]["connections"] <= held[3])) && soon(() -> (GC.gc(); open_fds() <= fds))
     end
 
     @testset "integers arrive exactly" begin
