@@ -22,7 +22,7 @@ import strait
 from conftest import serve
 from strait import _wire
 from strait._wire import Op
-from test_connection import Caller, open_fds, scripted  # noqa: F401
+from test_connection import Caller, goes_on, open_fds, scripted  # noqa: F401
 from test_interrupt import notebook, spinning  # noqa: F401
 from test_prepared import Lane, sizes
 from test_stream import payload
@@ -45,13 +45,6 @@ class ChannelLane(Lane):
 
     def silent(self):
         return not select.select([self.socket], [], [], 0.05)[0]
-
-    def is_over(self):
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionResetError:
-            # It was closed before a frame of ours was read.
-            return True
 
     def batch(self, number, rows=((1, 2),)):
         self.say(Op.CHUNK, number, data=payload(rows))
@@ -81,12 +74,6 @@ def by_hand(scripted):  # noqa: F811
     reader, lane, _ = read_channel(peer, session, automatic=False)
     yield reader, lane
     lane.socket.close()
-
-
-def goes_on(peer, session):
-    ping = Caller(session.ping)
-    peer.answer(Op.PING, {})
-    return ping.result() is None
 
 
 async def anext_of(reader):

@@ -91,6 +91,12 @@ class Caller(threading.Thread):
         return self.outcome
 
 
+def goes_on(peer, session):
+    ping = Caller(session.ping)
+    peer.answer(Op.PING, {})
+    return ping.result() is None
+
+
 @pytest.fixture
 def scripted():
     """Makes a session whose host is a `Peer`."""

@@ -17,7 +17,7 @@ import strait
 from conftest import serve
 from strait import _dtypes, _wire
 from strait._wire import Op
-from test_connection import Caller, interrupt_main_thread, open_fds, scripted  # noqa: F401
+from test_connection import Caller, goes_on, interrupt_main_thread, open_fds, scripted  # noqa: F401
 from test_interrupt import notebook, spinning  # noqa: F401
 from test_prepared import Lane, orders, sizes
 
@@ -44,12 +44,6 @@ class StreamLane(Lane):
         assert shape[1:] == (2, 0, 0, 0, 0, 0, 0)
         return sequence, np.frombuffer(data, np.float64, 2 * shape[0], 64).reshape(-1, 2)
 
-    def is_over(self):
-        try:
-            return self.socket.recv(1) == b""
-        except ConnectionResetError:
-            # It was closed before a frame of ours was read.
-            return True
 
 
 def prepare_stream(peer, session, told=TOLD, **options):
@@ -68,12 +62,6 @@ def ready(scripted):  # noqa: F811
     stream, lane, _ = prepare_stream(peer, session)
     yield peer, session, stream, lane
     lane.socket.close()
-
-
-def goes_on(peer, session):
-    ping = Caller(session.ping)
-    peer.answer(Op.PING, {})
-    return ping.result() is None
 
 
 def is_ended(stream, error=strait.DisconnectedError):
