@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
-use futures::stream::{self, BoxStream, StreamExt};
+use futures::stream::{BoxStream, StreamExt};
 use strait_memory::Charge;
 use strait_protocol::{self as wire, PreparedInput};
 use strait_tensor::TensorSpec;
@@ -23,7 +23,7 @@ use tonic::Streaming;
 
 use super::call::Call;
 use super::chunks::{Edge, Incoming};
-use super::outbox::{Outbox, Writer};
+use super::outbox::{self, Outbox, Writer};
 use super::refused::{Refused, bad_request, host_bug};
 use super::upload::{Columns, broken_off, read_message, reserved};
 use crate::engine::CancelToken;
@@ -39,17 +39,15 @@ const ROOM_BYTES: u64 = 16 << 20;
 /// Longest cmd.
 const CMD_BYTES_MAX: usize = 64 << 10;
 
-/// The client's side of the answers; what the exchange does ends with it.
-struct Replies {
-    outbox: Arc<Outbox>,
+/// What the exchange does, which ends with its answers.
+struct Doing {
     cancel: CancelToken,
     receiving: tokio::task::AbortHandle,
 }
 
-impl Drop for Replies {
+impl Drop for Doing {
     fn drop(&mut self) {
         self.cancel.cancel();
-        self.outbox.leave();
         self.receiving.abort();
     }
 }
@@ -71,19 +69,7 @@ pub(super) fn start(
     };
     let writer = Writer(Arc::clone(&outbox));
     let receiving = tokio::spawn(exchange.run(place, writer)).abort_handle();
-    let replies = Replies {
-        outbox,
-        cancel,
-        receiving,
-    };
-    let errors = call.clone();
-    let messages = stream::unfold(replies, |replies| async {
-        let next = replies.outbox.next().await?;
-        Some((next, replies))
-    });
-    messages
-        .map(move |message| message.map_err(|status| errors.failed(&status)))
-        .boxed()
+    outbox::replies(call, outbox, Doing { cancel, receiving })
 }
 
 /// The client's messages, as they come.

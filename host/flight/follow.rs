@@ -16,13 +16,12 @@ use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
 use parking_lot::Mutex;
 use rustix::event::{EventfdFlags, PollFlags};
-use strait_memory::Charge;
 use strait_protocol::Header;
 
 use super::batches::Batches;
 use super::call::Call;
 use super::connection::Working;
-use super::outbox::{Offered, Outbox, Writer};
+use super::outbox::{self, Offered, Outbox, Writer};
 use super::refused::host_bug;
 use super::upload::reserved;
 use crate::error::Status;
@@ -124,19 +123,6 @@ impl Consumer for Follower {
     }
 }
 
-/// The client's side; its place is given back with it.
-struct Replies {
-    outbox: Arc<Outbox>,
-    // Among the streams, and of the bytes that are under way.
-    _places: (StreamPermit, Charge),
-}
-
-impl Drop for Replies {
-    fn drop(&mut self) {
-        self.outbox.leave();
-    }
-}
-
 /// The batches of the channel `name`, from the first that nobody has acknowledged on, until it ends.
 ///
 /// # Errors
@@ -155,10 +141,8 @@ pub(super) async fn channel(
     let moved = moved.map_err(|error| Status::no_descriptors(&format!("a read: {error}")))?;
     let moved = Arc::new(moved);
     let outbox = Arc::new(Outbox::told_by(Arc::clone(&moved)));
-    let replies = Replies {
-        outbox: Arc::clone(&outbox),
-        _places: (place, charge),
-    };
+    // Among the streams, and of the bytes that are under way.
+    let replies = outbox::replies(call, Arc::clone(&outbox), (place, charge));
     let follower = Arc::new(Follower {
         call: call.clone(),
         batches,
@@ -170,13 +154,7 @@ pub(super) async fn channel(
     // It may wait a moment for whoever read it before.
     let attached = tokio::task::spawn_blocking(move || channel.attach(follower)).await;
     attached.map_err(|error| host_bug("reading a channel", error))??;
-    let errors = call.clone();
-    let batches = stream::unfold(replies, |replies| async {
-        let next = replies.outbox.next().await?;
-        Some((next, replies))
-    });
-    let batches = batches.map(move |message| message.map_err(|status| errors.failed(&status)));
-    Ok(stream::iter([Ok(schema)]).chain(batches).boxed())
+    Ok(stream::iter([Ok(schema)]).chain(replies).boxed())
 }
 
 /// What GetFlightInfo answers for a channel: one endpoint, which is read while the stream goes on.

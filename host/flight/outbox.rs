@@ -10,9 +10,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrow_flight::FlightData;
+use futures::stream::{self, BoxStream, StreamExt};
 use parking_lot::{Condvar, Mutex};
 use tokio::sync::Notify;
 
+use super::call::Call;
 use super::refused::host_bug;
 use crate::error::Status;
 
@@ -79,6 +81,41 @@ impl Outbox {
         drop(state);
         self.tell();
     }
+}
+
+/// Leaves an outbox.
+struct Left(Arc<Outbox>);
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
+/// Who takes the messages, and what ends with that, before the outbox is left.
+struct Taker<T> {
+    _held: T,
+    outbox: Left,
+}
+
+/// The messages as tonic takes them, errors as those of `call`. `held` is dropped with them.
+pub(super) fn replies<T: Send + 'static>(
+    call: &Call,
+    outbox: Arc<Outbox>,
+    held: T,
+) -> BoxStream<'static, Result<FlightData, tonic::Status>> {
+    let taker = Taker {
+        _held: held,
+        outbox: Left(outbox),
+    };
+    let errors = call.clone();
+    let messages = stream::unfold(taker, |taker| async {
+        let next = taker.outbox.0.next().await?;
+        Some((next, taker))
+    });
+    messages
+        .map(move |message| message.map_err(|status| errors.failed(&status)))
+        .boxed()
 }
 
 impl State {
