@@ -10,7 +10,6 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -116,7 +115,7 @@ struct State {
     /// When something was acknowledged, or a consumer came.
     moved: Instant,
     /// Nobody comes to read it any more.
-    is_ended: bool,
+    is_closed: bool,
 }
 
 impl State {
@@ -260,13 +259,13 @@ pub struct OpenChannel {
     channel: Arc<Channel>,
     host: Arc<Host>,
     key: (u64, String),
-    is_closed: AtomicBool,
 }
 
 impl OpenChannel {
     /// Its name is free again, and nobody comes to read it any more.
     pub fn close(&self) {
-        if !self.is_closed.swap(true, Ordering::Relaxed) {
+        // Once: the name may be another's by now.
+        if !std::mem::replace(&mut self.channel.state.lock().is_closed, true) {
             self.host.channels.0.lock().remove(&self.key);
         }
     }
@@ -274,9 +273,6 @@ impl OpenChannel {
     /// Ends it. Its consumer, if it has one, is told why, or has all there is. Waits a moment for one that is behind.
     pub fn end(&self, status: Option<&Status>) {
         self.close();
-        if std::mem::replace(&mut self.channel.state.lock().is_ended, true) {
-            return;
-        }
         if let Some(status) = status {
             self.channel.fail(status, FAREWELL);
         }
@@ -333,7 +329,7 @@ impl Caller {
                 left: None,
                 is_over: false,
                 moved: Instant::now(),
-                is_ended: false,
+                is_closed: false,
             }),
             came,
         });
@@ -354,7 +350,6 @@ impl Caller {
             channel,
             host: Arc::clone(&self.host),
             key,
-            is_closed: AtomicBool::new(false),
         })
     }
 
@@ -422,7 +417,7 @@ impl Channel {
             }
             parking_lot::MutexGuard::unlocked(&mut state, || std::thread::sleep(LEAVING_LOOK));
         }
-        if state.is_ended {
+        if state.is_closed {
             let name = &self.plan.name;
             let message = format!(
                 "the channel `{name}` has just ended; its next producer's PREPARE opens it again"

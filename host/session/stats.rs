@@ -29,9 +29,7 @@ impl Caller {
         })
         .collect()
     }
-}
 
-impl Caller {
     /// What there is of it, and of the session that it asks on; everything for an operator.
     pub fn stats(&self, session: SessionId) -> wire::Stats {
         self.host.stats_for(Some((session, self)))
