@@ -70,14 +70,7 @@ function read_channel(s::Session, name::AbstractString; automatic::Bool = true, 
     end
 end
 
-function read_channel(f::Function, s::Session, name::AbstractString; options...)
-    reader = read_channel(s, name; options...)
-    try
-        return f(reader)
-    finally
-        close(reader)
-    end
-end
+read_channel(f::Function, s::Session, name::AbstractString; options...) = closing(f, read_channel(s, name; options...))
 
 "Reads what a STREAM was answered; the descriptor is the caller's until it returns."
 function ChannelReader(s::Session, name::String, automatic::Bool, reply::Reply)

@@ -76,14 +76,7 @@ function connect_local(; plugins = String[], settings = Dict{String,Any}(), time
     return session
 end
 
-function connect_local(f::Function; options...)
-    session = connect_local(; options...)
-    try
-        f(session)
-    finally
-        close(session)
-    end
-end
+connect_local(f::Function; options...) = closing(f, connect_local(; options...))
 
 "Settings as the host's environment has them."
 function settings_environment(settings)

@@ -80,14 +80,7 @@ function prepare(s::Session, kernel::AbstractString, inputs...; options::NamedTu
     return prepare_with(s, String(kernel), merge_inputs(found, kernel, inputs, named_inputs), named(kept); options...)
 end
 
-function prepare(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...)
-    prepared = prepare(s, kernel, inputs...; parameters...)
-    try
-        return f(prepared)
-    finally
-        close(prepared)
-    end
-end
+prepare(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...) = closing(f, prepare(s, kernel, inputs...; parameters...))
 
 function prepare_with(s::Session, kernel::String, given::Vector{Pair{String,Any}}, parameters::Vector{Pair{String,Any}}, streams::Bool = false;
     deadline_ms = nothing, limits = nothing, request_id = nothing, channel = nothing)

@@ -42,12 +42,14 @@ Throws [`NoHost`](@ref) if nobody answers.
 """
 connect(; options...) = connect_to(find_directory(); options...)
 connect(address::AbstractString; options...) = connect_to(parse_address(address); options...)
-function connect(f::Function, address...; options...)
-    session = connect(address...; options...)
+connect(f::Function, address...; options...) = closing(f, connect(address...; options...))
+
+"`f(x)`; `x` is closed, whatever comes of that."
+function closing(f, x)
     try
-        f(session)
+        return f(x)
     finally
-        close(session)
+        close(x)
     end
 end
 

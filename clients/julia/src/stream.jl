@@ -53,14 +53,7 @@ function prepare_stream(s::Session, kernel::AbstractString, inputs...; options::
     return PreparedStream(s, kernel, merge_inputs(found, kernel, inputs, named_inputs), named(kept), options)
 end
 
-function prepare_stream(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...)
-    stream = prepare_stream(s, kernel, inputs...; parameters...)
-    try
-        return f(stream)
-    finally
-        close(stream)
-    end
-end
+prepare_stream(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...) = closing(f, prepare_stream(s, kernel, inputs...; parameters...))
 
 function PreparedStream(s::Session, kernel::AbstractString, given::Vector{Pair{String,Any}}, parameters::Vector{Pair{String,Any}}, options::NamedTuple)
     given = Pair{String,Any}[port => stream_input(s, kernel, port, x) for (port, x) in given]

@@ -89,7 +89,7 @@ with_host() do address, host
     end
 
     @testset "what is left early is nowhere" begin
-        fds = open_fds()
+        fds = settled_fds()
         stream(s, "cumsum", [ones(10) for _ in 1:5]; rows = 10) do ys
             for y in ys
                 @test y == 1:10
@@ -97,7 +97,7 @@ with_host() do address, host
                 break
             end
         end
-        @test soon(() -> account()[1] == idle[1]) && open_fds() <= fds
+        @test soon(() -> account()[1] == idle[1]) && open_fds() == fds
         # Without a function it ends when it is garbage.
         apart(() -> for y in stream(s, "cumsum", [ones(10) for _ in 1:5]; rows = 10)
             break

@@ -38,16 +38,6 @@ function runs(pid)
     return split(stat[findlast(')', stat)+1:end])[1] != "Z"
 end
 
-"Whether `done()` within ten seconds."
-function in_time(done)
-    began = time()
-    while time() - began < 10
-        done() && return true
-        sleep(0.02)
-    end
-    return false
-end
-
 @testset "programs that are no host" begin
     ready(protocol) = """echo '{"version": "9.9.9", "protocol": $protocol, "address": "unix:///no/such"}'; exec cat"""
     for (text, parts) in (
@@ -136,7 +126,7 @@ haskey(ENV, "STRAIT_BIN") && @testset "a host ends with its program" begin
             number == 0 ? close(program.in) : kill(program, number)
             wait(program)
             @test success(program) == (number == 0)
-            @test in_time(() -> !runs(pid) && !ispath(directory))
+            @test soon(() -> !runs(pid) && !ispath(directory))
         end
     end
 end

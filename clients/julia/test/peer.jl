@@ -118,3 +118,25 @@ function thrown(f, ::Type{T}) where {T}
     error("nothing was thrown; expected $T")
 end
 says(e, words...) = (text = sprint(showerror, e); all(word -> occursin(word, text), words) || error(text))
+
+"Whether `done()` within ten seconds."
+function soon(done)
+    began = time()
+    while time() - began < 10
+        done() && return true
+        sleep(0.02)
+    end
+    return false
+end
+
+"The descriptors that are open once nothing is left of what the tests before have forgotten."
+function settled_fds()
+    before = -1
+    while true
+        GC.gc()
+        sleep(0.1)
+        now = open_fds()
+        now == before && return now
+        before = now
+    end
+end
