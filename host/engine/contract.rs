@@ -199,11 +199,11 @@ pub(super) fn run(
     }
 }
 
-/// The outputs' true shapes, each within its bound.
+/// The outputs' true shapes, each within its bound. Of output `i` there are `written(i)` rows.
 pub(super) fn extents(
     instance: &mut Instance,
     results: &[Making],
-    chunk: &Chunk<'_>,
+    written: impl Fn(usize) -> u64,
 ) -> Result<Vec<Vec<u64>>, Broken> {
     const STAGE: Stage = Stage::Extents;
     let extents = instance.call(STAGE, |guest, store| guest.call_extents(store))?;
@@ -226,7 +226,7 @@ pub(super) fn extents(
                 )));
             }
             let rows = shape.first().copied().unwrap_or(1);
-            let written = chunk.written(index);
+            let written = written(index);
             if rows != written {
                 return Err(STAGE.broken_contract(format!(
                     "output `{port}` has {rows} rows, its chunk record says that {written} were written"

@@ -91,6 +91,8 @@ pub struct Failed {
     pub stage: Stage,
     /// Why.
     pub cause: Cause,
+    /// Which kernel of a chain it is, from 0 on.
+    pub at: usize,
     /// It took the process with it in which it ran: nothing else can have been what ended that. Nobody is told so by another process.
     #[serde(skip)]
     pub took_process: bool,
@@ -151,6 +153,8 @@ pub enum Cause {
     Lost,
     /// As many streams as there may be are under way in its process.
     Streams(usize),
+    /// It needs more rows at a time than there is room for between the kernels of a chain.
+    Stalled,
 }
 
 /// How a kernel says no.
@@ -283,6 +287,10 @@ impl fmt::Display for Failed {
                 f,
                 "kernel `{kernel}` cannot stream now: {most} streams are under way in its worker process, and no more may be; finish or drop one, or have the operator raise workers.streams"
             ),
+            Cause::Stalled => write!(
+                f,
+                "kernel `{kernel}` needs more rows at a time than there is room for between two kernels"
+            ),
             Cause::Lost => write!(
                 f,
                 "the worker process that ran kernel `{kernel}` ended before it was done; nothing of the invocation is left, ask again"
@@ -364,7 +372,8 @@ impl From<Failed> for Status {
                     .with("limit", most)
             }
             Cause::Memory(status) => Self { message, ..*status },
-            Cause::Host(_) => status(Code::Internal, Reason::Host),
+            // Whoever runs a chain runs its kernels one by one then.
+            Cause::Host(_) | Cause::Stalled => status(Code::Internal, Reason::Host),
             Cause::Streams(most) => {
                 status(Code::ResourceExhausted, Reason::QuotaExceeded).with("limit", most)
             }
@@ -386,6 +395,7 @@ impl Broken {
             kernel: kernel.to_owned(),
             stage: self.stage,
             cause: self.cause,
+            at: 0,
             took_process: false,
         }
     }

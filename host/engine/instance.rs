@@ -232,6 +232,14 @@ impl Instance {
         ranges: Vec<FaultRange>,
         steps: impl FnOnce(&mut Self) -> R,
     ) -> R {
+        self.watch(compiled, ranges);
+        let result = steps(self);
+        self.unwatch();
+        result
+    }
+
+    /// From now on an eye is kept on the read-only windows `ranges`, until [`Self::unwatch`], before they move home.
+    pub(super) fn watch(&mut self, compiled: &Compiled, ranges: Vec<FaultRange>) {
         let (engine, seen) = (self.made.store.engine().clone(), Arc::clone(self.faults()));
         fault::watch(
             &mut self.made.store,
@@ -240,9 +248,11 @@ impl Instance {
             ranges,
             seen,
         );
-        let result = steps(self);
+    }
+
+    /// See [`Self::watch`].
+    pub(super) fn unwatch(&mut self) {
         fault::unwatch(&mut self.made.store);
-        result
     }
 }
 

@@ -110,16 +110,16 @@ pub(super) fn stream(
 }
 
 /// What every state carries.
-struct Call<'a> {
+pub(super) struct Call<'a> {
     engine: &'a Engine,
-    job: &'a Job,
+    pub(super) job: &'a Job,
     supplies: &'a Supplies,
-    compiled: Arc<Compiled>,
-    instance: Instance,
-    copied: Copied,
-    report: Report,
+    pub(super) compiled: Arc<Compiled>,
+    pub(super) instance: Instance,
+    pub(super) copied: Copied,
+    pub(super) report: Report,
     begin: Instant,
-    lap: Instant,
+    pub(super) lap: Instant,
     /// None: nobody is told of them.
     faults_before: Option<u64>,
 }
@@ -199,7 +199,8 @@ impl<'a> Call<'a> {
 /// The guest knows what it is to do, and has said what comes out.
 pub(super) struct Opened<'a> {
     call: Call<'a>,
-    columns: Vec<Column>,
+    /// The outputs.
+    pub(super) columns: Vec<Column>,
 }
 
 impl<'a> Opened<'a> {
@@ -242,22 +243,38 @@ impl<'a> Opened<'a> {
     }
 
     /// The same in the `room` that there is already, if that is enough.
-    fn bind_in(self, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
-        let Self { mut call, columns } = self;
-        let (job, supplies) = (call.job, call.supplies);
+    fn bind_in(mut self, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
+        let (job, supplies) = (self.call.job, self.call.supplies);
+        let columns = std::mem::take(&mut self.columns);
         let results = Making::all(columns, job.inline, &*supplies.results)?;
+        self.bind_with(results, room)
+    }
+
+    /// The same with memory for the results.
+    pub(super) fn bind_with(
+        self,
+        results: Vec<Making>,
+        room: Option<&Range<usize>>,
+    ) -> Result<Bound<'a>, Broken> {
+        let mut call = self.call;
+        let (job, supplies) = (call.job, call.supplies);
         call.report.seconds.open = call.lap();
-        let needs = |place: &TensorPlace, has_pages| placement::Tensor {
+        let needs = |place: &TensorPlace, has_pages, linked| placement::Tensor {
             has_pages,
+            linked,
             offset: place.offset,
             length: place.length,
         };
         let inputs = job.inputs.iter().zip(&supplies.inputs);
         let placement = Placement::new(
-            inputs.map(|(input, source)| needs(&input.place, matches!(source, Source::Segment(_)))),
-            results
-                .iter()
-                .map(|making| needs(making.bound(), making.pages().is_some())),
+            inputs.map(|(input, source)| {
+                let has_pages = matches!(source, Source::Segment(_));
+                needs(&input.place, has_pages, matches!(source, Source::Linked))
+            }),
+            results.iter().map(|making| {
+                let has_pages = making.pages().is_some();
+                needs(making.bound(), has_pages, making.is_linked())
+            }),
             call.engine.config.move_min_bytes,
         );
         let needed = placement.room_bytes();
@@ -280,13 +297,13 @@ impl<'a> Opened<'a> {
 }
 
 /// What lies where in the guest, and how far it has come.
-struct Placed<'a> {
+pub(super) struct Placed<'a> {
     /// For each tensor, inputs first.
-    spots: Vec<Spot>,
+    pub(super) spots: Vec<Spot>,
     /// Guest addresses of all of it.
     room: Range<usize>,
     /// Guest addresses of the chunk records, which lie one after the other.
-    records: Range<usize>,
+    pub(super) records: Range<usize>,
     chunk: Chunk<'a>,
 }
 
@@ -312,7 +329,7 @@ impl<'a> Placed<'a> {
 }
 
 /// The guest knows the addresses; nothing is there yet.
-struct Bound<'a> {
+pub(super) struct Bound<'a> {
     call: Call<'a>,
     placed: Placed<'a>,
     results: Vec<Making>,
@@ -360,7 +377,7 @@ impl<'a> Bound<'a> {
     }
 
     /// Brings the inputs' and results' pages in.
-    fn enter(self) -> Result<Running<'a>, Broken> {
+    pub(super) fn enter(self) -> Result<Running<'a>, Broken> {
         self.enter_with(true)
     }
 
@@ -387,6 +404,8 @@ impl<'a> Bound<'a> {
                         copied.add(into.len() as u64);
                         Ok(())
                     }
+                    // It comes while the kernel runs.
+                    Source::Linked => Ok(()),
                 };
                 call.instance
                     .regions_mut()
@@ -410,10 +429,10 @@ impl<'a> Bound<'a> {
 }
 
 /// The windows are in. Fields drop in this order: the windows go home before the instance ends.
-struct Running<'a> {
-    windows: Windows<'a>,
-    call: Call<'a>,
-    placed: Placed<'a>,
+pub(super) struct Running<'a> {
+    pub(super) windows: Windows<'a>,
+    pub(super) call: Call<'a>,
+    pub(super) placed: Placed<'a>,
 }
 
 impl<'a> Running<'a> {
@@ -458,7 +477,16 @@ impl<'a> Running<'a> {
             steps(instance, placed, results)
         });
         self.call.report.seconds.run = self.call.lap();
-        let written = self.written(&ended);
+        let written = self.written(&ended, &[]);
+        self.home(ended, written)
+    }
+
+    /// Brings the windows home after `run` has `ended`, and the input of that index was `written` to.
+    pub(super) fn home(
+        self,
+        ended: Result<u32, Broken>,
+        written: Option<usize>,
+    ) -> Result<Finished<'a>, Broken> {
         let results = self.windows.home()?;
         let (mut call, placed) = (self.call, self.placed);
         call.instance.regions_mut().leave();
@@ -487,11 +515,16 @@ impl<'a> Running<'a> {
         }
     }
 
-    /// The input that the guest wrote to: by a store that was no trap, or by the one that it trapped at.
-    fn written(&self, ended: &Result<u32, Broken>) -> Option<usize> {
+    /// The input that the guest wrote to: by a store that was no trap, or by the one that it trapped at. Those that are
+    /// `linked` were watched after the windows.
+    pub(super) fn written(
+        &self,
+        ended: &Result<u32, Broken>,
+        linked: &[usize],
+    ) -> Option<usize> {
         let faults = self.call.instance.faults();
         if let Some(index) = faults.written().next() {
-            return Some(self.windows.input(index));
+            return self.windows.input(index, linked);
         }
         match ended {
             Err(broken) if matches!(broken.cause, Cause::Trap { .. }) => {
@@ -502,7 +535,7 @@ impl<'a> Running<'a> {
     }
 
     /// What the host's own maps say at each tensor's address.
-    fn pages(&self) -> Vec<WindowPages> {
+    pub(super) fn pages(&self) -> Vec<WindowPages> {
         let base = self.call.instance.regions().memory().base();
         let inputs = self.call.job.inputs.iter().map(|input| &input.port);
         let outputs = self.windows.results().iter().map(|making| &making.port);
@@ -524,7 +557,7 @@ impl<'a> Running<'a> {
 }
 
 /// The windows are home, and the kernel says that it is done.
-struct Finished<'a> {
+pub(super) struct Finished<'a> {
     call: Call<'a>,
     placed: Placed<'a>,
     results: Vec<Making>,
@@ -538,13 +571,25 @@ impl Finished<'_> {
     }
 
     /// Makes files of the results: all of them, or none.
-    fn publish(self) -> Result<Filled, Broken> {
+    fn publish(mut self) -> Result<Filled, Broken> {
+        let chunk = &self.placed.chunk;
+        let instance = &mut self.call.instance;
+        let shapes = contract::extents(instance, &self.results, |index| chunk.written(index))?;
+        self.publish_as(shapes)
+    }
+
+    /// The same where of output `i` there are `written(i)` rows.
+    pub(super) fn publish_with(mut self, written: impl Fn(usize) -> u64) -> Result<Filled, Broken> {
+        let shapes = contract::extents(&mut self.call.instance, &self.results, written)?;
+        self.publish_as(shapes)
+    }
+
+    fn publish_as(self, shapes: Vec<Vec<u64>>) -> Result<Filled, Broken> {
         let Self {
             mut call,
             placed,
             results,
         } = self;
-        let shapes = contract::extents(&mut call.instance, &results, &placed.chunk)?;
         call.report.notes = contract::notes(&mut call.instance)?;
         let copied_in = call.copied.get();
         let regions = call.instance.regions();
@@ -553,6 +598,7 @@ impl Finished<'_> {
             .into_iter()
             .zip(shapes)
             .zip(spots)
+            .filter(|((making, _), _)| !making.is_linked())
             .map(|((making, shape), spot)| making.finish(shape, *spot, regions, &call.copied))
             .collect::<Result<_, _>>()?;
         let copied_out = call.copied.get() - copied_in;

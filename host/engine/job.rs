@@ -19,7 +19,7 @@ use strait_memory::{Inode, InputSource, PoolSegment, ResultPages, ResultSource, 
 use strait_tensor::{FileLayout, TensorPlace, TensorSpec};
 
 use super::{Cause, Limits, Used};
-use crate::plugin::{KernelRef, Role, Value};
+use crate::plugin::{KernelRef, Port, Role, Value};
 use crate::text;
 
 /// Most notes of one invocation, and longest key or text in bytes.
@@ -90,6 +90,50 @@ pub enum Source<S: ?Sized> {
     Segment(Arc<S>),
     /// Nothing: these are its bytes.
     Inline(FramePart),
+    /// What another kernel of the same [`Chain`] gives.
+    Linked,
+}
+
+/// Kernels of which each takes what others give, row by row as it comes: see `chain.rs`.
+#[derive(Clone, Debug)]
+pub struct Chain {
+    /// Each after all those that it takes from. All of them stream. An input that is linked is as large as what it takes can
+    /// become, at offset 0.
+    pub stages: Vec<Job>,
+    /// What goes from one to others.
+    pub links: Vec<Link>,
+}
+
+impl Chain {
+    /// Outputs that are results.
+    pub(crate) fn leaving(&self) -> impl Iterator<Item = (usize, &Port)> + Clone {
+        let stages = self.stages.iter().enumerate();
+        let outputs = stages.flat_map(|(stage, job)| {
+            let ports = job.kernel.kernel().outputs.iter().enumerate();
+            ports.map(move |(output, port)| ((stage, output), port))
+        });
+        outputs
+            .filter(|(from, _)| !self.links.iter().any(|link| link.from == *from))
+            .map(|((stage, _), port)| (stage, port))
+    }
+
+    /// Whether all kernels are of the same plugin.
+    pub(crate) fn is_of_one_plugin(&self) -> bool {
+        let mut plugins = self.stages.iter().map(|job| job.kernel.plugin.hash);
+        let first = plugins.next();
+        plugins.all(|plugin| Some(plugin) == first)
+    }
+}
+
+/// What one kernel of a chain gives to others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Link {
+    /// (stage, output). That output is no result.
+    pub from: (usize, usize),
+    /// (stage, input), none of them `whole`.
+    pub to: Vec<(usize, usize)>,
+    /// Bytes of the memory between them: whole guest pages, and at least a row.
+    pub bytes: u64,
 }
 
 /// An input that a run of a prepared job brings.
@@ -142,6 +186,7 @@ impl<S: ?Sized> Source<S> {
         let filled = sources.iter().map(|source| match source {
             Self::Segment(segment) => Self::Segment(Arc::clone(segment)),
             Self::Inline(part) => Self::Inline(brought.next().unwrap_or_else(|| part.clone())),
+            Self::Linked => Self::Linked,
         });
         filled.collect()
     }
@@ -328,6 +373,28 @@ pub struct Done {
     pub used: Option<Used>,
 }
 
+/// What a chain leaves where it ran: all outputs that are not linked.
+#[derive(Debug)]
+pub struct ChainFilled {
+    /// Stage by stage, in each kernel's order; those in segments have the pages that the chain was given, in their order.
+    pub outputs: Vec<FilledOutput>,
+    /// What is told of each stage.
+    pub reports: Vec<Report>,
+    /// As in [`Filled`], of each stage.
+    pub used: Vec<Used>,
+}
+
+/// What a chain leaves in the host: all outputs that are not linked.
+#[derive(Debug, Default)]
+pub struct ChainDone {
+    /// Stage by stage, in each kernel's order.
+    pub outputs: Vec<Output>,
+    /// What is told of each stage.
+    pub reports: Vec<Report>,
+    /// As in [`Done`], of each stage.
+    pub used: Vec<Used>,
+}
+
 /// A finished result.
 #[derive(Debug)]
 pub struct Output {
@@ -432,4 +499,11 @@ pub struct Seconds {
     pub move_out: f64,
     /// All of it, without waiting for a worker.
     pub total: f64,
+}
+
+impl Seconds {
+    /// All parts together.
+    pub(super) fn sum(&self) -> f64 {
+        self.instantiate + self.open + self.reserve + self.move_in + self.run + self.move_out
+    }
 }

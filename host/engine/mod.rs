@@ -10,6 +10,7 @@
 //!   │  └ spare         the next one, made while nobody waits
 //!   ├ prepared         a job that is run again and again, bound ahead
 //!   ├ stream           one whose tensors come and go in batches
+//!   ├ chain            several kernels at once, rows going from one to the next ── flow
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -24,6 +25,7 @@ mod abi;
     reason = "a compiled artifact is believed; see the module's doc"
 )]
 mod cache;
+mod chain;
 mod chunk;
 mod compile;
 mod contract;
@@ -31,6 +33,7 @@ mod core_module;
 mod error;
 #[expect(unsafe_code, reason = "signal handler of a store")]
 mod fault;
+mod flow;
 #[expect(unsafe_code, reason = "linear memories on our own reservations")]
 mod guest_memory;
 mod imports;
@@ -75,9 +78,9 @@ pub use compile::compile;
 pub use core_module::keeps_memory_only;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use job::{
-    Brought, CancelToken, Done, Filled, FilledBody, FilledOutput, FramePart, InlineRoom, Input,
-    Job, Means, Output, OutputBody, Owner, Report, Results, Seconds, Source, Supplies, Telling,
-    WindowPages,
+    Brought, CancelToken, Chain, ChainDone, ChainFilled, Done, Filled, FilledBody, FilledOutput,
+    FramePart, InlineRoom, Input, Job, Link, Means, Output, OutputBody, Owner, Report, Results, Seconds,
+    Source, Supplies, Telling, WindowPages,
 };
 pub use limits::Limits;
 pub use panicked::Panic;
@@ -334,6 +337,19 @@ impl Engine {
         let done = run();
         self.running.fetch_sub(1, Ordering::Relaxed);
         done
+    }
+
+    /// Runs several kernels at once on the calling thread, rows going from one to the next.
+    ///
+    /// # Errors
+    /// [`Failed`], of the kernel concerned; nothing is left then, its pages hold anything. [`Cause::Stalled`]: they are to be run one
+    /// after the other.
+    pub fn fill_chain(&self, chain: &Chain, supplies: Supplies) -> Result<ChainFilled, Failed> {
+        self.counted(|| chain::run(self, chain, supplies))
+            .map_err(|(at, broken)| Failed {
+                at,
+                ..broken.of(&chain.stages[at].kernel.kernel().name)
+            })
     }
 
     /// The outputs that an invocation would have, by `open` alone.

@@ -22,6 +22,8 @@ const COPY_ALIGN: usize = 64;
 pub(super) struct Tensor {
     /// Whether it has pages that could be moved.
     pub(super) has_pages: bool,
+    /// Whether there is no other way.
+    pub(super) linked: bool,
     /// Where it starts in its segment: a multiple of [`GUEST_PAGE`] if it moves.
     pub(super) offset: u64,
     /// Its length.
@@ -60,7 +62,9 @@ impl Placement {
         outputs: impl Iterator<Item = Tensor>,
         move_min_bytes: u64,
     ) -> Self {
-        let big = |tensor: &Tensor| tensor.has_pages && tensor.length >= move_min_bytes.max(1);
+        let big = |tensor: &Tensor| {
+            tensor.linked || (tensor.has_pages && tensor.length >= move_min_bytes.max(1))
+        };
         let mut tensors: Vec<_> = inputs
             .enumerate()
             .map(|(index, tensor)| (tensor, big(&tensor) && index < fault::WINDOWS_MAX))
@@ -131,6 +135,7 @@ mod tests {
     fn tensor(offset: usize, length: usize) -> Tensor {
         Tensor {
             has_pages: true,
+            linked: false,
             offset: offset as u64,
             length: length as u64,
         }
@@ -200,6 +205,7 @@ mod tests {
     fn what_cannot_be_placed_is_none_and_asks_for_everything() {
         let huge = Tensor {
             has_pages: true,
+            linked: false,
             offset: 0,
             length: u64::MAX - 1,
         };

@@ -21,6 +21,8 @@ enum Room {
     Pages(FileLayout, ResultPages),
     /// Nothing yet: it will be bytes.
     Inline(TensorPlace),
+    /// It goes to another kernel, and is none.
+    Linked(TensorPlace),
 }
 
 impl Making {
@@ -71,12 +73,29 @@ impl Making {
         Ok(made.collect())
     }
 
+    /// What goes to another kernel of a chain.
+    pub(super) fn linked(column: Column) -> Self {
+        Self {
+            port: column.name.clone(),
+            room: Room::Linked(TensorPlace {
+                name: column.name,
+                spec: column.spec,
+                offset: 0,
+                length: column.reserve_bytes,
+            }),
+        }
+    }
+
+    pub(super) fn is_linked(&self) -> bool {
+        matches!(self.room, Room::Linked(_))
+    }
+
     /// Where the tensor lies, as large as it can become; of one without pages the offset is 0.
     pub(super) fn bound(&self) -> &TensorPlace {
         match &self.room {
             // `plan` made a layout of one column.
             Room::Pages(layout, _) => &layout.tensors[0],
-            Room::Inline(place) => place,
+            Room::Inline(place) | Room::Linked(place) => place,
         }
     }
 
@@ -84,7 +103,7 @@ impl Making {
     pub(super) fn pages(&self) -> Option<&ResultPages> {
         match &self.room {
             Room::Pages(_, pages) => Some(pages),
-            Room::Inline(_) => None,
+            Room::Inline(_) | Room::Linked(_) => None,
         }
     }
 
@@ -106,7 +125,8 @@ impl Making {
         };
         let reserve_bytes = self.bound().length;
         let body = match self.room {
-            Room::Inline(_) => FilledBody::Inline {
+            // Of one that is linked nobody asks.
+            Room::Inline(_) | Room::Linked(_) => FilledBody::Inline {
                 bytes: taken_out(&spec, spot, regions, copied)?,
                 spec,
             },

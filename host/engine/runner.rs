@@ -8,7 +8,7 @@ use strait_memory::{InputSource, LotStats, PoolSegment, ResultPages, ResultSourc
 use strait_tensor::TensorSpec;
 
 use super::job::{
-    Done, FilledBody, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
+    Chain, ChainDone, Done, FilledBody, FilledOutput, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
 };
 use super::prepared::Ready;
 use super::{Cause, Engine, Failed, LoadError, Stage, Used};
@@ -29,6 +29,14 @@ pub trait Runner: std::fmt::Debug + Send + Sync {
     /// # Errors
     /// [`Failed`]; nothing of the invocation is left then.
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed>;
+
+    /// Runs several kernels at once, rows going from one to the next, while the calling thread waits. `means` has the inputs of all
+    /// stages, one after the other.
+    ///
+    /// # Errors
+    /// [`Failed`], of the kernel concerned; nothing of the invocation is left then. [`Cause::Stalled`]: these kernels are to be run one
+    /// after the other.
+    fn chain(&self, chain: &Chain, means: Means) -> Result<ChainDone, Failed>;
 
     /// Makes `job`, whose inputs in frames stand for what each run brings, ready to be run again and again. All results are to be
     /// bytes, for which [`Job::inline`] has room.
@@ -123,6 +131,31 @@ impl Results for Pooled {
     }
 }
 
+impl Pooled {
+    /// What `filled` are, with the segments that they were given. `job`: for the message.
+    fn outputs(&self, filled: Vec<FilledOutput>, job: &Job) -> Result<Vec<Output>, Failed> {
+        let mut segments = std::mem::take(&mut *self.taken.lock()).into_iter();
+        let outputs = filled.into_iter().map(|output| {
+            let body = match output.body {
+                FilledBody::Pages { layout, .. } => OutputBody::Segment {
+                    layout,
+                    segment: segments.next()?,
+                },
+                FilledBody::Inline { spec, bytes } => OutputBody::Inline { spec, bytes },
+            };
+            Some(Output {
+                port: output.port,
+                body,
+            })
+        });
+        let outputs: Option<_> = outputs.collect();
+        outputs.ok_or_else(|| {
+            let lost = Cause::Host("a result has no segment".to_owned());
+            Failed::new(&job.kernel.kernel().name, Stage::Results, lost)
+        })
+    }
+}
+
 impl Means {
     /// For a job that runs in this process, and what will have its results.
     fn here(self) -> (Supplies, Arc<Pooled>) {
@@ -136,6 +169,7 @@ impl Means {
                 .map(|source| match source {
                     Source::Segment(segment) => Source::Segment(segment as Arc<dyn InputSource>),
                     Source::Inline(bytes) => Source::Inline(bytes),
+                    Source::Linked => Source::Linked,
                 })
                 .collect(),
             results: Arc::clone(&pooled) as Arc<dyn Results>,
@@ -154,29 +188,24 @@ impl Runner for Engine {
     fn invoke(&self, job: &Job, means: Means) -> Result<Done, Failed> {
         let (supplies, pooled) = means.here();
         let filled = self.fill(job, &supplies)?;
-        let mut segments = std::mem::take(&mut *pooled.taken.lock()).into_iter();
-        let outputs = filled.outputs.into_iter().map(|output| {
-            let body = match output.body {
-                FilledBody::Pages { layout, .. } => OutputBody::Segment {
-                    layout,
-                    segment: segments.next()?,
-                },
-                FilledBody::Inline { spec, bytes } => OutputBody::Inline { spec, bytes },
-            };
-            Some(Output {
-                port: output.port,
-                body,
-            })
-        });
-        let outputs: Option<_> = outputs.collect();
-        let outputs = outputs.ok_or_else(|| {
-            let lost = Cause::Host("a result has no segment".to_owned());
-            Failed::new(&job.kernel.kernel().name, Stage::Results, lost)
-        })?;
         Ok(Done {
-            outputs,
+            outputs: pooled.outputs(filled.outputs, job)?,
             report: filled.report,
             used: Some(filled.used),
+        })
+    }
+
+    fn chain(&self, chain: &Chain, means: Means) -> Result<ChainDone, Failed> {
+        let (supplies, pooled) = means.here();
+        let filled = self.fill_chain(chain, supplies)?;
+        let outputs = match chain.stages.last() {
+            Some(job) => pooled.outputs(filled.outputs, job)?,
+            None => Vec::new(),
+        };
+        Ok(ChainDone {
+            outputs,
+            reports: filled.reports,
+            used: filled.used,
         })
     }
 

@@ -60,7 +60,9 @@ impl<'e> Windows<'e> {
             }
         }
         for (index, spot) in of_outputs.iter().enumerate() {
-            if let Spot::Window { at, bytes } = *spot {
+            if let Spot::Window { at, bytes } = *spot
+                && !windows.results[index].is_linked()
+            {
                 let making = &windows.results[index];
                 let parked = making
                     .pages()
@@ -83,9 +85,12 @@ impl<'e> Windows<'e> {
             .collect()
     }
 
-    /// The input of the window that is [`Self::read_only`]'s `index`.
-    pub(super) fn input(&self, index: usize) -> usize {
-        self.inputs[index].0
+    /// The input of the window that is [`Self::read_only`]'s `index`, with the `linked` inputs behind those.
+    pub(super) fn input(&self, index: usize, linked: &[usize]) -> Option<usize> {
+        match self.inputs.get(index) {
+            Some((input, _)) => Some(*input),
+            None => linked.get(index - self.inputs.len()).copied(),
+        }
     }
 
     /// The results that are being made.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_bytes::ByteBuf;
-use strait_memory::{MemoryError, PoolSegment};
+use strait_memory::{MemoryError, PoolSegment, SharedSource};
 use strait_tensor::{Column, FileLayout, TensorSpec};
 
 use super::artifact::Artifact;
@@ -109,6 +109,8 @@ pub(super) struct Exchange<'a> {
     /// For its results: those that are granted ahead, until it asks for others.
     segments: Vec<PoolSegment>,
     granted: bool,
+    /// Results of a chain; none: it is one kernel.
+    leaving: Option<usize>,
     /// Why none could be.
     refused: Option<MemoryError>,
     /// Since it was told to run.
@@ -124,6 +126,7 @@ impl<'a> Exchange<'a> {
             grace,
             segments: Vec::new(),
             granted: false,
+            leaving: None,
             refused: None,
             company: None,
         }
@@ -153,18 +156,43 @@ impl<'a> Exchange<'a> {
 
     /// Before the `run` is told: it is among those of the process, which has its plugin, and is told when it is cancelled.
     pub(super) fn join(&mut self, run: u64) -> Result<Telling<'a>, Trouble> {
-        let (job, means) = (self.job, self.means);
-        let plugin = &job.kernel.plugin;
+        let plugin = &self.job.kernel.plugin;
+        self.has(plugin)?;
+        Ok(self.join_as(run, plugin.hash))
+    }
+
+    /// Sees to it that the process has the plugin.
+    pub(super) fn has(&mut self, plugin: &Plugin) -> Result<(), Trouble> {
         if !self.lane.process().has_plugin(&plugin.hash) {
             // The first time here.
             self.load(plugin)?;
-            if let Some(cause) = over(job, &means.cancel, means.deadline) {
+            if let Some(cause) = over(self.job, &self.means.cancel, self.means.deadline) {
                 return Err(Trouble::Own(cause));
             }
         }
+        Ok(())
+    }
+
+    /// As [`Self::join`], of what has the hash `plugin`.
+    pub(super) fn join_as(&mut self, run: u64, plugin: PluginHash) -> Telling<'a> {
         let process = Arc::clone(self.lane.process());
-        self.company = Some(process.join(plugin.hash));
-        Ok(means.cancel.telling(move || process.cancel(run)))
+        self.company = Some(process.join(plugin));
+        self.means.cancel.telling(move || process.cancel(run))
+    }
+
+    /// From now on this is a chain that gives so many results.
+    pub(super) fn set_leaving(&mut self, outputs: usize) {
+        self.leaving = Some(outputs);
+    }
+
+    /// What holds the inputs.
+    pub(super) fn sources(&self) -> &'a [Source<dyn SharedSource>] {
+        &self.means.inputs
+    }
+
+    /// Whether memory for results can still be asked for.
+    pub(super) fn may_need(&self) -> bool {
+        !self.granted
     }
 
     pub(super) fn ask(&mut self, ask: &Ask, fds: &[Arc<OwnedFd>]) -> Result<(), Trouble> {
@@ -197,11 +225,22 @@ impl<'a> Exchange<'a> {
         run: u64,
         open_only: bool,
     ) -> Result<(Run, Vec<Arc<OwnedFd>>), Trouble> {
-        let job = self.job;
+        self.told_of(self.job, &self.means.inputs, run, open_only)
+    }
+
+    /// The same of `job`, whose inputs are in `sources`.
+    pub(super) fn told_of(
+        &self,
+        job: &Job,
+        sources: &[Source<dyn SharedSource>],
+        run: u64,
+        open_only: bool,
+    ) -> Result<(Run, Vec<Arc<OwnedFd>>), Trouble> {
         let keeper = self.lane.process().keeper();
         let (mut inputs, mut fds) = (Vec::new(), Vec::new());
-        for (input, source) in job.inputs.iter().zip(&self.means.inputs) {
+        for (input, source) in job.inputs.iter().zip(sources) {
             let source = match source {
+                Source::Linked => RunSource::Linked,
                 Source::Inline(bytes) => RunSource::Inline(ByteBuf::from(&**bytes)),
                 Source::Segment(source) => {
                     let number = source.number();
@@ -300,11 +339,12 @@ impl<'a> Exchange<'a> {
         (kernel.plugin.hash, kernel.index(), has_inline)
     }
 
-    fn grant(&mut self, bytes: &[u64]) -> Result<(), Trouble> {
+    pub(super) fn grant(&mut self, bytes: &[u64]) -> Result<(), Trouble> {
         self.granted = true;
         self.segments.clear();
         // Fewer than there are outputs if some of them come as bytes.
-        let outputs = self.job.kernel.kernel().outputs.len();
+        let outputs = self.leaving;
+        let outputs = outputs.unwrap_or_else(|| self.job.kernel.kernel().outputs.len());
         let fits = match self.job.inline {
             None => bytes.len() == outputs,
             Some(_) => (1..=outputs).contains(&bytes.len()),
@@ -313,9 +353,10 @@ impl<'a> Exchange<'a> {
             return Err(senseless(format!("it needs {} results", bytes.len())));
         }
         let process = self.lane.process();
-        let mut needs = process.needs().lock();
-        needs.insert(self.kernel(), bytes.to_vec());
-        drop(needs);
+        if self.leaving.is_none() {
+            let mut needs = process.needs().lock();
+            needs.insert(self.kernel(), bytes.to_vec());
+        }
         let process = process.number();
         for bytes in bytes {
             match self.means.results.take_for(process, *bytes) {
@@ -338,15 +379,15 @@ impl<'a> Exchange<'a> {
         Ok(self.lane.ask(&granted, &fds)?)
     }
 
-    /// Believes what the worker says as far as it fits what it was asked.
-    pub(super) fn given(&mut self, ended: Ended, open_only: bool) -> Result<Given, Trouble> {
+    /// Takes note of what the worker says of itself after a run, of which the outcome is left.
+    pub(super) fn noted(&mut self, ended: Ended) -> Result<Outcome, Trouble> {
         let process = Arc::clone(self.lane.process());
         process.set_totals(ended.totals);
         process.set_counts(ended.counts);
         // Now it has them for certain, whichever lane is asked next.
         let numbers = self.means.inputs.iter().filter_map(|source| match source {
             Source::Segment(source) => Some(source.number()),
-            Source::Inline(_) => None,
+            Source::Inline(_) | Source::Linked => None,
         });
         process.add_inputs(numbers);
         for index in ended.gone {
@@ -354,15 +395,22 @@ impl<'a> Exchange<'a> {
                 segment.never_recycle();
             }
         }
-        match ended.outcome {
-            Err(failed) => Err(match self.refused.take() {
-                Some(refused) => refused.into(),
-                None => Trouble::Failed(Failed {
-                    // Which one it was, it need not say.
-                    kernel: self.job.kernel.kernel().name.clone(),
-                    ..failed
-                }),
-            }),
+        ended.outcome.map_err(|failed| match self.refused.take() {
+            Some(refused) => refused.into(),
+            None => Trouble::Failed(failed),
+        })
+    }
+
+    /// Believes what the worker says as far as it fits what it was asked.
+    pub(super) fn given(&mut self, ended: Ended, open_only: bool) -> Result<Given, Trouble> {
+        match self.noted(ended) {
+            // Which one it was, it need not say.
+            Err(Trouble::Failed(failed)) => Err(Trouble::Failed(Failed {
+                kernel: self.job.kernel.kernel().name.clone(),
+                at: 0,
+                ..failed
+            })),
+            Err(trouble) => Err(trouble),
             Ok(Outcome::Specs(specs)) if open_only => {
                 let named = specs.iter().map(|(port, spec)| (port.as_str(), spec));
                 self.declared(named).map_err(senseless)?;
@@ -406,7 +454,7 @@ impl<'a> Exchange<'a> {
             .map_err(|(port, e)| misfit(port, &e))
     }
 
-    fn outputs(&mut self, filled: Vec<Filled>) -> Result<Vec<Output>, Trouble> {
+    pub(super) fn outputs(&mut self, filled: Vec<Filled>) -> Result<Vec<Output>, Trouble> {
         let mut room = self.job.inline;
         let (mut in_segments, mut fits) = (0, true);
         for one in &filled {

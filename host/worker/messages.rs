@@ -6,7 +6,7 @@ use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
 use super::confine::Bounds;
-use crate::engine::{Brought, EngineConfig, Failed, InlineRoom, Input, Limits, LoadError, Report};
+use crate::engine::{Brought, EngineConfig, Failed, InlineRoom, Input, Limits, Link, LoadError, Report};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
 /// How a worker is set up.
@@ -92,6 +92,8 @@ pub(super) enum Ask {
     /// Run a kernel; answered by `Answer::Need`, if it has results, and `Answer::Ended`. Descriptors of those inputs that
     /// come with their bytes are beside it, in order.
     Run(Box<Run>),
+    /// Run a chain of kernels; as `Run`.
+    Chain(Box<RunChain>),
     /// Memory for the results; descriptors of those that are new are beside it, in order.
     Granted(Vec<Grant>),
     /// There is none.
@@ -194,6 +196,14 @@ pub(super) struct Run {
     pub(super) open_only: bool,
 }
 
+/// One invocation of several kernels. See [`crate::engine::Chain`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct RunChain {
+    /// All with one number.
+    pub(super) stages: Vec<Run>,
+    pub(super) links: Vec<Link>,
+}
+
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct RunInput {
     pub(super) port: String,
@@ -212,6 +222,8 @@ pub(super) enum RunSource {
         bytes: Option<u64>,
     },
     Inline(ByteBuf),
+    /// Another kernel of the chain gives it.
+    Linked,
 }
 
 impl RunInput {
@@ -335,6 +347,8 @@ pub(super) struct Ended {
 pub(super) enum Outcome {
     /// In the kernel's order; those without bytes are in the granted segments, in their order.
     Filled(Vec<Filled>, Report),
+    /// Of a chain, stage by stage: its results as in `Filled`, a report of each stage.
+    Chained(Vec<Filled>, Vec<Report>),
     /// Of `open_only`, and of what is prepared.
     Specs(Vec<(String, TensorSpec)>),
     /// Of a stream, when all of its outputs have come: what the kernel had to say.

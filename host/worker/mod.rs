@@ -15,6 +15,7 @@
 
 mod artifact;
 mod calls;
+mod chained;
 mod channel;
 mod compiler;
 mod confine;

@@ -19,7 +19,7 @@ use super::prepared::Prepared;
 use super::program::{Program, Recipe, Role};
 use super::runs::Runs;
 use crate::engine::{
-    Cache, Cause, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody, Owner, Ready,
+    Cache, Cause, Chain, ChainDone, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody, Owner, Ready,
     Runner, RunnerCounts, RunnerProcess, Stage,
 };
 use crate::plugin::Plugin;
@@ -115,6 +115,10 @@ impl Runner for WorkerRunner {
                 Cause::Host("the worker did not run it".to_owned()),
             )),
         }
+    }
+
+    fn chain(&self, chain: &Chain, means: Means) -> Result<ChainDone, Failed> {
+        self.runs.counted(|| self.runs.chain(chain, &means))
     }
 
     fn prepare(self: Arc<Self>, job: Job, means: Means) -> Result<Box<dyn Ready>, Failed> {

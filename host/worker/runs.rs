@@ -9,7 +9,7 @@ use strait_memory::SharedSource;
 use super::channel::ReceiveError;
 use super::crew::{Crew, is_over};
 use super::exchange::{Exchange, Given, Trouble, over};
-use crate::engine::{CancelToken, Cause, Failed, Job, Means, Source, Stage};
+use crate::engine::{CancelToken, Cause, Chain, ChainDone, Failed, Job, Means, Source, Stage};
 
 /// What all runs have in common.
 #[derive(Debug)]
@@ -50,6 +50,33 @@ impl Runs {
         given.map_err(|trouble| failed(job, trouble, was_alone, &means.cancel, means.deadline))
     }
 
+    /// Runs several kernels at once.
+    ///
+    /// # Errors
+    /// [`Failed`].
+    pub(super) fn chain(&self, chain: &Chain, means: &Means) -> Result<ChainDone, Failed> {
+        let Some(job) = chain.stages.first() else {
+            return Ok(ChainDone::default());
+        };
+        let mut was_alone = false;
+        let run = |alone, was_alone: &mut bool| {
+            self.seated(job, means, alone, was_alone, |exchange| {
+                exchange.chained(self.next_number(), chain)
+            })
+        };
+        let given = match run(false, &mut was_alone) {
+            Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(means) => {
+                run(true, &mut was_alone)
+            }
+            given => given,
+        };
+        // Which of several plugins it was is not known.
+        let one = chain.is_of_one_plugin();
+        given.map_err(|trouble| {
+            failed(job, trouble, was_alone && one, &means.cancel, means.deadline)
+        })
+    }
+
     /// `alone`: in a worker that ends after it.
     pub(super) fn run_in(
         &self,
@@ -59,11 +86,24 @@ impl Runs {
         alone: bool,
         was_alone: &mut bool,
     ) -> Result<Given, Trouble> {
+        self.seated(job, means, alone, was_alone, |exchange| {
+            exchange.whole(self.next_number(), open_only)
+        })
+    }
+
+    fn seated<T>(
+        &self,
+        job: &Job,
+        means: &Means,
+        alone: bool,
+        was_alone: &mut bool,
+        run: impl FnOnce(&mut Exchange<'_>) -> Result<T, Trouble>,
+    ) -> Result<T, Trouble> {
         *was_alone = false;
         let seated = self.crew.take(means, alone)?;
         let lane = seated.process().lane();
         let mut exchange = Exchange::new(lane, job, means, self.grace);
-        let given = exchange.whole(self.next_number(), open_only);
+        let given = run(&mut exchange);
         if let Err(Trouble::Lost(lost)) = &given {
             *was_alone = exchange.was_alone();
             // What it would have filled is forgotten with its seat.
@@ -133,7 +173,7 @@ pub(super) fn failed(
 pub(super) fn can_be_repeated(means: &Means) -> bool {
     let is_final = |source: &Source<dyn SharedSource>| match source {
         Source::Segment(source) => source.is_final(),
-        Source::Inline(_) => true,
+        Source::Inline(_) | Source::Linked => true,
     };
     !is_over(means) && means.inputs.iter().all(is_final)
 }

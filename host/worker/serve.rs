@@ -7,6 +7,7 @@
 //!                      └─── run ───▶ Engine::fill ──▶ results: need ──▶ host ──▶ granted
 //! ```
 
+mod chained;
 mod prepared;
 
 use std::collections::{HashMap, HashSet};
@@ -32,7 +33,7 @@ use super::messages::{
 };
 use super::users;
 use crate::engine::{
-    CancelToken, Cause, Engine, Failed, FilledBody, Input, Job, LoadError, Results,
+    CancelToken, Cause, Engine, Failed, FilledBody, FilledOutput, Input, Job, LoadError, Results,
     Source as Supply, Stage, Supplies, Used,
 };
 use crate::plugin::{KernelRef, Plugin, PluginHash};
@@ -231,6 +232,7 @@ impl Worker {
                     (ended, used) = self.run(&lane, *run, fds);
                     Answer::Ended(Box::new(ended))
                 }
+                Ok((Ask::Chain(chain), fds)) => Answer::Ended(Box::new(self.chain(&lane, *chain, fds))),
                 Ok((Ask::Prepare(number, run), fds)) => {
                     match self.prepare(&mut lane.lock(), number, *run, fds) {
                         Ok(()) => continue,
@@ -289,19 +291,30 @@ impl Worker {
         run: Run,
         fds: Vec<OwnedFd>,
     ) -> (Ended, Option<Used>) {
-        let number = run.run;
+        let (number, ahead) = (run.run, run.ahead.clone());
+        self.granted(lane, number, ahead, |cancel, granted| {
+            self.outcome(run, fds, cancel, granted)
+        })
+    }
+
+    /// The end of a `run` with memory for results, and what else that leaves.
+    fn granted<U>(
+        self: &Arc<Self>,
+        lane: &Arc<Mutex<Channel>>,
+        number: u64,
+        ahead: Vec<u64>,
+        run: impl FnOnce(CancelToken, &Arc<Granted>) -> Result<(Outcome, Option<U>), Failed>,
+    ) -> (Ended, Option<U>) {
         let cancel = self.cancels.lock().begin(number);
         let granted = Arc::new(Granted {
             worker: Arc::clone(self),
             lane: Arc::clone(lane),
-            ahead: run.ahead.clone(),
+            ahead,
             grants: Mutex::default(),
         });
         // A bug of ours must not end the lane for the others.
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            self.outcome(run, fds, cancel, &granted)
-        }))
-        .unwrap_or_else(|_| Err(host_failed("it panicked; this is a bug of strait")));
+        let outcome = catch_unwind(AssertUnwindSafe(|| run(cancel, &granted)))
+            .unwrap_or_else(|_| Err(host_failed("it panicked; this is a bug of strait")));
         self.cancels.lock().running.remove(&number);
         let gone = self.keep(&granted, outcome.is_ok());
         let (outcome, used) = match outcome {
@@ -333,7 +346,7 @@ impl Worker {
     fn job(
         &self,
         run: Run,
-        fds: Vec<OwnedFd>,
+        fds: &mut impl Iterator<Item = OwnedFd>,
     ) -> Result<(Job, Vec<Supply<dyn InputSource>>), Failed> {
         let kernel = self
             .plugins
@@ -342,15 +355,15 @@ impl Worker {
             .and_then(|plugin| KernelRef::new(plugin, run.kernel))
             .ok_or_else(|| host_failed("the worker does not have the plugin"))?;
         let failed = |cause: Cause| Failed::new(&kernel.kernel().name, Stage::Place, cause);
-        let mut fds = fds.into_iter();
         let (mut inputs, mut sources) = (Vec::<Input>::new(), Vec::new());
         for input in run.inputs {
             let (input, source) = input.into_parts();
             sources.push(match source {
                 RunSource::Inline(bytes) => Supply::Inline(bytes.into_vec().into()),
+                RunSource::Linked => Supply::Linked,
                 RunSource::Segment { number, bytes } => {
                     let source = self
-                        .source(number, bytes, &mut fds)
+                        .source(number, bytes, fds)
                         .map_err(|error| failed(error.into()))?
                         .ok_or_else(|| {
                             failed(Cause::Host("the worker does not have an input".to_owned()))
@@ -381,7 +394,7 @@ impl Worker {
         granted: &Arc<Granted>,
     ) -> Result<(Outcome, Option<Used>), Failed> {
         let (deadline, open_only) = (deadline(run.left_us), run.open_only);
-        let (job, inputs) = self.job(run, fds)?;
+        let (job, inputs) = self.job(run, &mut fds.into_iter())?;
         let supplies = Supplies {
             inputs,
             results: Arc::clone(granted) as Arc<dyn Results>,
@@ -393,26 +406,7 @@ impl Worker {
             return Ok((Outcome::Specs(specs), None));
         }
         let filled = self.engine.fill(&job, &supplies)?;
-        let outputs = filled.outputs.into_iter().map(|output| {
-            let (spec, body) = match output.body {
-                FilledBody::Pages {
-                    layout,
-                    reserve_bytes,
-                } => (
-                    layout.tensors[0].spec.clone(),
-                    FilledIn::Segment { reserve_bytes },
-                ),
-                FilledBody::Inline { spec, bytes } => {
-                    (spec, FilledIn::Inline(ByteBuf::from(bytes)))
-                }
-            };
-            Filled {
-                port: output.port,
-                spec,
-                body,
-            }
-        });
-        let outcome = Outcome::Filled(outputs.collect(), filled.report);
+        let outcome = Outcome::Filled(told(filled.outputs), filled.report);
         Ok((outcome, Some(filled.used)))
     }
 
@@ -479,6 +473,28 @@ impl Cancels {
             }
         }
     }
+}
+
+/// Results as the host is told of them.
+fn told(outputs: Vec<FilledOutput>) -> Vec<Filled> {
+    let told = |output: FilledOutput| {
+        let (spec, body) = match output.body {
+            FilledBody::Pages {
+                layout,
+                reserve_bytes,
+            } => (
+                layout.tensors[0].spec.clone(),
+                FilledIn::Segment { reserve_bytes },
+            ),
+            FilledBody::Inline { spec, bytes } => (spec, FilledIn::Inline(ByteBuf::from(bytes))),
+        };
+        Filled {
+            port: output.port,
+            spec,
+            body,
+        }
+    };
+    outputs.into_iter().map(told).collect()
 }
 
 /// The memory of one run's results, as the host grants it.

@@ -90,6 +90,11 @@ impl Parked {
         Self::map(segment, range, Access::ReadOnly, charge)
     }
 
+    /// The whole of a link, for one of its readers.
+    pub(crate) fn of_link(segment: &Segment<Open>, charge: Charge) -> Result<Self, ParkError> {
+        Self::map(segment, 0..segment.bytes(), Access::ReadOnly, charge)
+    }
+
     fn map<K>(
         segment: &Segment<K>,
         file: Range<u64>,

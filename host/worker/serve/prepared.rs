@@ -61,7 +61,7 @@ impl Worker {
     ) -> io::Result<()> {
         let (deadline, of_run) = (deadline(run.left_us), run.run);
         let ready = self.cancellable(of_run, |cancel| {
-            let (job, inputs) = self.job(run, fds)?;
+            let (job, inputs) = self.job(run, &mut fds.into_iter())?;
             self.engine.ready(job, inputs, deadline, cancel)
         });
         let ready = match ready {
