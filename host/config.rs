@@ -219,6 +219,8 @@ pub struct EngineSettings {
     pub move_min_bytes: u64,
     /// Rows that a kernel gets at a time if it streams; none: all at once.
     pub chunk_rows: Option<NonZeroU64>,
+    /// Memory between two kernels of a pipeline that run at once, at most 2 MiB; 0: they run one after the other.
+    pub link_bytes: u64,
     /// Check for deadlines and cancels inside kernels that run in the host's own process.
     pub epoch_interruption: bool,
     /// Where compiled plugins are kept; empty: nowhere; none: `strait` in `$XDG_CACHE_HOME` or `~/.cache`.
@@ -234,6 +236,7 @@ impl Default for EngineSettings {
         Self {
             move_min_bytes: 512 << 10,
             chunk_rows: None,
+            link_bytes: 128 << 10,
             epoch_interruption: true,
             cache: None,
             workers: None,

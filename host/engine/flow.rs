@@ -7,8 +7,7 @@
 //! over at its front when all its readers have consumed what is in it; only when none of the stages could go on otherwise, rows that
 //! were not consumed move there.
 
-use std::ops::Range;
-
+use strait_memory::{GUEST_PAGE, LinkPages};
 use strait_tensor::TensorSpec;
 
 use super::chunk::{MOVED_AT, RECORD_BYTES};
@@ -381,16 +380,17 @@ impl Link {
 
 /// Bytes of a link between a stage that gives `spec` and those that take it, of about `asked` bytes; none if a row is too long for
 /// that, or there are no rows.
-pub(super) fn link_bytes(spec: &TensorSpec, asked: Range<u64>, page: u64) -> Option<u64> {
+#[must_use]
+pub fn link_bytes(spec: &TensorSpec, asked: u64) -> Option<u64> {
     /// A link holds as many rows at least, lest each step does next to nothing.
     const ROWS_MIN: u64 = 4;
     let rest = spec.shape.get(1..)?;
     let row = rest
         .iter()
         .try_fold(spec.dtype.size(), |bytes, size| bytes.checked_mul(*size))?;
-    let bytes = row.checked_mul(ROWS_MIN)?.max(asked.start);
-    let bytes = bytes.checked_next_multiple_of(page)?;
-    (bytes <= asked.end).then_some(bytes)
+    let bytes = row.checked_mul(ROWS_MIN)?.max(asked);
+    let bytes = bytes.checked_next_multiple_of(GUEST_PAGE)?;
+    (bytes <= LinkPages::BYTES_MAX).then_some(bytes)
 }
 
 #[cfg(test)]

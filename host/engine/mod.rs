@@ -77,6 +77,7 @@ pub use cache::{ArtifactKey, Cache};
 pub use compile::compile;
 pub use core_module::keeps_memory_only;
 pub use error::{Cause, Failed, Limit, Refusal, Stage};
+pub use flow::link_bytes;
 pub use job::{
     Brought, CancelToken, Chain, ChainDone, ChainFilled, Done, Filled, FilledBody, FilledOutput,
     FramePart, InlineRoom, Input, Job, Link, Means, Output, OutputBody, Owner, Report, Results, Seconds,

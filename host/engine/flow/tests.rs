@@ -315,10 +315,9 @@ fn links_hold_some_rows_or_are_none() {
         dtype: Dtype::Float64,
         shape: shape.to_vec(),
     };
-    let page = 64 << 10;
-    let bytes = |shape: &[u64]| link_bytes(&of(shape), 128 << 10..2 << 20, page);
+    let bytes = |shape: &[u64]| link_bytes(&of(shape), 128 << 10);
     assert_eq!(bytes(&[1 << 20]), Some(128 << 10));
-    assert_eq!(bytes(&[1000, 10_000]), Some(320_000_u64.next_multiple_of(page)));
+    assert_eq!(bytes(&[1000, 10_000]), Some(320_000_u64.next_multiple_of(GUEST_PAGE)));
     assert_eq!(bytes(&[10, 1 << 20]), None);
     assert_eq!(bytes(&[10, u64::MAX]), None);
     assert_eq!(bytes(&[]), None);
