@@ -32,6 +32,7 @@ fn table(workers: &[Worker]) -> String {
         "RUNNING>",
         "RUNS>",
         "AGE>",
+        "WALLS>",
         "LACKS",
     ];
     let rows = workers.iter().map(|worker| {
@@ -50,6 +51,7 @@ fn table(workers: &[Worker]) -> String {
             worker.running.to_string(),
             worker.runs.to_string(),
             indicatif::HumanDuration(age).to_string(),
+            worker.walls.len().to_string(),
             lacks,
         ]
     });

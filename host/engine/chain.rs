@@ -12,6 +12,7 @@ use std::time::Instant;
 
 use strait_memory::{FaultRange, GUEST_PAGE, LinkPages, MemoryError, Parked, Window};
 
+use super::Engine;
 use super::contract::{DONE, MORE};
 use super::error::{Broken, Cause, Stage};
 use super::flow::{Flow, Next, Shift};
@@ -19,7 +20,6 @@ use super::invocation::{Bound, Opened, Running};
 use super::job::{Chain, ChainFilled, Link, Supplies};
 use super::placement::Spot;
 use super::results::Making;
-use super::Engine;
 
 /// What failed, and which stage.
 type At = (usize, Broken);
@@ -52,10 +52,18 @@ pub(super) fn run(engine: &Engine, chain: &Chain, supplies: Supplies) -> Result<
 fn check(chain: &Chain) -> Result<(), String> {
     let port = |(stage, index): (usize, usize), output: bool| {
         let kernel = chain.stages.get(stage)?.kernel.kernel();
-        let ports = if output { &kernel.outputs } else { &kernel.inputs };
+        let ports = if output {
+            &kernel.outputs
+        } else {
+            &kernel.inputs
+        };
         ports.get(index)
     };
-    if let Some(whole) = chain.stages.iter().find(|job| !job.kernel.kernel().streaming) {
+    if let Some(whole) = chain
+        .stages
+        .iter()
+        .find(|job| !job.kernel.kernel().streaming)
+    {
         let kernel = &whole.kernel.kernel().name;
         return Err(format!("kernel `{kernel}` of a chain does not stream"));
     }
@@ -63,9 +71,9 @@ fn check(chain: &Chain) -> Result<(), String> {
         let goes_on = |to: &(usize, usize)| to.0 > link.from.0;
         let takes = |to: &(usize, usize)| port(*to, false).is_some_and(|port| !port.whole);
         let fits = link.bytes.is_multiple_of(GUEST_PAGE) && link.bytes <= LinkPages::BYTES_MAX;
-        let twice = chain.links[..index].iter().any(|other| {
-            other.from == link.from || other.to.iter().any(|to| link.to.contains(to))
-        });
+        let twice = chain.links[..index]
+            .iter()
+            .any(|other| other.from == link.from || other.to.iter().any(|to| link.to.contains(to)));
         if port(link.from, true).is_none()
             || !link.to.iter().all(|to| goes_on(to) && takes(to))
             || !fits
@@ -221,7 +229,8 @@ impl Linked {
     ) -> Result<(), (usize, Result<u32, Broken>)> {
         let Shift { link, from, bytes } = shift;
         // Within a link, which is small.
-        let [from, length] = [from, bytes].map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
+        let [from, length] =
+            [from, bytes].map(|bytes| usize::try_from(bytes).unwrap_or(usize::MAX));
         let (stage, pages) = &mut self.links[link];
         let (stage, moved) = (*stage, pages.bring_forward(from, length));
         moved.map_err(|error| (stage, Err(STAGE.broke(error))))?;

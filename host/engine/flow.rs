@@ -243,7 +243,11 @@ impl Flow {
         } = &self.stages[stage];
         let inputs = inputs.iter().map(|side| match side.link {
             _ if side.whole => [0, side.rows, 0],
-            None => [side.moved, side.rows - side.moved, side.moved * side.row_bytes],
+            None => [
+                side.moved,
+                side.rows - side.moved,
+                side.moved * side.row_bytes,
+            ],
             Some(link) => {
                 let link = &self.links[link];
                 let offset = (side.moved - link.front) * link.row_bytes;
@@ -319,7 +323,10 @@ impl Flow {
                 }
             }
         }
-        debug_assert!(answer == DONE || answer == MORE, "another answer is no step");
+        debug_assert!(
+            answer == DONE || answer == MORE,
+            "another answer is no step"
+        );
         let stage = &mut self.stages[at];
         stage.more = answer == MORE;
         stage.fresh = false;

@@ -517,11 +517,7 @@ impl<'a> Running<'a> {
 
     /// The input that the guest wrote to: by a store that was no trap, or by the one that it trapped at. Those that are
     /// `linked` were watched after the windows.
-    pub(super) fn written(
-        &self,
-        ended: &Result<u32, Broken>,
-        linked: &[usize],
-    ) -> Option<usize> {
+    pub(super) fn written(&self, ended: &Result<u32, Broken>, linked: &[usize]) -> Option<usize> {
         let faults = self.call.instance.faults();
         if let Some(index) = faults.written().next() {
             return self.windows.input(index, linked);

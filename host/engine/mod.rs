@@ -80,8 +80,8 @@ pub use error::{Cause, Failed, Limit, Refusal, Stage};
 pub use flow::link_bytes;
 pub use job::{
     Brought, CancelToken, Chain, ChainDone, ChainFilled, Done, Filled, FilledBody, FilledOutput,
-    FramePart, InlineRoom, Input, Job, Link, Means, Output, OutputBody, Owner, Report, Results, Seconds,
-    Source, Supplies, Telling, WindowPages,
+    FramePart, InlineRoom, Input, Job, Link, Means, Output, OutputBody, Owner, Report, Results,
+    Seconds, Source, Supplies, Telling, WindowPages,
 };
 pub use limits::Limits;
 pub use panicked::Panic;

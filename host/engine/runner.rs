@@ -8,7 +8,8 @@ use strait_memory::{InputSource, LotStats, PoolSegment, ResultPages, ResultSourc
 use strait_tensor::TensorSpec;
 
 use super::job::{
-    Chain, ChainDone, Done, FilledBody, FilledOutput, Job, Means, Output, OutputBody, Owner, Results, Source, Supplies,
+    Chain, ChainDone, Done, FilledBody, FilledOutput, Job, Means, Output, OutputBody, Owner,
+    Results, Source, Supplies,
 };
 use super::prepared::Ready;
 use super::{Cause, Engine, Failed, LoadError, Stage, Used};
@@ -86,6 +87,8 @@ pub struct RunnerProcess {
     pub runs: u64,
     /// How long ago it was started.
     pub age: Duration,
+    /// What stands between it and everything else.
+    pub walls: Vec<&'static str>,
     /// What should stand between it and everything else and does not on this Linux, in words.
     pub lacks: Vec<String>,
 }

@@ -25,6 +25,7 @@ impl Caller {
             running: process.running,
             runs: process.runs,
             age_ms: u64::try_from(process.age.as_millis()).unwrap_or(u64::MAX),
+            walls: process.walls.into_iter().map(str::to_owned).collect(),
             lacks: process.lacks,
         })
         .collect()

@@ -26,6 +26,31 @@ use super::calls;
 /// What a compiler has open, with room to spare.
 const COMPILER_FILES: u64 = 64;
 
+/// What stands around each worker, as far as its Linux does it: what it lacks begins with one of these names.
+const WALLS: [&str; 7] = [
+    "no capabilities",
+    "Landlock",
+    "seccomp",
+    "no core files",
+    "limit of descriptors",
+    "limit of file sizes",
+    "limit of memory",
+];
+/// What stands around that of a host that is root, and of another one.
+const WALLS_OF_ROOT: [&str; 2] = ["a user of its own", "first to go when memory is short"];
+const WALLS_OF_OTHERS: [&str; 1] = ["hidden from its user from its start"];
+
+/// What stands around a worker of a host that `is_root` or not, and that lacks these.
+pub(super) fn standing(lacking: &[String], is_root: bool) -> Vec<&'static str> {
+    let is_lacking = |wall: &&str| lacking.iter().any(|lack| lack.starts_with(wall));
+    let more: &[_] = match is_root {
+        true => &WALLS_OF_ROOT,
+        false => &WALLS_OF_OTHERS,
+    };
+    let walls = WALLS.iter().chain(more);
+    walls.filter(|wall| !is_lacking(wall)).copied().collect()
+}
+
 /// What a process that runs kernels may have at most.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bounds {
@@ -433,6 +458,21 @@ mod tests {
             let text = String::from_utf8_lossy(&process.stdout);
             assert!(!text.contains("it lives"), "{text}");
             assert_eq!(process.status.signal(), Some(libc::SIGSYS), "{who}");
+        }
+    }
+
+    #[test]
+    fn what_a_worker_does_not_lack_stands() {
+        let lacking = ["seccomp: no".to_owned(), "Landlock: no TCP".to_owned()];
+        for is_root in [true, false] {
+            let all = standing(&[], is_root);
+            let left = standing(&lacking, is_root);
+            assert_eq!(left.len(), all.len() - 2);
+            assert!(!left.contains(&"seccomp") && left.contains(&"no core files"));
+            assert_eq!(all.contains(&WALLS_OF_ROOT[0]), is_root);
+        }
+        for (wall, _, _) in limits(WORKER) {
+            assert!(WALLS.contains(&wall), "{wall}");
         }
     }
 

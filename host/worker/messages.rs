@@ -6,7 +6,9 @@ use strait_memory::LotStats;
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
 use super::confine::Bounds;
-use crate::engine::{Brought, EngineConfig, Failed, InlineRoom, Input, Limits, Link, LoadError, Report};
+use crate::engine::{
+    Brought, EngineConfig, Failed, InlineRoom, Input, Limits, Link, LoadError, Report,
+};
 use crate::plugin::{Description, PluginHash, Role, Value};
 
 /// How a worker is set up.

@@ -248,6 +248,10 @@ impl Process {
             number: self.number,
             pid: self.pid,
             age: self.started.elapsed(),
+            walls: confine::standing(
+                self.lacks.get().map_or(&[], Vec::as_slice),
+                rustix::process::geteuid().is_root(),
+            ),
             lacks: self.lacks.get().cloned().unwrap_or_default(),
             ..RunnerProcess::default()
         }

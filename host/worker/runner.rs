@@ -19,8 +19,8 @@ use super::prepared::Prepared;
 use super::program::{Program, Recipe, Role};
 use super::runs::Runs;
 use crate::engine::{
-    Cache, Cause, Chain, ChainDone, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody, Owner, Ready,
-    Runner, RunnerCounts, RunnerProcess, Stage,
+    Cache, Cause, Chain, ChainDone, Done, EngineConfig, Failed, Job, LoadError, Means, OutputBody,
+    Owner, Ready, Runner, RunnerCounts, RunnerProcess, Stage,
 };
 use crate::plugin::Plugin;
 

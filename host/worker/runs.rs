@@ -73,7 +73,13 @@ impl Runs {
         // Which of several plugins it was is not known.
         let one = chain.is_of_one_plugin();
         given.map_err(|trouble| {
-            failed(job, trouble, was_alone && one, &means.cancel, means.deadline)
+            failed(
+                job,
+                trouble,
+                was_alone && one,
+                &means.cancel,
+                means.deadline,
+            )
         })
     }
 

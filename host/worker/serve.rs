@@ -232,7 +232,9 @@ impl Worker {
                     (ended, used) = self.run(&lane, *run, fds);
                     Answer::Ended(Box::new(ended))
                 }
-                Ok((Ask::Chain(chain), fds)) => Answer::Ended(Box::new(self.chain(&lane, *chain, fds))),
+                Ok((Ask::Chain(chain), fds)) => {
+                    Answer::Ended(Box::new(self.chain(&lane, *chain, fds)))
+                }
                 Ok((Ask::Prepare(number, run), fds)) => {
                     match self.prepare(&mut lane.lock(), number, *run, fds) {
                         Ok(()) => continue,

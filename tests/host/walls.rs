@@ -46,7 +46,16 @@ fn a_worker_that_is_root_lacks_a_wall() {
         put(&mut client, "x", 10);
         check_call(&mut client, json!("x"), &ramp(10));
         let workers = client.ok(Op::Workers, json!({}))["workers"].clone();
-        (workers[0]["lacks"].to_string(), host.log())
+        let stands = workers[0]["walls"].as_array().unwrap();
+        let lacks = workers[0]["lacks"].to_string();
+        assert!(stands.contains(&json!("seccomp")), "{workers}");
+        // Each wall is told of once.
+        assert_ne!(
+            stands.contains(&json!(NO_USER)),
+            lacks.contains(NO_USER),
+            "{workers}"
+        );
+        (lacks, host.log())
     };
     let (told, log) = lacks(&[]);
     for told in [told, log] {

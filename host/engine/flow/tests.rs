@@ -99,7 +99,9 @@ fn play(nodes: &[Node], x: &[u64], capacity: &[u64], lazy: &[bool]) -> Option<Ve
             flow.link(capacity[at] * ROW)
         });
         let rows = |input: &Option<usize>| input.map_or(x.len() as u64, |from| bounds[from]);
-        let bound = node.kind.bound(node.inputs.iter().map(rows).min().unwrap_or(0));
+        let bound = node
+            .kind
+            .bound(node.inputs.iter().map(rows).min().unwrap_or(0));
         let inputs: Vec<_> = node
             .inputs
             .iter()
@@ -139,7 +141,10 @@ fn play(nodes: &[Node], x: &[u64], capacity: &[u64], lazy: &[bool]) -> Option<Ve
         let guest = &mut guests[at];
         guest.consumed.resize(node.inputs.len(), Vec::new());
         // As many rows as there are of all, or fewer where the guest takes its time.
-        let there = (0..node.inputs.len()).map(|input| word(input, 8)).min().unwrap_or(0);
+        let there = (0..node.inputs.len())
+            .map(|input| word(input, 8))
+            .min()
+            .unwrap_or(0);
         let mut rows = there;
         if lazy[at] {
             rows = rows.min(1 + step % 3);
@@ -176,7 +181,11 @@ fn play(nodes: &[Node], x: &[u64], capacity: &[u64], lazy: &[bool]) -> Option<Ve
         let moved = took > 0 || !new.is_empty();
         let answer = if left && moved { MORE } else { DONE };
         assert!(!(left && !moved && last), "a guest of ours would lose rows");
-        for (record, moved) in (0..node.inputs.len()).map(|_| took).chain([new.len()]).enumerate() {
+        for (record, moved) in (0..node.inputs.len())
+            .map(|_| took)
+            .chain([new.len()])
+            .enumerate()
+        {
             let to = record * RECORD_BYTES + MOVED_AT;
             records[to..to + 8].copy_from_slice(&(moved as u64).to_le_bytes());
         }
@@ -266,8 +275,14 @@ fn lies_are_told_apart() {
         let mut flow = Flow::new();
         let link = flow.link(4 * ROW);
         let (x, y, of) = (port("x"), port("y"), spec(10));
-        flow.stage([(&x, &of, None)].into_iter(), [(&y, &of, Some(link))].into_iter());
-        flow.stage([(&x, &of, Some(link))].into_iter(), [(&y, &of, None)].into_iter());
+        flow.stage(
+            [(&x, &of, None)].into_iter(),
+            [(&y, &of, Some(link))].into_iter(),
+        );
+        flow.stage(
+            [(&x, &of, Some(link))].into_iter(),
+            [(&y, &of, None)].into_iter(),
+        );
         flow
     };
     let records = |moved: [u64; 2]| {
@@ -297,15 +312,22 @@ fn who_needs_more_than_there_is_room_for_stalls() {
     let mut flow = Flow::new();
     let link = flow.link(4 * ROW);
     let (x, y, of) = (port("x"), port("y"), spec(10));
-    flow.stage([(&x, &of, None)].into_iter(), [(&y, &of, Some(link))].into_iter());
-    flow.stage([(&x, &of, Some(link))].into_iter(), [(&y, &of, None)].into_iter());
+    flow.stage(
+        [(&x, &of, None)].into_iter(),
+        [(&y, &of, Some(link))].into_iter(),
+    );
+    flow.stage(
+        [(&x, &of, Some(link))].into_iter(),
+        [(&y, &of, None)].into_iter(),
+    );
     let mut records = vec![0; 2 * RECORD_BYTES];
     records[MOVED_AT] = 4;
     records[RECORD_BYTES + MOVED_AT] = 4;
     assert_eq!(flow.next(), Next::Run(0));
     flow.step(0, &records, MORE).expect("it did");
     assert_eq!(flow.next(), Next::Run(1));
-    flow.step(1, &vec![0; 2 * RECORD_BYTES], DONE).expect("it waits");
+    flow.step(1, &vec![0; 2 * RECORD_BYTES], DONE)
+        .expect("it waits");
     assert_eq!(flow.next(), Next::Stalled(1));
 }
 
@@ -317,7 +339,10 @@ fn links_hold_some_rows_or_are_none() {
     };
     let bytes = |shape: &[u64]| link_bytes(&of(shape), 128 << 10);
     assert_eq!(bytes(&[1 << 20]), Some(128 << 10));
-    assert_eq!(bytes(&[1000, 10_000]), Some(320_000_u64.next_multiple_of(GUEST_PAGE)));
+    assert_eq!(
+        bytes(&[1000, 10_000]),
+        Some(320_000_u64.next_multiple_of(GUEST_PAGE))
+    );
     assert_eq!(bytes(&[10, 1 << 20]), None);
     assert_eq!(bytes(&[10, u64::MAX]), None);
     assert_eq!(bytes(&[]), None);

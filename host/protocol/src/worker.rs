@@ -17,6 +17,8 @@ pub struct Worker {
     pub runs: u64,
     /// Milliseconds since it was started.
     pub age_ms: u64,
+    /// What confines it.
+    pub walls: Vec<String>,
     /// What of its confinement this Linux does not do, and why.
     pub lacks: Vec<String>,
 }
