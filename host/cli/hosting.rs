@@ -39,12 +39,25 @@ pub(super) fn is_plugin(file: &Path) -> bool {
 
 /// The only plugin of a private host from now on: it may have the name of another one.
 pub(super) fn load_plugin(host: &Arc<Host>, file: &Path) -> Result<Arc<Plugin>, Failure> {
-    let shown = file.display();
-    let bytes = Plugin::read(file)
-        .map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))?;
+    let bytes = read_plugin(file)?;
     host.plugins().clear();
-    host.own_caller().load_plugin(&bytes).map_err(|mut status| {
-        status.message = format!("{shown}: {}", status.message);
+    add_plugin(host, file, &bytes)
+}
+
+/// One more plugin of a private host.
+pub(super) fn load_another(host: &Arc<Host>, file: &Path) -> Result<Arc<Plugin>, Failure> {
+    add_plugin(host, file, &read_plugin(file)?)
+}
+
+fn read_plugin(file: &Path) -> Result<Vec<u8>, Failure> {
+    let shown = file.display();
+    Plugin::read(file)
+        .map_err(|error| Failure::file(&error, format!("{shown}: cannot read it: {error}")))
+}
+
+fn add_plugin(host: &Arc<Host>, file: &Path, bytes: &[u8]) -> Result<Arc<Plugin>, Failure> {
+    host.own_caller().load_plugin(bytes).map_err(|mut status| {
+        status.message = format!("{}: {}", file.display(), status.message);
         status.into()
     })
 }

@@ -6,19 +6,21 @@ use std::time::Duration;
 
 use clap::Args;
 use serde_json::json;
-use strait_client::wire::Note;
-use strait_client::{Flight, Kernel};
+use strait_client::Flight;
+use strait_client::wire::{self, Note};
 
 use super::arguments::{outputs, pair, parameters, unique};
 use super::connection::Connection;
 use super::failure::Failure;
 use super::hosting::{is_plugin, private_host, settings};
-use super::output;
 use super::signature::{describe, of_file};
+use super::{output, pipelines};
+use crate::session::print_pipeline;
 
 #[derive(Debug, Args)]
 pub(super) struct KernelsArgs {
-    /// Only this kernel: KERNEL or PLUGIN/KERNEL; or all kernels of FILE.wasm, without a host.
+    /// Only this kernel: KERNEL or PLUGIN/KERNEL, or a pipeline, whose inputs and outputs are shown; or all kernels of FILE.wasm, without
+    /// a host.
     kernel: Option<String>,
     /// List the standard kernels available to `run`, without a host.
     #[arg(long)]
@@ -29,7 +31,8 @@ pub(super) struct KernelsArgs {
 
 #[derive(Debug, Args)]
 pub(super) struct CallArgs {
-    /// The kernel: KERNEL, or PLUGIN/KERNEL if two plugins have one of that name.
+    /// The kernel: KERNEL, or PLUGIN/KERNEL if two plugins have one of that name; or a pipeline, as "clip(lo=0) | cast(to=int8)", or
+    /// FILE.json with one.
     kernel: String,
     /// The flight for an input port: PORT=NAME, or PORT=NAME#TENSOR if it has several tensors.
     #[arg(long = "input", short, value_name = "PORT=NAME", value_parser = pair)]
@@ -53,28 +56,30 @@ pub(super) struct CallArgs {
     pub(super) connection: Connection,
 }
 
-fn is_meant(kernel: &Kernel, name: &str) -> bool {
-    kernel.name == name || format!("{}/{}", kernel.plugin, kernel.name) == name
-}
-
 pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
     let file = args
         .kernel
         .as_deref()
         .map(Path::new)
         .filter(|file| is_plugin(file));
-    let mut kernels = match file {
+    let asked = args.kernel.as_deref().filter(|_| file.is_none());
+    let pipeline = asked.map(pipelines::pipeline).transpose()?.flatten();
+    let asked = match &pipeline {
+        Some(pipeline) => Some(print_pipeline(pipeline)),
+        None => asked.map(str::to_owned),
+    };
+    let kernels = match file {
         Some(file) => of_file(file)?,
         None if args.local => private_host(settings(None)?)?
-            .plugins()
-            .kernels()
-            .iter()
-            .map(Kernel::from)
+            .own_caller()
+            .kernels(&wire::Kernels {
+                kernel: asked.clone(),
+                ..Default::default()
+            })?
             .collect(),
-        None => args.connection.client()?.kernels(None)?,
+        None => args.connection.client()?.kernels(asked.as_deref())?,
     };
-    if let (Some(name), None) = (&args.kernel, file) {
-        kernels.retain(|kernel| is_meant(kernel, name));
+    if let Some(name) = asked {
         if kernels.is_empty() {
             return Err(Failure::input(
                 "KERNEL_NOT_FOUND",
@@ -97,14 +102,14 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
 
 pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
     let inputs = unique("--input", &args.inputs)?;
+    let pipeline = pipelines::pipeline(&args.kernel)?;
+    let kernel = &pipeline
+        .as_ref()
+        .map_or_else(|| args.kernel.clone(), print_pipeline);
     let client = args.connection.client()?;
-    let kernel = &args.kernel;
     // If there is none, or several, the host says so below.
-    let declared = client
-        .kernels(None)?
-        .into_iter()
-        .find(|declared| is_meant(declared, kernel));
-    let declared = declared.as_ref();
+    let declared = client.kernels(Some(kernel))?;
+    let declared = declared.first();
     let ports: Vec<&str> = declared.map_or_else(Vec::new, |d| {
         d.outputs.iter().map(|p| p.name.as_str()).collect()
     });
@@ -161,6 +166,7 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
             "notes": result.notes,
             "copied_bytes": result.copied_bytes,
             "minor_faults": result.minor_faults,
+            "stages": result.stages,
             "seconds": result.seconds,
             "request_id": result.request_id,
         }));

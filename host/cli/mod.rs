@@ -32,6 +32,7 @@ mod kernels;
 mod limits;
 mod log;
 mod output;
+mod pipelines;
 mod plugins;
 mod progress;
 mod run;

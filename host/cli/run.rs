@@ -2,29 +2,30 @@
 
 use std::collections::BTreeMap;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::Args;
 use serde_json::json;
 use strait_memory::{ReadMapping, WriteMapping};
 use strait_protocol as wire;
-use strait_tensor::{Dtype, NamedTensor, TensorSpec};
+use strait_tensor::{NamedTensor, TensorSpec};
 
 use super::arguments::{file_and_part, outputs, pair, parameters, unique};
 use super::failure::Failure;
-use super::hosting::{is_plugin, load_plugin, private_host, settings};
+use super::hosting::{is_plugin, load_another, load_plugin, private_host, settings};
 use super::inputs;
 use super::progress::Progress;
 use super::staging::{self, Staging};
-use super::{log, output};
+use super::{log, output, pipelines};
 use crate::error::Status;
-use crate::plugin::{CheckError, Kernel, KernelRef};
+use crate::plugin::{Kernel, Plugin};
 use crate::session::{Host, Invoked};
 
 #[derive(Debug, Args)]
 pub(super) struct RunArgs {
-    /// A standard kernel's name, FILE.wasm if it has one kernel, or FILE.wasm#KERNEL.
+    /// A standard kernel's name, FILE.wasm if it has one kernel, or FILE.wasm#KERNEL; or a pipeline of such, as
+    /// "clip(lo=0) | FILE.wasm#KERNEL", or FILE.json with one.
     kernel: String,
     /// An input port's file (.npy, .npz, .safetensors, .csv, .arrow, .feather): PORT=FILE, or PORT=FILE#NAME for one of
     /// its tensors or columns (FILE.csv#A,B or FILE.csv#* for a matrix). FILE - is an Arrow stream on stdin.
@@ -69,8 +70,8 @@ pub(super) fn run(args: &RunArgs) -> Result<(), Failure> {
 }
 
 fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Failure> {
-    let (name, kernel) = find(host, &args.kernel)?;
-    let kernel = kernel.kernel();
+    let (asked, declared) = find(host, &args.kernel)?;
+    let kernel = &declared;
     let ports: Vec<&str> = kernel
         .outputs
         .iter()
@@ -100,11 +101,10 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
         Some(declared.kind.name().to_owned())
     };
     let invoke = wire::Invoke {
-        kernel: name,
         parameters: parameters(&kernel.name, &args.parameters, kind)?,
         inputs: load_all(host, kernel, &args.inputs)?,
         deadline_ms: args.deadline_ms,
-        ..Default::default()
+        ..asked
     };
     let caller = host.own_caller();
     let invoked = caller.invoke_and_wait(invoke, Arc::clone(request_id))?;
@@ -133,6 +133,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             "notes": notes,
             "copied_bytes": invoked.report.copied_bytes,
             "minor_faults": invoked.report.minor_faults,
+            "stages": invoked.stages,
             "seconds": { "instantiate": invoked.report.seconds.instantiate, "run": invoked.report.seconds.run, "total": invoked.report.seconds.total },
             "request_id": &**request_id,
         }));
@@ -146,23 +147,66 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
     output::text(&output::lines(&output::table(&[], rows)))
 }
 
-/// The kernel, and the name by which the host knows it.
-fn find(host: &Arc<Host>, kernel: &str) -> Result<(String, KernelRef), Failure> {
-    let (file, part) = file_and_part(kernel);
-    if !is_plugin(&file) {
-        let found = host.plugins().find(kernel).map_err(Status::from)?;
-        return Ok((kernel.to_owned(), found));
+/// What to ask the host for, and how that declares itself.
+fn find(host: &Arc<Host>, kernel: &str) -> Result<(wire::Invoke, Kernel), Failure> {
+    if let Some(mut pipeline) = pipelines::pipeline(kernel)? {
+        load_stages(host, &mut pipeline)?;
+        let declared = host.own_caller().declared(&pipeline)?;
+        let asked = wire::Invoke {
+            pipeline: Some(pipeline),
+            ..Default::default()
+        };
+        return Ok((asked, declared));
     }
+    let (file, part) = file_and_part(kernel);
+    let kernel = match is_plugin(&file) {
+        true => of_file(host, &file, part.as_deref(), load_plugin)?,
+        false => kernel.to_owned(),
+    };
+    let found = host.plugins().find(&kernel).map_err(Status::from)?;
+    let asked = wire::Invoke {
+        kernel,
+        ..Default::default()
+    };
+    Ok((asked, found.kernel().clone()))
+}
+
+/// Loads the plugins' files that stages name, and gives those stages the names by which the host knows their kernels.
+fn load_stages(host: &Arc<Host>, pipeline: &mut wire::Pipeline) -> Result<(), Failure> {
+    let mut files = Vec::new();
+    for stage in &pipeline.stages {
+        let (file, part) = file_and_part(&stage.kernel);
+        files.push(is_plugin(&file).then_some((file, part)));
+    }
+    if files.iter().all(Option::is_some) {
+        // None of the standard ones is meant: a file may have that plugin's name.
+        host.plugins().clear();
+    }
+    for (stage, file) in pipeline.stages.iter_mut().zip(files) {
+        if let Some((file, part)) = file {
+            stage.kernel = of_file(host, &file, part.as_deref(), load_another)?;
+        }
+    }
+    Ok(())
+}
+
+/// The name of a kernel of a plugin's file, which `load` takes into the host.
+fn of_file(
+    host: &Arc<Host>,
+    file: &Path,
+    part: Option<&str>,
+    load: impl FnOnce(&Arc<Host>, &Path) -> Result<Arc<Plugin>, Failure>,
+) -> Result<String, Failure> {
     let shown = file.display();
-    let plugin = load_plugin(host, &file)?;
+    let plugin = load(host, file)?;
     let names: Vec<&str> = plugin
         .description
         .kernels
         .iter()
         .map(|k| k.name.as_str())
         .collect();
-    let name = match (&part, names.as_slice()) {
-        (Some(part), _) => part.as_str(),
+    let name = match (part, names.as_slice()) {
+        (Some(part), _) => part,
         (None, [only]) => only,
         (None, _) => {
             let message = format!(
@@ -173,10 +217,9 @@ fn find(host: &Arc<Host>, kernel: &str) -> Result<(String, KernelRef), Failure> 
             return Err(Failure::input("AMBIGUOUS_KERNEL", message));
         }
     };
-    let qualified = format!("{}/{name}", plugin.description.name);
-    match host.plugins().find(&qualified) {
-        Ok(found) => Ok((qualified, found)),
-        Err(_) => {
+    match names.contains(&name) {
+        true => Ok(format!("{}/{name}", plugin.description.name)),
+        false => {
             let message = format!(
                 "{shown} has no kernel `{name}`; it has {}",
                 names.join(", ")
@@ -193,16 +236,10 @@ fn load_all(
     inputs: &[(String, String)],
 ) -> Result<BTreeMap<String, wire::Input>, Failure> {
     let inputs = unique("--input", inputs)?;
-    // Before any file is read. What the specs say here does not matter: ports come first.
-    let ports = inputs.keys().map(|port| (port.clone(), ())).collect();
-    let nothing = |(): &()| TensorSpec {
-        dtype: Dtype::Uint8,
-        shape: Vec::new(),
-    };
-    if let Err(error @ CheckError::UnknownInput { .. }) =
-        kernel.check(ports, nothing, &BTreeMap::new())
-    {
-        return Err(Status::from(error).into());
+    // Before any file is read.
+    let is_port = |name: &String| kernel.inputs.iter().any(|port| port.name == *name);
+    if let Some(port) = inputs.keys().find(|name| !is_port(name)) {
+        return Err(Status::from(kernel.unknown_input(port)).into());
     }
     let mut loaded = BTreeMap::new();
     for (port, text) in inputs {

@@ -17,7 +17,7 @@ pub(super) fn of_file(file: &Path) -> Result<Vec<Kernel>, Failure> {
     load_plugin(&host, file)?;
     Ok(host
         .own_caller()
-        .kernels(&wire::Kernels::default())
+        .kernels(&wire::Kernels::default())?
         .collect())
 }
 

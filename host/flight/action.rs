@@ -24,7 +24,7 @@ const ACTIONS: [(&str, &str); 7] = [
     ),
     (
         "describe",
-        "Body: `kernel` or `plugin/kernel`. Result: that kernel in JSON.",
+        "Body: `kernel` or `plugin/kernel`, or a pipeline's text. Result: that kernel in JSON, or the pipeline as if it were one.",
     ),
     (
         "mapping",
@@ -67,10 +67,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
         "kernels" => kernels(caller, &json_or_default(body)?),
-        "describe" => {
-            let found = caller.kernel(text("describe", body)?)?;
-            one(info::json(&wire::Kernel::from(&found))?)
-        }
+        "describe" => one(info::json(&caller.describe(text("describe", body)?)?)?),
         "mapping" => {
             let segment = caller.lookup(text("mapping", body)?)?;
             one(info::mapping(host, &segment)?)
@@ -135,7 +132,7 @@ fn kernels(caller: &Caller, request: &wire::Kernels) -> Result<Vec<ActionResult>
         let body = info::json(&kernel)?;
         Ok(ActionResult { body })
     };
-    caller.kernels(request).map(result).collect()
+    caller.kernels(request)?.map(result).collect()
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.

@@ -225,8 +225,13 @@ pub(super) fn results(
     }
     let segments = || invoked.results.iter().filter_map(InvokedResult::segment);
     let tensors = || segments().flat_map(|segment| segment.tensors());
+    // As GetSchema names them: outputs of a pipeline may be ports of one name.
+    let columns = invoked.results.iter().filter_map(|result| {
+        let tensor = result.segment()?.tensors().first()?;
+        Some((result.port.as_str(), &tensor.spec))
+    });
     Ok(FlightInfo {
-        schema: schema_bytes(tensors().map(|t| (t.name.as_str(), &t.spec)))?,
+        schema: schema_bytes(columns)?,
         flight_descriptor: Some(descriptor),
         ordered: invoked.results.len() == 1 && endpoints.len() > 1,
         endpoint: endpoints,

@@ -118,20 +118,13 @@ impl Kernel {
             .keys()
             .find(|k| self.inputs.iter().all(|p| p.name != **k))
         {
-            return Err(CheckError::UnknownInput {
-                kernel: self.name.clone(),
-                port: port.clone(),
-                known: list(self.inputs.iter().map(|p| p.name.as_str())),
-            });
+            return Err(self.unknown_input(port));
         }
         let mut ordered = Vec::with_capacity(self.inputs.len());
         for port in &self.inputs {
             let input = inputs
                 .remove(&port.name)
-                .ok_or_else(|| CheckError::MissingInput {
-                    kernel: self.name.clone(),
-                    port: port.name.clone(),
-                })?;
+                .ok_or_else(|| self.missing_input(&port.name))?;
             port.fits(&spec(&input))
                 .map_err(|reason| CheckError::BadInput {
                     kernel: self.name.clone(),
@@ -153,6 +146,25 @@ impl Kernel {
             inputs: ordered,
             parameters,
         })
+    }
+
+    /// There is no such input.
+    #[must_use]
+    pub fn unknown_input(&self, port: &str) -> CheckError {
+        CheckError::UnknownInput {
+            kernel: self.name.clone(),
+            port: port.to_owned(),
+            known: list(self.inputs.iter().map(|p| p.name.as_str())),
+        }
+    }
+
+    /// That input is not given.
+    #[must_use]
+    pub fn missing_input(&self, port: &str) -> CheckError {
+        CheckError::MissingInput {
+            kernel: self.name.clone(),
+            port: port.to_owned(),
+        }
     }
 
     /// Holds shapes against the kernel's signature: those of all inputs, in order, and of all outputs or of none yet.

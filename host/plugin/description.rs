@@ -12,7 +12,7 @@ use super::{
 /// Most ports, parameters or kernels that one declaration may list.
 pub const ITEMS_MAX: usize = 256;
 /// Most outputs: each one's descriptor goes beside the reply.
-const OUTPUTS_MAX: usize = 16;
+pub const OUTPUTS_MAX: usize = 16;
 
 /// Whether a description makes sense in itself.
 pub(super) fn check(description: &Description) -> Result<(), String> {

@@ -22,7 +22,7 @@ use sha2::{Digest, Sha256};
 pub use strait_tensor::{Dtype, TensorSpec};
 
 pub use check::{CheckError, Invocable};
-pub use description::ITEMS_MAX;
+pub use description::{ITEMS_MAX, OUTPUTS_MAX};
 pub use number::Number;
 pub use signature::Signature;
 

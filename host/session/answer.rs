@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use strait_memory::Charge;
+use strait_protocol::StageReport;
 use strait_tensor::TensorSpec;
 
 use crate::engine::Report;
@@ -69,6 +70,8 @@ pub struct Invoked {
     pub results: Vec<InvokedResult>,
     /// What is told of it, without the queue.
     pub report: Report,
+    /// What is told of each stage of a pipeline.
+    pub stages: Vec<StageReport>,
     /// Waiting for a worker, in seconds.
     pub queue_seconds: f64,
 }

@@ -27,7 +27,7 @@ pub(super) type Key = (Principal, String);
 #[derive(Debug)]
 pub(super) struct Fingerprint {
     /// The fields as they were sent, by name, each as a hash.
-    fields: [(&'static str, [u8; 32]); 9],
+    fields: [(&'static str, [u8; 32]); 10],
     /// Port to the segment behind the name of its input, where there was one.
     named: BTreeMap<String, SegmentId>,
 }
@@ -73,6 +73,7 @@ impl Fingerprint {
         Self {
             fields: [
                 ("kernel", hash(&invoke.kernel)),
+                ("pipeline", hash(&invoke.pipeline)),
                 ("inputs", hash(&inputs)),
                 ("parameters", hash(&invoke.parameters)),
                 ("publish", hash(&invoke.publish)),

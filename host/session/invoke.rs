@@ -1,6 +1,5 @@
 //! The way of an invocation: prepare, queue, run, publish.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,22 +8,34 @@ use strait_protocol as wire;
 use super::answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBody};
 use super::caller::Caller;
 use super::idempotency::{Fingerprint, Turn};
-use super::prepare::{Checked, Deadline, Framed};
+use super::pipeline::{Asked, Piped, Ran};
+use super::prepare::{Checked, Deadline, Framed, Naming, Resolved};
 use super::run::{Call, Given, Run};
 use super::{Host, check_id};
-use crate::engine::{Done, Output, OutputBody, Used};
+use crate::engine::{CancelToken, Done, InlineRoom, Job, Means, OutputBody, Used};
 use crate::error::{Code, Reason, Status};
-use crate::lease::{Body, Framing};
+
+/// What a request asks to be run.
+enum Work {
+    Kernel(Job, Means),
+    Pipeline(Box<Piped>),
+}
 
 /// What is to become of results.
 struct After {
-    seal: bool,
-    /// Output port to the name that it gets.
-    publish: BTreeMap<String, String>,
-    replace: bool,
+    naming: Naming,
     /// The answer comes with leases and descriptors.
     mapped: bool,
     queue_seconds: f64,
+}
+
+impl Work {
+    fn request_id(&self) -> Arc<str> {
+        Arc::clone(match self {
+            Self::Kernel(job, _) => &job.request_id,
+            Self::Pipeline(piped) => piped.request_id(),
+        })
+    }
 }
 
 /// What else is to know of a run's outcome; none if there is no result.
@@ -69,6 +80,7 @@ impl Caller {
         answer: Answer,
     ) -> Call {
         let begun = self.host.deadline(&invoke).and_then(|deadline| {
+            let asked = Asked::of(&invoke.kernel, invoke.pipeline.clone())?;
             // Before anything is repeated: a repeat, too, is refused what cannot travel to it.
             let room = self.inline_room(framed, &invoke)?;
             let key = invoke.idempotency_key.take();
@@ -79,9 +91,10 @@ impl Caller {
                 deadline,
                 room,
                 key.map(|key| (self.principal().clone(), key)),
+                asked,
             ))
         });
-        let (mut deadline, room, key) = match begun {
+        let (mut deadline, room, key, asked) = match begun {
             Ok(begun) => begun,
             Err(status) => {
                 answer.give(Err(status));
@@ -90,15 +103,16 @@ impl Caller {
         };
         let own = deadline;
         let mapped = framed.is_some() && invoke.map.unwrap_or(true);
+        let name = asked.name(&invoke.kernel);
         let inputs = self.resolve_all(framed, &invoke);
         let (run, call) = match &key {
-            None => Run::begin(&invoke.kernel, answer, own.ms),
+            None => Run::begin(&name, answer, own.ms),
             Some(key) => {
                 let fingerprint = Fingerprint::of(&invoke, &inputs);
                 match self
                     .host
                     .idempotency
-                    .begin(key, fingerprint, &invoke.kernel, own.ms, answer)
+                    .begin(key, fingerprint, &name, own.ms, answer)
                 {
                     Turn::Answered => return Call::answered(),
                     Turn::Joined(run, call) => {
@@ -119,18 +133,12 @@ impl Caller {
             Box::new(move |run, outcome| host.idempotency.finish(&key, run, outcome))
         });
         let ending = Ending { run, keep };
-        match self.check(
-            room,
-            invoke,
-            inputs,
-            deadline,
-            request_id,
-            ending.run.cancel_token(),
-        ) {
+        let ids = (request_id, ending.run.cancel_token());
+        match self.checked(&asked, room, invoke, inputs, deadline, ids) {
             Ok(checked) => {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, own, move |queue_seconds| {
-                    let (result, used) = caller.run(checked, mapped, queue_seconds);
+                    let (result, used) = caller.run(checked, &name, mapped, queue_seconds);
                     (result.map(Arc::new), used)
                 });
             }
@@ -166,34 +174,66 @@ impl Caller {
         request_id: Arc<str>,
         answer: Answer<Outputs>,
     ) -> Call {
-        let deadline = match self.host.deadline(&invoke) {
-            Ok(deadline) => deadline,
+        let begun = self.host.deadline(&invoke).and_then(|deadline| {
+            let asked = Asked::of(&invoke.kernel, invoke.pipeline.clone())?;
+            Ok((deadline, self.inline_room(None, &invoke)?, asked))
+        });
+        let (deadline, room, asked) = match begun {
+            Ok(begun) => begun,
             Err(status) => {
                 answer.give(Err(status));
                 return Call::answered();
             }
         };
-        let (run, call) = Run::begin(&invoke.kernel, answer, deadline.ms);
+        let (run, call) = Run::begin(&asked.name(&invoke.kernel), answer, deadline.ms);
         let inputs = self.resolve_all(None, &invoke);
-        let cancel = run.cancel_token();
+        let ids = (request_id, run.cancel_token());
         let ending = Ending { run, keep: None };
-        let room = self.inline_room(None, &invoke);
-        match room.and_then(|room| self.check(room, invoke, inputs, deadline, request_id, cancel)) {
+        match self.checked(&asked, room, invoke, inputs, deadline, ids) {
             Ok(checked) => {
                 let caller = self.clone();
                 self.queue(ending, deadline, &call, deadline, move |_| {
-                    let Checked { job, means, .. } = checked;
-                    let specs = caller.check_in_service(&job.kernel.plugin).and_then(|()| {
-                        let specs = caller.host.runner.open_only(&job, means);
-                        Ok(specs
-                            .inspect_err(|failed| caller.note_cost(&job.kernel.plugin, failed))?)
-                    });
-                    (specs, None)
+                    (caller.open(checked.work), Vec::new())
                 });
             }
             Err(status) => ending.end(Err(status)),
         }
         call
+    }
+
+    /// Checks a request, whatever it asks for.
+    fn checked(
+        &self,
+        asked: &Asked,
+        room: Option<InlineRoom>,
+        mut invoke: wire::Invoke,
+        inputs: Resolved,
+        deadline: Deadline,
+        (request_id, cancel): (Arc<str>, CancelToken),
+    ) -> Result<Checked<Work>, Status> {
+        match asked {
+            Asked::Kernel => {
+                let checked = self.check(room, invoke, inputs, deadline, request_id, cancel)?;
+                Ok(checked.map(|(job, means)| Work::Kernel(job, means)))
+            }
+            Asked::Pipeline(pipeline) => {
+                let ids = (request_id, cancel);
+                let checked =
+                    self.check_pipeline(pipeline, room, &mut invoke, inputs, deadline, ids)?;
+                Ok(checked.map(|piped| Work::Pipeline(Box::new(piped))))
+            }
+        }
+    }
+
+    fn open(&self, work: Work) -> Result<Outputs, Status> {
+        let (job, means) = match work {
+            Work::Pipeline(piped) => return self.open_pipeline(&piped),
+            Work::Kernel(job, means) => (job, means),
+        };
+        let plugin = &job.kernel.plugin;
+        self.check_in_service(plugin)?;
+        let specs = self.host.runner.open_only(&job, means);
+        Ok(specs.inspect_err(|failed| self.note_cost(plugin, failed))?)
     }
 
     /// Queues `work`, which gets the seconds that it waited, and what it leaves is renewed after the answer. It must be
@@ -204,7 +244,7 @@ impl Caller {
         deadline: Deadline,
         call: &Call,
         own: Deadline,
-        work: impl FnOnce(f64) -> (Result<T, Status>, Option<Used>) + Send + 'static,
+        work: impl FnOnce(f64) -> (Result<T, Status>, Vec<Used>) + Send + 'static,
     ) {
         let workers = self.host.workers.lock();
         let place = match workers.as_ref() {
@@ -229,10 +269,10 @@ impl Caller {
             // `own` is that of the first caller, who may have left others here.
             let (result, used) = match Instant::now() < deadline.at {
                 true => work(begin.elapsed().as_secs_f64()),
-                false => (Err(ending.run.late(false, deadline.ms)), None),
+                false => (Err(ending.run.late(false, deadline.ms)), Vec::new()),
             };
             ending.end(result);
-            if let Some(used) = used {
+            for used in used {
                 runner.renew(used);
             }
         });
@@ -245,98 +285,113 @@ impl Caller {
     /// `mapped`: its answer comes with leases and descriptors.
     fn run(
         &self,
-        checked: Checked,
+        checked: Checked<Work>,
+        name: &str,
         mapped: bool,
         queue_seconds: f64,
-    ) -> (Result<Invoked, Status>, Option<Used>) {
+    ) -> (Result<Invoked, Status>, Vec<Used>) {
         let Checked {
-            job,
-            means,
-            seal,
-            publish,
-            replace,
+            work,
+            naming,
             charge,
         } = checked;
-        let (request_id, kernel) = (&*job.request_id, job.kernel.kernel().name.as_str());
-        let plugin = &job.kernel.plugin;
-        // Others of its calls may have been the last straw while this one waited.
-        let result = self.check_in_service(plugin).and_then(|()| {
-            let done = self.host.runner.invoke(&job, means);
-            done.inspect_err(|failed| self.note_cost(plugin, failed))
-                .map_err(Status::from)
-        });
+        let request_id = work.request_id();
+        let (result, used) = match work {
+            Work::Kernel(job, means) => self.run_kernel(&job, means),
+            Work::Pipeline(piped) => self.run_pipeline(&piped),
+        };
         match &result {
-            Ok(done) => tracing::debug!(
-                request_id,
-                kernel,
-                seconds = done.report.seconds.total,
-                copied_bytes = done.report.copied_bytes,
+            Ok(ran) => tracing::debug!(
+                request_id = &*request_id,
+                kernel = name,
+                seconds = ran.report.seconds.total,
+                copied_bytes = ran.report.copied_bytes,
                 "invocation"
             ),
             Err(status) => tracing::warn!(
-                request_id,
-                kernel,
+                request_id = &*request_id,
+                kernel = name,
                 code = status.code.name(),
                 reason = status.reason.name(),
                 message = status.message,
                 "invocation failed"
             ),
         }
-        // The inputs in the frame went with `means`.
+        // The inputs in the frame went with the work.
         drop(charge);
-        match result {
+        let after = After {
+            naming,
+            mapped,
+            queue_seconds,
+        };
+        let result = result.and_then(|ran| self.keep(ran, name, &after));
+        (result, used)
+    }
+
+    fn run_kernel(&self, job: &Job, means: Means) -> (Result<Ran, Status>, Vec<Used>) {
+        let plugin = &job.kernel.plugin;
+        // Others of its calls may have been the last straw while this one waited.
+        let done = self.check_in_service(plugin).and_then(|()| {
+            let done = self.host.runner.invoke(job, means);
+            Ok(done.inspect_err(|failed| self.note_cost(plugin, failed))?)
+        });
+        match done {
             Ok(mut done) => {
                 let used = done.used.take();
-                let after = After {
-                    seal,
-                    publish,
-                    replace,
-                    mapped,
-                    queue_seconds,
-                };
-                (self.keep(done, kernel, &after), used)
+                (self.ran(done), used.into_iter().collect())
             }
-            Err(status) => (Err(status), None),
+            Err(status) => (Err(status), Vec::new()),
         }
     }
 
-    /// Makes segments of what a run has left, and publishes those that get names: all of them, or none.
-    fn keep(&self, done: Done, kernel: &str, after: &After) -> Result<Invoked, Status> {
-        let mut results = Vec::with_capacity(done.outputs.len());
-        for output in done.outputs {
-            let Output { port, body } = output;
-            let body = match body {
+    /// Makes segments of what a kernel has left.
+    fn ran(&self, done: Done) -> Result<Ran, Status> {
+        let results = done.outputs.into_iter().map(|output| {
+            let body = match output.body {
                 OutputBody::Inline { spec, bytes } => {
                     let charge = self.charge(bytes.len() as u64)?;
                     ResultBody::Inline(spec, Arc::new(InlineBytes::new(bytes, charge)))
                 }
                 OutputBody::Segment { layout, segment } => {
-                    let framing = segment
-                        .is_filled_elsewhere()
-                        .then(|| Framing::from(&layout));
-                    let body = Body::Result(segment);
-                    let live = self.live(body, layout.bytes, layout.tensors, framing)?;
-                    if after.seal {
-                        live.seal().map_err(|error| {
-                            let status = Status::from(error);
-                            let why = &status.message;
-                            let message =
-                                format!("a result of kernel `{kernel}` was not sealed: {why}");
-                            Status { message, ..status }
-                        })?;
-                    }
-                    ResultBody::Segment(live)
+                    ResultBody::Segment(self.live_result(layout, segment)?)
                 }
             };
+            Ok((output.port, body))
+        });
+        Ok(Ran {
+            results: results.collect::<Result<_, Status>>()?,
+            report: done.report,
+            stages: Vec::new(),
+        })
+    }
+
+    /// Seals what a run has left, if that is asked for, and publishes those that get names: all of them, or none.
+    fn keep(&self, ran: Ran, kernel: &str, after: &After) -> Result<Invoked, Status> {
+        let Naming {
+            seal,
+            publish,
+            replace,
+        } = &after.naming;
+        let mut results = Vec::with_capacity(ran.results.len());
+        for (port, body) in ran.results {
+            if let (true, ResultBody::Segment(live)) = (*seal, &body) {
+                live.seal().map_err(|error| {
+                    let status = Status::from(error);
+                    let why = &status.message;
+                    let message = format!("a result of kernel `{kernel}` was not sealed: {why}");
+                    Status { message, ..status }
+                })?;
+            }
             results.push(InvokedResult {
                 body,
-                name: after.publish.get(&port).cloned(),
+                name: publish.get(&port).cloned(),
                 port,
             });
         }
         let invoked = Invoked {
             results,
-            report: done.report,
+            report: ran.report,
+            stages: ran.stages,
             queue_seconds: after.queue_seconds,
         };
         self.host.check_reply(&invoked, kernel)?;
@@ -349,7 +404,7 @@ impl Caller {
             .iter()
             .filter_map(|result| Some((result.segment()?, result.name.as_deref()?)))
             .collect();
-        self.publish_all(&named, after.replace)?;
+        self.publish_all(&named, *replace)?;
         Ok(invoked)
     }
 }
@@ -394,6 +449,7 @@ impl Host {
         if 6 * notes.sum::<usize>()
             + 2048 * invoked.results.len()
             + 256 * invoked.report.pages.len()
+            + 512 * invoked.stages.len()
             < most / 2
         {
             return Ok(());

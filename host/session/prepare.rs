@@ -14,17 +14,26 @@ use super::flights::{check_name, name_taken};
 use crate::engine::{CancelToken, FramePart, InlineRoom, Input, Job, Limits, Means, Owner, Source};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SessionId};
-use crate::plugin::{ITEMS_MAX, Plugin};
+use crate::plugin::{ITEMS_MAX, Kernel, Plugin};
 
 /// What the inputs of a request stand for, by port.
 pub(super) type Resolved = BTreeMap<String, Result<(Found, TensorPlace), Status>>;
 
 /// What an input is in.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) enum Found {
     Segment(Arc<LiveSegment>),
-    /// The request's frame.
+    /// The request's frame, or bytes that a stage of a pipeline gave.
     Inline(FramePart),
+}
+
+impl Found {
+    pub(super) fn into_source(self) -> Source<dyn SharedSource> {
+        match self {
+            Self::Segment(segment) => Source::Segment(segment as Arc<dyn SharedSource>),
+            Self::Inline(bytes) => Source::Inline(bytes),
+        }
+    }
 }
 
 /// What a connection to the data socket gives a request beside its JSON.
@@ -47,15 +56,31 @@ pub(super) struct Deadline {
 
 /// A request whose arguments have been checked.
 #[derive(Debug)]
-pub(super) struct Checked {
-    pub(super) job: Job,
-    pub(super) means: Means,
+pub(super) struct Checked<W = (Job, Means)> {
+    /// What is to run.
+    pub(super) work: W,
+    pub(super) naming: Naming,
+    /// Of the bytes of its inline inputs.
+    pub(super) charge: Option<Charge>,
+}
+
+impl<W> Checked<W> {
+    pub(super) fn map<T>(self, work: impl FnOnce(W) -> T) -> Checked<T> {
+        Checked {
+            work: work(self.work),
+            naming: self.naming,
+            charge: self.charge,
+        }
+    }
+}
+
+/// What is to become of results.
+#[derive(Debug)]
+pub(super) struct Naming {
     pub(super) seal: bool,
     /// Output port to the name that it gets.
     pub(super) publish: BTreeMap<String, String>,
     pub(super) replace: bool,
-    /// Of the bytes of its inline inputs.
-    pub(super) charge: Option<Charge>,
 }
 
 impl Host {
@@ -177,7 +202,7 @@ impl Caller {
     pub(super) fn check(
         &self,
         inline: Option<InlineRoom>,
-        invoke: wire::Invoke,
+        mut invoke: wire::Invoke,
         resolved: Resolved,
         deadline: Deadline,
         request_id: Arc<str>,
@@ -187,67 +212,36 @@ impl Caller {
         let kernel = self.kernel(&invoke.kernel)?;
         let declared = kernel.kernel();
         self.check_in_service(&kernel.plugin)?;
-        if !invoke.publish.is_empty() {
-            self.check_put()?;
-        }
+        self.check_publisher(&invoke)?;
         let mut inputs = BTreeMap::new();
         for (port, input) in resolved {
             inputs.insert(port, input?);
         }
         let checked =
             declared.check(inputs, |(_, place)| place.spec.clone(), &invoke.parameters)?;
-        declared.check_outputs(invoke.publish.keys().map(String::as_str))?;
-        for (port, name) in &invoke.publish {
-            check_name(name)?;
-            if invoke
-                .publish
-                .iter()
-                .any(|(other, n)| other != port && n == name)
-            {
-                return Err(Status::new(
-                    Code::InvalidArgument,
-                    Reason::BadName,
-                    format!("two outputs would be published as `{name}`"),
-                ));
-            }
-            // Told before the run, not after it; `publish` itself decides in the end.
-            if !invoke.replace && self.has_flight(name) {
-                return Err(name_taken(name));
-            }
-        }
+        let naming = self.naming(&mut invoke, declared)?;
         let limits = tightened(
             self.host.config.limits.limits(),
             invoke.limits.unwrap_or_default(),
         )?;
-        let mut in_frame = 0;
+        let charge = self.charge_framed(checked.inputs.iter())?;
         let (inputs, sources) = declared
             .inputs
             .iter()
             .zip(checked.inputs)
             .map(|(port, (found, place))| {
-                let source = match found {
-                    Found::Segment(segment) => Source::Segment(segment as Arc<dyn SharedSource>),
-                    Found::Inline(bytes) => {
-                        in_frame += place.length;
-                        Source::Inline(bytes)
-                    }
-                };
                 let input = Input {
                     port: port.name.clone(),
                     role: port.role,
                     place,
                 };
-                (input, source)
+                (input, found.into_source())
             })
             .unzip();
-        let charge = match in_frame {
-            0 => None,
-            bytes => Some(self.charge(bytes)?),
-        };
         let means = Means {
             owner: Owner(self.account.number()),
             inputs: sources,
-            results: self.result_source(&kernel.plugin, invoke.seal),
+            results: self.result_source(&kernel.plugin, naming.seal),
             deadline: deadline.at,
             cancel,
         };
@@ -262,13 +256,59 @@ impl Caller {
             kernel,
         };
         Ok(Checked {
-            job,
-            means,
-            seal: invoke.seal,
-            publish: invoke.publish,
-            replace: invoke.replace,
+            work: (job, means),
+            naming,
             charge,
         })
+    }
+
+    /// Whether it may give results names, if it wants to.
+    pub(super) fn check_publisher(&self, invoke: &wire::Invoke) -> Result<(), Status> {
+        match invoke.publish.is_empty() {
+            true => Ok(()),
+            false => self.check_put(),
+        }
+    }
+
+    /// What is to become of the results of what declares itself so.
+    pub(super) fn naming(
+        &self,
+        invoke: &mut wire::Invoke,
+        declared: &Kernel,
+    ) -> Result<Naming, Status> {
+        let publish = std::mem::take(&mut invoke.publish);
+        declared.check_outputs(publish.keys().map(String::as_str))?;
+        for (port, name) in &publish {
+            check_name(name)?;
+            if publish.iter().any(|(other, n)| other != port && n == name) {
+                return Err(Status::new(
+                    Code::InvalidArgument,
+                    Reason::BadName,
+                    format!("two outputs would be published as `{name}`"),
+                ));
+            }
+            // Told before the run, not after it; `publish` itself decides in the end.
+            if !invoke.replace && self.has_flight(name) {
+                return Err(name_taken(name));
+            }
+        }
+        Ok(Naming {
+            seal: invoke.seal,
+            publish,
+            replace: invoke.replace,
+        })
+    }
+
+    /// Memory of the host for those inputs that came in a frame.
+    pub(super) fn charge_framed<'a>(
+        &self,
+        inputs: impl Iterator<Item = &'a (Found, TensorPlace)>,
+    ) -> Result<Option<Charge>, Status> {
+        let framed = inputs.filter(|(found, _)| matches!(found, Found::Inline(_)));
+        match framed.map(|(_, place)| place.length).sum() {
+            0 => Ok(None),
+            bytes => Ok(Some(self.charge(bytes)?)),
+        }
     }
 
     /// Memory of the host for tensors in frames.
@@ -279,7 +319,7 @@ impl Caller {
 
     /// Where the results of `plugin` for this principal come from. What an earlier one left in their pages is for
     /// the same two only.
-    fn result_source(&self, plugin: &Plugin, seal: bool) -> ResultSource {
+    pub(super) fn result_source(&self, plugin: &Plugin, seal: bool) -> ResultSource {
         let (pool, budget) = (&self.host.pool, Arc::clone(self.account.segments()));
         if seal {
             return ResultSource::sealable(pool, budget);
@@ -386,7 +426,7 @@ fn bad_limit(name: &str, asked: u64, limit: u64) -> Status {
     .with("limit", limit)
 }
 
-fn tightened(host: Limits, asked: wire::Limits) -> Result<Limits, Status> {
+pub(super) fn tightened(host: Limits, asked: wire::Limits) -> Result<Limits, Status> {
     let one = |name, host: u64, asked: Option<u64>| match asked {
         Some(asked) if asked > host => Err(bad_limit(name, asked, host)),
         Some(asked) => Ok(asked),

@@ -160,10 +160,11 @@ impl Caller {
         };
         let checked = self.check(Some(inline), invoke, resolved, deadline, request_id, cancel)?;
         let places = checked
-            .job
+            .work
+            .0
             .inputs
             .iter()
-            .zip(&checked.means.inputs)
+            .zip(&checked.work.1.inputs)
             .filter(|(_, source)| source.is_inline())
             .map(|(input, _)| &input.place);
         let (inputs, request_bytes) = placed(places)?;
@@ -235,7 +236,9 @@ impl Preparing {
             in_frames,
         } = self;
         let Checked {
-            job, means, charge, ..
+            work: (job, means),
+            charge,
+            ..
         } = checked;
         let kernel = job.kernel.clone();
         let (name, plugin) = (&kernel.kernel().name, &kernel.plugin);

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
-use strait_memory::{Adopted, Copied, Growing, MemoryError, Open, Segment};
+use strait_memory::{Adopted, Copied, Growing, MemoryError, Open, PoolSegment, Segment};
 use strait_protocol as wire;
 use strait_tensor::{Column, FileLayout, TensorPlace};
 
@@ -247,6 +247,19 @@ impl Caller {
         .map_err(no_random)?;
         self.host.leases.register(&segment);
         Ok(segment)
+    }
+
+    /// A result that lies in `segment` as `layout` says.
+    pub(super) fn live_result(
+        &self,
+        layout: FileLayout,
+        segment: PoolSegment,
+    ) -> Result<Arc<LiveSegment>, Status> {
+        let framing = segment
+            .is_filled_elsewhere()
+            .then(|| Framing::from(&layout));
+        let body = Body::Result(segment);
+        self.live(body, layout.bytes, layout.tensors, framing)
     }
 }
 

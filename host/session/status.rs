@@ -3,6 +3,7 @@
 use strait_memory::{AdoptError, MemoryError};
 use strait_tensor::LayoutError;
 
+use super::pipeline::PipelineError;
 use super::queue::QueueFull;
 use super::state::WrongState;
 use crate::engine::LoadError;
@@ -86,6 +87,20 @@ impl From<QueueFull> for Status {
             QueueFull::Quota { .. } => Reason::QuotaExceeded,
         };
         Self::new(Code::ResourceExhausted, reason, error.to_string())
+    }
+}
+
+impl From<PipelineError> for Status {
+    fn from(error: PipelineError) -> Self {
+        let code = Code::InvalidArgument;
+        let status = Self::new(code, Reason::BadPipeline, error.to_string());
+        match error {
+            PipelineError::Text { at, .. } => status.with("character", at),
+            PipelineError::Graph(_) => status,
+            PipelineError::Stage { number, kernel, .. } => {
+                status.with("stage", number).with("kernel", kernel)
+            }
+        }
     }
 }
 

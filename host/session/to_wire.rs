@@ -2,78 +2,130 @@
 
 use strait_protocol as wire;
 
+use super::pipeline::{self, Asked};
 use super::{Caller, Invoked};
 use crate::engine::Report;
-use crate::plugin::{Combine, KernelRef, Number, Port, Role, Value};
+use crate::error::Status;
+use crate::plugin::{Combine, Description, Kernel, KernelRef, Number, Port, Role, Value};
 
 impl From<&KernelRef> for wire::Kernel {
     fn from(found: &KernelRef) -> Self {
-        let port = |p: &Port| wire::Port {
-            name: p.name.clone(),
-            dtypes: p.dtypes.clone(),
-            rank_min: p.rank_min,
-            rank_max: p.rank_max,
-            role: match p.role {
-                Role::Data => "data".to_owned(),
-                Role::Mask => "mask".to_owned(),
-            },
-            whole: p.whole,
-            doc: p.doc.clone(),
-        };
-        let kernel = found.kernel();
-        Self {
-            name: kernel.name.clone(),
-            plugin: found.plugin.description.name.clone(),
-            version: found.plugin.description.version.clone(),
-            doc: kernel.doc.clone(),
-            inputs: kernel.inputs.iter().map(port).collect(),
-            outputs: kernel.outputs.iter().map(port).collect(),
-            parameters: kernel
-                .parameters
-                .iter()
-                .map(|p| wire::Parameter {
-                    name: p.name.clone(),
-                    kind: p.kind.name().to_owned(),
-                    default: p.default.as_ref().map(Value::to_json),
-                    minimum: p.minimum.and_then(Number::to_json_number),
-                    maximum: p.maximum.and_then(Number::to_json_number),
-                    choices: p.choices.clone(),
-                    doc: p.doc.clone(),
-                })
-                .collect(),
-            signature: kernel.signature.as_ref().map(ToString::to_string),
-            split_axis: kernel.split_axis,
-            combine: kernel.combine.name().to_owned(),
-            block_tree: match &kernel.combine {
-                Combine::Tree(tree) => Some(wire::BlockTree {
-                    block_rows: tree.block_rows,
-                    partials: tree.partials.clone(),
-                    merge: tree.merge.clone(),
-                }),
-                Combine::None | Combine::Concatenate => None,
-            },
-            streaming: kernel.streaming,
-            in_place: kernel.in_place,
-        }
+        let Description { name, version, .. } = &found.plugin.description;
+        kernel(name, version, found.kernel())
+    }
+}
+
+/// A kernel of that plugin and version, or what is declared as if it were one.
+fn kernel(plugin: &str, version: &str, kernel: &Kernel) -> wire::Kernel {
+    let port = |p: &Port| wire::Port {
+        name: p.name.clone(),
+        dtypes: p.dtypes.clone(),
+        rank_min: p.rank_min,
+        rank_max: p.rank_max,
+        role: match p.role {
+            Role::Data => "data".to_owned(),
+            Role::Mask => "mask".to_owned(),
+        },
+        whole: p.whole,
+        doc: p.doc.clone(),
+    };
+    wire::Kernel {
+        name: kernel.name.clone(),
+        plugin: plugin.to_owned(),
+        version: version.to_owned(),
+        doc: kernel.doc.clone(),
+        inputs: kernel.inputs.iter().map(port).collect(),
+        outputs: kernel.outputs.iter().map(port).collect(),
+        parameters: kernel
+            .parameters
+            .iter()
+            .map(|p| wire::Parameter {
+                name: p.name.clone(),
+                kind: p.kind.name().to_owned(),
+                default: p.default.as_ref().map(Value::to_json),
+                minimum: p.minimum.and_then(Number::to_json_number),
+                maximum: p.maximum.and_then(Number::to_json_number),
+                choices: p.choices.clone(),
+                doc: p.doc.clone(),
+            })
+            .collect(),
+        signature: kernel.signature.as_ref().map(ToString::to_string),
+        split_axis: kernel.split_axis,
+        combine: kernel.combine.name().to_owned(),
+        block_tree: match &kernel.combine {
+            Combine::Tree(tree) => Some(wire::BlockTree {
+                block_rows: tree.block_rows,
+                partials: tree.partials.clone(),
+                merge: tree.merge.clone(),
+            }),
+            Combine::None | Combine::Concatenate => None,
+        },
+        streaming: kernel.streaming,
+        in_place: kernel.in_place,
     }
 }
 
 impl Caller {
-    /// The kernels that a listing asks for and that it may run, sorted by plugin and name.
-    pub fn kernels(&self, wanted: &wire::Kernels) -> impl Iterator<Item = wire::Kernel> {
+    /// The kernels that a listing asks for and that it may run, sorted by plugin and name; or the pipeline that it asks for, as if that
+    /// were a kernel.
+    ///
+    /// # Errors
+    /// What is wrong with that pipeline.
+    pub fn kernels(
+        &self,
+        wanted: &wire::Kernels,
+    ) -> Result<impl Iterator<Item = wire::Kernel>, Status> {
+        let pipeline = match (&wanted.kernel, &wanted.pipeline) {
+            (None, None) => None,
+            (kernel, pipeline) => {
+                let kernel = kernel.as_deref().unwrap_or_default();
+                Asked::of(kernel, pipeline.clone())?.into_pipeline()
+            }
+        };
+        let described = match &pipeline {
+            Some(pipeline) => Some(self.described(pipeline)?),
+            None => None,
+        };
         let after = wanted
             .after
             .as_deref()
             .map(|after| after.split_once('/').unwrap_or((after, "")));
+        let is_listed = pipeline.is_none();
         let is_wanted = move |found: &KernelRef| {
             let name = wanted.kernel.as_deref();
-            name.is_none_or(|name| found.is_called(name))
+            is_listed
+                && name.is_none_or(|name| found.is_called(name))
                 && after.is_none_or(|after| found.names() > after)
                 && self.may_call(found)
         };
         let all = self.host.plugins.kernels().into_iter();
-        all.filter(is_wanted)
-            .map(|found| wire::Kernel::from(&found))
+        let listed = all.filter(is_wanted);
+        let listed = listed.map(|found| wire::Kernel::from(&found));
+        Ok(listed.chain(described.filter(|_| after.is_none())))
+    }
+
+    /// What is called `name`: a kernel, or a pipeline.
+    ///
+    /// # Errors
+    /// As [`Caller::kernel`] and [`Caller::declared`].
+    pub fn describe(&self, name: &str) -> Result<wire::Kernel, Status> {
+        match Asked::of(name, None)? {
+            Asked::Kernel => Ok(wire::Kernel::from(&self.kernel(name)?)),
+            Asked::Pipeline(pipeline) => self.described(&pipeline),
+        }
+    }
+
+    /// A pipeline as if it were a kernel.
+    ///
+    /// # Errors
+    /// As [`Caller::declared`].
+    pub fn described(&self, pipeline: &wire::Pipeline) -> Result<wire::Kernel, Status> {
+        let declared = self.declared(pipeline)?;
+        Ok(kernel(
+            pipeline::PLUGIN,
+            env!("CARGO_PKG_VERSION"),
+            &declared,
+        ))
     }
 }
 
@@ -116,6 +168,7 @@ impl Invoked {
                 move_out: seconds.move_out,
                 total: seconds.total + self.queue_seconds,
             },
+            stages: self.stages.clone(),
             request_id: request_id.to_owned(),
         }
     }

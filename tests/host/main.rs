@@ -28,6 +28,7 @@ mod hostile_worker;
 mod http2;
 mod inline;
 mod logs;
+mod pipelines;
 mod prepared;
 mod protocol;
 mod quarantine;

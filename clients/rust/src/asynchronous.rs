@@ -21,7 +21,7 @@ use crate::session::{self, Options, Session};
 use crate::stats::Stats;
 use crate::stream::PreparedStream;
 use crate::wire::{
-    Flight, Kernel, Mapping, NewTensor, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
+    Flight, Kernel, Mapping, NewTensor, Pipeline, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
 };
 
 /// A connection to a host whose operations are futures. Clones share the connection.
@@ -302,9 +302,15 @@ impl AsyncClient {
         self.0.ping().await
     }
 
-    /// Begins a call of `kernel`, or `plugin/kernel` if two plugins have one of that name.
+    /// Begins a call of `kernel`, or `plugin/kernel` if two plugins have one of that name; or of a pipeline, as
+    /// `clip(lo=0) | cast(to=int8)`.
     pub fn call(&self, kernel: &str) -> Call<'_, Self> {
         Call::new(&self.0, kernel)
+    }
+
+    /// Begins a call of several kernels in one invocation.
+    pub fn call_pipeline(&self, pipeline: Pipeline) -> Call<'_, Self> {
+        Call::new(&self.0, "").of(pipeline)
     }
 
     /// Begins what makes a kernel ready to be called again and again, on small tensors: see [`Prepared`], whose calls wait on

@@ -19,7 +19,8 @@ use crate::segment::{MappedSegment, OpenSegment};
 use crate::session::{Session, check_request_id, milliseconds};
 use crate::tensor::TensorView;
 use crate::wire::{
-    self, Failure, Flight, InlineTensor, Input, Invoke, Limits, Note, Op, Pages, Seconds,
+    self, Failure, Flight, InlineTensor, Input, Invoke, Limits, Note, Op, Pages, Pipeline, Seconds,
+    StageReport,
 };
 
 /// A call to be sent: [`Client::call`](crate::Client::call) or
@@ -55,6 +56,12 @@ impl<'a, C> Call<'a, C> {
             cancel: CancelHandle::default(),
             client: PhantomData,
         }
+    }
+
+    /// Several kernels in the place of one.
+    pub(crate) fn of(mut self, pipeline: Pipeline) -> Self {
+        self.invoke.pipeline = Some(pipeline);
+        self
     }
 
     /// Gives an input port its tensor. Nobody may write to a segment while the call runs.
@@ -321,6 +328,8 @@ pub struct CallResult {
     pub minor_faults: u64,
     /// Where the time went.
     pub seconds: Seconds,
+    /// Of a pipeline: its stages, in order.
+    pub stages: Vec<StageReport>,
     /// Names this call in the host's log.
     pub request_id: String,
 }
@@ -393,6 +402,7 @@ impl CallResult {
             pages: invoked.pages,
             minor_faults: invoked.minor_faults,
             seconds: invoked.seconds,
+            stages: invoked.stages,
             request_id: invoked.request_id,
         })
     }

@@ -76,4 +76,7 @@ pub use strait_protocol as wire;
 pub use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 pub use stream::{PreparedStream, Rows};
 pub use tensor::TensorView;
-pub use wire::{ChannelOptions, Flight, Kernel, Limits, Mapping, NewTensor, Welcome};
+pub use wire::{
+    ChannelOptions, Flight, Kernel, Limits, Mapping, NewTensor, Pipeline, PipelineStage,
+    StageInput, StageReport, Welcome,
+};

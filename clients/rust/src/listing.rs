@@ -41,6 +41,7 @@ impl Session {
             let body = wire::Kernels {
                 after,
                 kernel,
+                pipeline: None,
                 request_id: self.request_id(),
             };
             let page: wire::KernelList = self.ask(Op::Kernels, &body).await?;

@@ -14,7 +14,7 @@ pub(in crate::datasock) fn kernels(
     request: wire::Kernels,
     id: &Arc<str>,
 ) -> Result<Answer, Status> {
-    let (kernels, more) = page(session.caller().kernels(&request));
+    let (kernels, more) = page(session.caller().kernels(&request)?);
     Ok(Answer::of(&wire::KernelList {
         kernels,
         more,

@@ -3,6 +3,7 @@
 //!
 //! ```text
 //! frame ── header: op, sequence, lengths, trace      request, reply ── JSON bodies, by the op
+//! pipeline ── several kernels in one request
 //! prepared ── the payloads of prepared calls   ring ── where they lie in memory that both sides share
 //! real ── floats that JSON has no number for
 //! reason ── the code and the reason of an ERROR, and of a Flight status
@@ -11,6 +12,7 @@
 //! ```
 
 mod frame;
+mod pipeline;
 mod plugin;
 mod prepared;
 mod quota;
@@ -26,6 +28,7 @@ pub use frame::{
     BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, PAYLOAD_ALIGN,
     PAYLOAD_BYTES_MAX, TraceContext, VERSION, padded, payload_room,
 };
+pub use pipeline::{Pipeline, PipelineStage, StageInput, StageReport};
 pub use plugin::{Incidents, Plugin, PluginList};
 pub use prepared::{SIZES_BYTES, places, shape, sizes};
 pub use quota::{

@@ -100,6 +100,8 @@ words! {
         Unsupported = "UNSUPPORTED",
         /// Not a plugin of this contract.
         BadPlugin = "BAD_PLUGIN",
+        /// A pipeline that cannot be read, or whose stages do not fit together.
+        BadPipeline = "BAD_PIPELINE",
         /// A limit beyond the host's own.
         BadLimit = "BAD_LIMIT",
         /// The principal has no flight of that name.

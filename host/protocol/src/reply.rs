@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use strait_tensor::{Dtype, TensorPlace};
 
+use crate::pipeline::StageReport;
 use crate::ring::Ring;
 
 /// What a client needs in order to map a segment.
@@ -384,6 +385,9 @@ pub struct Invoked {
     pub minor_faults: u64,
     /// Where the time went.
     pub seconds: Seconds,
+    /// Of a pipeline: its stages, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub stages: Vec<StageReport>,
     /// The request's id.
     pub request_id: String,
 }

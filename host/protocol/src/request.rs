@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 
+use crate::pipeline::Pipeline;
 use crate::quota::QuotaSettings;
 
 macro_rules! request {
@@ -53,9 +54,12 @@ request! {
         /// Last `plugin/kernel` of the previous page.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         after: Option<String>,
-        /// Only this kernel.
+        /// Only this kernel; or a pipeline as text, which is described as a kernel.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         kernel: Option<String>,
+        /// The same of a pipeline as JSON.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pipeline: Option<Pipeline>,
     }
 }
 request! {
@@ -246,10 +250,14 @@ request! {
     }
 }
 request! {
-    /// INVOKE.
+    /// INVOKE: either `kernel` or `pipeline`.
     Invoke {
-        /// `kernel` or `plugin/kernel`.
+        /// `kernel` or `plugin/kernel`, or a pipeline as text.
+        #[serde(default, skip_serializing_if = "String::is_empty")]
         kernel: String,
+        /// Several kernels, as JSON.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pipeline: Option<Pipeline>,
         /// Port to input.
         inputs: BTreeMap<String, Input>,
         /// Parameter to value.

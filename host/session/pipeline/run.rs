@@ -1,0 +1,472 @@
+//! The stages of a pipeline, one after the other.
+//!
+//! ```text
+//! Piped ── open each stage on the largest that those before it can give ──▶ run each ──▶ Ran
+//! ```
+//! Both happen in one turn. The first finds what does not fit before anything runs; the second sees the true shapes.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+use strait_memory::Charge;
+use strait_protocol as wire;
+use strait_tensor::{TensorPlace, TensorSpec};
+
+use super::plan::{Origin, Plan};
+use crate::engine::{
+    CancelToken, Failed, FramePart, InlineRoom, Input, Job, Limits, Means, OutputBody, Owner,
+    Report, Seconds, Used,
+};
+use crate::error::{Code, Reason, Status};
+use crate::plugin::{CheckError, Value as Parameter};
+use crate::session::answer::{InlineBytes, Outputs, ResultBody};
+use crate::session::caller::Caller;
+use crate::session::prepare::{Checked, Deadline, Found, Resolved, tightened};
+
+/// Tensors in the order in which they are taken.
+type Inputs = Vec<(Found, TensorPlace)>;
+
+/// A pipeline and what it is to run on.
+#[derive(Debug)]
+pub(in crate::session) struct Piped {
+    plan: Plan,
+    /// One for each of the plan's.
+    inputs: Inputs,
+    verify: bool,
+    seal: bool,
+    limits: Limits,
+    inline: Option<InlineRoom>,
+    deadline: Deadline,
+    request_id: Arc<str>,
+    cancel: CancelToken,
+}
+
+/// What a run has left: one kernel's or a pipeline's.
+#[derive(Debug)]
+pub(in crate::session) struct Ran {
+    /// Output to what it has become.
+    pub(in crate::session) results: Vec<(String, ResultBody)>,
+    pub(in crate::session) report: Report,
+    /// Of a pipeline.
+    pub(in crate::session) stages: Vec<wire::StageReport>,
+}
+
+/// What a stage has given.
+#[derive(Clone, Debug)]
+struct Value {
+    found: Found,
+    place: TensorPlace,
+    /// Of bytes that are in no segment.
+    charge: Option<Arc<Charge>>,
+}
+
+/// What is there between stages.
+struct Flow {
+    /// By stage and port; what nobody needs any more is none.
+    given: Vec<Vec<Option<Value>>>,
+    /// How many later stages still take it, and, for one that leaves, the pipeline itself.
+    takers: Vec<Vec<usize>>,
+    /// For results that leave in the reply.
+    room: Option<InlineRoom>,
+    report: Report,
+    stages: Vec<wire::StageReport>,
+    used: Vec<Used>,
+}
+
+impl Caller {
+    /// Checks a request for a pipeline, as [`Caller::check`] does one for a kernel. What the tensors themselves must be like is found by
+    /// [`Caller::open_pipeline`].
+    pub(in crate::session) fn check_pipeline(
+        &self,
+        pipeline: &wire::Pipeline,
+        inline: Option<InlineRoom>,
+        invoke: &mut wire::Invoke,
+        mut resolved: Resolved,
+        deadline: Deadline,
+        (request_id, cancel): (Arc<str>, CancelToken),
+    ) -> Result<Checked<Piped>, Status> {
+        self.host().admit()?;
+        let plan = self.plan(pipeline)?;
+        for (index, stage) in plan.stages.iter().enumerate() {
+            self.check_in_service(&stage.kernel.plugin)
+                .map_err(|status| plan.at_stage(index, status))?;
+        }
+        self.check_publisher(invoke)?;
+        let declared = plan.declaration(String::new());
+        if let Some(port) = resolved.keys().find(|port| !plan.inputs.contains(port)) {
+            return Err(declared.unknown_input(port).into());
+        }
+        if let Some(name) = invoke.parameters.keys().next() {
+            return Err(CheckError::UnknownParameter {
+                kernel: declared.name.clone(),
+                name: name.clone(),
+                known: "those of its stages".to_owned(),
+            }
+            .into());
+        }
+        let mut inputs = Vec::with_capacity(plan.inputs.len());
+        for name in &plan.inputs {
+            let input = resolved.remove(name);
+            inputs.push(input.ok_or_else(|| declared.missing_input(name))??);
+        }
+        let naming = self.naming(invoke, &declared)?;
+        let limits = tightened(
+            self.host().config().limits.limits(),
+            invoke.limits.unwrap_or_default(),
+        )?;
+        let charge = self.charge_framed(inputs.iter())?;
+        let work = Piped {
+            plan,
+            inputs,
+            verify: invoke.verify,
+            seal: naming.seal,
+            limits,
+            inline,
+            deadline,
+            request_id,
+            cancel,
+        };
+        Ok(Checked {
+            work,
+            naming,
+            charge,
+        })
+    }
+
+    /// The outputs that a pipeline would have, at their largest: each stage's `open` is asked, and nothing runs.
+    pub(in crate::session) fn open_pipeline(&self, piped: &Piped) -> Result<Outputs, Status> {
+        let plan = &piped.plan;
+        let mut opened: Vec<Outputs> = Vec::with_capacity(plan.stages.len());
+        for (index, stage) in plan.stages.iter().enumerate() {
+            piped.check_time(index)?;
+            let origins = stage.inputs.iter();
+            let inputs = origins.map(|origin| match *origin {
+                Origin::Input(input) => Ok(piped.inputs[input].clone()),
+                Origin::Stage(from, port) => largest(&opened[from][port]),
+            });
+            let inputs: Result<Vec<_>, _> = inputs.collect();
+            let outputs = inputs.and_then(|inputs| {
+                let (job, means) = self.stage(piped, index, inputs, None)?;
+                let plugin = &job.kernel.plugin;
+                self.check_in_service(plugin)?;
+                let opened = self.host().runner().open_only(&job, means);
+                Ok(opened.inspect_err(|failed| self.note_cost(plugin, failed))?)
+            });
+            opened.push(outputs.map_err(|status| plan.at_stage(index, status))?);
+        }
+        let outputs = plan.outputs.iter();
+        Ok(outputs
+            .map(|(name, stage, port)| (name.clone(), opened[*stage][*port].1.clone()))
+            .collect())
+    }
+
+    /// Runs a pipeline to its end, if its stages fit. Blocks.
+    pub(in crate::session) fn run_pipeline(
+        &self,
+        piped: &Piped,
+    ) -> (Result<Ran, Status>, Vec<Used>) {
+        let begin = Instant::now();
+        if let Err(status) = self.open_pipeline(piped) {
+            return (Err(status), Vec::new());
+        }
+        let mut flow = Flow::new(piped);
+        let ran = self
+            .run_stages(piped, 0..piped.plan.stages.len(), &mut flow)
+            .and_then(|()| self.leaving(piped, &mut flow));
+        let ran = ran.map(|results| {
+            flow.report.seconds.total = begin.elapsed().as_secs_f64();
+            Ran {
+                results,
+                report: flow.report,
+                stages: flow.stages,
+            }
+        });
+        (ran, flow.used)
+    }
+
+    /// Runs some stages of a pipeline on what those before them gave, all of which is in `flow`, as is afterwards what is needed of theirs.
+    fn run_stages(
+        &self,
+        piped: &Piped,
+        stages: Range<usize>,
+        flow: &mut Flow,
+    ) -> Result<(), Status> {
+        for index in stages {
+            self.run_stage(piped, index, flow)
+                .map_err(|status| piped.plan.at_stage(index, status))?;
+        }
+        Ok(())
+    }
+
+    fn run_stage(&self, piped: &Piped, index: usize, flow: &mut Flow) -> Result<(), Status> {
+        piped.check_time(index)?;
+        let stage = &piped.plan.stages[index];
+        let (inputs, _charged) = flow.take(piped, index)?;
+        let inline = self.inline_of_stage(piped, index, flow);
+        let (job, means) = self.stage(piped, index, inputs, inline)?;
+        let plugin = &job.kernel.plugin;
+        self.check_in_service(plugin)?;
+        let done = self.host().runner().invoke(&job, means);
+        let mut done = done.inspect_err(|failed| self.note_cost(plugin, failed))?;
+        flow.used.extend(done.used.take());
+        flow.told(&stage.label, &job.kernel.kernel().name, done.report);
+        for (port, output) in done.outputs.into_iter().enumerate() {
+            let value = self.value(output.body)?;
+            let leaves = piped.leaves(index, port);
+            if let (true, Found::Inline(bytes), Some(room)) = (leaves, &value.found, &mut flow.room)
+            {
+                let taken = wire::padded(bytes.len() as u64).unwrap_or(u64::MAX);
+                room.together = room.together.saturating_sub(taken);
+            }
+            if flow.takers[index][port] > 0 {
+                flow.given[index][port] = Some(value);
+            }
+        }
+        Ok(())
+    }
+
+    /// Which results of a stage are bytes and not segments: what leaves as the caller wants it, what stays as it is quickest.
+    fn inline_of_stage(&self, piped: &Piped, index: usize, flow: &Flow) -> Option<InlineRoom> {
+        let ports = piped.plan.stages[index].kernel.kernel().outputs.len();
+        if (0..ports).any(|port| piped.leaves(index, port)) {
+            return flow.room;
+        }
+        let each = self.host().config().limits.inline_bytes;
+        (each > 0).then_some(InlineRoom {
+            each,
+            together: wire::PAYLOAD_BYTES_MAX as u64,
+        })
+    }
+
+    /// What the stage at `index` is to do, on those inputs.
+    fn stage(
+        &self,
+        piped: &Piped,
+        index: usize,
+        inputs: Inputs,
+        inline: Option<InlineRoom>,
+    ) -> Result<(Job, Means), Status> {
+        let stage = &piped.plan.stages[index];
+        let kernel = stage.kernel.clone();
+        let declared = kernel.kernel();
+        let ports = declared.inputs.iter().map(|port| port.name.clone());
+        let named: BTreeMap<_, _> = ports.zip(inputs).collect();
+        let checked = declared.check(named, |(_, place)| place.spec.clone(), &stage.parameters)?;
+        let parameters: Vec<(String, Parameter)> = checked.parameters;
+        let inputs = declared.inputs.iter().zip(checked.inputs);
+        let (inputs, sources) = inputs
+            .map(|(port, (found, place))| {
+                let input = Input {
+                    port: port.name.clone(),
+                    role: port.role,
+                    place,
+                };
+                (input, found.into_source())
+            })
+            .unzip();
+        let ports = 0..declared.outputs.len();
+        let seal = piped.seal && ports.into_iter().any(|port| piped.leaves(index, port));
+        let means = Means {
+            owner: Owner(self.account().number()),
+            inputs: sources,
+            results: self.result_source(&kernel.plugin, seal),
+            deadline: piped.deadline.at,
+            cancel: piped.cancel.clone(),
+        };
+        let job = Job {
+            inputs,
+            parameters,
+            verify: piped.verify,
+            limits: piped.limits,
+            inline,
+            deadline_ms: piped.deadline.ms,
+            request_id: Arc::clone(&piped.request_id),
+            kernel,
+        };
+        Ok((job, means))
+    }
+
+    /// What a stage gave, for others to take.
+    fn value(&self, body: OutputBody) -> Result<Value, Status> {
+        match body {
+            OutputBody::Inline { spec, bytes } => {
+                let length = bytes.len() as u64;
+                let charge = self.charge(length)?;
+                Ok(Value {
+                    found: Found::Inline(bytes.into()),
+                    place: TensorPlace {
+                        name: String::new(),
+                        spec,
+                        offset: 0,
+                        length,
+                    },
+                    charge: Some(Arc::new(charge)),
+                })
+            }
+            OutputBody::Segment { layout, segment } => {
+                let live = self.live_result(layout, segment)?;
+                let place = live.tensors().first().cloned();
+                let place = place.ok_or_else(|| lost("a result without a tensor"))?;
+                Ok(Value {
+                    found: Found::Segment(live),
+                    place,
+                    charge: None,
+                })
+            }
+        }
+    }
+
+    /// The pipeline's outputs.
+    fn leaving(&self, piped: &Piped, flow: &mut Flow) -> Result<Vec<(String, ResultBody)>, Status> {
+        let outputs = piped.plan.outputs.iter();
+        let results = outputs.map(|(name, stage, port)| {
+            let value = flow.pass(*stage, *port)?;
+            let body = match value.found {
+                Found::Segment(segment) => ResultBody::Segment(segment),
+                Found::Inline(bytes) => {
+                    let charge = self.charge(bytes.len() as u64)?;
+                    let bytes = InlineBytes::new(bytes.to_vec(), charge);
+                    ResultBody::Inline(value.place.spec, Arc::new(bytes))
+                }
+            };
+            Ok((name.clone(), body))
+        });
+        results.collect()
+    }
+}
+
+impl Piped {
+    /// Names it in log lines.
+    pub(in crate::session) fn request_id(&self) -> &Arc<str> {
+        &self.request_id
+    }
+
+    /// Whether what the stage gives at `port` is one of the pipeline's outputs.
+    fn leaves(&self, stage: usize, port: usize) -> bool {
+        let mut outputs = self.plan.outputs.iter();
+        outputs.any(|(_, from, output)| (*from, *output) == (stage, port))
+    }
+
+    /// Whether anybody still waits, before the stage at `index`.
+    fn check_time(&self, index: usize) -> Result<(), Status> {
+        let kernel = &self.plan.stages[index].kernel.kernel().name;
+        if self.cancel.is_cancelled() {
+            return Err(Failed::cancelled(kernel).into());
+        }
+        if Instant::now() >= self.deadline.at {
+            return Err(Failed::late(kernel, self.deadline.ms).into());
+        }
+        Ok(())
+    }
+}
+
+impl Flow {
+    fn new(piped: &Piped) -> Self {
+        let plan = &piped.plan;
+        let ports = plan
+            .stages
+            .iter()
+            .map(|stage| stage.kernel.kernel().outputs.len());
+        let mut takers: Vec<Vec<usize>> = ports.map(|ports| vec![0; ports]).collect();
+        for origin in plan.stages.iter().flat_map(|stage| &stage.inputs) {
+            if let Origin::Stage(stage, port) = *origin {
+                takers[stage][port] += 1;
+            }
+        }
+        for (_, stage, port) in &plan.outputs {
+            takers[*stage][*port] += 1;
+        }
+        let given = takers.iter().map(|ports| vec![None; ports.len()]);
+        Self {
+            given: given.collect(),
+            takers,
+            room: piped.inline,
+            report: Report::default(),
+            stages: Vec::new(),
+            used: Vec::new(),
+        }
+    }
+
+    /// What the stage gave there, which is gone from here once nobody else takes it.
+    fn pass(&mut self, stage: usize, port: usize) -> Result<Value, Status> {
+        let left = &mut self.takers[stage][port];
+        *left = left.saturating_sub(1);
+        let place = &mut self.given[stage][port];
+        let value = match *left {
+            0 => place.take(),
+            _ => place.clone(),
+        };
+        value.ok_or_else(|| lost("a stage's output is not there any more"))
+    }
+
+    /// The inputs of the stage at `index`, in its kernel's order, and what those are charged with that are bytes.
+    fn take(&mut self, piped: &Piped, index: usize) -> Result<(Inputs, Vec<Arc<Charge>>), Status> {
+        let mut inputs = Vec::new();
+        let mut charged = Vec::new();
+        for origin in &piped.plan.stages[index].inputs {
+            inputs.push(match *origin {
+                Origin::Input(input) => piped.inputs[input].clone(),
+                Origin::Stage(stage, port) => {
+                    let value = self.pass(stage, port)?;
+                    charged.extend(value.charge);
+                    (value.found, value.place)
+                }
+            });
+        }
+        Ok((inputs, charged))
+    }
+
+    /// Adds what a stage reports to what is told of the whole.
+    fn told(&mut self, label: &str, kernel: &str, report: Report) {
+        let Report {
+            notes,
+            copied_bytes,
+            pages,
+            minor_faults,
+            seconds,
+        } = report;
+        let all = &mut self.report;
+        let notes = notes.into_iter();
+        all.notes
+            .extend(notes.map(|(key, text)| (format!("{label}.{key}"), text)));
+        all.pages.extend(pages.into_iter().map(|mut pages| {
+            pages.port = format!("{label}.{}", pages.port);
+            pages
+        }));
+        all.copied_bytes += copied_bytes;
+        all.minor_faults += minor_faults;
+        let sum = &mut all.seconds;
+        *sum = Seconds {
+            instantiate: sum.instantiate + seconds.instantiate,
+            open: sum.open + seconds.open,
+            reserve: sum.reserve + seconds.reserve,
+            move_in: sum.move_in + seconds.move_in,
+            run: sum.run + seconds.run,
+            move_out: sum.move_out + seconds.move_out,
+            total: sum.total + seconds.total,
+        };
+        self.stages.push(wire::StageReport {
+            stage: label.to_owned(),
+            kernel: kernel.to_owned(),
+            copied_bytes,
+            seconds: seconds.total,
+        });
+    }
+}
+
+/// A tensor that there is not yet, as large as it can become.
+fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), Status> {
+    let place = TensorPlace {
+        name: name.clone(),
+        spec: spec.clone(),
+        offset: 0,
+        length: spec.bytes()?,
+    };
+    Ok((Found::Inline(FramePart::default()), place))
+}
+
+fn lost(what: &str) -> Status {
+    Status::new(Code::Internal, Reason::Host, what)
+}
