@@ -14,7 +14,7 @@ use super::flights::{check_name, name_taken};
 use crate::engine::{CancelToken, FramePart, InlineRoom, Input, Job, Limits, Means, Owner, Source};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{LiveSegment, SessionId};
-use crate::plugin::{ITEMS_MAX, Kernel, Plugin};
+use crate::plugin::{ITEMS_MAX, Kernel, Plugin, PluginHash};
 
 /// What the inputs of a request stand for, by port.
 pub(super) type Resolved = BTreeMap<String, Result<(Found, TensorPlace), Status>>;
@@ -241,7 +241,7 @@ impl Caller {
         let means = Means {
             owner: Owner(self.account.number()),
             inputs: sources,
-            results: self.result_source(&kernel.plugin, naming.seal),
+            results: self.result_source([kernel.plugin.hash].into_iter(), naming.seal),
             deadline: deadline.at,
             cancel,
         };
@@ -317,15 +317,20 @@ impl Caller {
         charged.map_err(|exceeded| MemoryError::from(exceeded).into())
     }
 
-    /// Where the results of `plugin` for this principal come from. What an earlier one left in their pages is for
-    /// the same two only.
-    pub(super) fn result_source(&self, plugin: &Plugin, seal: bool) -> ResultSource {
+    /// Where the results of `plugins` that run at once for this principal come from. What an earlier one left in their pages is
+    /// for the same ones only.
+    pub(super) fn result_source(
+        &self,
+        plugins: impl Iterator<Item = PluginHash>,
+        seal: bool,
+    ) -> ResultSource {
         let (pool, budget) = (&self.host.pool, Arc::clone(self.account.segments()));
         if seal {
             return ResultSource::sealable(pool, budget);
         }
         let owner = self.account.number().to_le_bytes();
-        let key = RecyclingKey(Plugin::hash(&[&owner[..], &plugin.hash].concat()));
+        let whose: Vec<u8> = owner.into_iter().chain(plugins.flatten()).collect();
+        let key = RecyclingKey(Plugin::hash(&whose));
         ResultSource::recycled(pool, key, budget)
     }
 

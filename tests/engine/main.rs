@@ -18,5 +18,6 @@ mod guest_modules;
 mod hostile;
 mod input_stores;
 mod invocations;
+mod pipelines;
 mod retries;
 mod simulation;

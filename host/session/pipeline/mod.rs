@@ -6,6 +6,7 @@
 //! ```
 //! What a stage gives is a result like any other, which nobody but later stages sees; it goes when the last of them has had it.
 
+mod fused;
 mod graph;
 mod plan;
 mod run;

@@ -1,12 +1,11 @@
-//! The stages of a pipeline, one after the other.
+//! The stages of a pipeline, one after the other, or several at once.
 //!
 //! ```text
-//! Piped ── open each stage on the largest that those before it can give ──▶ run each ──▶ Ran
+//! Piped ── open each stage on the largest that those before it can give ──▶ run each (fused.rs: some at once) ──▶ Ran
 //! ```
 //! Both happen in one turn. The first finds what does not fit before anything runs; the second sees the true shapes.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -26,21 +25,21 @@ use crate::session::caller::Caller;
 use crate::session::prepare::{Checked, Deadline, Found, Resolved, tightened};
 
 /// Tensors in the order in which they are taken.
-type Inputs = Vec<(Found, TensorPlace)>;
+pub(super) type Inputs = Vec<(Found, TensorPlace)>;
 
 /// A pipeline and what it is to run on.
 #[derive(Debug)]
 pub(in crate::session) struct Piped {
-    plan: Plan,
+    pub(super) plan: Plan,
     /// One for each of the plan's.
-    inputs: Inputs,
+    pub(super) inputs: Inputs,
     verify: bool,
-    seal: bool,
+    pub(super) seal: bool,
     limits: Limits,
     inline: Option<InlineRoom>,
-    deadline: Deadline,
+    pub(super) deadline: Deadline,
     request_id: Arc<str>,
-    cancel: CancelToken,
+    pub(super) cancel: CancelToken,
 }
 
 /// What a run has left: one kernel's or a pipeline's.
@@ -55,15 +54,21 @@ pub(in crate::session) struct Ran {
 
 /// What a stage has given.
 #[derive(Clone, Debug)]
-struct Value {
+pub(super) struct Value {
     found: Found,
     place: TensorPlace,
     /// Of bytes that are in no segment.
-    charge: Option<Arc<Charge>>,
+    pub(super) charge: Option<Arc<Charge>>,
+}
+
+impl Value {
+    pub(super) fn into_input(self) -> (Found, TensorPlace) {
+        (self.found, self.place)
+    }
 }
 
 /// What is there between stages.
-struct Flow {
+pub(super) struct Flow {
     /// By stage and port; what nobody needs any more is none.
     given: Vec<Vec<Option<Value>>>,
     /// How many later stages still take it, and, for one that leaves, the pipeline itself.
@@ -72,7 +77,7 @@ struct Flow {
     room: Option<InlineRoom>,
     report: Report,
     stages: Vec<wire::StageReport>,
-    used: Vec<Used>,
+    pub(super) used: Vec<Used>,
 }
 
 impl Caller {
@@ -137,6 +142,15 @@ impl Caller {
 
     /// The outputs that a pipeline would have, at their largest: each stage's `open` is asked, and nothing runs.
     pub(in crate::session) fn open_pipeline(&self, piped: &Piped) -> Result<Outputs, Status> {
+        let opened = self.open_stages(piped)?;
+        let outputs = piped.plan.outputs.iter();
+        Ok(outputs
+            .map(|(name, stage, port)| (name.clone(), opened[*stage][*port].1.clone()))
+            .collect())
+    }
+
+    /// What each stage would give.
+    fn open_stages(&self, piped: &Piped) -> Result<Vec<Outputs>, Status> {
         let plan = &piped.plan;
         let mut opened: Vec<Outputs> = Vec::with_capacity(plan.stages.len());
         for (index, stage) in plan.stages.iter().enumerate() {
@@ -147,19 +161,24 @@ impl Caller {
                 Origin::Stage(from, port) => largest(&opened[from][port]),
             });
             let inputs: Result<Vec<_>, _> = inputs.collect();
-            let outputs = inputs.and_then(|inputs| {
-                let (job, means) = self.stage(piped, index, inputs, None)?;
-                let plugin = &job.kernel.plugin;
-                self.check_in_service(plugin)?;
-                let opened = self.host().runner().open_only(&job, means);
-                Ok(opened.inspect_err(|failed| self.note_cost(plugin, failed))?)
-            });
+            let outputs = inputs.and_then(|inputs| self.open_stage(piped, index, inputs));
             opened.push(outputs.map_err(|status| plan.at_stage(index, status))?);
         }
-        let outputs = plan.outputs.iter();
-        Ok(outputs
-            .map(|(name, stage, port)| (name.clone(), opened[*stage][*port].1.clone()))
-            .collect())
+        Ok(opened)
+    }
+
+    /// What a stage would give on those inputs.
+    pub(super) fn open_stage(
+        &self,
+        piped: &Piped,
+        index: usize,
+        inputs: Inputs,
+    ) -> Result<Outputs, Status> {
+        let (job, means) = self.stage(piped, index, inputs, None)?;
+        let plugin = &job.kernel.plugin;
+        self.check_in_service(plugin)?;
+        let opened = self.host().runner().open_only(&job, means);
+        Ok(opened.inspect_err(|failed| self.note_cost(plugin, failed))?)
     }
 
     /// Runs a pipeline to its end, if its stages fit. Blocks.
@@ -168,12 +187,13 @@ impl Caller {
         piped: &Piped,
     ) -> (Result<Ran, Status>, Vec<Used>) {
         let begin = Instant::now();
-        if let Err(status) = self.open_pipeline(piped) {
-            return (Err(status), Vec::new());
-        }
+        let opened = match self.open_stages(piped) {
+            Ok(opened) => opened,
+            Err(status) => return (Err(status), Vec::new()),
+        };
         let mut flow = Flow::new(piped);
         let ran = self
-            .run_stages(piped, 0..piped.plan.stages.len(), &mut flow)
+            .run_stages(piped, opened, &mut flow)
             .and_then(|()| self.leaving(piped, &mut flow));
         let ran = ran.map(|results| {
             flow.report.seconds.total = begin.elapsed().as_secs_f64();
@@ -186,16 +206,35 @@ impl Caller {
         (ran, flow.used)
     }
 
-    /// Runs some stages of a pipeline on what those before them gave, all of which is in `flow`, as is afterwards what is needed of theirs.
+    /// Runs the stages, which give what was `opened` at their largest. What they gave and is needed is in `flow`.
     fn run_stages(
         &self,
         piped: &Piped,
-        stages: Range<usize>,
+        mut opened: Vec<Outputs>,
         flow: &mut Flow,
     ) -> Result<(), Status> {
-        for index in stages {
-            self.run_stage(piped, index, flow)
-                .map_err(|status| piped.plan.at_stage(index, status))?;
+        let mut index = 0;
+        let mut announced = true;
+        while index < piped.plan.stages.len() {
+            let fused = self.fused(piped, index, (flow, &mut opened, announced))?;
+            let end = match &fused {
+                Some(fused) => fused.stages.end,
+                None => index + 1,
+            };
+            let at_once = match &fused {
+                Some(fused) => self.run_fused(piped, fused, &opened, flow)?,
+                None => false,
+            };
+            if !at_once {
+                for index in index..end {
+                    self.run_stage(piped, index, flow)
+                        .map_err(|status| piped.plan.at_stage(index, status))?;
+                }
+            }
+            for stage in index..end {
+                announced &= flow.is_announced(stage, &opened[stage]);
+            }
+            index = end;
         }
         Ok(())
     }
@@ -204,7 +243,7 @@ impl Caller {
         piped.check_time(index)?;
         let stage = &piped.plan.stages[index];
         let (inputs, _charged) = flow.take(piped, index)?;
-        let inline = self.inline_of_stage(piped, index, flow);
+        let inline = self.inline_of(piped.leaves_any(index), flow);
         let (job, means) = self.stage(piped, index, inputs, inline)?;
         let plugin = &job.kernel.plugin;
         self.check_in_service(plugin)?;
@@ -213,24 +252,34 @@ impl Caller {
         flow.used.extend(done.used.take());
         flow.told(&stage.label, &job.kernel.kernel().name, done.report);
         for (port, output) in done.outputs.into_iter().enumerate() {
-            let value = self.value(output.body)?;
-            let leaves = piped.leaves(index, port);
-            if let (true, Found::Inline(bytes), Some(room)) = (leaves, &value.found, &mut flow.room)
-            {
-                let taken = wire::padded(bytes.len() as u64).unwrap_or(u64::MAX);
-                room.together = room.together.saturating_sub(taken);
-            }
-            if flow.takers[index][port] > 0 {
-                flow.given[index][port] = Some(value);
-            }
+            self.given(piped, (index, port), output.body, flow)?;
         }
         Ok(())
     }
 
-    /// Which results of a stage are bytes and not segments: what leaves as the caller wants it, what stays as it is quickest.
-    fn inline_of_stage(&self, piped: &Piped, index: usize, flow: &Flow) -> Option<InlineRoom> {
-        let ports = piped.plan.stages[index].kernel.kernel().outputs.len();
-        if (0..ports).any(|port| piped.leaves(index, port)) {
+    /// Keeps what a stage has given at a port for those that take it.
+    pub(super) fn given(
+        &self,
+        piped: &Piped,
+        (stage, port): (usize, usize),
+        body: OutputBody,
+        flow: &mut Flow,
+    ) -> Result<(), Status> {
+        let value = self.value(body)?;
+        let leaves = piped.leaves(stage, port);
+        if let (true, Found::Inline(bytes), Some(room)) = (leaves, &value.found, &mut flow.room) {
+            let taken = wire::padded(bytes.len() as u64).unwrap_or(u64::MAX);
+            room.together = room.together.saturating_sub(taken);
+        }
+        if flow.takers[stage][port] > 0 {
+            flow.given[stage][port] = Some(value);
+        }
+        Ok(())
+    }
+
+    /// Which results of stages are bytes and not segments: what `leaves` as the caller wants it, what stays as it is quickest.
+    pub(super) fn inline_of(&self, leaves: bool, flow: &Flow) -> Option<InlineRoom> {
+        if leaves {
             return flow.room;
         }
         let each = self.host().config().limits.inline_bytes;
@@ -241,7 +290,7 @@ impl Caller {
     }
 
     /// What the stage at `index` is to do, on those inputs.
-    fn stage(
+    pub(super) fn stage(
         &self,
         piped: &Piped,
         index: usize,
@@ -266,12 +315,11 @@ impl Caller {
                 (input, found.into_source())
             })
             .unzip();
-        let ports = 0..declared.outputs.len();
-        let seal = piped.seal && ports.into_iter().any(|port| piped.leaves(index, port));
+        let seal = piped.seal && piped.leaves_any(index);
         let means = Means {
             owner: Owner(self.account().number()),
             inputs: sources,
-            results: self.result_source(&kernel.plugin, seal),
+            results: self.result_source([kernel.plugin.hash].into_iter(), seal),
             deadline: piped.deadline.at,
             cancel: piped.cancel.clone(),
         };
@@ -344,13 +392,18 @@ impl Piped {
     }
 
     /// Whether what the stage gives at `port` is one of the pipeline's outputs.
-    fn leaves(&self, stage: usize, port: usize) -> bool {
+    pub(super) fn leaves(&self, stage: usize, port: usize) -> bool {
         let mut outputs = self.plan.outputs.iter();
         outputs.any(|(_, from, output)| (*from, *output) == (stage, port))
     }
 
+    /// The same of any of its ports.
+    pub(super) fn leaves_any(&self, stage: usize) -> bool {
+        self.plan.outputs.iter().any(|(_, from, _)| *from == stage)
+    }
+
     /// Whether anybody still waits, before the stage at `index`.
-    fn check_time(&self, index: usize) -> Result<(), Status> {
+    pub(super) fn check_time(&self, index: usize) -> Result<(), Status> {
         let kernel = &self.plan.stages[index].kernel.kernel().name;
         if self.cancel.is_cancelled() {
             return Err(Failed::cancelled(kernel).into());
@@ -390,7 +443,7 @@ impl Flow {
     }
 
     /// What the stage gave there, which is gone from here once nobody else takes it.
-    fn pass(&mut self, stage: usize, port: usize) -> Result<Value, Status> {
+    pub(super) fn pass(&mut self, stage: usize, port: usize) -> Result<Value, Status> {
         let left = &mut self.takers[stage][port];
         *left = left.saturating_sub(1);
         let place = &mut self.given[stage][port];
@@ -399,6 +452,18 @@ impl Flow {
             _ => place.clone(),
         };
         value.ok_or_else(|| lost("a stage's output is not there any more"))
+    }
+
+    /// What the stage gave there, which stays.
+    pub(super) fn look(&self, stage: usize, port: usize) -> Result<Value, Status> {
+        let value = self.given[stage][port].clone();
+        value.ok_or_else(|| lost("a stage's output is not there any more"))
+    }
+
+    /// Whether what the stage gave and others take is as large as it could become.
+    fn is_announced(&self, stage: usize, opened: &Outputs) -> bool {
+        let mut given = self.given[stage].iter().zip(opened);
+        given.all(|(value, (_, spec))| value.as_ref().is_none_or(|value| value.place.spec == *spec))
     }
 
     /// The inputs of the stage at `index`, in its kernel's order, and what those are charged with that are bytes.
@@ -419,7 +484,7 @@ impl Flow {
     }
 
     /// Adds what a stage reports to what is told of the whole.
-    fn told(&mut self, label: &str, kernel: &str, report: Report) {
+    pub(super) fn told(&mut self, label: &str, kernel: &str, report: Report) {
         let Report {
             notes,
             copied_bytes,
@@ -457,7 +522,7 @@ impl Flow {
 }
 
 /// A tensor that there is not yet, as large as it can become.
-fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), Status> {
+pub(super) fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), Status> {
     let place = TensorPlace {
         name: name.clone(),
         spec: spec.clone(),
@@ -467,6 +532,6 @@ fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), 
     Ok((Found::Inline(FramePart::default()), place))
 }
 
-fn lost(what: &str) -> Status {
+pub(super) fn lost(what: &str) -> Status {
     Status::new(Code::Internal, Reason::Host, what)
 }
