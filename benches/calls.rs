@@ -19,7 +19,7 @@ use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use strait::config::Config;
 use strait::engine::{Owner, RunnerProcess};
@@ -92,7 +92,10 @@ impl Rig {
     }
 
     fn call(&self) -> Arc<Invoked> {
-        let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}});
+        self.ask(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}}))
+    }
+
+    fn ask(&self, call: Value) -> Arc<Invoked> {
         let id = self.0.host().request_id(None).unwrap();
         let invoke = serde_json::from_value(call).unwrap();
         self.0.invoke_and_wait(invoke, id).unwrap()
@@ -141,6 +144,89 @@ fn large(c: &mut Criterion) {
             y.copy_from_slice(black_box(&guest_y));
         });
     });
+    group.finish();
+}
+
+/// Three elementwise kernels over 100 MiB, beside native code in three passes and in one, and the same kernels one after the other.
+fn pipeline(c: &mut Criterion) {
+    const KERNELS: [&str; 3] = [
+        "clip(lo=0, hi=1e7)",
+        "scale-shift(a=2, b=1)",
+        "cast(to=float32)",
+    ];
+    let bytes = 100 * MIB;
+    let mut group = c.benchmark_group("pipeline 100MiB");
+    group
+        .throughput(Throughput::Bytes(bytes as u64))
+        .sample_size(20)
+        .measurement_time(Duration::from_secs(6));
+    let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
+    let (mut one, mut two) = (vec![1.0; bytes / 8], vec![1.0; bytes / 8]);
+    let mut y = vec![1.0_f32; bytes / 8];
+    let clip = |x: f64| {
+        if x < 0.0 {
+            0.0
+        } else if x > 1e7 {
+            1e7
+        } else {
+            x
+        }
+    };
+    #[expect(
+        clippy::cast_possible_truncation,
+        reason = "it is what the kernel does"
+    )]
+    let cast = |x: f64| x as f32;
+    group.bench_function("native, three passes, warm", |b| {
+        b.iter(|| {
+            for (y, x) in one.iter_mut().zip(black_box(&x)) {
+                *y = clip(*x);
+            }
+            native(black_box(&one), &mut two, 2.0, 1.0);
+            for (y, x) in y.iter_mut().zip(black_box(&two)) {
+                *y = cast(*x);
+            }
+            black_box(&mut y);
+        });
+    });
+    group.bench_function("native, one fused loop, warm", |b| {
+        b.iter(|| {
+            for (y, x) in y.iter_mut().zip(black_box(&x)) {
+                *y = cast(2.0 * clip(*x) + 1.0);
+            }
+            black_box(&mut y);
+        });
+    });
+    let text = KERNELS.join(" | ");
+    let piped = json!({"kernel": text, "inputs": {"x": "x"}});
+    // As in a worker: without checks in loops.
+    let rig = |link_bytes| {
+        let rig = Rig::new(|config| {
+            config.engine.link_bytes = link_bytes;
+            config.engine.epoch_interruption = false;
+        });
+        rig.put("x", bytes);
+        rig
+    };
+    let whole = rig(0);
+    group.bench_function("three calls", |b| {
+        b.iter(|| {
+            let mut x = "x";
+            for (kernel, name) in KERNELS.iter().zip(["one", "two", "three"]) {
+                whole.ask(json!({"kernel": kernel, "inputs": {"x": x}, "publish": {"y": name}, "replace": true}));
+                x = name;
+            }
+        });
+    });
+    group.bench_function("one pipeline, stage by stage", |b| {
+        b.iter(|| whole.ask(piped.clone()))
+    });
+    drop(whole);
+    for kib in [64, 128, 256, 512, 1024] {
+        let rig = rig(kib << 10);
+        let name = BenchmarkId::new("one pipeline, at once, links of KiB", kib);
+        group.bench_function(name, |b| b.iter(|| rig.ask(piped.clone())));
+    }
     group.finish();
 }
 
@@ -462,6 +548,7 @@ fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
 criterion_group!(
     benches,
     large,
+    pipeline,
     sizes,
     worker,
     sandbox,
