@@ -213,7 +213,7 @@ impl Caller {
         flow.used.extend(done.used.take());
         flow.told(&stage.label, &job.kernel.kernel().name, done.report);
         for (port, output) in done.outputs.into_iter().enumerate() {
-            let value = self.value(output.body)?;
+            let value = self.value(output.body, piped.seals(index))?;
             let leaves = piped.leaves(index, port);
             if let (true, Found::Inline(bytes), Some(room)) = (leaves, &value.found, &mut flow.room)
             {
@@ -229,8 +229,7 @@ impl Caller {
 
     /// Which results of a stage are bytes and not segments: what leaves as the caller wants it, what stays as it is quickest.
     fn inline_of_stage(&self, piped: &Piped, index: usize, flow: &Flow) -> Option<InlineRoom> {
-        let ports = piped.plan.stages[index].kernel.kernel().outputs.len();
-        if (0..ports).any(|port| piped.leaves(index, port)) {
+        if piped.gives(index) {
             return flow.room;
         }
         let each = self.host().config().limits.inline_bytes;
@@ -266,12 +265,10 @@ impl Caller {
                 (input, found.into_source())
             })
             .unzip();
-        let ports = 0..declared.outputs.len();
-        let seal = piped.seal && ports.into_iter().any(|port| piped.leaves(index, port));
         let means = Means {
             owner: Owner(self.account().number()),
             inputs: sources,
-            results: self.result_source(&kernel.plugin, seal),
+            results: self.result_source(&kernel.plugin, piped.seals(index)),
             deadline: piped.deadline.at,
             cancel: piped.cancel.clone(),
         };
@@ -289,7 +286,7 @@ impl Caller {
     }
 
     /// What a stage gave, for others to take.
-    fn value(&self, body: OutputBody) -> Result<Value, Status> {
+    fn value(&self, body: OutputBody, seal: bool) -> Result<Value, Status> {
         match body {
             OutputBody::Inline { spec, bytes } => {
                 let length = bytes.len() as u64;
@@ -307,6 +304,10 @@ impl Caller {
             }
             OutputBody::Segment { layout, segment } => {
                 let live = self.live_result(layout, segment)?;
+                if seal {
+                    // What can be sealed cannot be an input before it is.
+                    live.seal()?;
+                }
                 let place = live.tensors().first().cloned();
                 let place = place.ok_or_else(|| lost("a result without a tensor"))?;
                 Ok(Value {
@@ -347,6 +348,16 @@ impl Piped {
     fn leaves(&self, stage: usize, port: usize) -> bool {
         let mut outputs = self.plan.outputs.iter();
         outputs.any(|(_, from, output)| (*from, *output) == (stage, port))
+    }
+
+    /// Whether anything that the stage gives is one of the pipeline's outputs.
+    fn gives(&self, stage: usize) -> bool {
+        self.plan.outputs.iter().any(|(_, from, _)| *from == stage)
+    }
+
+    /// Whether the results of the stage are sealed for good.
+    fn seals(&self, stage: usize) -> bool {
+        self.seal && self.gives(stage)
     }
 
     /// Whether anybody still waits, before the stage at `index`.
