@@ -367,7 +367,16 @@ mod tests {
                 .invoke_and_wait(scale("x", BTreeMap::from([("y", "y")])), id())
                 .map(drop),
         );
-        assert_eq!(refused.len(), 12);
+        // Each stage of a pipeline is a kernel of its own.
+        let pipeline = json!({"kernel": "scale-shift | clip", "inputs": {"x": "x"}});
+        let pipeline = || serde_json::from_value(pipeline.clone()).expect("an INVOKE");
+        told(
+            "call:clip",
+            calls(call.clone())
+                .invoke_and_wait(pipeline(), id())
+                .map(drop),
+        );
+        assert_eq!(refused.len(), 13);
         // What it may do, it can.
         let done = calls(call).invoke_and_wait(scale("x", BTreeMap::new()), id());
         assert_eq!(done.expect("it may").results.len(), 1);

@@ -147,8 +147,8 @@ impl Caller {
         let (plan, stages) = (&piped.plan, fused.stages.clone());
         let at = |stage: usize| move |status| plan.at_stage(stage, status);
         piped.check_time(stages.start).map_err(at(stages.start))?;
-        let leaves = stages.clone().any(|stage| piped.leaves_any(stage));
-        let inline = self.inline_of(leaves, flow);
+        let leaves = stages.clone().any(|stage| piped.gives(stage));
+        let (inline, sealed) = (self.inline_of(leaves, flow), piped.seal && leaves);
         let (mut jobs, mut sources, mut charged) = (Vec::new(), Vec::new(), Vec::new());
         for stage in stages.clone() {
             let origins = &plan.stages[stage].inputs;
@@ -188,7 +188,7 @@ impl Caller {
         let means = Means {
             owner: Owner(self.account().number()),
             inputs: sources,
-            results: self.result_source(plugins, piped.seal && leaves),
+            results: self.result_source(plugins, sealed),
             deadline: piped.deadline.at,
             cancel: piped.cancel.clone(),
         };
@@ -231,7 +231,7 @@ impl Caller {
                 if !fused.is_linked(stage, port) {
                     let missing = || lost("a result of a stage is missing");
                     let output = outputs.next().ok_or_else(missing)?;
-                    self.given(piped, (stage, port), output.body, flow)?;
+                    self.given(piped, (stage, port), (output.body, sealed), flow)?;
                 }
             }
         }

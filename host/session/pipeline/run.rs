@@ -243,7 +243,7 @@ impl Caller {
         piped.check_time(index)?;
         let stage = &piped.plan.stages[index];
         let (inputs, _charged) = flow.take(piped, index)?;
-        let inline = self.inline_of(piped.leaves_any(index), flow);
+        let inline = self.inline_of(piped.gives(index), flow);
         let (job, means) = self.stage(piped, index, inputs, inline)?;
         let plugin = &job.kernel.plugin;
         self.check_in_service(plugin)?;
@@ -252,7 +252,12 @@ impl Caller {
         flow.used.extend(done.used.take());
         flow.told(&stage.label, &job.kernel.kernel().name, done.report);
         for (port, output) in done.outputs.into_iter().enumerate() {
-            self.given(piped, (index, port), output.body, flow)?;
+            self.given(
+                piped,
+                (index, port),
+                (output.body, piped.seals(index)),
+                flow,
+            )?;
         }
         Ok(())
     }
@@ -262,10 +267,10 @@ impl Caller {
         &self,
         piped: &Piped,
         (stage, port): (usize, usize),
-        body: OutputBody,
+        (body, sealed): (OutputBody, bool),
         flow: &mut Flow,
     ) -> Result<(), Status> {
-        let value = self.value(body)?;
+        let value = self.value(body, sealed)?;
         let leaves = piped.leaves(stage, port);
         if let (true, Found::Inline(bytes), Some(room)) = (leaves, &value.found, &mut flow.room) {
             let taken = wire::padded(bytes.len() as u64).unwrap_or(u64::MAX);
@@ -315,11 +320,10 @@ impl Caller {
                 (input, found.into_source())
             })
             .unzip();
-        let seal = piped.seal && piped.leaves_any(index);
         let means = Means {
             owner: Owner(self.account().number()),
             inputs: sources,
-            results: self.result_source([kernel.plugin.hash].into_iter(), seal),
+            results: self.result_source([kernel.plugin.hash].into_iter(), piped.seals(index)),
             deadline: piped.deadline.at,
             cancel: piped.cancel.clone(),
         };
@@ -337,7 +341,7 @@ impl Caller {
     }
 
     /// What a stage gave, for others to take.
-    fn value(&self, body: OutputBody) -> Result<Value, Status> {
+    fn value(&self, body: OutputBody, seal: bool) -> Result<Value, Status> {
         match body {
             OutputBody::Inline { spec, bytes } => {
                 let length = bytes.len() as u64;
@@ -355,6 +359,10 @@ impl Caller {
             }
             OutputBody::Segment { layout, segment } => {
                 let live = self.live_result(layout, segment)?;
+                if seal {
+                    // What can be sealed cannot be an input before it is.
+                    live.seal()?;
+                }
                 let place = live.tensors().first().cloned();
                 let place = place.ok_or_else(|| lost("a result without a tensor"))?;
                 Ok(Value {
@@ -397,9 +405,14 @@ impl Piped {
         outputs.any(|(_, from, output)| (*from, *output) == (stage, port))
     }
 
-    /// The same of any of its ports.
-    pub(super) fn leaves_any(&self, stage: usize) -> bool {
+    /// Whether anything that the stage gives is one of the pipeline's outputs.
+    pub(super) fn gives(&self, stage: usize) -> bool {
         self.plan.outputs.iter().any(|(_, from, _)| *from == stage)
+    }
+
+    /// Whether the results of the stage are sealed for good.
+    fn seals(&self, stage: usize) -> bool {
+        self.seal && self.gives(stage)
     }
 
     /// Whether anybody still waits, before the stage at `index`.

@@ -310,7 +310,10 @@ fn plain(word: String) -> Result<Value, String> {
         _ => {}
     }
     if let Ok(number) = word.parse::<Number>() {
-        return Ok(Value::Number(number));
+        // To the nearest, which serde_json is not always.
+        let real = word.parse::<f64>().ok().filter(|_| number.is_f64());
+        let exact = real.and_then(Number::from_f64);
+        return Ok(Value::Number(exact.unwrap_or(number)));
     }
     let digits = word.trim_start_matches(['+', '-', '.']);
     if digits.starts_with(|c: char| c.is_ascii_digit()) {

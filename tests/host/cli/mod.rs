@@ -4,6 +4,7 @@
 mod commands;
 mod demo;
 mod files;
+mod pipelines;
 mod run;
 mod serve;
 

@@ -14,6 +14,42 @@ use tonic::{Code, Request};
 use super::{Rig, cmd, f64s, floats, path, refused, shift};
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_pipeline_runs_by_descriptor() {
+    let rig = Rig::new().await;
+    rig.put("x", floats(200_000)).await.unwrap();
+    let text = "low: clip(hi=3) | scale-shift(a=2, b=1) -> low: low, up: .y";
+    let asked = json!({"kernel": text, "inputs": {"x": "x"}});
+    let info = rig.info(cmd(&asked)).await.unwrap();
+    let outcome: Value = serde_json::from_slice(&info.app_metadata).unwrap();
+    assert_eq!(outcome["copied_bytes"], 0);
+    assert_eq!(outcome["stages"][0]["stage"], "low");
+    let schema = |bytes: bytes::Bytes| {
+        let result = arrow_flight::SchemaResult { schema: bytes };
+        let schema = arrow_schema::Schema::try_from(&result).unwrap();
+        let names = schema.fields().iter().map(|field| field.name().clone());
+        names.collect::<Vec<_>>()
+    };
+    let opened = rig.client().await.get_schema(cmd(&asked)).await.unwrap();
+    for told in [info.schema.clone(), opened.into_inner().schema] {
+        assert_eq!(schema(told), ["low", "up"]);
+    }
+    let ticket = info.endpoint[1].ticket.clone().unwrap().ticket;
+    let up = f64s(&rig.get(ticket).await.unwrap());
+    assert!(up.len() == 200_000 && up[..5] == [1.0, 3.0, 5.0, 7.0, 7.0]);
+
+    let graph = json!({"pipeline": {"stages": [{"kernel": "clip"}, {"kernel": "cast"}]}, "inputs": {"x": "x"}});
+    let (invalid, told) = (Code::InvalidArgument, ["stage 2 (`cast`)"]);
+    refused(
+        rig.info(cmd(&graph)).await,
+        invalid,
+        "MISSING_PARAMETER",
+        &told,
+    );
+    let opened = rig.client().await.get_schema(cmd(&graph)).await;
+    refused(opened, invalid, "MISSING_PARAMETER", &told);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_kernel_runs_by_descriptor() {
     let rig = Rig::new().await;
     rig.put("x", floats(200_000)).await.unwrap();

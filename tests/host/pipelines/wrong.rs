@@ -19,7 +19,6 @@ fn what_does_not_fit_is_told_by_its_stage_before_anything_runs() {
     let at_rest = host.settled(&mut client);
     for (text, stage, kernel, reason, says) in [
         // By declarations alone.
-        ("clip | histogram -> c: .counts", 0, "", "", ""),
         (
             "clip | histogram(bins=4, lo=0, hi=1) | matmul(a: 2.counts, b: 2.counts)",
             3,
@@ -119,7 +118,7 @@ fn what_does_not_fit_is_told_by_its_stage_before_anything_runs() {
             2,
             "clip",
             "BAD_PIPELINE",
-            "has several outputs; say which: `h.counts`, `h.edges`",
+            "has several outputs; say which: `h.counts`, `h.outside`",
         ),
         (
             "clip | scale-shift(x: x)",
@@ -129,9 +128,6 @@ fn what_does_not_fit_is_told_by_its_stage_before_anything_runs() {
             "nothing takes what it gives",
         ),
     ] {
-        if reason.is_empty() {
-            continue;
-        }
         let before = runs(&mut client);
         let reply = client.ask(Op::Invoke, call(text));
         let body = reply.body();
