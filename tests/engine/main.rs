@@ -20,3 +20,4 @@ mod input_stores;
 mod invocations;
 mod retries;
 mod simulation;
+mod slices;
