@@ -91,8 +91,14 @@ impl Rig {
         upload.finish(segment, layout).unwrap();
     }
 
+    /// On one thread.
     fn call(&self) -> Arc<Invoked> {
-        let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}});
+        self.call_in(1)
+    }
+
+    /// In so many slices.
+    fn call_in(&self, slices: u32) -> Arc<Invoked> {
+        let call = json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}, "threads": slices});
         let id = self.0.host().request_id(None).unwrap();
         let invoke = serde_json::from_value(call).unwrap();
         self.0.invoke_and_wait(invoke, id).unwrap()
@@ -141,6 +147,45 @@ fn large(c: &mut Criterion) {
             y.copy_from_slice(black_box(&guest_y));
         });
     });
+    group.finish();
+}
+
+/// The same call in two slices, on two threads, beside native on one and on two; in this process and through a worker.
+fn slices(c: &mut Criterion) {
+    let bytes = 100 * MIB;
+    let mut group = c.benchmark_group("slices 100MiB");
+    group
+        .throughput(Throughput::Bytes(bytes as u64))
+        .sample_size(20)
+        .measurement_time(Duration::from_secs(6));
+    let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
+    let mut y = vec![1.0; bytes / 8];
+    group.bench_function("native, one thread", |b| {
+        b.iter(|| native(black_box(&x), black_box(&mut y), 2.0, 1.0))
+    });
+    group.bench_function("native, two threads", |b| {
+        b.iter(|| {
+            let half = x.len() / 2;
+            let ((x0, x1), (y0, y1)) = (black_box(&x).split_at(half), y.split_at_mut(half));
+            std::thread::scope(|scope| {
+                scope.spawn(|| native(x1, black_box(y1), 2.0, 1.0));
+                native(x0, black_box(y0), 2.0, 1.0);
+            });
+        });
+    });
+    for (place, enabled) in [("in process", false), ("through a worker", true)] {
+        let rig = Rig::new(|config| {
+            config.engine.threads = Some(2);
+            config.workers.enabled = enabled;
+            config.workers.program = Some(env!("CARGO_BIN_EXE_strait").into());
+        });
+        rig.put("x", bytes);
+        for slices in [1, 2] {
+            group.bench_function(BenchmarkId::new(place, slices), |b| {
+                b.iter(|| rig.call_in(slices));
+            });
+        }
+    }
     group.finish();
 }
 
@@ -462,6 +507,7 @@ fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
 criterion_group!(
     benches,
     large,
+    slices,
     sizes,
     worker,
     sandbox,
