@@ -49,6 +49,12 @@ impl Tensors {
         self.row().saturating_mul(self.rows)
     }
 
+    /// Bytes of the largest of those that are cut.
+    pub(super) fn largest(&self) -> u64 {
+        let row = self.row_bytes.iter().max().copied().unwrap_or(0);
+        row.saturating_mul(self.rows)
+    }
+
     fn row(&self) -> u64 {
         let row_bytes = self.row_bytes.iter();
         row_bytes.fold(0, |sum, bytes| sum.saturating_add(*bytes))

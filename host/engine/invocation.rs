@@ -9,6 +9,7 @@
 //! Nothing is left of an invocation that fails at any of them: its results have no name and no holder before
 //! [`Filled`], which has all of them. Slices of one go the same way: [`slice`].
 
+pub(super) mod along;
 pub(super) mod slice;
 
 use std::ops::Range;

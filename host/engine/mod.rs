@@ -11,6 +11,7 @@
 //!   ├ prepared         a job that is run again and again, bound ahead
 //!   ├ stream           one whose tensors come and go in batches
 //!   ├ slices           one on several threads, or part by part ── cut, threads
+//!   │  └ along         one whose windows move along tensors that do not fit it ── tall
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -55,6 +56,7 @@ mod slices;
 mod spare;
 mod state;
 mod stream;
+mod tall;
 mod threads;
 mod ticker;
 mod traps;
@@ -362,9 +364,7 @@ impl Engine {
         job: &Job,
         supplies: &Supplies,
     ) -> Result<Vec<(String, TensorSpec)>, Failed> {
-        slices::open(self, job, supplies)
-            .map(invocation::Opened::into_outputs)
-            .map_err(|broken| broken.of(&job.kernel.kernel().name))
+        slices::specs(self, job, supplies).map_err(|broken| broken.of(&job.kernel.kernel().name))
     }
 
     /// Slices of invocations that were cut, since the start.

@@ -75,6 +75,53 @@ impl Making {
         Ok(made.collect())
     }
 
+    /// What `open` announced, without memory.
+    pub(super) fn announced(columns: Vec<Column>) -> Vec<Self> {
+        let made = columns.into_iter().map(|column| Self {
+            port: column.name.clone(),
+            room: Room::Inline(TensorPlace {
+                name: column.name,
+                spec: column.spec,
+                offset: 0,
+                length: column.reserve_bytes,
+            }),
+        });
+        made.collect()
+    }
+
+    /// The result of `spec`, which was written to its file, where the guest could write no further than `written` bytes from
+    /// its first on; or whose elements are `bytes`.
+    ///
+    /// # Errors
+    /// A shape that no file can hold; Linux refused.
+    pub(super) fn streamed(
+        self,
+        spec: TensorSpec,
+        written: u64,
+        bytes: Vec<u8>,
+    ) -> Result<FilledOutput, Broken> {
+        const STAGE: Stage = Stage::Publish;
+        let reserve_bytes = self.bound().length;
+        let body = match self.room {
+            Room::Inline(_) => FilledBody::Inline { spec, bytes },
+            Room::Part(..) => return Err(STAGE.host("a part of a result is no result")),
+            Room::Pages(layout, pages) => {
+                let layout = replanned(layout, &self.port, spec, reserve_bytes)?;
+                let tensor = &layout.tensors[0];
+                let end = tensor.offset + written.max(tensor.length);
+                frame(&pages, &layout, end).map_err(|e| STAGE.broke(e))?;
+                FilledBody::Pages {
+                    layout,
+                    reserve_bytes,
+                }
+            }
+        };
+        Ok(FilledOutput {
+            port: self.port,
+            body,
+        })
+    }
+
     /// Where the tensor lies, as large as it can become; of one without pages the offset is 0.
     pub(super) fn bound(&self) -> &TensorPlace {
         match &self.room {
@@ -204,15 +251,7 @@ impl Making {
                 spec,
             },
             Room::Pages(layout, pages) => {
-                let layout = match layout.tensors[0].spec == spec {
-                    true => layout,
-                    false => plan(&Column {
-                        name: self.port.clone(),
-                        spec,
-                        reserve_bytes,
-                    })
-                    .map_err(|e| Stage::Extents.broken_contract(e.to_string()))?,
-                };
+                let layout = replanned(layout, &self.port, spec, reserve_bytes)?;
                 fill(&pages, &layout, spot, regions, copied)?;
                 FilledBody::Pages {
                     layout,
@@ -296,6 +335,24 @@ fn frame(pages: &ResultPages, layout: &FileLayout, written_to: u64) -> Result<()
     pages.zero(layout.header.len() as u64..tensor.offset.min(GUEST_PAGE))?;
     pages.write_at(0, &layout.header, &uncounted)?;
     pages.write_at(layout.footer_offset, &layout.footer, &uncounted)
+}
+
+/// `layout`, or one for what its tensor has become.
+fn replanned(
+    layout: FileLayout,
+    port: &str,
+    spec: TensorSpec,
+    reserve_bytes: u64,
+) -> Result<FileLayout, Broken> {
+    if layout.tensors[0].spec == spec {
+        return Ok(layout);
+    }
+    let column = Column {
+        name: port.to_owned(),
+        spec,
+        reserve_bytes,
+    };
+    plan(&column).map_err(|e| Stage::Extents.broken_contract(e.to_string()))
 }
 
 fn plan(column: &Column) -> Result<FileLayout, LayoutError> {

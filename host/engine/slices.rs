@@ -17,12 +17,14 @@ use std::time::{Duration, Instant};
 
 use parking_lot::{Condvar, Mutex};
 use strait_memory::ResultPages;
-use strait_tensor::Column;
+use strait_tensor::{Column, TensorSpec};
 
+use super::contract;
 use super::cut::{Tensors, Wanted};
-use super::error::{Broken, Stage};
+use super::error::{Broken, Cause, Limit, Stage};
 use super::guest_memory::RESERVATION_BYTES;
 use super::invocation::Opened;
+use super::invocation::along::along;
 use super::invocation::slice::{Slice, slice};
 use super::job::{Filled, Input, Job, NOTES_MAX, Report, Seconds, Source, Supplies};
 use super::results::Making;
@@ -32,6 +34,10 @@ use crate::plugin::{Combine, Port};
 /// Bytes of cut tensors that are worth a slice, where nobody has said how many: below it a thread more saves less than a guest
 /// more costs.
 const WORTH_BYTES: u64 = 8 << 20;
+/// Most bytes of one tensor that a wasm32 guest is told of: what it can count with a sign.
+const TENSOR_BYTES_MAX: u64 = (1 << 31) - 1;
+/// Most bytes of windows that move along.
+const ROOM_BYTES_MAX: u64 = 1 << 30;
 /// What a guest needs of its addresses beside tensors and its own memory.
 const APART_BYTES: u64 = 64 << 20;
 
@@ -40,31 +46,134 @@ const APART_BYTES: u64 = 64 << 20;
 /// # Errors
 /// [`Broken`]; nothing of it is left then.
 pub(super) fn invoke(engine: &Engine, job: &Job, supplies: &Supplies) -> Result<Filled, Broken> {
-    let opened = open(engine, job, supplies)?;
-    match rows(engine, job, supplies, opened.columns()) {
-        Some(rows) => run(engine, job, supplies, opened, &rows),
-        None => opened.whole(),
+    let Some(inputs) = cut_inputs(job, supplies) else {
+        return uncut(engine, job, supplies);
+    };
+    let sample = sample(job, &inputs);
+    let opened = Opened::open_any(engine, sample.as_ref().unwrap_or(job), supplies)?;
+    match cut(engine, job, inputs, &opened)? {
+        Some((columns, rows)) => run(engine, job, supplies, (opened, columns), &rows),
+        None if sample.is_none() => opened.fitting()?.whole(),
+        // What is told of that is what is told of kernels that cannot be cut.
+        None => Opened::open(engine, job, supplies)?.whole(),
     }
 }
 
-/// An instance that has answered `open` for all of `job`, whose tensors fit one guest, or can be cut until they do.
+/// Runs `job`, which cannot be cut: whole, or with windows that move along its tensors, if they do not fit and it streams.
+fn uncut(engine: &Engine, job: &Job, supplies: &Supplies) -> Result<Filled, Broken> {
+    let mut unfit = None;
+    if job.kernel.kernel().streaming {
+        let lengths = job.inputs.iter().map(|input| input.place.length);
+        let largest = lengths.max().unwrap_or(0);
+        match Opened::open(engine, job, supplies) {
+            Ok(opened) if largest <= TENSOR_BYTES_MAX => return opened.whole(),
+            Err(broken) if largest <= TENSOR_BYTES_MAX && !is_of_windows(&broken.cause) => {
+                return Err(broken);
+            }
+            other => unfit = Some(other),
+        }
+        let room = room_bytes(job).min(ROOM_BYTES_MAX);
+        if let Some(filled) = along(engine, job, supplies, room)? {
+            return Ok(filled);
+        }
+    }
+    match unfit {
+        Some(unfit) => unfit?.whole(),
+        None => Opened::open(engine, job, supplies)?.whole(),
+    }
+}
+
+/// Whether tensors do not fit one guest.
+fn is_of_windows(cause: &Cause) -> bool {
+    match cause {
+        Cause::Limit { limit, .. } => matches!(limit, Limit::Window | Limit::Wasm32),
+        _ => false,
+    }
+}
+
+/// The outputs that `job` would have: port and spec at its largest.
 ///
 /// # Errors
 /// [`Broken`].
-pub(super) fn open<'a>(
-    engine: &'a Engine,
-    job: &'a Job,
-    supplies: &'a Supplies,
-) -> Result<Opened<'a>, Broken> {
-    if cut_inputs(job, supplies).is_none() {
-        return Opened::open(engine, job, supplies);
-    }
-    let opened = Opened::open_any(engine, job, supplies)?;
-    match rows(engine, job, supplies, opened.columns()) {
-        Some(_) => Ok(opened),
-        None => opened.fitting(),
+pub(super) fn specs(
+    engine: &Engine,
+    job: &Job,
+    supplies: &Supplies,
+) -> Result<Vec<(String, TensorSpec)>, Broken> {
+    let whole = || Opened::open(engine, job, supplies).map(Opened::into_outputs);
+    let Some(inputs) = cut_inputs(job, supplies) else {
+        return whole();
+    };
+    let sample = sample(job, &inputs);
+    let opened = Opened::open_any(engine, sample.as_ref().unwrap_or(job), supplies)?;
+    match cut(engine, job, inputs, &opened)? {
+        Some((columns, _)) => Ok(columns
+            .into_iter()
+            .map(|column| (column.name, column.spec))
+            .collect()),
+        None if sample.is_none() => Ok(opened.fitting()?.into_outputs()),
+        None => whole(),
     }
 }
+
+/// `job` on its first rows, where all of them are more than a guest can be told of.
+fn sample(job: &Job, inputs: &Tensors) -> Option<Job> {
+    /// Of its rows.
+    const BYTES: u64 = 64 << 20;
+    let row = (inputs.cut_bytes() / inputs.rows).max(1);
+    let rows = (BYTES / row).clamp(1, inputs.rows);
+    (!fit(job, inputs)).then(|| part_of(job, &(0..rows)))
+}
+
+/// Bytes of tensors that one guest has room for.
+fn room_bytes(job: &Job) -> u64 {
+    let own_bytes = job.limits.guest_bytes.saturating_add(APART_BYTES);
+    let addresses = (RESERVATION_BYTES as u64).saturating_sub(own_bytes);
+    job.limits.window_bytes.min(addresses)
+}
+
+/// Whether one guest can have all of `tensors`.
+fn fit(job: &Job, tensors: &Tensors) -> bool {
+    let bytes = tensors.bytes();
+    bytes <= job.limits.window_bytes
+        && bytes < RESERVATION_BYTES as u64
+        && tensors.largest() <= TENSOR_BYTES_MAX
+}
+
+/// The outputs of `job`, of which all or a sample is `opened`, and the rows of each slice; none if it is not to be cut.
+///
+/// # Errors
+/// The outputs are more than they may be.
+fn cut(
+    engine: &Engine,
+    job: &Job,
+    inputs: Tensors,
+    opened: &Opened<'_>,
+) -> Result<Option<Planned>, Broken> {
+    let (all, shown) = (inputs.rows, opened.rows());
+    let of_all = |column: &Column| {
+        let mut spec = column.spec.clone();
+        let first = spec
+            .shape
+            .first_mut()
+            .filter(|rows| Some(**rows) == shown)?;
+        *first = all;
+        Column::new(column.name.clone(), spec).ok()
+    };
+    let columns = opened.columns().iter().map(of_all);
+    let Some(columns) = columns.collect::<Option<Vec<_>>>() else {
+        return Ok(None);
+    };
+    let (asked, most) = (contract::reserve_bytes(&columns), job.limits.result_bytes);
+    if asked > most {
+        let limit = Limit::Result;
+        return Err(Stage::Open.broke(Cause::Limit { limit, asked, most }));
+    }
+    Ok(rows(engine, job, inputs, &columns).map(|rows| (columns, rows)))
+}
+
+/// Outputs, and the rows of each slice.
+type Planned = (Vec<Column>, Vec<Range<u64>>);
 
 fn ports(job: &Job) -> impl Iterator<Item = (&Port, &Input)> {
     job.kernel.kernel().inputs.iter().zip(&job.inputs)
@@ -104,31 +213,24 @@ fn cut_inputs(job: &Job, supplies: &Supplies) -> Option<Tensors> {
 fn rows(
     engine: &Engine,
     job: &Job,
-    supplies: &Supplies,
+    mut tensors: Tensors,
     columns: &[Column],
 ) -> Option<Vec<Range<u64>>> {
-    let mut tensors = cut_inputs(job, supplies)?;
     for column in columns {
         let bytes = column.reserve_bytes;
-        let is_small = bytes == 0 || job.inline.is_some_and(|room| bytes <= room.each);
-        if is_small || column.spec.shape.first() != Some(&tensors.rows) {
+        if bytes == 0 || job.inline.is_some_and(|room| bytes <= room.each) {
             return None;
         }
-        tensors.row_bytes.push(column.reserve_bytes / tensors.rows);
+        tensors.row_bytes.push(bytes / tensors.rows);
     }
     let by_size = || (tensors.cut_bytes() / WORTH_BYTES).min(engine.config.threads as u64);
-    let own_bytes = job.limits.guest_bytes.saturating_add(APART_BYTES);
-    let addresses = (RESERVATION_BYTES as u64).saturating_sub(own_bytes);
-    let fits =
-        tensors.bytes() <= job.limits.window_bytes && tensors.bytes() < RESERVATION_BYTES as u64;
+    let asked = job.threads.map(|threads| threads.get().into());
     let wanted = Wanted {
-        slices: job
-            .threads
-            .map_or_else(by_size, |threads| threads.get().into()),
-        guest_bytes: match fits {
+        slices: asked.unwrap_or_else(by_size),
+        guest_bytes: match fit(job, &tensors) {
             // Then nothing else is to be asked of a slice than of the whole.
             true => u64::MAX,
-            false => job.limits.window_bytes.min(addresses),
+            false => room_bytes(job).min(TENSOR_BYTES_MAX),
         },
     };
     tensors.cut(wanted)
@@ -247,19 +349,19 @@ impl Task {
     }
 }
 
-/// Runs `job`, which is opened, in slices of `rows`.
+/// Runs `job`, which is opened and has outputs of these `columns`, in slices of `rows`.
 fn run(
     engine: &Engine,
     job: &Job,
     supplies: &Supplies,
-    opened: Opened<'_>,
+    (opened, columns): (Opened<'_>, Vec<Column>),
     rows: &[Range<u64>],
 ) -> Result<Filled, Broken> {
     let Some(whole) = engine.me.upgrade() else {
         return Err(Stage::Run.host("the engine is ending"));
     };
     let begin = Instant::now();
-    let results = opened.results()?;
+    let results = Making::all(columns, job.inline, &*supplies.results)?;
     let mut parts = Parts::cut(&results, rows)?;
     let cancels: Vec<_> = rows.iter().map(|_| supplies.cancel.part()).collect();
     let task = |(index, rows): (usize, &Range<u64>)| Task {

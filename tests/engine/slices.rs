@@ -324,6 +324,127 @@ fn tensors_beyond_what_a_guest_may_see_go_through_part_by_part() {
     assert_eq!(status.reason.name(), "LIMIT_WINDOW_BYTES", "{status}");
 }
 
+/// Calls of every standard kernel that streams and cannot be cut, on tensors that it puts: finite and others.
+fn streams(rig: &Rig) -> Vec<Value> {
+    let rows = ROWS as u64;
+    put(rig, "x", Dtype::Float64, &[rows]);
+    put(rig, "matrix", Dtype::Float64, &[rows / 5, 7]);
+    put(rig, "narrow", Dtype::Float32, &[2 * rows]);
+    rig.put_f64("taps", &[0.5, -1.25, 3.0, 0.125, 7.0]);
+    let mut calls = Vec::new();
+    for x in ["x", "matrix", "narrow"] {
+        let mut add = |kernel: &str, parameters: Value| {
+            calls.push(json!({"kernel": kernel, "inputs": {"x": x}, "parameters": parameters}));
+        };
+        add("cumsum", json!({}));
+        add("rolling-mean", json!({"window": 12}));
+        add("rolling-mean", json!({"window": 5000}));
+        add("zscore-running", json!({}));
+        add("histogram", json!({"bins": 40, "lo": -300.0, "hi": 5000}));
+        if x != "matrix" {
+            add("filter-finite", json!({}));
+        }
+        calls.push(json!({"kernel": "fir", "inputs": {"x": x, "taps": "taps"}}));
+    }
+    calls
+}
+
+#[test]
+fn streams_beyond_what_a_guest_may_see_go_through_with_windows_that_move_along() {
+    let given = |rig: &Rig, call: &Value| {
+        let invoked = rig.invoke(call.clone());
+        let invoked = invoked.unwrap_or_else(|status| panic!("{call}: {status}"));
+        let results = invoked.results.iter();
+        let bytes: Vec<_> = results.map(|r| bytes_of(r.segment().unwrap())).collect();
+        let shapes = invoked.results.iter();
+        let shapes: Vec<_> = shapes
+            .map(|r| r.segment().unwrap().tensors()[0].spec.shape.clone())
+            .collect();
+        let report = &invoked.report;
+        (bytes, shapes, report.notes.clone(), report.slices)
+    };
+    let large = Rig::new();
+    let of_large: Vec<_> = streams(&large)
+        .iter()
+        .map(|call| given(&large, call))
+        .collect();
+    drop(large);
+    for move_min_bytes in [512 << 10, 1] {
+        let rig = Rig::with(|config| {
+            config.limits.window_bytes = 2 << 20;
+            config.engine.move_min_bytes = move_min_bytes;
+        });
+        let calls = streams(&rig);
+        for (call, whole) in calls.iter().zip(&of_large) {
+            let parts = given(&rig, call);
+            assert!(parts.0 == whole.0, "other bits: {call}");
+            assert_eq!((&parts.1, &parts.2), (&whole.1, &whole.2), "{call}");
+            assert!(parts.3 > 1 && whole.3 == 0, "{call}: {} steps", parts.3);
+        }
+        let before = rig.holdings();
+        calls.iter().for_each(|call| drop(given(&rig, call)));
+        rig.check_holdings(&before, "windows that moved along");
+    }
+}
+
+#[test]
+fn what_goes_wrong_where_windows_move_along_leaves_nothing() {
+    let rig = Rig::with(|config| config.limits.window_bytes = 2 << 20);
+    let values: Vec<f64> = (0..ROWS).map(|i| i as f64).collect();
+    let x = rig.put_f64("x", &values);
+    let bytes = bytes_of(&x);
+    let guest = |what: &str| {
+        format!(
+            ";; It streams.
+            (func $word (param $record i64) (param $at i32) (result i64)
+              (i64.load (i32.add (i32.wrap_i64 (local.get $record)) (local.get $at))))
+            (func $step (param $mode i32) (result i32) (local $rows i64)
+              (if (i64.gt_u (call $word (global.get $in) (i32.const 0)) (i64.const 100000)) (then {what}))
+              (local.set $rows (call $word (global.get $in) (i32.const 8)))
+              (if (i64.gt_u (local.get $rows) (call $word (global.get $out) (i32.const 8)))
+                (then (local.set $rows (call $word (global.get $out) (i32.const 8)))))
+              (memory.copy
+                (i32.wrap_i64 (i64.add (global.get $y) (call $word (global.get $out) (i32.const 16))))
+                (i32.wrap_i64 (i64.add (global.get $x) (call $word (global.get $in) (i32.const 16))))
+                (i32.wrap_i64 (i64.mul (local.get $rows) (i64.const 8))))
+              (call $moved (global.get $in) (local.get $rows))
+              (call $moved (global.get $out) (local.get $rows))
+              i32.const 0)"
+        )
+    };
+    load(&rig, "copies", &guest(""));
+    let copies = || {
+        let call = json!({"kernel": "copies/k", "inputs": {"x": "x"}});
+        let (y, steps) = called(&rig, call, None);
+        assert!(steps > 2 && y == bytes, "{steps} steps");
+    };
+    (0..2).for_each(|_| copies());
+    let store = "(i64.store (i32.wrap_i64 (i64.add (global.get $x) (call $word (global.get $in) (i32.const 16)))) (i64.const -1))";
+    let fill = "(memory.fill (i32.wrap_i64 (i64.add (global.get $x) (call $word (global.get $in) (i32.const 16)))) (i32.const 1) (i32.const 64))";
+    let cases = [
+        ("trap", "unreachable", "GUEST_TRAP"),
+        ("spin", "(loop $ever (br $ever))", "DEADLINE"),
+        ("fail", "(return (i32.const 1))", "KERNEL_FAILED"),
+        ("three", "(return (i32.const 3))", "BAD_ANSWER"),
+        ("again", "(return (i32.const 2))", "BAD_ANSWER"),
+        ("nothing", "(return (i32.const 0))", "BAD_ANSWER"),
+        ("store", store, "INPUT_WRITTEN"),
+        ("fill", fill, "INPUT_WRITTEN"),
+    ];
+    for (name, what, reason) in cases {
+        load(&rig, name, &guest(what));
+        let before = rig.holdings();
+        let deadline = if reason == "DEADLINE" { 300 } else { 60_000 };
+        let call =
+            json!({"kernel": format!("{name}/k"), "inputs": {"x": "x"}, "deadline_ms": deadline});
+        let status = rig.invoke(call).unwrap_err();
+        assert_eq!(status.reason.name(), reason, "{name}: {status}");
+        assert!(bytes_of(&x) == bytes, "{name} changed its input");
+        rig.check_holdings(&before, name);
+        copies();
+    }
+}
+
 /// `STRAIT_TEST_LARGE=1` runs it: it needs 13 GiB of memory.
 #[test]
 fn six_gib_go_through_guests_of_four() {

@@ -48,10 +48,12 @@ impl<'a> Opened<'a> {
         &self.columns
     }
 
-    /// Memory for the results.
-    pub(in crate::engine) fn results(&self) -> Result<Vec<Making>, Broken> {
-        let (job, source) = (self.call.job, &self.call.supplies.results);
-        Making::all(self.columns.clone(), job.inline, &**source)
+    /// Rows of its first input that is cut.
+    pub(in crate::engine) fn rows(&self) -> Option<u64> {
+        let job = self.call.job;
+        let mut inputs = job.kernel.kernel().inputs.iter().zip(&job.inputs);
+        let (_, input) = inputs.find(|(port, _)| !port.whole)?;
+        input.place.spec.shape.first().copied()
     }
 
     /// The same with the `parts` that there are for the results.
