@@ -14,7 +14,7 @@ use strait_memory::{GUEST_PAGE, HUGE};
 /// Most bytes of the tensors of one slice that are cut, where they do not all fit one guest.
 const SLICE_BYTES_MAX: u64 = 1 << 30;
 /// Most slices of one job.
-const SLICES_MAX: u64 = 1 << 14;
+const SLICES_MAX: u64 = 1 << 12;
 
 /// What is to be cut.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -239,9 +239,14 @@ fn rows(
 /// One of them, not begun.
 struct Task {
     index: usize,
+    rows: Range<u64>,
+    parts: Vec<Making>,
+}
+
+/// What all of them are made from, when they begin: there may be thousands.
+struct Common {
     job: Job,
     supplies: Supplies,
-    parts: Vec<Making>,
 }
 
 /// What all threads that run slices of one job share.
@@ -257,6 +262,8 @@ struct Shared {
 struct State {
     /// The last one is the next.
     tasks: Vec<Task>,
+    /// Until all have ended: whoever helps holds no segment longer than its slice takes.
+    common: Option<Arc<Common>>,
     /// Those that have been begun and have not ended.
     running: usize,
     ended: Vec<Ended>,
@@ -275,7 +282,7 @@ impl Shared {
     fn work(&self, as_helper: bool) {
         loop {
             let mut state = self.state.lock();
-            let Some(task) = state.tasks.pop() else {
+            let Some((task, common)) = state.tasks.pop().zip(state.common.clone()) else {
                 return;
             };
             state.running += 1;
@@ -283,8 +290,11 @@ impl Shared {
             let before = threads::cpu_time();
             let index = task.index;
             // Those before it went well so far; nobody waits for those behind one that failed.
-            let ran = (index < self.failed.load(Ordering::Acquire))
-                .then(|| catch_unwind(AssertUnwindSafe(|| task.run(&self.engine))));
+            let cancel = self.cancels[index].clone();
+            let ran = (index < self.failed.load(Ordering::Acquire)).then(|| {
+                catch_unwind(AssertUnwindSafe(|| task.run(&self.engine, &common, cancel)))
+            });
+            drop(common);
             let (outcome, used) = match ran {
                 None => (None, None),
                 Some(Ok(Ok(slice))) => {
@@ -336,6 +346,7 @@ impl Shared {
         while state.running > 0 || !state.tasks.is_empty() {
             self.changed.wait(&mut state);
         }
+        state.common = None;
         let mut ended = std::mem::take(&mut state.ended);
         ended.sort_by_key(|ended| ended.index);
         (ended, state.lent)
@@ -343,9 +354,11 @@ impl Shared {
 }
 
 impl Task {
-    fn run(self, engine: &Engine) -> Result<Slice, Broken> {
+    fn run(self, engine: &Engine, of: &Common, cancel: CancelToken) -> Result<Slice, Broken> {
         engine.slices.fetch_add(1, Ordering::Relaxed);
-        slice(engine, &self.job, &self.supplies, self.parts)
+        let job = part_of(&of.job, &self.rows);
+        let supplies = shared(&of.supplies, cancel);
+        slice(engine, &job, &supplies, self.parts)
     }
 }
 
@@ -366,14 +379,7 @@ fn run(
     let cancels: Vec<_> = rows.iter().map(|_| supplies.cancel.part()).collect();
     let task = |(index, rows): (usize, &Range<u64>)| Task {
         index,
-        job: part_of(job, rows),
-        supplies: Supplies {
-            inputs: Source::filled(&supplies.inputs, Vec::new()),
-            results: Arc::clone(&supplies.results),
-            deadline: supplies.deadline,
-            cancel: cancels[index].clone(),
-            logged: supplies.logged.clone(),
-        },
+        rows: rows.clone(),
         parts: parts.take(index),
     };
     let mut tasks: Vec<_> = rows.iter().enumerate().map(task).collect();
@@ -383,6 +389,10 @@ fn run(
         engine: whole,
         state: Mutex::new(State {
             tasks,
+            common: Some(Arc::new(Common {
+                job: job.clone(),
+                supplies: shared(supplies, supplies.cancel.clone()),
+            })),
             running: 0,
             ended: Vec::with_capacity(rows.len()),
             lent: Duration::ZERO,
@@ -420,6 +430,17 @@ fn run(
     let outputs = results.into_iter().map(Making::joined);
     let outputs = outputs.collect::<Result<_, _>>()?;
     Ok(opened.sliced(outputs, |report| tell(report, reports, seconds)))
+}
+
+/// The same supplies, for what `cancel` ends.
+fn shared(supplies: &Supplies, cancel: CancelToken) -> Supplies {
+    Supplies {
+        inputs: Source::filled(&supplies.inputs, Vec::new()),
+        results: Arc::clone(&supplies.results),
+        deadline: supplies.deadline,
+        cancel,
+        logged: supplies.logged.clone(),
+    }
 }
 
 /// `job` on some of its rows.

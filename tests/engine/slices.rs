@@ -247,6 +247,38 @@ fn a_cancel_ends_all_slices() {
 }
 
 #[test]
+fn cpu_time_is_that_of_all_threads() {
+    let rig = Rig::new();
+    rig.put_f64("x", &vec![1.0; ROWS]);
+    let text = ";; It splits.
+        (func $run (param i32) (result i32) (local $i i32)
+          (loop $again (br_if $again (i32.lt_u
+            (local.tee $i (i32.add (local.get $i) (i32.const 1))) (i32.const 200000000))))
+          i32.const 0)";
+    load(&rig, "burns", text);
+    let used = || rig.me().stats(0).account.unwrap().cpu_seconds;
+    // It is counted a moment after the answer.
+    let burn = |threads: u32, at_least: f64| {
+        let before = used();
+        let call = json!({"kernel": "burns/k", "inputs": {"x": "x"}});
+        let (_, slices) = called(&rig, call, Some(threads));
+        assert_eq!(slices, if threads == 1 { 0 } else { threads.into() });
+        for _ in 0..5000 {
+            if used() - before > at_least {
+                return used() - before;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        panic!(
+            "{} s in {threads} slices, less than {at_least}",
+            used() - before
+        )
+    };
+    let one = burn(1, 0.01);
+    burn(4, 2.5 * one);
+}
+
+#[test]
 fn slices_share_what_a_call_may_log() {
     let rig = Rig::with(|config| config.limits.log_bytes = 10_000);
     rig.put_f64("x", &vec![1.0; ROWS]);
@@ -475,6 +507,20 @@ fn six_gib_go_through_guests_of_four() {
         wrote.unwrap();
     }
     upload.finish(segment, layout).unwrap();
+    // One that streams: all of it passes before one instance.
+    let counted = json!({"kernel": "histogram", "inputs": {"x": "x"}, "parameters": {"bins": 256, "lo": 0, "hi": 256}, "deadline_ms": 300_000});
+    let counted = rig.invoke(counted).unwrap();
+    let counts = bytes_of(counted.results[0].segment().unwrap());
+    let counts = counts.chunks_exact(8);
+    let counts: Vec<_> = counts
+        .map(|count| u64::from_le_bytes(count.try_into().unwrap()))
+        .collect();
+    let mut expected = vec![0; 256];
+    let blocks = BYTES / BLOCK as u64;
+    block
+        .iter()
+        .for_each(|x| expected[usize::from(*x)] += blocks);
+    assert!(counts == expected && counted.report.slices > 5);
     let call = json!({"kernel": "clip", "inputs": {"x": "x"}, "parameters": {"lo": 10, "hi": 99}, "deadline_ms": 300_000});
     let invoked = rig.invoke(call).unwrap();
     assert_eq!(

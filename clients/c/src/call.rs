@@ -49,7 +49,6 @@ struct Plan {
     deadline_ms: u64,
     lease_ms: u64,
     inline_bytes: Option<u64>,
-    threads: u32,
     request_id: Option<String>,
     idempotency_key: Option<String>,
 }
@@ -101,9 +100,6 @@ impl Ready {
             .verify(plan.verify);
         if let Some(most) = plan.inline_bytes {
             call = call.inline_bytes(most);
-        }
-        if plan.threads > 0 {
-            call = call.threads(plan.threads);
         }
         if let Some(deadline) = milliseconds(plan.deadline_ms) {
             call = call.deadline(deadline);
@@ -227,7 +223,6 @@ impl Call {
             ("verify", plan.verify),
             ("lease", plan.lease_ms > 0),
             ("inline_bytes", plan.inline_bytes.is_some()),
-            ("threads", plan.threads > 0),
             ("idempotency_key", plan.idempotency_key.is_some()),
         ];
         match only_a_call.iter().find(|(_, said)| *said) {
@@ -540,16 +535,6 @@ pub extern "C" fn strait_call_lease(call: Option<&Call>, ms: u64) -> Option<Box<
 pub extern "C" fn strait_call_inline_bytes(call: Option<&Call>, most: u64) -> Option<Box<Failure>> {
     Call::set(call, |plan| {
         plan.inline_bytes = Some(most);
-        Ok(())
-    })
-}
-
-/// Slices to cut the rows into, if the kernel can be cut, 1 to 64: the result is the same for any number. 0: as many as are worth it.
-#[unsafe(no_mangle)]
-#[must_use]
-pub extern "C" fn strait_call_threads(call: Option<&Call>, threads: u32) -> Option<Box<Failure>> {
-    Call::set(call, |plan| {
-        plan.threads = threads;
         Ok(())
     })
 }

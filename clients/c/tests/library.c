@@ -244,7 +244,6 @@ static void settings(strait_client *client) {
     char key[32];
     snprintf(key, sizeof key, "c-key-%d", (int)getpid());
     OK(strait_call_idempotency_key(call, key));
-    OK(strait_call_threads(call, 2));
     OK(strait_call_send(call, &result));
     OK(strait_result_tensor(result, "y", &y));
     WANT(y.shape[0] == 3 && !strcmp(strait_result_note(result, "dropped"), "1"));

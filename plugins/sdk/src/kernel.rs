@@ -23,8 +23,7 @@ pub trait Kernel: Sized + 'static {
     /// stand for the last axes of a tensor, and one name is one size wherever it stands; axes before the named ones
     /// are the same for all ports. The host checks it before [`open`](Self::open). Empty: no rule.
     const SIGNATURE: &'static str = "";
-    /// The axis along which the host may cut all inputs, except those that are `whole`, and outputs, with the same result bit
-    /// for bit: each output has as many rows as the inputs.
+    /// The axis along which the host may cut all inputs and outputs, with the same result bit for bit.
     const SPLIT_AXIS: Option<u32> = None;
     /// Whether `run` may be called for each chunk of rows, and how.
     const STREAMING: Streaming = Streaming::Whole;
