@@ -9,6 +9,7 @@
 
 #[path = "../tests/support/guest.rs"]
 mod guest;
+mod rig;
 
 use std::hint::black_box;
 use std::process::{Child, Command, Stdio};
@@ -18,99 +19,11 @@ use criterion::measurement::WallTime;
 use criterion::{
     BenchmarkGroup, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main,
 };
-use rustix::process::{Pid, Signal, kill_process};
-use serde_json::{Value, json};
-use std::sync::Arc;
-use strait::config::Config;
-use strait::engine::{Owner, RunnerProcess};
-use strait::session::{Caller, Host, Invoked};
 use strait_client::{Client, NewTensor};
-use strait_memory::{Budget, Copied, Segment, WriteMapping};
-use strait_tensor::{Column, Dtype, FileLayout, TensorSpec};
+use strait_memory::{Budget, Segment, WriteMapping};
+use strait_tensor::{Dtype, TensorSpec};
 
-const MIB: usize = 1 << 20;
-
-/// The baseline: the same loop as the kernel's, as rustc vectorises it for this CPU's baseline.
-fn native(x: &[f64], y: &mut [f64], a: f64, b: f64) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y = a * *x + b;
-    }
-}
-
-/// A host in this process, without sockets.
-struct Rig(Caller);
-
-impl Rig {
-    fn new(change: impl FnOnce(&mut Config)) -> Self {
-        let mut config = Config::default();
-        config.engine.cache = Some(concat!(env!("CARGO_TARGET_TMPDIR"), "/compiled").into());
-        change(&mut config);
-        Self(
-            Host::start(config, std::path::Path::new("nowhere"))
-                .unwrap()
-                .own_caller(),
-        )
-    }
-
-    /// For another user of the same host.
-    fn of(&self, uid: u32) -> Self {
-        Self(self.0.host().caller(Some(uid)).unwrap())
-    }
-
-    fn wait_for_spare(&self, spare: bool) {
-        let is_spare = |process: &RunnerProcess| process.owner.is_none();
-        while spare && !self.0.host().runner().processes().iter().any(is_spare) {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-    }
-
-    fn kill_worker(&self) {
-        let own = Some(Owner(self.0.account().number()));
-        for process in self.0.host().runner().processes() {
-            if process.owner == own {
-                let pid = i32::try_from(process.pid).unwrap();
-                kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
-            }
-        }
-    }
-
-    fn put(&self, name: &str, bytes: usize) {
-        let spec = TensorSpec {
-            dtype: Dtype::Float64,
-            shape: vec![bytes as u64 / 8],
-        };
-        let upload = self.0.begin_upload(name, true).unwrap();
-        let layout = FileLayout::plan(&[Column::new("x", spec).unwrap()]).unwrap();
-        let segment = self.0.allocate_to_fill(&layout).unwrap();
-        let values: Vec<u8> = (0..bytes / 8)
-            .flat_map(|i| (i as f64).to_le_bytes())
-            .collect();
-        segment
-            .write_at(layout.tensors[0].offset, &values, &Copied::new())
-            .unwrap();
-        upload.finish(segment, layout).unwrap();
-    }
-
-    fn call(&self) -> Arc<Invoked> {
-        self.ask(json!({"kernel": "scale-shift", "inputs": {"x": "x"}, "parameters": {"a": 2.0, "b": 1.0}}))
-    }
-
-    fn ask(&self, call: Value) -> Arc<Invoked> {
-        let id = self.0.host().request_id(None).unwrap();
-        let invoke = serde_json::from_value(call).unwrap();
-        self.0.invoke_and_wait(invoke, id).unwrap()
-    }
-
-    /// How long `spins/k` goes on after its deadline.
-    fn runaway(&self, deadline_ms: u64) -> Duration {
-        let call = json!({"kernel": "spins/k", "inputs": {"x": "x"}, "deadline_ms": deadline_ms});
-        let id = self.0.host().request_id(None).unwrap();
-        let invoke = serde_json::from_value(call).unwrap();
-        let begin = Instant::now();
-        self.0.invoke_and_wait(invoke, id).unwrap_err();
-        begin.elapsed() - Duration::from_millis(deadline_ms)
-    }
-}
+use rig::{MIB, Rig, native};
 
 /// A 100 MiB call with a fresh sandbox, beside native on warm pages and the copying path.
 fn large(c: &mut Criterion) {
@@ -144,89 +57,6 @@ fn large(c: &mut Criterion) {
             y.copy_from_slice(black_box(&guest_y));
         });
     });
-    group.finish();
-}
-
-/// Three elementwise kernels over 100 MiB, beside native code in three passes and in one, and the same kernels one after the other.
-fn pipeline(c: &mut Criterion) {
-    const KERNELS: [&str; 3] = [
-        "clip(lo=0, hi=1e7)",
-        "scale-shift(a=2, b=1)",
-        "cast(to=float32)",
-    ];
-    let bytes = 100 * MIB;
-    let mut group = c.benchmark_group("pipeline 100MiB");
-    group
-        .throughput(Throughput::Bytes(bytes as u64))
-        .sample_size(20)
-        .measurement_time(Duration::from_secs(6));
-    let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
-    let (mut one, mut two) = (vec![1.0; bytes / 8], vec![1.0; bytes / 8]);
-    let mut y = vec![1.0_f32; bytes / 8];
-    let clip = |x: f64| {
-        if x < 0.0 {
-            0.0
-        } else if x > 1e7 {
-            1e7
-        } else {
-            x
-        }
-    };
-    #[expect(
-        clippy::cast_possible_truncation,
-        reason = "it is what the kernel does"
-    )]
-    let cast = |x: f64| x as f32;
-    group.bench_function("native, three passes, warm", |b| {
-        b.iter(|| {
-            for (y, x) in one.iter_mut().zip(black_box(&x)) {
-                *y = clip(*x);
-            }
-            native(black_box(&one), &mut two, 2.0, 1.0);
-            for (y, x) in y.iter_mut().zip(black_box(&two)) {
-                *y = cast(*x);
-            }
-            black_box(&mut y);
-        });
-    });
-    group.bench_function("native, one fused loop, warm", |b| {
-        b.iter(|| {
-            for (y, x) in y.iter_mut().zip(black_box(&x)) {
-                *y = cast(2.0 * clip(*x) + 1.0);
-            }
-            black_box(&mut y);
-        });
-    });
-    let text = KERNELS.join(" | ");
-    let piped = json!({"kernel": text, "inputs": {"x": "x"}});
-    // As in a worker: without checks in loops.
-    let rig = |link_bytes| {
-        let rig = Rig::new(|config| {
-            config.engine.link_bytes = link_bytes;
-            config.engine.epoch_interruption = false;
-        });
-        rig.put("x", bytes);
-        rig
-    };
-    let whole = rig(0);
-    group.bench_function("three calls", |b| {
-        b.iter(|| {
-            let mut x = "x";
-            for (kernel, name) in KERNELS.iter().zip(["one", "two", "three"]) {
-                whole.ask(json!({"kernel": kernel, "inputs": {"x": x}, "publish": {"y": name}, "replace": true}));
-                x = name;
-            }
-        });
-    });
-    group.bench_function("one pipeline, stage by stage", |b| {
-        b.iter(|| whole.ask(piped.clone()))
-    });
-    drop(whole);
-    for kib in [64, 128, 256, 512, 1024] {
-        let rig = rig(kib << 10);
-        let name = BenchmarkId::new("one pipeline, at once, links of KiB", kib);
-        group.bench_function(name, |b| b.iter(|| rig.ask(piped.clone())));
-    }
     group.finish();
 }
 
@@ -548,7 +378,6 @@ fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
 criterion_group!(
     benches,
     large,
-    pipeline,
     sizes,
     worker,
     sandbox,

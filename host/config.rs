@@ -227,6 +227,8 @@ pub struct EngineSettings {
     pub cache: Option<PathBuf>,
     /// Threads that run kernels; none: one for each CPU.
     pub workers: Option<usize>,
+    /// Threads that one invocation can run on, in slices; none: as many as run kernels.
+    pub threads: Option<usize>,
     /// Invocations that may wait for a worker, of all principals.
     pub queue_len: usize,
 }
@@ -240,6 +242,7 @@ impl Default for EngineSettings {
             epoch_interruption: true,
             cache: None,
             workers: None,
+            threads: None,
             queue_len: 1024,
         }
     }
@@ -362,6 +365,7 @@ impl Config {
             },
             cache: self.cache(),
             idle_guests_max: 16,
+            threads: self.threads(),
         }
     }
 
@@ -414,7 +418,8 @@ impl Config {
         const LANE: u64 = 16 << 20;
         /// All that a guest can address.
         const GUEST: u64 = 4 << 30;
-        let lanes = self.worker_lanes() as u64;
+        // A slice has a guest, as a lane has.
+        let lanes = (self.worker_lanes() + self.threads() - 1) as u64;
         let streams = (self.workers.streams() as u64).saturating_mul(LANE_LEAST);
         let guest = self.limits.guest_bytes;
         let guest = guest.saturating_add(self.limits.window_bytes).min(GUEST);
@@ -467,6 +472,14 @@ impl Config {
                 .filter(|base| base.is_absolute())
                 .map(|base| base.join("strait")),
         }
+    }
+
+    /// Threads that one invocation can run on.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        const MOST: usize = 64;
+        let asked = self.engine.threads.unwrap_or_else(|| self.workers());
+        asked.clamp(1, MOST)
     }
 
     /// Threads that run kernels.

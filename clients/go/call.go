@@ -116,7 +116,7 @@ func (a *Adopted) elements() (Copied, *segment, error) {
 }
 
 // CallOption changes one call: Param, PublishAs, Replace, Seal, Deadline, LeaseFor, WithoutResults,
-// InlineBytes, Limits, Verify, IdempotencyKey.
+// InlineBytes, Limits, Threads, Verify, IdempotencyKey.
 type CallOption interface {
 	call(*invokeRequest) error
 }
@@ -235,6 +235,18 @@ type Limits struct {
 func (l Limits) call(r *invokeRequest) error     { r.Limits = &l; return nil }
 func (l Limits) prepare(r *prepareRequest) error { r.Limits = &l; return nil }
 
+// Threads cuts the rows of a call into n slices, 1 to 64, if the kernel can be cut; without it into as many as are
+// worth it. The results are the same for any number. Result.Slices tells how many there were.
+func Threads(n int) CallOption {
+	return callOption(func(r *invokeRequest) error {
+		if n < 1 || n > 64 {
+			return argumentError("%d threads; ask for 1 to 64", n)
+		}
+		r.Threads = n
+		return nil
+	})
+}
+
 // Verify asks the host which pages the kernel saw: Result.Pages.
 func Verify() CallOption { return plainOption(func(r *invokeRequest) { r.Verify = true }) }
 
@@ -283,6 +295,8 @@ type Result struct {
 	Pages []PortPages
 	// MinorFaults of the host's process meanwhile.
 	MinorFaults int64
+	// Slices of its rows that it ran in; 0: it ran whole.
+	Slices int64
 	Timing      Timing
 	// RequestID names this call in the host's log.
 	RequestID string
@@ -389,6 +403,7 @@ func (c *Client) results(reply *invokeReply, came beside) (*Result, error) {
 		CopiedBytes: reply.CopiedBytes,
 		Pages:       reply.Pages,
 		MinorFaults: reply.MinorFaults,
+		Slices:      reply.Slices,
 		Timing: Timing{
 			Queue:       seconds(reply.Seconds.Queue),
 			Instantiate: seconds(reply.Seconds.Instantiate),

@@ -270,6 +270,7 @@ type invokeRequest struct {
 	LeaseMS        int64             `json:"lease_ms,omitempty"`
 	InlineBytes    int64             `json:"inline_bytes,omitempty"`
 	Map            *bool             `json:"map,omitempty"`
+	Threads        int               `json:"threads,omitempty"`
 	Verify         bool              `json:"verify,omitempty"`
 	IdempotencyKey string            `json:"idempotency_key,omitempty"`
 	// Goes behind the JSON.
@@ -336,6 +337,7 @@ type invokeReply struct {
 	CopiedBytes int64         `json:"copied_bytes"`
 	Pages       []PortPages   `json:"pages"`
 	MinorFaults int64         `json:"minor_faults"`
+	Slices      int64         `json:"slices"`
 	Seconds     struct {
 		Queue       float64 `json:"queue"`
 		Instantiate float64 `json:"instantiate"`

@@ -52,6 +52,9 @@ pub(super) struct CallArgs {
     /// Milliseconds that the call may take [default and maximum: the host's].
     #[arg(long, value_name = "MS", value_parser = clap::value_parser!(u64).range(1..))]
     deadline_ms: Option<u64>,
+    /// Slices to cut the rows into, if the kernel can be cut, at most 64 [default: as many as are worth it].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: Option<u32>,
     #[command(flatten)]
     pub(super) connection: Connection,
 }
@@ -146,6 +149,9 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
     if let Some(deadline) = args.deadline_ms {
         call = call.deadline(Duration::from_millis(deadline));
     }
+    if let Some(threads) = args.threads {
+        call = call.threads(threads);
+    }
     let result = call.send()?;
 
     let port_of = |flight: &Flight| {
@@ -167,6 +173,7 @@ pub(super) fn call(args: &CallArgs) -> Result<(), Failure> {
             "copied_bytes": result.copied_bytes,
             "minor_faults": result.minor_faults,
             "stages": result.stages,
+            "slices": result.slices,
             "seconds": result.seconds,
             "request_id": result.request_id,
         }));

@@ -44,6 +44,9 @@ pub(super) struct RunArgs {
     /// Rows that the kernel gets at a time, if it streams [default: all].
     #[arg(long, value_name = "ROWS")]
     chunk_rows: Option<NonZeroU64>,
+    /// Slices to cut the rows into, if the kernel can be cut, at most 64 [default: as many as are worth it].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    threads: Option<u32>,
     /// Settings in TOML, as for `serve`.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -104,6 +107,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
         parameters: parameters(&kernel.name, &args.parameters, kind)?,
         inputs: load_all(host, kernel, &args.inputs)?,
         deadline_ms: args.deadline_ms,
+        threads: args.threads,
         ..asked
     };
     let caller = host.own_caller();
@@ -134,6 +138,7 @@ fn on(host: &Arc<Host>, args: &RunArgs, request_id: &Arc<str>) -> Result<(), Fai
             "copied_bytes": invoked.report.copied_bytes,
             "minor_faults": invoked.report.minor_faults,
             "stages": invoked.stages,
+            "slices": invoked.report.slices,
             "seconds": { "instantiate": invoked.report.seconds.instantiate, "run": invoked.report.seconds.run, "total": invoked.report.seconds.total },
             "request_id": &**request_id,
         }));

@@ -96,6 +96,7 @@ fn apart(chain: &Chain, supplies: Supplies) -> Vec<Supplies> {
             results: Arc::clone(&supplies.results),
             deadline: supplies.deadline,
             cancel: supplies.cancel.clone(),
+            logged: supplies.logged.clone(),
         })
         .collect()
 }
@@ -145,7 +146,7 @@ fn bind<'a>(
             false => results.next(),
         });
         let making = making.collect();
-        let one = opened.bind_with(making, None);
+        let one = opened.bind_with(making);
         bound.push(one.map_err(|broken| (stage, broken))?);
     }
     Ok(bound)
@@ -364,7 +365,7 @@ fn finish(
         if at > 0 {
             one.report.minor_faults = 0;
         }
-        one.report.seconds.total = one.report.seconds.sum();
+        one.report.seconds.total = one.report.seconds.parts().iter().sum();
         filled.reports.push(one.report);
         filled.used.push(one.used);
     }

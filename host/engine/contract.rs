@@ -35,11 +35,7 @@ pub(super) fn windows_fit(job: &Job, asked: u64) -> Result<(), Broken> {
 }
 
 /// `open`, and its answer against the declaration and the limits.
-pub(super) fn open(
-    job: &Job,
-    instance: &mut Instance,
-    inputs_bytes: u64,
-) -> Result<Vec<Column>, Broken> {
+pub(super) fn open(job: &Job, instance: &mut Instance) -> Result<Vec<Column>, Broken> {
     const STAGE: Stage = Stage::Open;
     let kernel = job.kernel.kernel();
     let parameters: Vec<_> = job
@@ -78,9 +74,7 @@ pub(super) fn open(
             columns.iter().map(|column| &column.spec),
         )
         .map_err(|(port, e)| misfit(port, &e))?;
-    let asked = columns.iter().fold(0_u64, |sum, column| {
-        sum.saturating_add(column.reserve_bytes)
-    });
+    let asked = reserve_bytes(&columns);
     if asked > job.limits.result_bytes {
         return Err(STAGE.broke(Cause::Limit {
             limit: Limit::Result,
@@ -88,8 +82,13 @@ pub(super) fn open(
             most: job.limits.result_bytes,
         }));
     }
-    windows_fit(job, inputs_bytes.saturating_add(asked))?;
     Ok(columns)
+}
+
+/// Bytes of outputs, each at its largest.
+pub(super) fn reserve_bytes(columns: &[Column]) -> u64 {
+    let bytes = columns.iter().map(|column| column.reserve_bytes);
+    bytes.fold(0, u64::saturating_add)
 }
 
 fn misfit(port: &Port, how: &str) -> Broken {

@@ -2,6 +2,7 @@
 //! words and figures.
 
 use std::fmt;
+use std::ops::Range;
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
@@ -68,6 +69,7 @@ impl Stage {
         Broken {
             stage: self,
             cause: cause.into(),
+            rows: None,
         }
     }
 
@@ -93,6 +95,8 @@ pub struct Failed {
     pub cause: Cause,
     /// Which kernel of a chain it is, from 0 on.
     pub at: usize,
+    /// Rows of axis 0 in which it failed, if it was cut into slices.
+    pub rows: Option<Range<u64>>,
     /// It took the process with it in which it ran: nothing else can have been what ended that. Nobody is told so by another process.
     #[serde(skip)]
     pub took_process: bool,
@@ -210,6 +214,16 @@ impl std::error::Error for Failed {}
 
 impl fmt::Display for Failed {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.tell(f)?;
+        match &self.rows {
+            Some(rows) => write!(f, " (in rows {} to {})", rows.start, rows.end),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Failed {
+    fn tell(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (kernel, during) = (&self.kernel, self.stage.name());
         match &self.cause {
             Cause::Load(error) => write!(f, "{error}"),
@@ -302,7 +316,13 @@ impl fmt::Display for Failed {
 impl From<Failed> for Status {
     fn from(failed: Failed) -> Self {
         let message = failed.to_string();
-        let status = |code, reason| Self::new(code, reason, message.clone());
+        let rows = failed.rows.clone();
+        let status = |code, reason| match &rows {
+            Some(rows) => {
+                Self::new(code, reason, message.clone()).with("rows", json!([rows.start, rows.end]))
+            }
+            None => Self::new(code, reason, message.clone()),
+        };
         match failed.cause {
             Cause::Load(error) => (*error).into(),
             Cause::Trap {
@@ -387,15 +407,23 @@ impl From<Failed> for Status {
 pub(super) struct Broken {
     stage: Stage,
     pub(super) cause: Cause,
+    rows: Option<Range<u64>>,
 }
 
 impl Broken {
+    /// It failed in a slice of these `rows`.
+    pub(super) fn in_rows(mut self, rows: Range<u64>) -> Self {
+        self.rows = Some(rows);
+        self
+    }
+
     pub(super) fn of(self, kernel: &str) -> Failed {
         Failed {
             kernel: kernel.to_owned(),
             stage: self.stage,
             cause: self.cause,
             at: 0,
+            rows: self.rows,
             took_process: false,
         }
     }

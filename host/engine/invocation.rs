@@ -7,7 +7,10 @@
 //!  dropped: the failure path. Windows go home, mappings back to where they are parked, results to the pool.
 //! ```
 //! Nothing is left of an invocation that fails at any of them: its results have no name and no holder before
-//! [`Filled`], which has all of them.
+//! [`Filled`], which has all of them. Slices of one go the same way: [`slice`].
+
+pub(super) mod along;
+pub(super) mod slice;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -30,18 +33,6 @@ use super::state::State;
 use super::stream::{Batch, Batches, Stream};
 use super::windows::Windows;
 use super::{Compiled, Engine};
-
-/// Runs `job` from a fresh instance to finished results.
-///
-/// # Errors
-/// [`Broken`]; nothing of it is left then.
-pub(super) fn invoke(engine: &Engine, job: &Job, supplies: &Supplies) -> Result<Filled, Broken> {
-    Opened::open(engine, job, supplies)?
-        .bind()?
-        .enter()?
-        .run()?
-        .publish()
-}
 
 /// Takes `job` as far as it goes without the elements of its inputs and pages for its results.
 ///
@@ -85,6 +76,7 @@ pub(super) fn start_over(
     let compiled = Arc::clone(&plan.compiled);
     let call = Call::begin(engine, job, supplies, compiled, Some(made), None)?;
     Opened::again(call)?
+        .fitting()?
         .bind_in(Some(&plan.room))?
         .enter()?
         .run()?
@@ -145,7 +137,8 @@ impl<'a> Call<'a> {
             job.limits,
             Arc::clone(&job.request_id),
             Arc::from(description.name.as_str()),
-        );
+        )
+        .logging_in(&supplies.logged);
         let until = Until {
             deadline: supplies.deadline,
             deadline_ms: job.deadline_ms,
@@ -210,8 +203,17 @@ impl<'a> Opened<'a> {
         job: &'a Job,
         supplies: &'a Supplies,
     ) -> Result<Self, Broken> {
-        let faults_before = Some(minor_faults());
         windows_fit(job, inputs_bytes(job))?;
+        Self::open_any(engine, job, supplies)?.fitting()
+    }
+
+    /// The same, whether or not its tensors fit one guest.
+    pub(super) fn open_any(
+        engine: &'a Engine,
+        job: &'a Job,
+        supplies: &'a Supplies,
+    ) -> Result<Self, Broken> {
+        let faults_before = Some(minor_faults());
         let compiled = engine
             .compiled(&job.kernel.plugin)
             .map_err(|e| Stage::Instantiate.broke(Cause::Load(Box::new(e))))?;
@@ -225,8 +227,15 @@ impl<'a> Opened<'a> {
     /// Its answer to `open`, whatever it was told before.
     fn again(mut call: Call<'a>) -> Result<Self, Broken> {
         let job = call.job;
-        let columns = contract::open(job, &mut call.instance, inputs_bytes(job))?;
+        let columns = contract::open(job, &mut call.instance)?;
         Ok(Self { call, columns })
+    }
+
+    /// The same, if its tensors fit one guest.
+    pub(super) fn fitting(self) -> Result<Self, Broken> {
+        let (job, outputs) = (self.call.job, contract::reserve_bytes(&self.columns));
+        windows_fit(job, inputs_bytes(job).saturating_add(outputs))?;
+        Ok(self)
     }
 
     /// The outputs that there would be: port and spec at its largest.
@@ -243,20 +252,22 @@ impl<'a> Opened<'a> {
     }
 
     /// The same in the `room` that there is already, if that is enough.
-    fn bind_in(mut self, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
-        let (job, supplies) = (self.call.job, self.call.supplies);
-        let columns = std::mem::take(&mut self.columns);
-        let results = Making::all(columns, job.inline, &*supplies.results)?;
-        self.bind_with(results, room)
+    fn bind_in(self, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
+        let Self { call, columns } = self;
+        let results = Making::all(columns, call.job.inline, &*call.supplies.results)?;
+        call.bind(results, room)
     }
 
     /// The same with memory for the results.
-    pub(super) fn bind_with(
-        self,
-        results: Vec<Making>,
-        room: Option<&Range<usize>>,
-    ) -> Result<Bound<'a>, Broken> {
-        let mut call = self.call;
+    pub(super) fn bind_with(self, results: Vec<Making>) -> Result<Bound<'a>, Broken> {
+        self.call.bind(results, None)
+    }
+}
+
+impl<'a> Call<'a> {
+    /// Tells the guest where everything will lie, in the `room` that there is already, if that is enough.
+    fn bind(self, results: Vec<Making>, room: Option<&Range<usize>>) -> Result<Bound<'a>, Broken> {
+        let mut call = self;
         let (job, supplies) = (call.job, call.supplies);
         call.report.seconds.open = call.lap();
         let needs = |place: &TensorPlace, has_pages, linked| placement::Tensor {

@@ -9,6 +9,7 @@
 //! host.
 
 use serde::{Deserialize, Serialize};
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,12 +19,12 @@ use parking_lot::Mutex;
 use strait_memory::{Inode, InputSource, PoolSegment, ResultPages, ResultSource, SharedSource};
 use strait_tensor::{FileLayout, TensorPlace, TensorSpec};
 
-use super::{Cause, Limits, Used};
+use super::{Cause, Limits, Logged, Used};
 use crate::plugin::{KernelRef, Port, Role, Value};
 use crate::text;
 
 /// Most notes of one invocation, and longest key or text in bytes.
-const NOTES_MAX: usize = 64;
+pub(super) const NOTES_MAX: usize = 64;
 const NOTE_BYTES_MAX: usize = 1024;
 
 /// What to run on what. Inputs and parameters have been checked against the kernel's declaration.
@@ -45,6 +46,8 @@ pub struct Job {
     pub deadline_ms: u64,
     /// For log lines.
     pub request_id: Arc<str>,
+    /// Into how many slices it is cut, if it can be; none: by its size.
+    pub threads: Option<NonZeroU32>,
 }
 
 /// Which results are given as bytes and not as segments: each that can at most become so large, as far as there is room for
@@ -256,6 +259,8 @@ pub struct Supplies {
     pub deadline: Instant,
     /// Ends it.
     pub cancel: CancelToken,
+    /// What it has logged so far.
+    pub logged: Logged,
 }
 
 /// Gives memory for the results of one invocation.
@@ -274,6 +279,8 @@ pub struct CancelToken(Arc<Cancelling>);
 #[derive(Default)]
 struct Cancelling {
     asked: AtomicBool,
+    /// Ends it, too.
+    of: Option<CancelToken>,
     /// Tells whoever runs the invocation elsewhere.
     told: Mutex<Option<Box<dyn Fn() + Send>>>,
 }
@@ -295,10 +302,20 @@ impl CancelToken {
         }
     }
 
-    /// Whether [`CancelToken::cancel`] was called.
+    /// Whether [`CancelToken::cancel`] was called, of this or of what it is a part of.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.0.asked.load(Ordering::Acquire)
+        let of = self.0.of.as_ref();
+        self.0.asked.load(Ordering::Acquire) || of.is_some_and(Self::is_cancelled)
+    }
+
+    /// One for a part of what this one ends.
+    #[must_use]
+    pub(super) fn part(&self) -> Self {
+        Self(Arc::new(Cancelling {
+            of: Some(self.clone()),
+            ..Cancelling::default()
+        }))
     }
 
     /// `tell` is called when this is cancelled, or now if it is already; until the answer is dropped.
@@ -434,6 +451,8 @@ pub struct Report {
     pub pages: Vec<WindowPages>,
     /// Page faults of the process meanwhile that needed no I/O.
     pub minor_faults: u64,
+    /// Slices that it ran in; 0: it ran whole.
+    pub slices: u64,
     /// Where the time went.
     pub seconds: Seconds,
 }
@@ -502,8 +521,22 @@ pub struct Seconds {
 }
 
 impl Seconds {
-    /// All parts together.
-    pub(super) fn sum(&self) -> f64 {
-        self.instantiate + self.open + self.reserve + self.move_in + self.run + self.move_out
+    /// All but their total.
+    pub(super) fn parts(&self) -> [f64; 6] {
+        let mut own = *self;
+        own.parts_mut().map(|part| *part)
+    }
+
+    pub(super) fn parts_mut(&mut self) -> [&mut f64; 6] {
+        let Self {
+            instantiate,
+            open,
+            reserve,
+            move_in,
+            run,
+            move_out,
+            total: _,
+        } = self;
+        [instantiate, open, reserve, move_in, run, move_out]
     }
 }

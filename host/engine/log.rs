@@ -1,6 +1,7 @@
 //! A guest's lines in the host's log, told with request and plugin, bounded in bytes.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::limits::Stop;
@@ -12,12 +13,29 @@ const LINE_BYTES: u64 = 64;
 /// Between two lines about progress; what comes in between is not told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(100);
 
+/// Bytes of log lines of all guests of one invocation.
+#[derive(Clone, Debug, Default)]
+pub struct Logged(Arc<AtomicU64>);
+
+impl Logged {
+    /// Adds `bytes`, unless there are more than `most` then: how many there would be.
+    fn add(&self, bytes: u64, most: u64) -> Result<(), u64> {
+        let sum = |before: u64| before.saturating_add(bytes);
+        self.0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |before| {
+                Some(sum(before)).filter(|sum| *sum <= most)
+            })
+            .map(drop)
+            .map_err(sum)
+    }
+}
+
 /// Whose lines they are, and how much there was.
 #[derive(Debug)]
 pub(super) struct Log {
     request_id: Arc<str>,
     plugin: Arc<str>,
-    bytes: u64,
+    logged: Logged,
     bytes_max: u64,
     progress_told: Option<Instant>,
     /// Nobody has asked for anything yet, so that nobody could be told.
@@ -31,7 +49,7 @@ impl Log {
         Self {
             request_id,
             plugin,
-            bytes: 0,
+            logged: Logged::default(),
             bytes_max,
             progress_told: None,
             is_nobodys: false,
@@ -46,24 +64,27 @@ impl Log {
         }
     }
 
+    /// From now on its lines count with those in `logged`.
+    pub(super) fn count_in(&mut self, logged: &Logged) {
+        self.logged = logged.clone();
+    }
+
     fn line(
         &mut self,
         regions: Option<&Regions>,
         address: u64,
         bytes: u64,
     ) -> Result<String, Stop> {
-        let asked = self.bytes.saturating_add(bytes).saturating_add(LINE_BYTES);
-        if asked > self.bytes_max {
-            return Err(Stop::LogBytes {
+        self.logged
+            .add(bytes.saturating_add(LINE_BYTES), self.bytes_max)
+            .map_err(|asked| Stop::LogBytes {
                 asked,
                 limit: self.bytes_max,
-            });
-        }
+            })?;
         let text = regions
             .ok_or_else(|| Stop::LogRange("the plugin has no linear memory".to_owned()))?
             .read(address, bytes)
             .map_err(|e| Stop::LogRange(e.to_string()))?;
-        self.bytes = asked;
         Ok(String::from_utf8_lossy(&text).into_owned())
     }
 

@@ -11,6 +11,8 @@
 //!   ├ prepared         a job that is run again and again, bound ahead
 //!   ├ stream           one whose tensors come and go in batches
 //!   ├ chain            several kernels at once, rows going from one to the next ── flow
+//!   ├ slices           one on several threads, or part by part ── cut, threads
+//!   │  └ along         one whose windows move along tensors that do not fit it ── tall
 //!   ├ placement        sizes to addresses, numbers only
 //!   ├ windows          pages of segments in the guest, and home
 //!   ├ results          memory for what comes out, made fit to be mapped
@@ -30,6 +32,7 @@ mod chunk;
 mod compile;
 mod contract;
 mod core_module;
+mod cut;
 mod error;
 #[expect(unsafe_code, reason = "signal handler of a store")]
 mod fault;
@@ -52,9 +55,12 @@ mod prepared;
 mod regions;
 mod results;
 mod runner;
+mod slices;
 mod spare;
 mod state;
 mod stream;
+mod tall;
+mod threads;
 mod ticker;
 mod traps;
 mod windows;
@@ -63,8 +69,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::num::NonZeroU64;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
 
 use parking_lot::Mutex;
 use strait_memory::{Copied, Lot};
@@ -84,12 +90,14 @@ pub use job::{
     Seconds, Source, Supplies, Telling, WindowPages,
 };
 pub use limits::Limits;
+pub use log::Logged;
 pub use panicked::Panic;
 pub(crate) use prepared::RENEWAL;
 pub use prepared::Ready;
 pub use runner::{Runner, RunnerCounts, RunnerProcess};
 pub use spare::Used;
 pub use stream::{Batch, Batches};
+pub use threads::lent_cpu_time;
 
 use abi::PluginPre;
 use state::State;
@@ -118,6 +126,8 @@ pub struct EngineConfig {
     pub cache: Option<PathBuf>,
     /// Idle reservations of guest memories (address space only).
     pub idle_guests_max: usize,
+    /// Threads that one invocation can run on: its own, and others that are there for all of them.
+    pub threads: usize,
 }
 
 /// Every place in the host where tensor bytes are copied for an invocation.
@@ -212,6 +222,10 @@ pub struct Engine {
     copies: CopyPlaces,
     invocations: AtomicU64,
     running: AtomicU64,
+    slices: AtomicU64,
+    threads: threads::Threads,
+    /// What helpers hold while they help.
+    me: Weak<Self>,
 }
 
 impl std::fmt::Debug for Engine {
@@ -226,13 +240,15 @@ impl Engine {
     /// An engine that keeps warm mappings of inputs in `lot`.
     ///
     /// # Errors
-    /// wasmtime's, if this machine cannot run it.
-    pub fn new(config: EngineConfig, lot: Arc<Lot>) -> Result<Self, String> {
+    /// wasmtime's, if this machine cannot run it; Linux gives no threads.
+    pub fn new(config: EngineConfig, lot: Arc<Lot>) -> Result<Arc<Self>, String> {
         let settings = compile::settings(&config);
         let wasmtime = wasmtime::Engine::new(&settings).map_err(|e| e.to_string())?;
         let linker = imports::linker(&wasmtime).map_err(|e| e.to_string())?;
-        Ok(Self {
-            ticker: ticker::Ticker::new(wasmtime.clone(), config.interruption)?,
+        let ticker = ticker::Ticker::new(wasmtime.clone(), config.interruption)?;
+        let threads = threads::Threads::new(config.threads.saturating_sub(1))?;
+        Ok(Arc::new_cyclic(|me| Self {
+            ticker,
             wasmtime,
             linker,
             cache: cache::Cache::open(config.cache.as_deref()),
@@ -243,7 +259,10 @@ impl Engine {
             copies: CopyPlaces::default(),
             invocations: AtomicU64::new(0),
             running: AtomicU64::new(0),
-        })
+            slices: AtomicU64::new(0),
+            threads,
+            me: Weak::clone(me),
+        }))
     }
 
     /// Compiles a plugin, asks what it offers and checks that. A core module, as cargo makes it, is made
@@ -323,12 +342,12 @@ impl Engine {
         self.compile(&plugin.hash, &plugin.bytes)
     }
 
-    /// Runs one kernel on the calling thread.
+    /// Runs one kernel on the calling thread, and on others if it can be cut into slices.
     ///
     /// # Errors
     /// [`Failed`]; nothing of the invocation is left then, its pages hold anything.
     pub fn fill(&self, job: &Job, supplies: &Supplies) -> Result<Filled, Failed> {
-        self.counted(|| invocation::invoke(self, job, supplies))
+        self.counted(|| slices::invoke(self, job, supplies))
             .map_err(|broken| broken.of(&job.kernel.kernel().name))
     }
 
@@ -362,9 +381,13 @@ impl Engine {
         job: &Job,
         supplies: &Supplies,
     ) -> Result<Vec<(String, TensorSpec)>, Failed> {
-        invocation::Opened::open(self, job, supplies)
-            .map(invocation::Opened::into_outputs)
-            .map_err(|broken| broken.of(&job.kernel.kernel().name))
+        slices::specs(self, job, supplies).map_err(|broken| broken.of(&job.kernel.kernel().name))
+    }
+
+    /// Slices of invocations that were cut, since the start.
+    #[must_use]
+    pub fn slices(&self) -> u64 {
+        self.slices.load(Ordering::Relaxed)
     }
 
     /// Where invocations copied.

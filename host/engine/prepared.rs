@@ -22,7 +22,7 @@ use super::invocation;
 use super::job::{Brought, Done, FilledBody, Output, OutputBody, Results, Source, Supplies};
 use super::plan::Plan;
 use super::stream::Batches;
-use super::{CancelToken, Cause, Engine, Failed, Job};
+use super::{CancelToken, Cause, Engine, Failed, Job, Logged};
 use strait_memory::{InputSource, ResultPages};
 
 /// What binding again may take while nobody waits for it: longer ones are bound by the run that needs them.
@@ -314,5 +314,6 @@ fn supplies(
         }),
         deadline,
         cancel: cancel.clone(),
+        logged: Logged::default(),
     }
 }

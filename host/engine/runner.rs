@@ -12,7 +12,7 @@ use super::job::{
     Results, Source, Supplies,
 };
 use super::prepared::Ready;
-use super::{Cause, Engine, Failed, LoadError, Stage, Used};
+use super::{Cause, Engine, Failed, LoadError, Logged, Stage, Used};
 use crate::plugin::Plugin;
 
 /// Runs kernels for the host. Whether that is in its own process is the runner's affair: what goes in is plain data and
@@ -104,6 +104,8 @@ pub struct RunnerCounts {
     pub copied_in: u64,
     /// Bytes of outputs that were copied out of guests.
     pub copied_out: u64,
+    /// Slices of invocations since the start.
+    pub slices: u64,
     /// The warm mappings of inputs, wherever kernels run.
     pub parked: LotStats,
     /// Bytes of results that were to be born in huge pages, and were, in other processes.
@@ -178,6 +180,7 @@ impl Means {
             results: Arc::clone(&pooled) as Arc<dyn Results>,
             deadline: self.deadline,
             cancel: self.cancel,
+            logged: Logged::default(),
         };
         (supplies, pooled)
     }
@@ -232,6 +235,7 @@ impl Runner for Engine {
             running,
             copied_in: self.copies().guest_in.get(),
             copied_out: self.copies().guest_out.get(),
+            slices: self.slices(),
             parked: self.lot.stats(),
             births: (0, 0),
             processes: (0, 0, 0),

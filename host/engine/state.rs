@@ -6,7 +6,7 @@ use wasmtime::ResourceLimiter;
 
 use super::fault::Faults;
 use super::limits::{Limits, Stop, TABLE_ELEMENTS_MAX};
-use super::log::Log;
+use super::log::{Log, Logged};
 use super::regions::Regions;
 
 /// What a store carries.
@@ -30,6 +30,12 @@ impl State {
             faults: Arc::default(),
             log: Log::new(request_id, plugin, limits.log_bytes),
         }
+    }
+
+    /// What its guest logs counts with what others have logged in `logged`.
+    pub(super) fn logging_in(mut self, logged: &Logged) -> Self {
+        self.log.count_in(logged);
+        self
     }
 }
 

@@ -68,7 +68,8 @@ impl<'e> Windows<'e> {
                     .pages()
                     .and_then(ResultPages::take_parked)
                     .ok_or_else(|| Stage::Place.host("a result's mapping is not at home"))?;
-                let offset = making.bound().offset;
+                // A part's mapping does not begin with the file.
+                let offset = making.bound().offset - parked.file_offset();
                 windows
                     .outputs
                     .push((index, go(parked, offset, at, bytes)?));

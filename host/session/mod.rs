@@ -437,7 +437,7 @@ fn runner(
 ) -> anyhow::Result<Arc<dyn Runner>> {
     if !config.workers.enabled {
         let engine = Engine::new(config.engine(), Arc::clone(lot)).map_err(anyhow::Error::msg)?;
-        return Ok(Arc::new(engine));
+        return Ok(engine);
     }
     let options = config.workers.options.iter().cloned();
     let settings = WorkerSettings {

@@ -1,6 +1,7 @@
 //! A request before it is queued: its inputs found, its arguments, names and limits checked.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -253,6 +254,7 @@ impl Caller {
             inline,
             deadline_ms: deadline.ms,
             request_id,
+            threads: threads(invoke.threads)?,
             kernel,
         };
         Ok(Checked {
@@ -429,6 +431,24 @@ fn bad_limit(name: &str, asked: u64, limit: u64) -> Status {
     )
     .with("asked", asked)
     .with("limit", limit)
+}
+
+/// Into how many slices a request wants to be cut.
+pub(super) fn threads(asked: Option<u32>) -> Result<Option<NonZeroU32>, Status> {
+    const MOST: u32 = 64;
+    let threads = asked.map(|asked| {
+        NonZeroU32::new(asked)
+            .filter(|_| asked <= MOST)
+            .ok_or(asked)
+    });
+    threads.transpose().map_err(|asked| {
+        let message = format!(
+            "`threads` of {asked}: ask for 1 to {MOST}, or leave it out for as many as are worth it"
+        );
+        Status::new(Code::InvalidArgument, Reason::BadLimit, message)
+            .with("asked", asked)
+            .with("limit", MOST)
+    })
 }
 
 pub(super) fn tightened(host: Limits, asked: wire::Limits) -> Result<Limits, Status> {

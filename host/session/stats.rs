@@ -115,6 +115,7 @@ impl Host {
                 .into_iter()
                 .map(|(place, bytes)| (place.to_owned(), bytes))
                 .collect(),
+            slices: ran.slices,
             huge: wire::HugeStats {
                 asked_bytes: pool.huge_asked_bytes + births.0 + self.births.asked_bytes(),
                 huge_bytes: pool.huge_bytes + births.1 + self.births.huge_bytes(),

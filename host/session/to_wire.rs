@@ -142,6 +142,7 @@ impl Invoked {
             copied_bytes,
             pages,
             minor_faults,
+            slices,
             seconds,
         } = &self.report;
         wire::Invoked {
@@ -158,6 +159,7 @@ impl Invoked {
                 })
                 .collect(),
             minor_faults: *minor_faults,
+            slices: *slices,
             seconds: wire::Seconds {
                 queue: self.queue_seconds,
                 instantiate: seconds.instantiate,

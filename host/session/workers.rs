@@ -11,7 +11,7 @@ use rustix::time::{ClockId, clock_gettime};
 
 use super::cpu::CpuOver;
 use super::queue::{FairQueue, QueueFull, Share, Turn};
-use crate::engine::CancelToken;
+use crate::engine::{CancelToken, lent_cpu_time};
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -60,10 +60,10 @@ impl std::fmt::Debug for Workers {
     }
 }
 
-/// CPU time of the calling thread.
+/// CPU time of the calling thread, and of others for it.
 fn cpu_time() -> Duration {
     // A clock of Linux's own threads is never before its start.
-    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default()
+    Duration::try_from(clock_gettime(ClockId::ThreadCPUTime)).unwrap_or_default() + lent_cpu_time()
 }
 
 fn work(shared: &Shared, index: usize) {

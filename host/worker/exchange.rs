@@ -269,6 +269,7 @@ impl<'a> Exchange<'a> {
             left_us: self.left_us(),
             request_id: job.request_id.to_string(),
             ahead: self.segments.iter().map(PoolSegment::number).collect(),
+            threads: job.threads,
             inline: job.inline,
             open_only,
         };

@@ -1,5 +1,7 @@
 //! What a host and its workers say to each other.
 
+use std::num::NonZeroU32;
+
 use serde::{Deserialize, Serialize};
 use serde_bytes::ByteBuf;
 use strait_memory::LotStats;
@@ -192,6 +194,8 @@ pub(super) struct Run {
     pub(super) request_id: String,
     /// Numbers of segments that the worker has mapped, if the results are as large as those of the last run: they save a question.
     pub(super) ahead: Vec<u64>,
+    /// Into how many slices it is cut; none: by its size.
+    pub(super) threads: Option<NonZeroU32>,
     /// Which results come as bytes.
     pub(super) inline: Option<InlineRoom>,
     /// Find out the outputs by `open` alone.
@@ -374,13 +378,15 @@ pub(super) enum FilledIn {
     Inline(ByteBuf),
 }
 
-/// Bytes since the worker's start.
+/// Bytes, and what else is counted, since the worker's start.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub(super) struct Totals {
     pub(super) copied_in: u64,
     pub(super) copied_out: u64,
     pub(super) huge_asked: u64,
     pub(super) huge: u64,
+    /// That it has run, and no bytes.
+    pub(super) slices: u64,
 }
 
 impl Totals {
@@ -391,6 +397,7 @@ impl Totals {
             copied_out: combine(self.copied_out, other.copied_out),
             huge_asked: combine(self.huge_asked, other.huge_asked),
             huge: combine(self.huge, other.huge),
+            slices: combine(self.slices, other.slices),
         }
     }
 }

@@ -65,6 +65,7 @@ impl Recipe {
                 engine: EngineConfig {
                     // The host's alone.
                     cache: None,
+                    threads: 1,
                     ..engine
                 },
                 parked_mappings_max: 0,

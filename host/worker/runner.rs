@@ -150,6 +150,7 @@ impl Runner for WorkerRunner {
             running,
             copied_in: totals.copied_in,
             copied_out: totals.copied_out,
+            slices: totals.slices,
             parked,
             births: (totals.huge_asked, totals.huge),
             processes: (

@@ -33,8 +33,8 @@ use super::messages::{
 };
 use super::users;
 use crate::engine::{
-    CancelToken, Cause, Engine, Failed, FilledBody, FilledOutput, Input, Job, LoadError, Results,
-    Source as Supply, Stage, Supplies, Used,
+    CancelToken, Cause, Engine, Failed, FilledBody, FilledOutput, Input, Job, LoadError, Logged,
+    Results, Source as Supply, Stage, Supplies, Used,
 };
 use crate::plugin::{KernelRef, Plugin, PluginHash};
 
@@ -147,7 +147,7 @@ impl Worker {
         let lot = Lot::new(start.parked_mappings_max, start.parked_bytes_max);
         let (streams, their_lanes) = mpsc::channel();
         let worker = Arc::new(Self {
-            engine: Arc::new(Engine::new(start.engine, Arc::clone(&lot))?),
+            engine: Engine::new(start.engine, Arc::clone(&lot))?,
             lot,
             plugins: Mutex::default(),
             inputs: Mutex::default(),
@@ -332,6 +332,7 @@ impl Worker {
             copied_out: self.engine.copies().guest_out.get(),
             huge_asked: self.births.asked_bytes(),
             huge: self.births.huge_bytes(),
+            slices: self.engine.slices(),
         }
     }
 
@@ -384,6 +385,7 @@ impl Worker {
             inline: run.inline,
             deadline_ms: run.deadline_ms,
             request_id: Arc::from(run.request_id),
+            threads: run.threads,
         };
         Ok((job, sources))
     }
@@ -402,6 +404,7 @@ impl Worker {
             results: Arc::clone(granted) as Arc<dyn Results>,
             deadline,
             cancel,
+            logged: Logged::default(),
         };
         if open_only {
             let specs = self.engine.specs(&job, &supplies)?;

@@ -21,3 +21,4 @@ mod invocations;
 mod pipelines;
 mod retries;
 mod simulation;
+mod slices;

@@ -151,10 +151,12 @@ impl Data {
 }
 
 /// A description with the kernel `k`; its record is the first thing in the segment.
-fn description(plugin: &str, ports: usize, streams: bool) -> Vec<u8> {
+fn description(plugin: &str, ports: usize, streams: bool, splits: bool) -> Vec<u8> {
     // The canonical ABI's sizes.
     const DESCRIPTION_BYTES: usize = 40;
     const KERNEL_BYTES: usize = 104;
+    const SPLIT_AXIS_AT: usize = 48;
+    const COMBINE_AT: usize = 56;
     const STREAMING_AT: usize = 88;
     let mut data = Data {
         base: 1024,
@@ -173,6 +175,9 @@ fn description(plugin: &str, ports: usize, streams: bool) -> Vec<u8> {
     // Parameters, signature, split axis, combine, in-place, cost hint: none.
     kernel.resize(KERNEL_BYTES, 0);
     kernel[STREAMING_AT] = u8::from(streams);
+    // Along axis 0, put together one after the other.
+    kernel[SPLIT_AXIS_AT] = u8::from(splits);
+    kernel[COMBINE_AT] = u8::from(splits);
     let mut record = Vec::new();
     record.extend(1_u32.to_le_bytes());
     record.extend(data.text(plugin));
@@ -188,7 +193,9 @@ fn description(plugin: &str, ports: usize, streams: bool) -> Vec<u8> {
 /// The core module of a guest file's text, as text. `plugin` is the name that it gives itself.
 pub fn module(plugin: &str, text: &str) -> String {
     let ports = 1 + usize::from(text.contains("$x2"));
-    let escaped: String = description(plugin, ports, text.contains(";; It streams."))
+    let [streams, splits] =
+        [";; It streams.", ";; It splits."].map(|declares| text.contains(declares));
+    let escaped: String = description(plugin, ports, streams, splits)
         .iter()
         .map(|b| format!("\\{b:02x}"))
         .collect();

@@ -96,10 +96,14 @@ impl Rig {
         // What starts in the background is counted at no certain time.
         config.workers.spare = false;
         change(&mut config);
-        let threads = config.engine.workers.unwrap_or_default() as u64 + 4;
+        let helpers = match config.workers.enabled {
+            true => 0,
+            false => config.threads() as u64 - 1,
+        };
+        let threads = config.engine.workers.unwrap_or_default() as u64 + 4 + helpers;
         let host = Host::start(config, std::path::Path::new("nowhere")).unwrap();
         // A thread has its name, by which holdings count, once it runs: those that run kernels and one more, the clock of
-        // deadlines, the one that frees, and the clock of epochs or the one that starts workers.
+        // deadlines, the one that frees, those that help with slices, and the clock of epochs or the one that starts workers.
         for _ in 0..5000 {
             if host_threads() >= threads {
                 break;

@@ -66,6 +66,7 @@ impl Answer {
             "copied_bytes": result.copied_bytes,
             "pages": result.pages,
             "minor_faults": result.minor_faults,
+            "slices": result.slices,
             "seconds": result.seconds,
             "request_id": result.request_id,
         });

@@ -37,6 +37,7 @@ What a kernel gave back, in full:
 - `notes`: the kernel's notes, `key => text`
 - `copied_bytes`: bytes of this call's tensors that the host copied, `client_copied_bytes`: those that this side copied
 - `pages`: with `verify = true`, the pages that the kernel saw: `(port, device, inode)`
+- `slices`: slices of its rows that it ran in; 0: it ran whole
 - `minor_faults`, `seconds`: what it cost the host (a `Dict`: queue, instantiate, open, reserve, move_in, run, move_out, total)
 - `request_id`: id of this call in the host's log
 """
@@ -48,6 +49,7 @@ struct Invocation
     client_copied_bytes::Int
     pages::Vector{NamedTuple{(:port, :device, :inode),Tuple{String,Int,Int}}}
     minor_faults::Int
+    slices::Int
     seconds::Dict{String,Float64}
     request_id::String
 end
@@ -183,6 +185,7 @@ collections of `name => value` (named tuples, dictionaries, tuples of pairs). Op
 - `inline_bytes`: results that cannot become larger than this come in the reply, as ordinary `Array`s, and not in
   segments; 0: none does. The default is what the host allows (with `publish` or `seal` all are segments)
 - `limits`: lower limits than the host's own: `(guest_bytes =, window_bytes =, result_bytes =, log_bytes =)`
+- `threads`: slices to cut the rows into, if the kernel can be cut, 1 to 64; the default is as many as are worth it
 - `verify = false`: whether the host reports which pages the kernel saw
 - `idempotency_key`: a repeat of the same call with the same key within a minute gets the same results without another run;
   another call with that key is refused with reason `IDEMPOTENCY_KEY_REUSED`
@@ -193,13 +196,14 @@ An interrupt (an exception thrown into the calling task) cancels the kernel as w
 """
 function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
     deadline_ms = nothing, lease_ms = nothing, publish = nothing, replace::Bool = false, seal::Bool = false, map::Bool = true, inline_bytes = nothing,
-    limits = nothing, verify::Bool = false, idempotency_key = nothing, request_id = nothing, cancel::Union{Nothing,CancelToken} = nothing)
+    limits = nothing, threads = nothing, verify::Bool = false, idempotency_key = nothing, request_id = nothing, cancel::Union{Nothing,CancelToken} = nothing)
     c = ready!(s)
     given = named(inputs)
     body = Dict{String,Any}("kernel" => String(kernel))
     deadline_ms === nothing || (body["deadline_ms"] = milliseconds(deadline_ms, "deadline_ms"))
     publish === nothing || (body["publish"] = Dict(named(publish)))
     limits === nothing || (body["limits"] = Dict(named(limits)))
+    threads === nothing || (body["threads"] = thread_count(threads))
     idempotency_key === nothing || (body["idempotency_key"] = String(idempotency_key))
     for (key, value, usual) in (("replace", replace, false), ("seal", seal, false), ("map", map, true), ("verify", verify, false))
         value == usual || (body[key] = value)
@@ -227,6 +231,9 @@ function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
         answered(c, reply, inputs.copied_bytes)
     end
 end
+
+thread_count(value) = value isa Integer && !(value isa Bool) && 1 <= value <= 64 ? Int(value) :
+    throw(ArgumentError("threads is $(repr(value)); it is a number from 1 to 64"))
 
 byte_count(value, what) = value isa Integer && !(value isa Bool) && 0 <= value <= typemax(Int) ? Int(value) :
     throw(ArgumentError("$what is $(repr(value)); it is a number of bytes from 0 on"))
@@ -444,7 +451,7 @@ function answered(c::Connection, reply::Reply, copied::Int)
     end
     return Invocation(NamedTuple{Tuple(Symbol(result.port) for result in here)}(Tuple(outputs)),
         Dict{String,String}(result.port => result.name for result in results if result.name !== nothing),
-        told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.seconds, told.request_id)
+        told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.slices, told.seconds, told.request_id)
 end
 
 "What an INVOKE's reply tells beside its results."
@@ -454,6 +461,7 @@ told_of(body::Dict{String,Any}) = (
     pages = [(port = field(page, "port", String), device = size_field(page, "device"), inode = size_field(page, "inode"))
              for page in (haskey(body, "pages") ? objects(body, "pages") : Dict{String,Any}[])],
     minor_faults = size_field(body, "minor_faults", 0),
+    slices = size_field(body, "slices", 0),
     seconds = numbers(field(body, "seconds", Dict{String,Any}, Dict{String,Any}())),
     request_id = field(body, "request_id", String, "-"),
 )

@@ -133,6 +133,13 @@ impl<'a, C> Call<'a, C> {
         self
     }
 
+    /// Slices to cut the rows into, if the kernel can be cut: they run on as many threads as the host has for one call. The
+    /// result is the same for any number. Without this, as many as are worth it.
+    pub fn threads(mut self, threads: u32) -> Self {
+        self.invoke.threads = Some(threads);
+        self
+    }
+
     /// Whether the host reads from its own maps which pages the guest saw ([`CallResult::pages`]).
     pub fn verify(mut self, verify: bool) -> Self {
         self.invoke.verify = verify;
@@ -326,6 +333,8 @@ pub struct CallResult {
     pub pages: Vec<Pages>,
     /// Page faults of the host's process during the call that needed no I/O.
     pub minor_faults: u64,
+    /// Slices of its rows that it ran in; 0: it ran whole.
+    pub slices: u64,
     /// Where the time went.
     pub seconds: Seconds,
     /// Of a pipeline: its stages, in order.
@@ -401,6 +410,7 @@ impl CallResult {
             copied_bytes: invoked.copied_bytes,
             pages: invoked.pages,
             minor_faults: invoked.minor_faults,
+            slices: invoked.slices,
             seconds: invoked.seconds,
             stages: invoked.stages,
             request_id: invoked.request_id,

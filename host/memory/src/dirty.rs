@@ -34,6 +34,25 @@ impl Dirty {
         }
     }
 
+    /// What of it is in `range`, counted from there.
+    pub(crate) fn part(&self, range: Range<usize>) -> Self {
+        let mut part = Self::default();
+        for known in &self.0 {
+            let (start, end) = (known.start.max(range.start), known.end.min(range.end));
+            if start < end {
+                part.add(start - range.start..end - range.start);
+            }
+        }
+        part
+    }
+
+    /// Adds what `other` counts from `offset` on.
+    pub(crate) fn append(&mut self, other: Self, offset: usize) {
+        for known in other.0 {
+            self.add(known.start + offset..known.end + offset);
+        }
+    }
+
     /// The parts of `range` that may be other than zero; they count as zero from now on.
     pub(crate) fn take(&mut self, range: Range<usize>) -> Vec<Range<usize>> {
         if range.is_empty()
@@ -96,6 +115,21 @@ mod tests {
                 prop_assert!(dirty.0.len() <= RANGES_MAX + 1);
             }
         }
+    }
+
+    #[test]
+    fn parts_are_what_the_whole_was() {
+        let mut dirty = Dirty::default();
+        dirty.add(10..20);
+        dirty.add(40..50);
+        let (front, back) = (dirty.part(0..44), dirty.part(44..64));
+        assert_eq!(
+            (front.0.as_slice(), back.0.len()),
+            (&[10..20, 40..44][..], 1)
+        );
+        let mut joined = front;
+        joined.append(back, 44);
+        assert_eq!(joined.0, dirty.0);
     }
 
     #[test]

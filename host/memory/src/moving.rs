@@ -57,12 +57,22 @@ pub struct Poisoned {
     pub error: ParkError,
 }
 
+/// Where a mapping is at home. The parts of one that was cut share it: its addresses are given back with the last of them.
+#[derive(Debug)]
+struct Home {
+    reservation: Reservation,
+    // One mapping, of the lot or the pool that made it.
+    charge: Charge,
+}
+
 /// A mapping of a part of a segment, warm and at home in the host. Dropping it unmaps it.
 ///
 /// Its home address equals its file offset modulo [`HUGE`].
 #[derive(Debug)]
 pub struct Parked {
-    home: Reservation,
+    home: Arc<Home>,
+    // Where in `home` its first byte is; no other part has any of its addresses.
+    at: usize,
     file: Range<u64>,
     access: Access,
     // Bytes of this mapping that somebody may have written, if it can be written.
@@ -70,8 +80,6 @@ pub struct Parked {
     spent: bool,
     reader: Option<InUse>,
     backing: Arc<Backing>,
-    // One mapping, of the lot or the pool that made it.
-    charge: Charge,
 }
 
 impl Parked {
@@ -111,34 +119,100 @@ impl Parked {
         home.map_file(0..bytes, segment.fd(), file.start, file_access)
             .map_err(ParkError::system("mmap", bytes))?;
         Ok(Self {
-            home,
+            home: Arc::new(Home {
+                reservation: home,
+                charge,
+            }),
+            at: 0,
             file,
             access,
             dirty: Dirty::default(),
             spent: false,
             reader,
             backing: Arc::clone(segment.backing()),
-            charge,
         })
+    }
+
+    /// Cuts it at `cuts` (bytes of the segment within it, whole guest pages, in order), so that its parts can be in
+    /// different guests at the same time. [`Self::join`] undoes it; a part that is dropped is lost, and with it the whole.
+    ///
+    /// # Errors
+    /// [`ParkError::Spent`], [`ParkError::NotGuestPages`], with the mapping as it was.
+    pub fn split(self, cuts: &[u64]) -> Result<Vec<Self>, Box<MoveRefused>> {
+        let (inode, bytes) = (self.inode(), self.bytes());
+        let refuse = |parked, error| Err(Box::new(MoveRefused { parked, error }));
+        if self.spent {
+            return refuse(self, ParkError::Spent { inode });
+        }
+        let (start, end) = (self.file.start, self.file.end);
+        let starts = std::iter::once(start).chain(cuts.iter().copied());
+        let ends = cuts.iter().copied().chain([end]);
+        let parts: Vec<_> = starts.zip(ends).map(|(start, end)| start..end).collect();
+        let wrong = parts.iter().find(|part| {
+            !(part.start < part.end && part.end <= end && part.end.is_multiple_of(GUEST_PAGE))
+        });
+        if let Some(range) = wrong.cloned() {
+            return refuse(
+                self,
+                ParkError::NotGuestPages {
+                    range,
+                    bytes,
+                    inode,
+                },
+            );
+        }
+        let part = |file: Range<u64>| {
+            let within = to_usize(file.start - start)..to_usize(file.end - start);
+            Self {
+                home: Arc::clone(&self.home),
+                at: self.at + within.start,
+                dirty: self.dirty.part(within),
+                file,
+                access: self.access,
+                spent: false,
+                reader: self.reader.as_ref().map(|_| InUse::new(&self.backing)),
+                backing: Arc::clone(&self.backing),
+            }
+        };
+        Ok(parts.into_iter().map(part).collect())
+    }
+
+    /// The mapping that `parts` were [cut](Self::split) from, or as much of it as they are: each begins where the one before
+    /// it ends. None, and they are lost, if they do not, or one of them is spent.
+    #[must_use]
+    pub fn join(parts: Vec<Self>) -> Option<Self> {
+        let mut parts = parts.into_iter();
+        let mut whole = parts.next()?;
+        for part in parts {
+            let follows = Arc::ptr_eq(&whole.home, &part.home)
+                && whole.at + to_usize(whole.bytes()) == part.at
+                && !part.spent;
+            if !follows {
+                return None;
+            }
+            whole.dirty.append(part.dirty, to_usize(whole.bytes()));
+            whole.file.end = part.file.end;
+        }
+        (!whole.spent).then_some(whole)
     }
 
     /// Backs `range` (bytes of this mapping), which nobody has written yet, with huge pages.
     pub(crate) fn back_with_huge_pages(&mut self, range: Range<u64>, births: &HugeBirths) {
         assert!(
-            !self.spent && self.access == Access::ReadWrite,
-            "not writable"
+            !self.spent && self.access == Access::ReadWrite && self.at == 0,
+            "not writable, or a part"
         );
         let range = to_usize(range.start)..to_usize(range.end.min(self.bytes()));
         if !range.is_empty() {
             // SAFETY: as in `copy_out`; the mapping is shared and writable, and its home address
             // equals the file's offset modulo a huge page (see the type).
-            unsafe { births.back(&self.home, range) };
+            unsafe { births.back(&self.home.reservation, range) };
         }
     }
 
     /// Where its first byte is at home.
     pub fn address(&self) -> usize {
-        self.home.start()
+        self.home.reservation.start() + self.at
     }
 
     /// How many bytes of the segment it maps.
@@ -176,7 +250,7 @@ impl Parked {
     }
 
     pub(crate) fn is_charged_to(&self, budget: &Arc<Budget>) -> bool {
-        Arc::ptr_eq(self.charge.budget(), budget)
+        Arc::ptr_eq(self.home.charge.budget(), budget)
     }
 
     /// An invocation has it now, or has it no more: see [`InUse`].
@@ -218,9 +292,13 @@ impl Parked {
             Ok(offset) => offset,
             Err(error) => return refuse(self, error),
         };
-        let moved = self
-            .home
-            .transfer(part.clone(), space.reservation(), offset, Cover::ReadWrite);
+        let at_home = self.at + part.start..self.at + part.end;
+        let moved = self.home.reservation.transfer(
+            at_home.clone(),
+            space.reservation(),
+            offset,
+            Cover::ReadWrite,
+        );
         if let Err(source) = moved {
             space.leave(offset);
             if space.reservation().is_suspect() {
@@ -233,7 +311,7 @@ impl Parked {
         }
         // A refusal leaves the segment's own mapping here, with empty page tables: right and
         // harmless, since the way back replaces it.
-        drop(self.home.cover(part.clone(), Cover::Nothing));
+        drop(self.home.reservation.cover(at_home, Cover::Nothing));
         if self.access == Access::ReadWrite {
             self.dirty.add(part.clone());
         }
@@ -253,7 +331,11 @@ impl Parked {
         // SAFETY: a mapping that is not spent is whole and at home (a part is away only
         // inside a `Window`, which owns the `Parked`), and of a memfd that only the host can
         // resize, which it never does.
-        unsafe { self.home.copy_out(to_usize(offset), into) }
+        unsafe {
+            self.home
+                .reservation
+                .copy_out(self.at + to_usize(offset), into)
+        }
     }
 
     /// Copies to `offset`, through the mapping. The caller checked the range.
@@ -265,7 +347,7 @@ impl Parked {
         let offset = to_usize(offset);
         self.dirty.add(offset..offset + bytes.len());
         // SAFETY: as in `copy_out`, and the mapping is read-write.
-        unsafe { self.home.copy_in(offset, bytes) }
+        unsafe { self.home.reservation.copy_in(self.at + offset, bytes) }
     }
 
     /// Zeroes what may be other than zero in `range`, through the mapping. The caller checked the range.
@@ -275,8 +357,9 @@ impl Parked {
             "not writable"
         );
         for part in self.dirty.take(to_usize(range.start)..to_usize(range.end)) {
+            let part = self.at + part.start..self.at + part.end;
             // SAFETY: as in `copy_out`, and the mapping is read-write.
-            unsafe { self.home.zero(part) }
+            unsafe { self.home.reservation.zero(part) }
         }
     }
 }
@@ -359,8 +442,10 @@ impl Window {
             parked.spent = true;
             None
         } else {
+            let home = &parked.home.reservation;
+            let at = parked.at + self.part.start;
             guest
-                .transfer(range.clone(), &parked.home, self.part.start, Cover::Nothing)
+                .transfer(range.clone(), home, at, Cover::Nothing)
                 .err()
         };
         let covered = guest.cover(range.clone(), Cover::ReadWrite);

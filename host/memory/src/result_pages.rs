@@ -28,10 +28,13 @@ pub(crate) fn born(
     Ok(parked)
 }
 
-/// A handle on the one writable mapping of a result's segment: it moves into a guest and home again.
+/// A handle on the one writable mapping of a result's segment, or on a [part](Self::split) of it: it moves into a guest and
+/// home again.
 #[derive(Clone, Debug)]
 pub struct ResultPages {
     backing: Arc<Backing>,
+    /// Bytes of the segment: all, or those of a part.
+    file: Range<u64>,
     // None while its pages are with a guest, or were lost there.
     home: Arc<Mutex<Option<Parked>>>,
 }
@@ -40,7 +43,15 @@ impl ResultPages {
     pub(crate) fn new(backing: &Arc<Backing>, parked: Option<Parked>) -> Self {
         Self {
             backing: Arc::clone(backing),
+            file: 0..backing.bytes(),
             home: Arc::new(Mutex::new(parked)),
+        }
+    }
+
+    fn part(backing: &Arc<Backing>, parked: Parked) -> Self {
+        Self {
+            file: parked.file_range().clone(),
+            ..Self::new(backing, Some(parked))
         }
     }
 
@@ -77,8 +88,8 @@ impl ResultPages {
     /// # Errors
     /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
     pub fn write_at(&self, offset: u64, bytes: &[u8], copied: &Copied) -> Result<(), MemoryError> {
-        self.at_home(offset, bytes.len() as u64)?
-            .copy_in(offset, bytes);
+        let (mut parked, at) = self.at_home(offset, bytes.len() as u64)?;
+        parked.copy_in(at, bytes);
         copied.add(bytes.len() as u64);
         Ok(())
     }
@@ -93,8 +104,8 @@ impl ResultPages {
         into: &mut [u8],
         copied: &Copied,
     ) -> Result<(), MemoryError> {
-        self.at_home(offset, into.len() as u64)?
-            .copy_out(offset, into);
+        let (parked, at) = self.at_home(offset, into.len() as u64)?;
+        parked.copy_out(at, into);
         copied.add(into.len() as u64);
         Ok(())
     }
@@ -105,22 +116,58 @@ impl ResultPages {
     /// [`MemoryError::OutOfRange`]; [`MemoryError::Away`] while its pages are with a guest.
     pub fn zero(&self, range: Range<u64>) -> Result<(), MemoryError> {
         let length = range.end.saturating_sub(range.start);
-        let mut parked = self.at_home(range.start, length)?;
-        parked.zero(range.start..range.start + length);
+        let (mut parked, at) = self.at_home(range.start, length)?;
+        parked.zero(at..at + length);
         Ok(())
     }
 
-    /// The mapping of the whole segment, to be moved into a guest. Without it the segment
+    /// Cuts them at `cuts` (bytes of the segment, whole guest pages, in order): until [`Self::join`] the mapping is with the
+    /// parts. Offsets into a part are those of the segment.
+    ///
+    /// # Errors
+    /// [`MemoryError::Away`] if they are with a guest, [`MemoryError::Park`] if it cannot be cut there.
+    pub fn split(&self, cuts: &[u64]) -> Result<Vec<Self>, MemoryError> {
+        let inode = self.inode();
+        let parked = self.take_parked().ok_or(MemoryError::Away { inode })?;
+        match parked.split(cuts) {
+            Ok(parts) => Ok(parts
+                .into_iter()
+                .map(|part| Self::part(&self.backing, part))
+                .collect()),
+            Err(refused) => {
+                self.put_parked(refused.parked);
+                Err(refused.error.into())
+            }
+        }
+    }
+
+    /// Takes the mapping back from all `parts` that it was cut into, in their order.
+    ///
+    /// # Errors
+    /// [`MemoryError::Away`] if one of them is not home, was lost, or is missing: then all are.
+    pub fn join(&self, parts: Vec<Self>) -> Result<(), MemoryError> {
+        let parked = parts.iter().map(Self::take_parked);
+        let joined = parked.collect::<Option<Vec<_>>>().and_then(Parked::join);
+        let inode = self.inode();
+        self.put_parked(joined.ok_or(MemoryError::Away { inode })?);
+        match self.is_home() {
+            true => Ok(()),
+            false => Err(MemoryError::Away { inode }),
+        }
+    }
+
+    /// The mapping of the whole segment, or of this part of it, to be moved into a guest. Without it the segment
     /// can neither be written nor recycled. None if it was taken already.
     pub fn take_parked(&self) -> Option<Parked> {
         self.home.lock().take()
     }
 
     /// Takes back what [`Self::take_parked`] gave. A spent mapping, or one of another
-    /// segment, is dropped.
+    /// segment or part, is dropped.
     pub fn put_parked(&self, parked: Parked) {
         let mut home = self.home.lock();
-        if !parked.is_spent() && parked.backing().id == self.backing.id && home.is_none() {
+        let is_own = parked.backing().id == self.backing.id && *parked.file_range() == self.file;
+        if !parked.is_spent() && is_own && home.is_none() {
             *home = Some(parked);
         }
     }
@@ -130,14 +177,26 @@ impl ResultPages {
         self.home.lock().is_some()
     }
 
+    /// The mapping, and where in it `offset` is.
     fn at_home(
         &self,
         offset: u64,
         length: u64,
-    ) -> Result<MappedMutexGuard<'_, Parked>, MemoryError> {
+    ) -> Result<(MappedMutexGuard<'_, Parked>, u64), MemoryError> {
         self.backing.check_range(offset, length)?;
         let inode = self.inode();
-        MutexGuard::try_map(self.home.lock(), Option::as_mut)
-            .map_err(|_| MemoryError::Away { inode })
+        let parked = MutexGuard::try_map(self.home.lock(), Option::as_mut)
+            .map_err(|_| MemoryError::Away { inode })?;
+        let file = parked.file_range();
+        if offset < file.start || offset + length > file.end {
+            return Err(MemoryError::OutOfRange {
+                offset,
+                length,
+                bytes: parked.bytes(),
+                inode,
+            });
+        }
+        let at = offset - file.start;
+        Ok((parked, at))
     }
 }

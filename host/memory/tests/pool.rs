@@ -147,6 +147,59 @@ fn a_result_whose_pages_were_lost_is_not_recycled() {
 }
 
 #[test]
+fn a_result_whose_parts_do_not_come_home_in_order_is_lost() {
+    let pool = ResultPool::new(budget(), 10 * MIB);
+    let away = |result: &PoolSegment| {
+        assert!(!result.pages().is_home());
+        let read = result.read_at(0, &mut [0], &Copied::new());
+        assert!(matches!(read, Err(MemoryError::Away { .. })));
+    };
+    let cuts = [GUEST_PAGE, 3 * GUEST_PAGE];
+    type Change = fn(&mut Vec<ResultPages>);
+    let changes: [Change; 3] = [
+        |parts| parts.swap(0, 1),
+        |parts| drop(parts.pop()),
+        |parts| drop(parts[1].take_parked()),
+    ];
+    for change in changes {
+        let result = pool.take(MIB, key(1), pool.budget()).expect("fits");
+        let mut parts = result.pages().split(&cuts).expect("cut");
+        assert_eq!(parts.len(), 3);
+        away(&result);
+        assert!(result.pages().split(&cuts).is_err());
+        // A part is not the whole, nor another part.
+        let parked = parts[2].take_parked().expect("at home");
+        result.pages().put_parked(parked);
+        away(&result);
+        let other = pool.take(MIB, key(1), pool.budget()).expect("fits");
+        let mut others = other.pages().split(&cuts).expect("cut");
+        others[0].put_parked(others[1].take_parked().expect("at home"));
+        assert_eq!(
+            others.iter().map(ResultPages::is_home).collect::<Vec<_>>(),
+            [true, false, true]
+        );
+        let third = pool.take(MIB, key(1), pool.budget()).expect("fits");
+        let mut thirds = third.pages().split(&cuts).expect("cut");
+        change(&mut thirds);
+        assert!(third.pages().join(thirds).is_err());
+        away(&third);
+        parts.clear();
+        others.clear();
+        drop((result, other, third));
+        assert_eq!(pool.stats().segments, 0);
+    }
+    let whole = pool.take(MIB, key(1), pool.budget()).expect("fits");
+    for wrong in [0, 100, MIB, MIB + GUEST_PAGE] {
+        assert!(whole.pages().split(&[wrong]).is_err(), "{wrong}");
+    }
+    assert!(whole.pages().split(&[GUEST_PAGE, GUEST_PAGE]).is_err());
+    assert!(whole.pages().is_home());
+    let parts = whole.pages().split(&cuts).expect("cut");
+    whole.pages().join(parts).expect("in order");
+    assert!(whole.pages().is_home());
+}
+
+#[test]
 fn a_result_that_an_invocation_still_reads_is_not_recycled() {
     let (lot, pool) = (Lot::new(10, 1 << 30), ResultPool::new(budget(), 10 * MIB));
     let result = pool.take(MIB, key(1), pool.budget()).expect("fits");

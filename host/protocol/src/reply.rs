@@ -383,6 +383,9 @@ pub struct Invoked {
     pub pages: Vec<Pages>,
     /// Page faults of the host's process during the invocation that needed no I/O.
     pub minor_faults: u64,
+    /// Slices of its rows that it ran in; 0: it ran whole.
+    #[serde(default)]
+    pub slices: u64,
     /// Where the time went.
     pub seconds: Seconds,
     /// Of a pipeline: its stages, in order.

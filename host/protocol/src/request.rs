@@ -287,6 +287,9 @@ request! {
         /// Tighter limits than the host's own.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         limits: Option<Limits>,
+        /// Slices to cut its rows into, if the kernel can be cut; none: as many as are worth it.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        threads: Option<u32>,
         /// Fill `pages`.
         #[serde(default)]
         verify: bool,

@@ -72,6 +72,9 @@ pub struct HostStats {
     /// The same by place.
     #[serde(default)]
     pub copied: BTreeMap<String, u64>,
+    /// Slices of invocations that the host has cut, since its start.
+    #[serde(default)]
+    pub slices: u64,
     /// What was born in huge pages.
     #[serde(default)]
     pub huge: HugeStats,

@@ -6,6 +6,7 @@
 //! Both happen in one turn. The first finds what does not fit before anything runs; the second sees the true shapes.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -22,7 +23,7 @@ use crate::error::{Code, Reason, Status};
 use crate::plugin::{CheckError, Value as Parameter};
 use crate::session::answer::{InlineBytes, Outputs, ResultBody};
 use crate::session::caller::Caller;
-use crate::session::prepare::{Checked, Deadline, Found, Resolved, tightened};
+use crate::session::prepare::{Checked, Deadline, Found, Resolved, threads, tightened};
 
 /// Tensors in the order in which they are taken.
 pub(super) type Inputs = Vec<(Found, TensorPlace)>;
@@ -35,6 +36,7 @@ pub(in crate::session) struct Piped {
     pub(super) inputs: Inputs,
     verify: bool,
     pub(super) seal: bool,
+    threads: Option<NonZeroU32>,
     limits: Limits,
     inline: Option<InlineRoom>,
     pub(super) deadline: Deadline,
@@ -127,6 +129,7 @@ impl Caller {
             inputs,
             verify: invoke.verify,
             seal: naming.seal,
+            threads: threads(invoke.threads)?,
             limits,
             inline,
             deadline,
@@ -331,6 +334,7 @@ impl Caller {
             inputs,
             parameters,
             verify: piped.verify,
+            threads: piped.threads,
             limits: piped.limits,
             inline,
             deadline_ms: piped.deadline.ms,
@@ -503,6 +507,7 @@ impl Flow {
             copied_bytes,
             pages,
             minor_faults,
+            slices,
             seconds,
         } = report;
         let all = &mut self.report;
@@ -515,6 +520,7 @@ impl Flow {
         }));
         all.copied_bytes += copied_bytes;
         all.minor_faults += minor_faults;
+        all.slices += slices;
         let sum = &mut all.seconds;
         *sum = Seconds {
             instantiate: sum.instantiate + seconds.instantiate,

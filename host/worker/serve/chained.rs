@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::{Granted, Worker, deadline, told};
-use crate::engine::{CancelToken, Chain, Failed, Results, Supplies};
+use crate::engine::{CancelToken, Chain, Failed, Logged, Results, Supplies};
 use crate::worker::channel::Channel;
 use crate::worker::messages::{Ended, Outcome, RunChain};
 
@@ -49,6 +49,7 @@ impl Worker {
             results: Arc::clone(granted) as Arc<dyn Results>,
             deadline,
             cancel,
+            logged: Logged::default(),
         };
         let links = chain.links;
         let filled = self.engine.fill_chain(&Chain { stages, links }, supplies)?;

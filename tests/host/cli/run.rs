@@ -383,3 +383,48 @@ fn a_plugin_is_a_regular_file_and_nobody_waits_for_another() {
         assert!(text.contains(file) && text.contains(says), "{text:?}");
     }
 }
+
+#[test]
+fn rows_are_cut_into_as_many_slices_as_asked_for() {
+    let directory = TempDir::new().unwrap();
+    let here = directory.path();
+    let elements = 300_000_u32;
+    let bytes: Vec<u8> = (0..elements)
+        .flat_map(|i| (f64::from(i) - 1e5).to_le_bytes())
+        .collect();
+    npy(
+        &here.join("x.npy"),
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (300000, ), }",
+        &bytes,
+    );
+    let clipped = |threads: &str, file: &str| {
+        let output = format!("y={file}");
+        let arguments = [
+            "run",
+            "clip",
+            "--input",
+            "x=x.npy",
+            "-p",
+            "lo=-7",
+            "--threads",
+            threads,
+            "--output",
+            &output,
+            "--json",
+        ];
+        let told: Value = serde_json::from_str(&good(here, &arguments)).unwrap();
+        let slices = told["slices"].as_u64().unwrap();
+        (slices, fs::read(here.join(file)).unwrap())
+    };
+    let (slices, whole) = clipped("1", "whole.npy");
+    assert_eq!(slices, 0);
+    for threads in ["2", "3", "7"] {
+        let (slices, cut) = clipped(threads, "cut.npy");
+        assert!((2..=threads.parse().unwrap()).contains(&slices), "{slices}");
+        assert!(cut == whole, "{threads}");
+    }
+    for threads in ["0", "65", "x"] {
+        let arguments = ["run", "clip", "--threads", threads, "--output", "y=y.npy"];
+        assert!(!run(here, &arguments).status.success(), "{threads}");
+    }
+}

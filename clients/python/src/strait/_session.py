@@ -340,6 +340,7 @@ class Session:
         limits: Optional[Mapping[str, int]] = None,
         inline_bytes: Optional[int] = None,
         verify: bool = False,
+        threads: Optional[int] = None,
         request_id: Optional[str] = None,
         idempotency_key: Optional[str] = None,
         **more_parameters: Any,
@@ -357,8 +358,8 @@ class Session:
         `map`: whether outputs in segments are mapped here; if not, publish them all. `deadline`: seconds from the host's
         receipt. `lease`: lifetime of the outputs' leases in seconds. `limits`: lower than the host's own. `inline_bytes`: the
         largest output that may come in the reply and not in a segment, `Session.inline_bytes` if None; 0: none may. `verify`:
-        fill `CallInfo.pages`. `request_id`: id of the call in the host's log. `idempotency_key`: a repeat within a
-        minute gets the same results without another run.
+        fill `CallInfo.pages`. `threads`: slices to cut the rows into, if the kernel can be cut (1 to 64; None: as many as are worth
+        it). `request_id`: id in the host's log. `idempotency_key`: a repeat within a minute gets the same results, without another run.
 
         Raises `TypeError` or `ValueError` for arguments that no kernel could take; `RemoteError`s come with the result.
         """
@@ -381,8 +382,9 @@ class Session:
         inline_bytes = self.inline_bytes if inline_bytes is None else int(inline_bytes)
         if inline_bytes:
             body["inline_bytes"] = inline_bytes
-        if idempotency_key is not None:
-            body["idempotency_key"] = idempotency_key
+        for name, value in (("threads", threads), ("idempotency_key", idempotency_key)):
+            if value is not None:
+                body[name] = value
         pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease), payload=copies.payload)
         with self._lock:
             self._calls += 1

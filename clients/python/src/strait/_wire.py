@@ -375,6 +375,8 @@ class CallInfo:
     seconds: Dict[str, float]
     #: Name of the flight, for each output that was published.
     published: Dict[str, str] = field(default_factory=dict)
+    #: Slices of its rows that the call ran in; 0: it ran whole.
+    slices: int = 0
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "CallInfo":
@@ -387,6 +389,7 @@ class CallInfo:
                 minor_faults=int(body["minor_faults"]),
                 seconds=dict(body["seconds"]),
                 published={str(r["port"]): str(r["name"]) for r in body["results"] if r.get("name") is not None},
+                slices=int(body.get("slices", 0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a malformed answer to INVOKE: {error!r}") from None

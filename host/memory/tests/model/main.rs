@@ -2,6 +2,7 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+mod slices;
 mod steps;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -340,6 +341,7 @@ impl World {
                     Err(refused) => known.segment.pages().put_parked(refused.parked),
                 }
             }
+            Step::SliceResult { cut, at, byte } => self.slice_result(cut, at, byte),
             Step::GuestWrites { place, byte } => self.guest_writes(place, byte),
             Step::HomeInput => {
                 if let Some(In { of, what, .. }) = self.inputs.pop() {

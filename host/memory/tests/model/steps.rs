@@ -46,6 +46,12 @@ pub(crate) enum Step {
         guest: usize,
         at: u64,
     },
+    /// A result goes into both guests, cut in two.
+    SliceResult {
+        cut: u64,
+        at: [u64; 2],
+        byte: u8,
+    },
     GuestWrites {
         place: u64,
         byte: u8,
@@ -75,6 +81,7 @@ pub(crate) fn step() -> impl Strategy<Value = Step> {
         4 => (0..8_u64, pages()).prop_map(|(from, pages)| Step::ParkInput { from, pages }),
         5 => (0..8_u64, pages(), 0..2_usize, 0..ROOM).prop_map(|(from, pages, guest, at)| Step::MoveInput { from, pages, guest, at }),
         5 => (0..8_u64, pages(), 0..2_usize, 0..ROOM).prop_map(|(from, pages, guest, at)| Step::MoveResult { from, pages, guest, at }),
+        4 => (0..20_u64, [0..ROOM, 0..ROOM], any::<u8>()).prop_map(|(cut, at, byte)| Step::SliceResult { cut, at, byte }),
         4 => (any::<u64>(), any::<u8>()).prop_map(|(place, byte)| Step::GuestWrites { place, byte }),
         3 => Just(Step::HomeInput),
         1 => Just(Step::DropInput),
