@@ -298,6 +298,8 @@ type Result struct {
 	// Slices of its rows that it ran in; 0: it ran whole.
 	Slices int64
 	Timing      Timing
+	// Stages of a pipeline, in order.
+	Stages []Stage
 	// RequestID names this call in the host's log.
 	RequestID string
 }
@@ -324,8 +326,8 @@ func (r *Result) Release() {
 	}
 }
 
-// Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one) and waits for its
-// results, which are to be released.
+// Call runs a kernel ("zscore", or "plugin/zscore" if two plugins have one), or a pipeline ("clip(lo=0) | cast(to=int8)"), and
+// waits for its results, which are to be released.
 //
 // When ctx ends, the kernel is cancelled, even while it waits for a worker; the error is then both ctx's and
 // the host's RemoteError with CANCELLED. Nothing is sent if ctx is already over. Call returns when the kernel
@@ -335,7 +337,12 @@ func (r *Result) Release() {
 // The error is a RemoteError if the host refuses or the kernel fails; ErrLeaseExpired or ErrReleased
 // if an input can no longer be used; ErrDisconnected if the connection ended.
 func (c *Client) Call(ctx context.Context, kernel string, inputs Inputs, options ...CallOption) (*Result, error) {
-	asked := &invokeRequest{kernelRequest: kernelRequest{Kernel: kernel}, LeaseMS: milliseconds(c.lease), InlineBytes: c.welcome.InlineBytes}
+	return c.invoke(ctx, &invokeRequest{kernelRequest: kernelRequest{Kernel: kernel}}, inputs, options)
+}
+
+// invoke runs what is asked.
+func (c *Client) invoke(ctx context.Context, asked *invokeRequest, inputs Inputs, options []CallOption) (*Result, error) {
+	asked.LeaseMS, asked.InlineBytes = milliseconds(c.lease), c.welcome.InlineBytes
 	for _, option := range options {
 		if err := option.call(asked); err != nil {
 			return nil, err
@@ -414,6 +421,7 @@ func (c *Client) results(reply *invokeReply, came beside) (*Result, error) {
 			MoveOut:     seconds(reply.Seconds.MoveOut),
 			Total:       seconds(reply.Seconds.Total),
 		},
+		Stages:    stages(reply.Stages),
 		RequestID: reply.RequestID,
 	}
 	var failed error

@@ -235,7 +235,7 @@ type cancelRequest struct {
 // kernelRequest is what INVOKE and PREPARE have in common.
 type kernelRequest struct {
 	traced
-	Kernel     string         `json:"kernel"`
+	Kernel     string         `json:"kernel,omitempty"`
 	Inputs     map[string]any `json:"inputs"`
 	Parameters map[string]any `json:"parameters,omitempty"`
 	DeadlineMS int64          `json:"deadline_ms,omitempty"`
@@ -264,6 +264,7 @@ type streamRequest struct {
 
 type invokeRequest struct {
 	kernelRequest
+	Pipeline       *Pipeline         `json:"pipeline,omitempty"`
 	Publish        map[string]string `json:"publish,omitempty"`
 	Replace        bool              `json:"replace,omitempty"`
 	Seal           bool              `json:"seal,omitempty"`
@@ -348,7 +349,8 @@ type invokeReply struct {
 		MoveOut     float64 `json:"move_out"`
 		Total       float64 `json:"total"`
 	} `json:"seconds"`
-	RequestID string `json:"request_id"`
+	Stages    []stageReply `json:"stages"`
+	RequestID string       `json:"request_id"`
 }
 
 type prepareReply struct {

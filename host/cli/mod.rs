@@ -104,6 +104,8 @@ enum Command {
     Workers(workers::WorkersArgs),
     /// List loaded plugins, show which are out of service, and re-enable them.
     Plugins(plugins::PluginsArgs),
+    /// List pipelines that have names, and publish or remove some.
+    Pipelines(pipelines::PipelinesArgs),
     #[command(hide = true)]
     Worker(worker::WorkerArgs),
     #[command(hide = true)]
@@ -131,6 +133,7 @@ pub fn main() -> ExitCode {
         Command::Limits(args) => (args.connection.json, limits::limits(args)),
         Command::Workers(args) => (args.connection.json, workers::workers(args)),
         Command::Plugins(args) => (args.connection.json, plugins::plugins(args)),
+        Command::Pipelines(args) => (args.connection.json, pipelines::pipelines(args)),
         Command::Worker(args) => (false, worker::worker(args)),
         Command::DemoProducer(args) => (false, demo::producer(args)),
         Command::DemoConsumer(args) => (false, demo::consumer(args)),

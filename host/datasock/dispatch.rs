@@ -8,7 +8,8 @@ use strait_protocol::{self as wire, Op};
 use super::answer::{Answer, parse};
 use super::frames::{Outgoing, failure};
 use super::handlers::{
-    calls, channels, greeting, kernels, leases, names, plugins, quotas, segments, workers,
+    calls, channels, greeting, kernels, leases, names, pipelines, plugins, quotas, segments,
+    workers,
 };
 use crate::error::{Code, Reason, Status};
 use crate::session::Session;
@@ -115,6 +116,7 @@ pub(super) fn respond(
         Op::Limits => asked.answer(quotas::limits),
         Op::Workers => asked.answer(workers::workers),
         Op::Plugins => asked.answer(plugins::plugins),
+        Op::Pipelines => asked.answer(pipelines::pipelines),
         Op::Kernels => asked.answer(kernels::kernels),
         Op::Lookup => asked.answer(names::lookup),
         Op::List => asked.answer(names::list),

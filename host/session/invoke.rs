@@ -80,7 +80,7 @@ impl Caller {
         answer: Answer,
     ) -> Call {
         let begun = self.host.deadline(&invoke).and_then(|deadline| {
-            let asked = Asked::of(&invoke.kernel, invoke.pipeline.clone())?;
+            let asked = self.asked(&invoke.kernel, invoke.pipeline.clone())?;
             // Before anything is repeated: a repeat, too, is refused what cannot travel to it.
             let room = self.inline_room(framed, &invoke)?;
             let key = invoke.idempotency_key.take();
@@ -175,7 +175,7 @@ impl Caller {
         answer: Answer<Outputs>,
     ) -> Call {
         let begun = self.host.deadline(&invoke).and_then(|deadline| {
-            let asked = Asked::of(&invoke.kernel, invoke.pipeline.clone())?;
+            let asked = self.asked(&invoke.kernel, invoke.pipeline.clone())?;
             Ok((deadline, self.inline_room(None, &invoke)?, asked))
         });
         let (deadline, room, asked) = match begun {
@@ -211,12 +211,12 @@ impl Caller {
         deadline: Deadline,
         (request_id, cancel): (Arc<str>, CancelToken),
     ) -> Result<Checked<Work>, Status> {
-        match asked {
-            Asked::Kernel => {
+        match asked.pipeline() {
+            None => {
                 let checked = self.check(room, invoke, inputs, deadline, request_id, cancel)?;
                 Ok(checked.map(|(job, means)| Work::Kernel(job, means)))
             }
-            Asked::Pipeline(pipeline) => {
+            Some(pipeline) => {
                 let ids = (request_id, cancel);
                 let checked =
                     self.check_pipeline(pipeline, room, &mut invoke, inputs, deadline, ids)?;
@@ -415,7 +415,14 @@ impl Host {
     #[must_use]
     pub fn entry(&self, result: &InvokedResult, offset: u64) -> wire::ResultEntry {
         let (mapping, inline) = match &result.body {
-            ResultBody::Segment(segment) => (Some(self.mapping(segment)), None),
+            ResultBody::Segment(segment) => {
+                let mut mapping = self.mapping(segment);
+                // Of a pipeline: in the file it has the name of its stage's port.
+                if let [tensor] = mapping.tensors.as_mut_slice() {
+                    tensor.name.clone_from(&result.port);
+                }
+                (Some(mapping), None)
+            }
             ResultBody::Inline(spec, bytes) => {
                 let inline = wire::InlineResult {
                     dtype: spec.dtype,

@@ -67,6 +67,7 @@ pub use state::{FlightState, StateWord, WrongState};
 
 use channel::Channels;
 use flights::Flights;
+use pipeline::NamedPipelines;
 use quarantine::Quarantine;
 use run::Deadlines;
 use workers::Workers;
@@ -96,6 +97,7 @@ pub struct Host {
     leases: Leases,
     flights: Mutex<Flights>,
     channels: Channels,
+    pipelines: NamedPipelines,
     idempotency: idempotency::Answers,
     undelivered: undelivered::Undelivered,
     deadlines: Deadlines,
@@ -178,6 +180,7 @@ impl Host {
             leases: Leases::default(),
             flights: Mutex::default(),
             channels: Channels::default(),
+            pipelines: NamedPipelines::default(),
             idempotency: idempotency::Answers::default(),
             undelivered: undelivered::Undelivered::default(),
             deadlines: Deadlines::new()?,

@@ -122,6 +122,14 @@ impl Caller {
             };
             resolved.insert(port, found);
         }
+        if self.asked(&invoke.kernel, None)?.pipeline().is_some() {
+            let message = "a pipeline cannot be prepared; call it, or prepare each of its kernels";
+            return Err(Status::new(
+                Code::InvalidArgument,
+                Reason::Unsupported,
+                message,
+            ));
+        }
         let kernel = self.kernel(&invoke.kernel)?;
         if request.stream {
             if request.ring {

@@ -1,5 +1,7 @@
 //! Kernels and outcomes in the words of the wire, for both edges.
 
+use std::sync::Arc;
+
 use strait_protocol as wire;
 
 use super::pipeline::{self, Asked};
@@ -65,9 +67,38 @@ fn kernel(plugin: &str, version: &str, kernel: &Kernel) -> wire::Kernel {
     }
 }
 
+/// One entry of a listing.
+enum Listed {
+    Kernel(KernelRef),
+    Named(String, Arc<wire::Pipeline>),
+    /// A pipeline that was asked for as such.
+    Described(wire::Kernel),
+}
+
+impl Listed {
+    /// What listings are sorted by.
+    fn names(&self) -> (&str, &str) {
+        match self {
+            Self::Kernel(found) => found.names(),
+            Self::Named(name, _) => (pipeline::PLUGIN, name),
+            Self::Described(kernel) => (pipeline::PLUGIN, &kernel.name),
+        }
+    }
+
+    fn is_called(&self, asked: &str) -> bool {
+        match self {
+            Self::Kernel(found) => found.is_called(asked),
+            Self::Named(name, _) => {
+                asked == name || asked.split_once('/') == Some((pipeline::PLUGIN, name.as_str()))
+            }
+            Self::Described(_) => true,
+        }
+    }
+}
+
 impl Caller {
-    /// The kernels that a listing asks for and that it may run, sorted by plugin and name; or the pipeline that it asks for, as if that
-    /// were a kernel.
+    /// The kernels that a listing asks for and that it may run, sorted by plugin and name, pipelines that have names among them; or the
+    /// pipeline that it asks for, as if that were a kernel.
     ///
     /// # Errors
     /// What is wrong with that pipeline.
@@ -75,33 +106,39 @@ impl Caller {
         &self,
         wanted: &wire::Kernels,
     ) -> Result<impl Iterator<Item = wire::Kernel>, Status> {
-        let pipeline = match (&wanted.kernel, &wanted.pipeline) {
+        let asked = match (&wanted.kernel, &wanted.pipeline) {
             (None, None) => None,
             (kernel, pipeline) => {
                 let kernel = kernel.as_deref().unwrap_or_default();
-                Asked::of(kernel, pipeline.clone())?.into_pipeline()
+                Some(Asked::of(kernel, pipeline.clone())?)
             }
         };
-        let described = match &pipeline {
-            Some(pipeline) => Some(self.described(pipeline)?),
-            None => None,
-        };
+        let mut found = Vec::new();
+        match asked.as_ref().and_then(Asked::pipeline) {
+            Some(pipeline) => found.push(Listed::Described(self.described(pipeline)?)),
+            None => {
+                let kernels = self.host.plugins.kernels().into_iter();
+                found.extend(kernels.map(Listed::Kernel));
+                let named = self.named_pipelines().into_iter();
+                found.extend(named.map(|(name, pipeline)| Listed::Named(name, pipeline)));
+            }
+        }
+        found.sort_by(|a, b| a.names().cmp(&b.names()));
         let after = wanted
             .after
             .as_deref()
             .map(|after| after.split_once('/').unwrap_or((after, "")));
-        let is_listed = pipeline.is_none();
-        let is_wanted = move |found: &KernelRef| {
+        let listed = found.into_iter().filter(move |found| {
             let name = wanted.kernel.as_deref();
-            is_listed
+            after.is_none_or(|after| found.names() > after)
                 && name.is_none_or(|name| found.is_called(name))
-                && after.is_none_or(|after| found.names() > after)
-                && self.may_call(found)
-        };
-        let all = self.host.plugins.kernels().into_iter();
-        let listed = all.filter(is_wanted);
-        let listed = listed.map(|found| wire::Kernel::from(&found));
-        Ok(listed.chain(described.filter(|_| after.is_none())))
+        });
+        Ok(listed.filter_map(|found| match found {
+            Listed::Kernel(found) => self.may_call(&found).then(|| wire::Kernel::from(&found)),
+            // What it may not call, or nobody can any more, is not there.
+            Listed::Named(name, pipeline) => self.described_as(Some(name), &pipeline).ok(),
+            Listed::Described(kernel) => Some(kernel),
+        }))
     }
 
     /// What is called `name`: a kernel, or a pipeline.
@@ -109,9 +146,10 @@ impl Caller {
     /// # Errors
     /// As [`Caller::kernel`] and [`Caller::declared`].
     pub fn describe(&self, name: &str) -> Result<wire::Kernel, Status> {
-        match Asked::of(name, None)? {
+        match self.asked(name, None)? {
             Asked::Kernel => Ok(wire::Kernel::from(&self.kernel(name)?)),
             Asked::Pipeline(pipeline) => self.described(&pipeline),
+            Asked::Named(name, pipeline) => self.described_as(Some(name), &pipeline),
         }
     }
 
@@ -120,7 +158,16 @@ impl Caller {
     /// # Errors
     /// As [`Caller::declared`].
     pub fn described(&self, pipeline: &wire::Pipeline) -> Result<wire::Kernel, Status> {
-        let declared = self.declared(pipeline)?;
+        self.described_as(None, pipeline)
+    }
+
+    fn described_as(
+        &self,
+        name: Option<String>,
+        pipeline: &wire::Pipeline,
+    ) -> Result<wire::Kernel, Status> {
+        let mut declared = self.declared(pipeline)?;
+        declared.name = name.unwrap_or(declared.name);
         Ok(kernel(
             pipeline::PLUGIN,
             env!("CARGO_PKG_VERSION"),

@@ -39,6 +39,7 @@ What a kernel gave back, in full:
 - `pages`: with `verify = true`, the pages that the kernel saw: `(port, device, inode)`
 - `slices`: slices of its rows that it ran in; 0: it ran whole
 - `minor_faults`, `seconds`: what it cost the host (a `Dict`: queue, instantiate, open, reserve, move_in, run, move_out, total)
+- `stages`: of a pipeline, what is told of each: `(stage, kernel, copied_bytes, seconds)`
 - `request_id`: id of this call in the host's log
 """
 struct Invocation
@@ -51,19 +52,32 @@ struct Invocation
     minor_faults::Int
     slices::Int
     seconds::Dict{String,Float64}
+    stages::Vector{NamedTuple{(:stage, :kernel, :copied_bytes, :seconds),Tuple{String,String,Int,Float64}}}
     request_id::String
 end
 
 Base.show(io::IO, i::Invocation) = print(io, "Strait.Invocation(", join(("$port = $(summary(y))" for (port, y) in pairs(i.outputs)), ", "),
     "; copied_bytes = ", i.copied_bytes, ", request_id = ", repr(i.request_id), ')')
 
+# A kernel's name or a pipeline's text, or a pipeline as JSON has it.
+const Asked = Union{AbstractString,AbstractDict}
+
+"The field of a request that says what is asked for."
+asked_field(kernel::AbstractString) = Dict{String,Any}("kernel" => String(kernel))
+asked_field(pipeline::AbstractDict) = Dict{String,Any}("pipeline" => pipeline)
+
+"What it is kept by."
+asked_name(kernel::AbstractString) = String(kernel)
+asked_name(pipeline::AbstractDict) = String(JSON.encode(pipeline))
+
 """
     call(session, kernel, x; parameters...)
     call(session, kernel, ("x" => a, "m" => b); parameters...)
     call(session, kernel; x = a, m = b, parameters...)
     call(f, session, kernel, ...; parameters...)
+    call(session, "clip(lo=0) | cast(to=int8)", x)
 
-Runs a kernel and returns its output: an `Array` over the pages of the result, read-only, or, for a small result, an ordinary
+Runs a kernel, or a pipeline of several, and returns its output: an `Array` over the pages of the result, read-only, or, for a small result, an ordinary
 `Array`; a `NamedTuple` of them by port if the kernel has several outputs, `nothing` if none was mapped.
 
 ```julia
@@ -89,6 +103,9 @@ Julia's terms, since each matrix is seen transposed: swap the inputs.
 numbers. `kernels(session, name)` says which ones a kernel takes. An integer of any type arrives exactly, in the whole range of `Int64`
 and `UInt64` (beyond that it is an `ArgumentError`); any other number as the nearest `Float64`.
 
+*A pipeline* is the text of one, as `docs/protocol.md` has it, or the same as a dictionary (`Dict("stages" => [...])`). Its inputs go by position or by name as a
+kernel's do; its parameters are in it, and an `axis` there is the host's: row-major, from 0.
+
 *`options = (...)`*, a `NamedTuple`, is about the call itself; see [`invocation`](@ref), which also says what the call
 cost: `options = (deadline_ms = 500,)`.
 
@@ -99,14 +116,14 @@ asks for a segment.
 
 Throws a [`RemoteError`](@ref) if the host refuses or the kernel fails.
 """
-function call(s::Session, kernel::AbstractString, inputs...; options::NamedTuple = NamedTuple(), parameters...)
+function call(s::Session, kernel::Asked, inputs...; options::NamedTuple = NamedTuple(), parameters...)
     found = declaration(s, kernel)
     given, kept = split_keywords(found, values(parameters))
     outputs = invocation(s, kernel, merge_inputs(found, kernel, inputs, given), kept; options...).outputs
     return length(outputs) == 1 ? outputs[1] : isempty(outputs) ? nothing : outputs
 end
 
-function call(f::Function, s::Session, kernel::AbstractString, inputs...; parameters...)
+function call(f::Function, s::Session, kernel::Asked, inputs...; parameters...)
     output = call(s, kernel, inputs...; parameters...)
     try
         return f(output)
@@ -115,12 +132,20 @@ function call(f::Function, s::Session, kernel::AbstractString, inputs...; parame
     end
 end
 
+"Declarations that a session keeps."
+const KERNELS_KEPT = 256
+
 "The kernel's declaration, kept by the session; `nothing` if there is none or more than one: the host then says so."
-function declaration(s::Session, kernel::AbstractString)
-    found = lock(() -> get(s.kernels, kernel, nothing), s.lock)
+function declaration(s::Session, kernel::Asked)
+    name = asked_name(kernel)
+    found = lock(() -> get(s.kernels, name, nothing), s.lock)
     if found === nothing
         found = kernels(s, kernel)
-        length(found) == 1 && lock(() -> s.kernels[String(kernel)] = found, s.lock)
+        length(found) == 1 && lock(s.lock) do
+            # A program may make any number of pipelines that differ in a parameter.
+            length(s.kernels) < KERNELS_KEPT || empty!(s.kernels)
+            s.kernels[name] = found
+        end
     end
     return length(found) == 1 ? found[1] : nothing
 end
@@ -194,12 +219,12 @@ collections of `name => value` (named tuples, dictionaries, tuples of pairs). Op
 
 An interrupt (an exception thrown into the calling task) cancels the kernel as well.
 """
-function invocation(s::Session, kernel::AbstractString, inputs, parameters = ();
+function invocation(s::Session, kernel::Asked, inputs, parameters = ();
     deadline_ms = nothing, lease_ms = nothing, publish = nothing, replace::Bool = false, seal::Bool = false, map::Bool = true, inline_bytes = nothing,
     limits = nothing, threads = nothing, verify::Bool = false, idempotency_key = nothing, request_id = nothing, cancel::Union{Nothing,CancelToken} = nothing)
     c = ready!(s)
     given = named(inputs)
-    body = Dict{String,Any}("kernel" => String(kernel))
+    body = asked_field(kernel)
     deadline_ms === nothing || (body["deadline_ms"] = milliseconds(deadline_ms, "deadline_ms"))
     publish === nothing || (body["publish"] = Dict(named(publish)))
     limits === nothing || (body["limits"] = Dict(named(limits)))
@@ -451,7 +476,7 @@ function answered(c::Connection, reply::Reply, copied::Int)
     end
     return Invocation(NamedTuple{Tuple(Symbol(result.port) for result in here)}(Tuple(outputs)),
         Dict{String,String}(result.port => result.name for result in results if result.name !== nothing),
-        told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.slices, told.seconds, told.request_id)
+        told.notes, told.copied_bytes, copied, told.pages, told.minor_faults, told.slices, told.seconds, told.stages, told.request_id)
 end
 
 "What an INVOKE's reply tells beside its results."
@@ -463,6 +488,8 @@ told_of(body::Dict{String,Any}) = (
     minor_faults = size_field(body, "minor_faults", 0),
     slices = size_field(body, "slices", 0),
     seconds = numbers(field(body, "seconds", Dict{String,Any}, Dict{String,Any}())),
+    stages = [(stage = field(told, "stage", String), kernel = field(told, "kernel", String), copied_bytes = size_field(told, "copied_bytes", 0),
+               seconds = get(numbers(told), "seconds", 0.0)) for told in (haskey(body, "stages") ? objects(body, "stages") : Dict{String,Any}[])],
     request_id = field(body, "request_id", String, "-"),
 )
 

@@ -428,11 +428,11 @@ end
     kernels(session)
     kernels(session, name)
 
-The host's kernels ([`Kernel`](@ref Strait.Kernel)s) with their documentation, or those of one name.
+The host's kernels ([`Kernel`](@ref Strait.Kernel)s) with their documentation, or those of one name, or a pipeline as if it were one.
 """
-function kernels(s::Session, name::Union{Nothing,AbstractString} = nothing)
+function kernels(s::Session, name::Union{Nothing,AbstractString,AbstractDict} = nothing)
     c = ready!(s)
-    only = name === nothing ? NamedTuple() : (kernel = String(name),)
+    only = name === nothing ? NamedTuple() : name isa AbstractDict ? (pipeline = name,) : (kernel = String(name),)
     found = pages("kernels", kernel -> field(kernel, "plugin", String) * "/" * field(kernel, "name", String)) do after
         ask(c, KERNELS, with_options(s, after === nothing ? only : (; only..., after = after)))
     end

@@ -26,6 +26,7 @@
     LIMITS = 23
     WORKERS = 24
     PLUGINS = 25
+    PIPELINES = 26
     CHUNK = 64
     GONE = 65
     SHUTDOWN = 66

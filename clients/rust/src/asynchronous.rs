@@ -21,7 +21,8 @@ use crate::session::{self, Options, Session};
 use crate::stats::Stats;
 use crate::stream::PreparedStream;
 use crate::wire::{
-    Flight, Kernel, Mapping, NewTensor, Pipeline, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
+    Flight, Kernel, Mapping, NamedPipeline, NewTensor, Pipeline, Plugin, PublishPipeline,
+    QuotaList, QuotaSettings, Welcome, Worker,
 };
 
 /// A connection to a host whose operations are futures. Clones share the connection.
@@ -292,6 +293,33 @@ impl AsyncClient {
         principal: Option<&str>,
     ) -> Result<Vec<Plugin>, Error> {
         self.0.plugins(Some((plugin, principal))).await
+    }
+
+    /// The pipelines that have names: one's own, and those for everybody.
+    ///
+    /// # Errors
+    /// If the connection has ended.
+    pub async fn pipelines(&self) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.pipelines(None, None).await
+    }
+
+    /// Gives a pipeline a name, by which it is called as a kernel is, until it is dropped or the host ends. Returns all of them.
+    ///
+    /// # Errors
+    /// `NAME_TAKEN`, `BAD_NAME`, `BAD_PIPELINE`, `QUOTA_EXCEEDED`; `NO_RIGHT` if it is to be for everybody.
+    pub async fn publish_pipeline(
+        &self,
+        publish: PublishPipeline,
+    ) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.pipelines(Some(publish), None).await
+    }
+
+    /// Takes a pipeline's name away. Returns those that are left.
+    ///
+    /// # Errors
+    /// `KERNEL_NOT_FOUND`; `NO_RIGHT` if it is for everybody.
+    pub async fn drop_pipeline(&self, name: &str) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.pipelines(None, Some(name)).await
     }
 
     /// Asks whether the host is there.

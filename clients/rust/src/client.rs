@@ -25,7 +25,8 @@ use crate::session::{self, Options, Session};
 use crate::stats::Stats;
 use crate::stream::PreparedStream;
 use crate::wire::{
-    Flight, Kernel, Mapping, NewTensor, Pipeline, Plugin, QuotaList, QuotaSettings, Welcome, Worker,
+    Flight, Kernel, Mapping, NamedPipeline, NewTensor, Pipeline, Plugin, PublishPipeline,
+    QuotaList, QuotaSettings, Welcome, Worker,
 };
 
 /// A connection to a host. Any number of threads may use it at once; clones share it.
@@ -287,6 +288,30 @@ impl Client {
         principal: Option<&str>,
     ) -> Result<Vec<Plugin>, Error> {
         self.0.wait(self.0.plugins(Some((plugin, principal))))
+    }
+
+    /// The pipelines that have names: one's own, and those for everybody.
+    ///
+    /// # Errors
+    /// If the connection has ended.
+    pub fn pipelines(&self) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.wait(self.0.pipelines(None, None))
+    }
+
+    /// Gives a pipeline a name, by which it is called as a kernel is, until it is dropped or the host ends. Returns all of them.
+    ///
+    /// # Errors
+    /// `NAME_TAKEN`, `BAD_NAME`, `BAD_PIPELINE`, `QUOTA_EXCEEDED`; `NO_RIGHT` if it is to be for everybody.
+    pub fn publish_pipeline(&self, publish: PublishPipeline) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.wait(self.0.pipelines(Some(publish), None))
+    }
+
+    /// Takes a pipeline's name away. Returns those that are left.
+    ///
+    /// # Errors
+    /// `KERNEL_NOT_FOUND`; `NO_RIGHT` if it is for everybody.
+    pub fn drop_pipeline(&self, name: &str) -> Result<Vec<NamedPipeline>, Error> {
+        self.0.wait(self.0.pipelines(None, Some(name)))
     }
 
     /// Asks whether the host is there.

@@ -77,6 +77,6 @@ pub use strait_tensor::{Dtype, TensorPlace, TensorSpec};
 pub use stream::{PreparedStream, Rows};
 pub use tensor::TensorView;
 pub use wire::{
-    ChannelOptions, Flight, Kernel, Limits, Mapping, NewTensor, Pipeline, PipelineStage,
-    StageInput, StageReport, Welcome,
+    ChannelOptions, Flight, Kernel, Limits, Mapping, NamedPipeline, NewTensor, Pipeline,
+    PipelineStage, PublishPipeline, StageInput, StageReport, Welcome,
 };

@@ -95,6 +95,31 @@ impl Session {
         }
     }
 
+    /// After the change, if there is one.
+    pub(crate) async fn pipelines(
+        &self,
+        publish: Option<wire::PublishPipeline>,
+        drop: Option<&str>,
+    ) -> Result<Vec<wire::NamedPipeline>, Error> {
+        let mut pipelines: Vec<wire::NamedPipeline> = Vec::new();
+        let (mut publish, mut drop) = (publish, drop.map(str::to_owned));
+        loop {
+            let body = wire::AskPipelines {
+                after: pipelines.last().map(|last| last.name.clone()),
+                // With the first page only.
+                publish: publish.take(),
+                drop: drop.take(),
+                request_id: self.request_id(),
+            };
+            let page: wire::PipelineList = self.ask(Op::Pipelines, &body).await?;
+            check_page(page.more, page.pipelines.is_empty())?;
+            pipelines.extend(page.pipelines);
+            if !page.more {
+                return Ok(pipelines);
+            }
+        }
+    }
+
     pub(crate) async fn limits(
         &self,
         principal: Option<&str>,

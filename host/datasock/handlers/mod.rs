@@ -6,6 +6,7 @@ pub(super) mod greeting;
 pub(super) mod kernels;
 pub(super) mod leases;
 pub(super) mod names;
+pub(super) mod pipelines;
 pub(super) mod plugins;
 pub(super) mod quotas;
 pub(super) mod segments;

@@ -28,7 +28,7 @@ pub use frame::{
     BODY_BYTES_MAX, FDS_MAX, FrameError, HEADER_BYTES, Header, MAGIC, Op, PAYLOAD_ALIGN,
     PAYLOAD_BYTES_MAX, TraceContext, VERSION, padded, payload_room,
 };
-pub use pipeline::{Pipeline, PipelineStage, StageInput, StageReport};
+pub use pipeline::{NamedPipeline, Pipeline, PipelineList, PipelineStage, StageInput, StageReport};
 pub use plugin::{Incidents, Plugin, PluginList};
 pub use prepared::{SIZES_BYTES, places, shape, sizes};
 pub use quota::{
@@ -43,9 +43,10 @@ pub use reply::{
     Released, Renewed, ResultEntry, Seconds, Shutdown, Streamed, Welcome, Writers,
 };
 pub use request::{
-    Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty, Exchange,
-    Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor,
-    PlacedTensor, Prepare, PreparedInput, Publish, Request, SegmentId, Stream,
+    Adopt, AskLimits, AskPipelines, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty,
+    Exchange, Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name,
+    NewTensor, PlacedTensor, Prepare, PreparedInput, Publish, PublishPipeline, Request, SegmentId,
+    Stream,
 };
 pub use ring::{Ring, Side, Word};
 pub use stats::{

@@ -61,3 +61,25 @@ pub struct StageReport {
     /// Wall time from its instance to its results, in seconds.
     pub seconds: f64,
 }
+
+/// One pipeline in the answer to PIPELINES.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NamedPipeline {
+    /// Its name.
+    pub name: String,
+    /// As text.
+    pub text: String,
+    /// An operator made it, for everybody.
+    pub shared: bool,
+}
+
+/// OK to PIPELINES.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PipelineList {
+    /// By name.
+    pub pipelines: Vec<NamedPipeline>,
+    /// Ask again with `after`.
+    pub more: bool,
+    /// The request's id.
+    pub request_id: String,
+}

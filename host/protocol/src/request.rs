@@ -99,6 +99,20 @@ request! {
     }
 }
 request! {
+    /// PIPELINES.
+    AskPipelines {
+        /// Last name of the previous page.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        after: Option<String>,
+        /// One that is to have a name from now on.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        publish: Option<PublishPipeline>,
+        /// The name of one that is to go.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        drop: Option<String>,
+    }
+}
+request! {
     /// LOOKUP and DROP.
     Name {
         /// The flight's name.
@@ -297,6 +311,26 @@ request! {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         idempotency_key: Option<String>,
     }
+}
+
+/// A pipeline for PIPELINES to keep: as text or as JSON.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PublishPipeline {
+    /// By which it is called, as a kernel is.
+    pub name: String,
+    /// As text.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub kernel: String,
+    /// As JSON.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pipeline: Option<Pipeline>,
+    /// May it take the name from another one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub replace: bool,
+    /// For everybody; only operators may ask for that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
 }
 
 /// A tensor that CREATE is to make room for.

@@ -8,11 +8,14 @@
 
 mod fused;
 mod graph;
+mod named;
 mod plan;
 mod run;
 #[cfg(test)]
 mod tests;
 mod text;
+
+use std::sync::Arc;
 
 use strait_protocol as wire;
 
@@ -20,6 +23,7 @@ use super::caller::Caller;
 use crate::error::{Code, Reason, Status};
 use crate::plugin::Kernel;
 
+pub(super) use named::NamedPipelines;
 pub(super) use plan::Plan;
 pub(super) use run::{Piped, Ran};
 pub use text::{is_pipeline, parse, print};
@@ -60,6 +64,8 @@ pub(super) enum Asked {
     Kernel,
     /// Several.
     Pipeline(wire::Pipeline),
+    /// Several, by the name that they have.
+    Named(String, Arc<wire::Pipeline>),
 }
 
 impl Asked {
@@ -77,18 +83,16 @@ impl Asked {
                 true => Ok(Self::Pipeline(parse(kernel)?)),
                 false => Ok(Self::Kernel),
             },
-            Some(_) | None => Err(Status::new(
-                Code::InvalidArgument,
-                Reason::BadRequest,
-                "it takes either `kernel`, which may be a pipeline's text, or `pipeline`",
-            )),
+            Some(_) | None => Err(either()),
         }
     }
 
-    pub(super) fn into_pipeline(self) -> Option<wire::Pipeline> {
+    /// The pipeline, if it is one.
+    pub(super) fn pipeline(&self) -> Option<&wire::Pipeline> {
         match self {
             Self::Kernel => None,
             Self::Pipeline(pipeline) => Some(pipeline),
+            Self::Named(_, pipeline) => Some(pipeline),
         }
     }
 
@@ -97,6 +101,7 @@ impl Asked {
         let last = |kernel: &str| kernel.rsplit('/').next().unwrap_or(kernel).to_owned();
         match self {
             Self::Kernel => last(kernel),
+            Self::Named(name, _) => name.clone(),
             Self::Pipeline(pipeline) => {
                 let stages = pipeline.stages.iter();
                 let names: Vec<_> = stages.map(|stage| last(&stage.kernel)).collect();
@@ -104,6 +109,15 @@ impl Asked {
             }
         }
     }
+}
+
+/// A request names a kernel and a pipeline, or neither.
+fn either() -> Status {
+    Status::new(
+        Code::InvalidArgument,
+        Reason::BadRequest,
+        "it takes either `kernel`, which may be a pipeline's text, or `pipeline`",
+    )
 }
 
 impl Caller {

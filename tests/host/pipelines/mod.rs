@@ -1,6 +1,7 @@
 //! Several kernels in one INVOKE: what goes between them, what is refused before any of them runs, and that nothing is left.
 
 mod ends;
+mod named;
 mod wrong;
 
 use std::os::fd::AsFd;

@@ -233,3 +233,21 @@ fn what_concerns_no_stage_is_told_as_of_a_kernel() {
         "{stats}"
     );
 }
+
+#[test]
+fn a_pipeline_is_not_prepared() {
+    let host = Served::start(&[]);
+    let mut client = host.greeted();
+    client.ok(
+        Op::Pipelines,
+        json!({"publish": {"name": "two", "kernel": "clip | clip"}}),
+    );
+    for kernel in ["clip | clip", "two", "pipeline/two"] {
+        let prepare =
+            json!({"kernel": kernel, "inputs": {"x": {"dtype": "float64", "shape": [4]}}});
+        let message = client
+            .ask(Op::Prepare, prepare)
+            .refused("INVALID_ARGUMENT", "UNSUPPORTED");
+        assert!(message.contains("pipeline"), "{message}");
+    }
+}

@@ -37,7 +37,7 @@ from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
 from ._session import ClientStats, Session, connect
 from ._stream import PreparedStream
-from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Tensor
+from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Stage, Tensor
 
 __all__ = [
     "Array",
@@ -64,6 +64,7 @@ __all__ = [
     "RemoteError",
     "Session",
     "Spec",
+    "Stage",
     "StraitError",
     "Tensor",
     "__version__",

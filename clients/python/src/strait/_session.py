@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optio
 
 import numpy as np
 
-from . import _address, _channel, _dtypes, _foreign, _parameters, _prepare, _stream
+from . import _address, _channel, _dtypes, _foreign, _parameters, _pipeline, _prepare, _stream
 from ._array import Array, Arrays, LazyInfo, Placed, Segment, view_of
 from ._call import Call, Scratch
 from ._channel import ChannelReader
@@ -88,7 +88,7 @@ class Session:
         self._scratch: List[Scratch] = []
         # Whatever has a socket of its own.
         self._prepared: "weakref.WeakSet[Prepared]" = weakref.WeakSet()
-        self._ports: Dict[str, List[str]] = {}
+        self._ports = _pipeline.Ports()
         self._copied_bytes = 0
         self._huge_bytes = 0
         self._calls = 0
@@ -127,9 +127,9 @@ class Session:
         """This side's counts."""
         return ClientStats(self._copied_bytes + self._placed.copied_bytes, self._calls, len(self._placed.segments), self._huge_bytes)
 
-    def kernels(self, name: Optional[str] = None) -> List[Kernel]:
-        """All kernels with their ports, parameters and docs, sorted by plugin and name; with `name` those of that name."""
-        body = {} if name is None else {"kernel": name}
+    def kernels(self, name: Optional[_pipeline.Asked] = None) -> List[Kernel]:
+        """All kernels with their ports, parameters and docs, sorted by plugin and name; with `name` those of that name, or that pipeline."""
+        body = {} if name is None else _pipeline.fields(name)
         return [Kernel.read(entry) for entry in self._all(Op.KERNELS, "kernels", body, _kernel_key)]
 
     def close(self) -> None:
@@ -316,10 +316,11 @@ class Session:
 
     # Calls
 
-    def call(self, kernel: str, *inputs: Any, **options: Any) -> Union[Array, Arrays]:
-        """Runs a kernel and returns its output: an `Array`, or `Arrays` by port if it has more than one or none.
+    def call(self, kernel: _pipeline.Asked, *inputs: Any, **options: Any) -> Union[Array, Arrays]:
+        """Runs a kernel, or a pipeline, and returns its output: an `Array`, or `Arrays` by port if it has more than one or none.
 
             y = s.call("zscore", x, axis=0)
+            y = s.call("clip(lo=0, hi=1) | cast(to=int8)", x)   # or the same as JSON: {"stages": [...]}
 
         Positional inputs take the kernel's ports in their order; see `start` for everything else.
         """
@@ -327,7 +328,7 @@ class Session:
 
     def start(
         self,
-        kernel: str,
+        kernel: _pipeline.Asked,
         *args: Any,
         inputs: Optional[Mapping[str, Any]] = None,
         parameters: Optional[Mapping[str, Any]] = None,
@@ -351,8 +352,8 @@ class Session:
         (`"x"`, `"x#tensor"`), or any other array or list of numbers (one copy, counted in `client_stats`: up to
         `Session.inline_bytes` into the request itself).
 
-        Keyword arguments that are not listed here are the kernel's parameters; `parameters` takes those whose names
-        are listed. `axis` is 0-based and row-major, as in numpy, and not negative.
+        Keyword arguments that are not listed here are the kernel's parameters (a pipeline has none of its own); `parameters` takes
+        those whose names are listed. `axis` is 0-based and row-major, as in numpy, and not negative.
 
         `publish`: names for outputs, by port; `replace`: even if other flights have them. `seal`: outputs are sealed permanently.
         `map`: whether outputs in segments are mapped here; if not, publish them all. `deadline`: seconds from the host's
@@ -369,7 +370,7 @@ class Session:
             given.update(self._by_position(kernel, args, given))
         copies = _Copies()
         copy = functools.partial(self._copied, copies)
-        body: Dict[str, Any] = {"kernel": kernel}
+        body = _pipeline.fields(kernel)
         body["inputs"] = {port: self._input(port, value, copy) for port, value in given.items()}
         body.update(_parameters.options({**(parameters or {}), **more_parameters}, deadline, limits, request_id))
         if publish:
@@ -388,7 +389,7 @@ class Session:
         pending = self._connection.request(Op.INVOKE, self._with_lease(body, lease), payload=copies.payload)
         with self._lock:
             self._calls += 1
-        return Call(self, kernel, pending, given, copies.scratch)
+        return Call(self, _pipeline.name(kernel), pending, given, copies.scratch)
 
     def prepare(
         self,
@@ -467,7 +468,7 @@ class Session:
         if error.reason in ("UNKNOWN_INPUT", "MISSING_INPUT"):
             self._ports.pop(kernel, None)
 
-    def _by_position(self, kernel: str, args: Sequence[Any], given: Mapping[str, Any]) -> Dict[str, Any]:
+    def _by_position(self, kernel: _pipeline.Asked, args: Sequence[Any], given: Mapping[str, Any]) -> Dict[str, Any]:
         ports = self._ports_of(kernel)
         if ports is None:
             # The call itself is to say so.
@@ -479,9 +480,9 @@ class Session:
             raise TypeError(f"input {twice[0]!r} of kernel {kernel!r} was given by position and by name")
         return dict(zip(ports, args))
 
-    def _ports_of(self, kernel: str) -> Optional[List[str]]:
+    def _ports_of(self, kernel: _pipeline.Asked) -> Optional[List[str]]:
         """The kernel's inputs in their order; None if there is no such kernel."""
-        ports = self._ports.get(kernel)
+        ports = self._ports.get(_pipeline.name(kernel))
         if ports is None:
             kinds = self.kernels(kernel)
             if not kinds:
@@ -490,7 +491,7 @@ class Session:
             if any([port.name for port in other.inputs] != ports for other in kinds):
                 known = ", ".join(f"{found.plugin}/{found.name}" for found in kinds)
                 raise ValueError(f"several plugins have a kernel {kernel!r}: name one of {known}")
-            self._ports[kernel] = ports
+            self._ports[_pipeline.name(kernel)] = ports
         return ports
 
     def _input(self, port: str, value: Any, copy: Callable[[str, "np.ndarray[Any, Any]"], Any]) -> Any:

@@ -55,6 +55,7 @@ class Op(enum.IntEnum):
     LIMITS = 23
     WORKERS = 24
     PLUGINS = 25
+    PIPELINES = 26
     CHUNK = 64
     GONE = 65
     SHUTDOWN = 66
@@ -358,6 +359,18 @@ class Pages:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A kernel of a pipeline that has run."""
+
+    #: Its name, or its number from 1.
+    stage: str
+    kernel: str
+    copied_bytes: int
+    #: From its instance to its results.
+    seconds: float
+
+
+@dataclass(frozen=True)
 class CallInfo:
     """What the host said about a call besides its outputs."""
 
@@ -377,9 +390,12 @@ class CallInfo:
     published: Dict[str, str] = field(default_factory=dict)
     #: Slices of its rows that the call ran in; 0: it ran whole.
     slices: int = 0
+    #: Of a pipeline: its stages, in order.
+    stages: List[Stage] = field(default_factory=list)
 
     @classmethod
     def read(cls, body: Mapping[str, Any]) -> "CallInfo":
+        stages = body.get("stages", [])
         try:
             return cls(
                 request_id=str(body.get("request_id", "-")),
@@ -390,6 +406,7 @@ class CallInfo:
                 seconds=dict(body["seconds"]),
                 published={str(r["port"]): str(r["name"]) for r in body["results"] if r.get("name") is not None},
                 slices=int(body.get("slices", 0)),
+                stages=[Stage(str(s["stage"]), str(s["kernel"]), int(s["copied_bytes"]), float(s["seconds"])) for s in stages],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"a malformed answer to INVOKE: {error!r}") from None
