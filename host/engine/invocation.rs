@@ -10,29 +10,27 @@
 //! [`Filled`], which has all of them. Slices of one go the same way: [`slice`].
 
 pub(super) mod along;
+mod call;
 pub(super) mod slice;
 
 use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use strait_memory::Copied;
 use strait_tensor::{Column, TensorPlace, TensorSpec};
 
+use super::Engine;
 use super::chunk::Chunk;
 use super::contract::{self, windows_fit};
 use super::error::{Broken, Cause, Stage};
 use super::instance::{Instance, Made};
-use super::job::{Filled, Job, Report, Source, Supplies, WindowPages};
-use super::leash::Until;
+use super::job::{Filled, Job, Source, Supplies, WindowPages};
 use super::placement::{self, Placement, Spot};
 use super::plan::Plan;
 use super::results::Making;
-use super::spare::Used;
-use super::state::State;
 use super::stream::{Batch, Batches, Stream};
 use super::windows::Windows;
-use super::{Compiled, Engine};
+use call::{Call, minor_faults};
 
 /// Takes `job` as far as it goes without the elements of its inputs and pages for its results.
 ///
@@ -99,94 +97,6 @@ pub(super) fn stream(
         .enter_with(false)?
         .stream(first, batches)?
         .told()
-}
-
-/// What every state carries.
-pub(super) struct Call<'a> {
-    engine: &'a Engine,
-    pub(super) job: &'a Job,
-    supplies: &'a Supplies,
-    pub(super) compiled: Arc<Compiled>,
-    pub(super) instance: Instance,
-    pub(super) copied: Copied,
-    pub(super) report: Report,
-    begin: Instant,
-    pub(super) lap: Instant,
-    /// None: nobody is told of them.
-    faults_before: Option<u64>,
-}
-
-impl<'a> Call<'a> {
-    /// With `made`, if there is one, or with a fresh instance.
-    fn begin(
-        engine: &'a Engine,
-        job: &'a Job,
-        supplies: &'a Supplies,
-        compiled: Arc<Compiled>,
-        made: Option<Made>,
-        faults_before: Option<u64>,
-    ) -> Result<Self, Broken> {
-        let begin = Instant::now();
-        assert_eq!(
-            supplies.inputs.len(),
-            job.inputs.len(),
-            "a source for each input"
-        );
-        let description = &job.kernel.plugin.description;
-        let state = State::new(
-            job.limits,
-            Arc::clone(&job.request_id),
-            Arc::from(description.name.as_str()),
-        )
-        .logging_in(&supplies.logged);
-        let until = Until {
-            deadline: supplies.deadline,
-            deadline_ms: job.deadline_ms,
-            cancel: supplies.cancel.clone(),
-        };
-        let record = description.panic_record;
-        let instance = Instance::new(engine, &compiled, made, state, until, record)?;
-        let mut call = Self {
-            engine,
-            job,
-            supplies,
-            compiled,
-            instance,
-            copied: Copied::new(),
-            report: Report::default(),
-            begin,
-            lap: begin,
-            faults_before,
-        };
-        call.report.seconds.instantiate = call.lap();
-        Ok(call)
-    }
-
-    /// Seconds since the last lap.
-    fn lap(&mut self) -> f64 {
-        let now = Instant::now();
-        let elapsed = now.duration_since(self.lap).as_secs_f64();
-        self.lap = now;
-        elapsed
-    }
-
-    /// What is told of all of it, and its instance.
-    fn end(self) -> (Report, Used) {
-        let mut report = self.report;
-        report.copied_bytes = self.copied.get();
-        report.minor_faults = self
-            .faults_before
-            .map_or(0, |before| minor_faults().saturating_sub(before));
-        report.seconds.total = self.begin.elapsed().as_secs_f64();
-        let used = Used {
-            instance: self.instance,
-            plugin: self.job.kernel.plugin.hash,
-            compiled: self.compiled,
-            limits: self.job.limits,
-            seconds: report.seconds.instantiate,
-        };
-        (report, used)
-    }
 }
 
 /// The guest knows what it is to do, and has said what comes out.
@@ -622,9 +532,4 @@ impl Finished<'_> {
 fn inputs_bytes(job: &Job) -> u64 {
     let bytes = job.inputs.iter().map(|input| input.place.length);
     bytes.fold(0, u64::saturating_add)
-}
-
-/// Page faults of the process so far. A missing figure is no reason to fail an invocation.
-fn minor_faults() -> u64 {
-    strait_memory::process::minor_faults().unwrap_or(0)
 }
