@@ -23,6 +23,7 @@ use tonic::Streaming;
 
 use super::call::Call;
 use super::chunks::{Edge, Incoming};
+use super::frames::{self, Frames};
 use super::outbox::{self, Outbox, Writer};
 use super::refused::{Refused, bad_request, host_bug};
 use super::upload::{Columns, broken_off, read_message, reserved};
@@ -37,7 +38,7 @@ const EMPTY_ROWS: u64 = 64 << 10;
 /// Most bytes of such rows, and of what can come of them.
 const ROOM_BYTES: u64 = 16 << 20;
 /// Longest cmd.
-const CMD_BYTES_MAX: usize = 64 << 10;
+pub(super) const CMD_BYTES_MAX: usize = 64 << 10;
 
 /// What the exchange does, which ends with its answers.
 struct Doing {
@@ -72,8 +73,14 @@ pub(super) fn start(
     outbox::replies(call, outbox, Doing { cancel, receiving })
 }
 
+/// What an exchange turned out to be.
+enum Beginning {
+    Batches(Begun),
+    Frames(Frames),
+}
+
 /// The client's messages, as they come.
-struct Exchange {
+pub(super) struct Exchange {
     call: Call,
     messages: Streaming<FlightData>,
     refused: Refused,
@@ -88,10 +95,14 @@ impl Exchange {
         writer: Writer,
     ) {
         match self.begin(place).await {
-            Ok(begun) => {
+            Ok(Beginning::Batches(begun)) => {
                 let (sender, incoming) = mpsc::channel(1);
                 begun.spawn(writer, incoming);
                 self.forward(&sender).await;
+            }
+            Ok(Beginning::Frames(frames)) => {
+                let ended = frames.pass(&mut self, &writer).await;
+                writer.end(ended, false);
             }
             Err(status) => writer.end(Err(status), false),
         }
@@ -103,15 +114,19 @@ impl Exchange {
     async fn begin(
         &mut self,
         place: impl Future<Output = Result<StreamPermit, Status>>,
-    ) -> Result<Begun, Status> {
+    ) -> Result<Beginning, Status> {
         self.call.local_only("a kernel call")?;
         let permit = place.await?;
-        // It has a thread, as a connection has.
-        let place = self.call.caller.account().connect()?;
         let first = self
             .next()
             .await?
             .ok_or_else(|| bad_request("an exchange without messages"))?;
+        if let Some(asked) = frames::Asked::of(first.flight_descriptor.as_ref()) {
+            let frames = asked.start(&self.call, permit).await?;
+            return Ok(Beginning::Frames(frames));
+        }
+        // It has a thread, as a connection has.
+        let place = self.call.caller.account().connect()?;
         let asked = asked(first.flight_descriptor.as_ref())?;
         if asked.request_id.is_some() {
             return Err(bad_request(
@@ -128,13 +143,13 @@ impl Exchange {
                 ));
             }
             if let Some(columns) = columns {
-                return Ok(Begun {
+                return Ok(Beginning::Batches(Begun {
                     call: self.call.clone(),
                     asked,
                     columns,
                     cancel: self.cancel.clone(),
                     _places: (permit, place),
-                });
+                }));
             }
             message = self
                 .next()
@@ -143,7 +158,8 @@ impl Exchange {
         }
     }
 
-    async fn next(&mut self) -> Result<Option<FlightData>, Status> {
+    /// The client's next message; none at their end.
+    pub(super) async fn next(&mut self) -> Result<Option<FlightData>, Status> {
         let message_bytes_max = self.call.caller.host().config().message_bytes_max();
         let next = self.messages.next().await.transpose();
         next.map_err(|status| {

@@ -19,7 +19,7 @@ use super::call::Call;
 use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
-use super::{action, exchange, follow, read, upload};
+use super::{action, exchange, follow, invoke, read, upload};
 use crate::error::Status;
 use crate::lease::LiveSegment;
 use crate::session::{self, Answer, Caller, Host};
@@ -148,7 +148,7 @@ impl Drop for CancelOnDrop {
 }
 
 /// The answer to what `start` starts. It ends when the caller hangs up.
-async fn answered<T: Send + 'static>(
+pub(super) async fn answered<T: Send + 'static>(
     call: &Call,
     start: impl FnOnce(Answer<T>) -> session::Call,
 ) -> Result<T, Status> {
@@ -336,12 +336,16 @@ impl FlightService for Service {
         let bodies = Bodies::of(&request);
         let stored = async move {
             let _place = errors.caller.account().stream().await?;
-            let segment =
+            let (segment, is_named) =
                 upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
             Ok(PutResult {
-                app_metadata: match errors.remote {
-                    true => Bytes::new(),
-                    false => info::mapping(errors.caller.host(), &segment)?,
+                app_metadata: match (errors.remote, is_named) {
+                    (true, true) => Bytes::new(),
+                    // What calls name it by.
+                    (true, false) => {
+                        info::json(&serde_json::json!({ "segment": segment.id().to_string() }))?
+                    }
+                    (false, _) => info::mapping(errors.caller.host(), &segment)?,
                 },
             })
         };
@@ -369,6 +373,20 @@ impl FlightService for Service {
 
     async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {
         let call = Call::of(&request)?;
+        if request.get_ref().r#type == invoke::INVOKE {
+            let asked = invoke::Asked::of(request.get_ref());
+            let id = asked.as_ref().ok().and_then(invoke::Asked::request_id);
+            let call = call.identified(&self.host, id)?;
+            let results = match asked {
+                Ok(asked) => {
+                    invoke::run(&call, asked)
+                        .instrument(call.span.clone())
+                        .await
+                }
+                Err(status) => Err(status),
+            };
+            return call.answer(results.map(|results| stream::iter(results).map(Ok).boxed()));
+        }
         let results = call
             .span
             .in_scope(|| action::run(&self.host, &call, request.get_ref()));

@@ -25,11 +25,12 @@ use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row,
 
 use super::bodies::Bodies;
 use super::call::Call;
+use super::goal::Goal;
 use super::refused::{Refused, bad_request, host_bug, malformed};
 use super::staged::{self, Staged, Values};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
-use crate::session::{self, Caller, Host, Upload};
+use crate::session::{self, Caller, Host};
 
 /// Longest flatbuffer of a message. A schema of the most and longest names with the most metadata
 /// has a third of that.
@@ -290,7 +291,7 @@ fn values_range(
 #[derive(Debug)]
 struct Arriving {
     host: Arc<Host>,
-    upload: Upload,
+    goal: Goal,
     columns: Option<Columns>,
     rows: u64,
     /// Long values, or many.
@@ -337,7 +338,7 @@ impl Arriving {
         if bytes == 0 {
             return Ok(());
         }
-        let caller = self.upload.caller();
+        let caller = self.goal.caller();
         if self.staged.is_none() && (here.is_none() || columns.has_many(bytes)) {
             let layout = columns.layout(rows)?;
             let staged = Staged::begin(caller, layout, columns.values())?;
@@ -394,8 +395,8 @@ impl Arriving {
             .ok_or_else(|| bad_request("the upload ended before its schema"))?;
         let layout = columns.layout(self.rows)?;
         let values = columns.plans.into_iter().map(|plan| plan.values).collect();
-        let segment = staged::finish(self.staged.take(), self.upload.caller(), &layout, values)?;
-        self.upload.finish(segment, layout)
+        let segment = staged::finish(self.staged.take(), self.goal.caller(), &layout, values)?;
+        self.goal.reached(segment, layout)
     }
 }
 
@@ -507,25 +508,7 @@ pub(super) fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> St
     }
 }
 
-/// The flight that the stream's first message names.
-fn name(first: &FlightData) -> Result<&str, Status> {
-    let descriptor = first
-        .flight_descriptor
-        .as_ref()
-        .map(|descriptor| descriptor.path.as_slice());
-    match descriptor {
-        Some([name]) => Ok(name),
-        Some(path) => Err(bad_request(format!(
-            "the upload's descriptor has a path of {} parts; it must be [name]",
-            path.len()
-        ))),
-        None => Err(bad_request(
-            "the upload's first message has no descriptor; it must be the path [name]",
-        )),
-    }
-}
-
-/// Takes a whole upload and gives the flight its name.
+/// Takes a whole upload, and gives the flight its name, or keeps it without one: the segment, and whether it has a name.
 ///
 /// # Errors
 /// `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
@@ -536,7 +519,7 @@ pub(super) async fn receive(
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
     bodies: &Bodies,
     refused: &Refused,
-) -> Result<Arc<LiveSegment>, Status> {
+) -> Result<(Arc<LiveSegment>, bool), Status> {
     let host = Arc::clone(call.caller.host());
     let message_bytes_max = host.config().message_bytes_max();
     let ended = |status: tonic::Status| {
@@ -548,11 +531,12 @@ pub(super) async fn receive(
         .await
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
-    let upload = call.caller.begin_upload(name(&first)?, replace)?;
+    let goal = Goal::of(&call.caller, first.flight_descriptor.as_ref(), replace)?;
+    let is_named = goal.is_named();
     let charge = reserved(&call.caller, 0)?;
     let mut arriving = Arriving {
         host,
-        upload,
+        goal,
         columns: None,
         rows: 0,
         staged: None,
@@ -577,7 +561,8 @@ pub(super) async fn receive(
     // What gRPC still holds goes before the segment comes.
     drop(messages);
     let _working = call.working();
-    off_the_runtime(move || arriving.finish()).await
+    let segment = off_the_runtime(move || arriving.finish()).await?;
+    Ok((segment, is_named))
 }
 
 async fn off_the_runtime<T: Send + 'static>(

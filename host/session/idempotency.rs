@@ -196,6 +196,16 @@ impl Answers {
         }
     }
 
+    /// Ends the run that goes on under that key, for all who wait for it; whether there is one.
+    pub(super) fn cancel(&self, key: &Key) -> bool {
+        let run = match self.lock().get(key) {
+            Some(Entry::Running(_, run)) if !run.is_over() => Arc::clone(run),
+            _ => return false,
+        };
+        run.cancel();
+        true
+    }
+
     /// Takes out the answers whose time is over.
     pub(super) fn expire(&self, now: Instant) -> Vec<Arc<Invoked>> {
         let mut old = Vec::new();

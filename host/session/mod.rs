@@ -21,6 +21,7 @@ mod cpu;
 mod flights;
 mod idempotency;
 mod invoke;
+mod lanes;
 mod prepare;
 mod prepared;
 mod quarantine;
@@ -33,6 +34,7 @@ mod stats;
 mod status;
 mod to_wire;
 mod undelivered;
+mod welcome;
 mod workers;
 
 use std::path::{Path, PathBuf};
@@ -57,6 +59,7 @@ pub use caller::{Caller, Kernels, Rights};
 pub use channel::{Channel, Consumer, Item, OpenChannel, Said, Sent, Woken, producer_lost};
 pub use chunks::{ChunkEdge, ChunkFrame, Parted};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
+pub use lanes::{FrameLane, FrameLanes, Serving, Told};
 pub use prepare::Framed;
 pub use prepared::{Called, Prepared, Preparing};
 pub use run::Call;
@@ -94,6 +97,7 @@ pub struct Host {
     leases: Leases,
     flights: Mutex<Flights>,
     channels: Channels,
+    lanes: lanes::Lanes,
     idempotency: idempotency::Answers,
     undelivered: undelivered::Undelivered,
     deadlines: Deadlines,
@@ -176,6 +180,7 @@ impl Host {
             leases: Leases::default(),
             flights: Mutex::default(),
             channels: Channels::default(),
+            lanes: lanes::Lanes::default(),
             idempotency: idempotency::Answers::default(),
             undelivered: undelivered::Undelivered::default(),
             deadlines: Deadlines::new()?,

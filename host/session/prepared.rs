@@ -94,7 +94,7 @@ impl Caller {
         cancel: CancelToken,
     ) -> Result<Preparing, Status> {
         let framed = session.map(|session| Framed {
-            session,
+            session: Some(session),
             payload: &[],
             room,
         });
