@@ -18,7 +18,7 @@ use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
 /// Name and what ListActions says of it.
-const ACTIONS: [(&str, &str); 10] = [
+const ACTIONS: [(&str, &str); 11] = [
     (
         "kernels",
         "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON.",
@@ -47,6 +47,10 @@ const ACTIONS: [(&str, &str); 10] = [
     (
         "cancel",
         "Body: an idempotency key. Ends the invocation that has it. Result: {\"cancelled\": whether there was one}.",
+    ),
+    (
+        "release",
+        "Body: JSON {\"idempotency_keys\"?: [key], \"segments\"?: [id]}: answers that need not be kept for repeats, uploads without a name and results that need not be kept. Result: {\"released\": how many there were}.",
     ),
     (
         CANCEL,
@@ -97,6 +101,11 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             };
             one(info::json(&reply)?)
         }
+        "release" => one(info::json(&release(
+            caller,
+            &json_or_default(body)?,
+            &call.request_id,
+        )?)?),
         "stats" => one(info::json(&caller.stats(NO_SESSION))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
@@ -157,6 +166,28 @@ fn kernels(caller: &Caller, request: &wire::Kernels) -> Result<Vec<ActionResult>
         Ok(ActionResult { body })
     };
     caller.kernels(request).map(result).collect()
+}
+
+/// Lets go of what a client is done with.
+fn release(
+    caller: &Caller,
+    asked: &wire::Release,
+    request_id: &str,
+) -> Result<wire::Released, Status> {
+    let mut released = 0_u64;
+    for segment in &asked.segments {
+        let id = segment
+            .parse()
+            .map_err(|error: String| bad_request(error))?;
+        released += u64::from(caller.forget_undelivered(id));
+    }
+    for key in &asked.idempotency_keys {
+        released += u64::from(caller.forget_answer(key));
+    }
+    Ok(wire::Released {
+        released,
+        request_id: request_id.to_owned(),
+    })
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.

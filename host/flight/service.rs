@@ -28,6 +28,8 @@ use crate::session::{self, Answer, Caller, Host};
 const PAGE: usize = 64;
 /// Request header of DoPut: `true` lets it take the name of another flight.
 const REPLACE: &str = "x-strait-replace";
+/// Request header of DoPut: how many rows come. An upload of another number is not kept.
+const ROWS: &str = "x-strait-rows";
 /// Request header of GetFlightInfo: how many endpoints the client reads, all of them and in their order.
 const ENDPOINTS: &str = "x-strait-endpoints";
 
@@ -189,6 +191,19 @@ fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
     }
 }
 
+/// How many rows the client says that its upload has. Some clients can only end an upload, and not break it off.
+fn announced_rows<T>(request: &Request<T>) -> Result<Option<u64>, Status> {
+    let Some(value) = request.metadata().get(ROWS) else {
+        return Ok(None);
+    };
+    let count = value.to_str().ok().and_then(|text| text.parse().ok());
+    count.map(Some).ok_or_else(|| {
+        bad_request(format!(
+            "the header {ROWS} must be a number: how many rows the upload has in all"
+        ))
+    })
+}
+
 /// The most endpoints that the client wants: 1 if it does not say. Many clients read the first one only.
 fn endpoints<T>(request: &Request<T>) -> Result<u64, Status> {
     let Some(value) = request.metadata().get(ENDPOINTS) else {
@@ -332,12 +347,19 @@ impl FlightService for Service {
         let call = Call::of(&request)?;
         let errors = call.clone();
         let replace = replaces(&request);
+        let rows = announced_rows(&request);
         let refused = Refused::of(&request);
         let bodies = Bodies::of(&request);
         let stored = async move {
             let _place = errors.caller.account().stream().await?;
-            let (segment, is_named) =
-                upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
+            let (segment, is_named) = upload::receive(
+                &errors,
+                (replace?, rows?),
+                request.into_inner(),
+                &bodies,
+                &refused,
+            )
+            .await?;
             Ok(PutResult {
                 app_metadata: match (errors.remote, is_named) {
                     (true, true) => Bytes::new(),

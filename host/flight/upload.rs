@@ -294,6 +294,8 @@ struct Arriving {
     goal: Goal,
     columns: Option<Columns>,
     rows: u64,
+    /// How many there are in all, if the client says.
+    announced: Option<u64>,
     /// Long values, or many.
     staged: Option<Staged>,
     /// For the values that the columns hold.
@@ -393,6 +395,13 @@ impl Arriving {
             .columns
             .take()
             .ok_or_else(|| bad_request("the upload ended before its schema"))?;
+        if let Some(announced) = self.announced.filter(|rows| *rows != self.rows) {
+            let message = format!(
+                "the upload ended after {} of the {announced} rows that its header x-strait-rows says; nothing of it is kept",
+                self.rows
+            );
+            return Err(Status::new(Code::Cancelled, Reason::Cancelled, message));
+        }
         let layout = columns.layout(self.rows)?;
         let values = columns.plans.into_iter().map(|plan| plan.values).collect();
         let segment = staged::finish(self.staged.take(), self.goal.caller(), &layout, values)?;
@@ -511,11 +520,11 @@ pub(super) fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> St
 /// Takes a whole upload, and gives the flight its name, or keeps it without one: the segment, and whether it has a name.
 ///
 /// # Errors
-/// `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
+/// `CANCELLED` if it has not the number of `rows`. `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
 /// `WRONG_STATE`, `BUDGET_EXCEEDED`, `INLINE_TOO_LARGE`, `DRAINING`, `CANCELLED`, `DEADLINE`. Nothing is left.
 pub(super) async fn receive(
     call: &Call,
-    replace: bool,
+    (replace, rows): (bool, Option<u64>),
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
     bodies: &Bodies,
     refused: &Refused,
@@ -539,6 +548,7 @@ pub(super) async fn receive(
         goal,
         columns: None,
         rows: 0,
+        announced: rows,
         staged: None,
         charge,
         way: Way(bodies.clone()),

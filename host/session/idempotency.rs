@@ -206,6 +206,18 @@ impl Answers {
         true
     }
 
+    /// Forgets the answer that is kept under that key; whether there was one.
+    pub(super) fn forget(&self, key: &Key) -> bool {
+        let mut entries = self.lock();
+        let Some(Entry::Done(..)) = entries.get(key) else {
+            return false;
+        };
+        let gone = entries.remove(key);
+        // Results that nobody else holds are freed here: not under the lock.
+        drop(entries);
+        gone.is_some()
+    }
+
     /// Takes out the answers whose time is over.
     pub(super) fn expire(&self, now: Instant) -> Vec<Arc<Invoked>> {
         let mut old = Vec::new();

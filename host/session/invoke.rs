@@ -151,6 +151,12 @@ impl Caller {
         Ok(self.host.idempotency.cancel(&key))
     }
 
+    /// Forgets the answer that is kept for repeats under that idempotency key; false if there is none.
+    pub fn forget_answer(&self, key: &str) -> bool {
+        let key = (self.principal().clone(), key.to_owned());
+        self.host.idempotency.forget(&key)
+    }
+
     /// Runs an invocation to its end. Blocks.
     ///
     /// # Errors

@@ -42,7 +42,7 @@ pub use reply::{
 pub use request::{
     Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty, Exchange,
     Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor,
-    PlacedTensor, Prepare, PreparedInput, Publish, Request, SegmentId, Stream,
+    PlacedTensor, Prepare, PreparedInput, Publish, Release, Request, SegmentId, Stream,
 };
 pub use ring::{Ring, Side, Word};
 pub use stats::{

@@ -138,7 +138,6 @@ class FarSession(Session):
         scratch.clear()
 
     def _in_segment(self, kept: List[Any], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
-        # It need not be kept for longer: what is prepared holds it.
         segment = self._connection.upload([("x", dtype, _ordered(dtype, array))])
         self._count_copied(array.nbytes)
         return {"segment": segment}

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import pyarrow as pa
 from pyarrow import flight
 
 from . import _tables, _wire
@@ -33,6 +32,9 @@ _PARTS_MAX = 4
 _RENEW_SECONDS = 15.0
 #: A call that is to end is cancelled again until it is answered, since it may not have been there yet.
 _CANCEL_SECONDS_MAX = 0.2
+#: What is done with is told after that; on closing, for so long at most.
+_RELEASE_SECONDS = 0.05
+_RELEASE_SECONDS_MAX = 2.0
 #: A thread that has nothing to do ends after that.
 _IDLE_SECONDS = 10.0
 #: Beyond a call's own deadline, for the way there and back.
@@ -62,8 +64,10 @@ class FarReply(Reply):
 class FarPending:
     """A call that a thread is busy with."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, is_keyed: bool) -> None:
         self.key = key
+        #: The key is the caller's.
+        self.is_keyed = is_keyed
         self.reply: Optional[FarReply] = None
         self.error: Optional[BaseException] = None
         self.over = threading.Event()
@@ -118,7 +122,9 @@ class FarConnection:
         self._uploaded: Dict[str, float] = {}
         self._bridges: Dict[int, Bridge] = {}
         self._last_bridge = 0
+        # Segments that are done with, and keys of calls that are.
         self._garbage: List[str] = []
+        self._over: List[str] = []
         try:
             self.welcome: Dict[str, Any] = self._json("welcome", b"")
         except BaseException:
@@ -174,6 +180,7 @@ class FarConnection:
             self._bridges.clear()
         for bridge in bridges:
             bridge.close()
+        self._release()
         self._remote.close()
         return True
 
@@ -209,14 +216,14 @@ class FarConnection:
     ) -> FarPending:
         if op == Op.CANCEL:
             self._cancel_bridge(body.get("prepared"))
-            return FarPending("")
+            return FarPending("", True)
         if op != Op.INVOKE:
             raise LocalOnlyError(f"{op.name} is for shared memory")
         self.check()
         asked = dict(body)
-        asked.setdefault("idempotency_key", uuid.uuid4().hex)
+        is_keyed = asked.setdefault("idempotency_key", uuid.uuid4().hex) is body.get("idempotency_key")
         asked.pop("lease_ms", None)
-        pending = FarPending(str(asked["idempotency_key"]))
+        pending = FarPending(str(asked["idempotency_key"]), is_keyed)
         # Whatever is too long for a frame is said here.
         frame = _wire.encode(op, 1, asked, payload=payload)
         self._threads.run(lambda: self._work(pending, asked, frame))
@@ -303,7 +310,7 @@ class FarConnection:
             pending.over.set()
 
     def _invoked(self, pending: FarPending, asked: Mapping[str, Any], frame: bytes) -> FarReply:
-        segments = [given["segment"] for given in asked["inputs"].values() if isinstance(given, dict) and "segment" in given]
+        segments = _segments(asked)
         deadline_ms = asked.get("deadline_ms") or self.welcome.get("deadline_ms_default") or 0
         timeout = deadline_ms / 1000 + _SLACK_SECONDS
         headers = [(b"x-request-id", asked["request_id"].encode())] if "request_id" in asked else []
@@ -329,7 +336,8 @@ class FarConnection:
                 left.append(str(mapping["segment"]))
             if asked.get("map", True):
                 fetched[str(result["port"])] = self._read_result(pending, result)
-        self.release(left)
+        # Whoever has it asks for no repeat, unless the key is its own.
+        self.release(left, [] if pending.is_keyed else [pending.key])
         return FarReply(body, payload, fetched)
 
     def _read_result(self, pending: FarPending, result: Mapping[str, Any]) -> Fetched:
@@ -346,14 +354,12 @@ class FarConnection:
         named = {"name": result["name"]} if result.get("name") is not None else {}
         rows = tensors[0].shape[0] if tensors and tensors[0].shape else 1
         parts = max(1, min(sum(t.length for t in tensors) // _PART_BYTES, _PARTS_MAX, rows))
-        if parts == 1:
-            tickets = [(json.dumps(named or {"segment": segment}).encode(), 0, rows)]
-        else:
-            cuts = [rows * part // parts for part in range(parts + 1)]
-            tickets = [
-                (json.dumps({**named, "segment": segment, "rows": [first, last]}).encode(), first, last)
-                for first, last in zip(cuts, cuts[1:])
-            ]
+        cuts = [rows * part // parts for part in range(parts + 1)]
+        # With its segment: another flight may have taken the name since.
+        tickets = [
+            (json.dumps({**named, "segment": segment, "rows": [first, last]}).encode(), first, last)
+            for first, last in zip(cuts, cuts[1:])
+        ]
         return self._read(tensors, tickets, pending)
 
     def _read(self, tensors: Sequence[Tensor], tickets: Sequence[Tuple[bytes, int, int]], pending: Optional[FarPending] = None) -> Fetched:
@@ -439,6 +445,8 @@ class FarConnection:
         rows = columns[0][2].shape[0] if columns[0][2].ndim else 1
         row_bytes = sum(values.nbytes for _, _, values in columns) // max(rows, 1)
         step = max(1, _MESSAGE_BYTES // max(row_bytes, 1))
+        # pyarrow can only end an upload; with this the host sees that it was broken off.
+        headers = [*headers, (b"x-strait-rows", str(rows).encode())]
 
         def send(asking: Asking) -> bytes:
             writer, reader = asking.client.do_put(descriptor, schema, self._remote.options(headers=headers))
@@ -448,7 +456,8 @@ class FarConnection:
                 writer.done_writing()
                 answer = reader.read()
                 writer.close()
-                return b"" if answer is None else answer.to_pybytes()  # type: ignore[no-any-return]
+                given: bytes = b"" if answer is None else answer.to_pybytes()
+                return given
             except BaseException:
                 try:
                     # Says why, where that is the host's word.
@@ -503,26 +512,32 @@ class FarConnection:
             with self._lock:
                 self._uploaded[segment] = now
 
-    def release(self, segments: Sequence[str]) -> None:
-        """The host need not keep these any more; it is told soon."""
-        if not segments or self._remote.end is not None:
+    def release(self, segments: Sequence[str], keys: Sequence[str] = ()) -> None:
+        """The host need not keep these any more, nor the answers for repeats with these keys; it is told soon."""
+        if not (segments or keys) or self._remote.end is not None:
             return
         with self._lock:
             for segment in segments:
                 self._uploaded.pop(segment, None)
-            is_first = not self._garbage
+            is_first = not (self._garbage or self._over)
             self._garbage += segments
+            self._over += keys
         if is_first:
-            self._threads.run(self._release)
+            self._threads.run(self._release_soon)
+
+    def _release_soon(self) -> None:
+        # Many small calls are told of together.
+        time.sleep(_RELEASE_SECONDS)
+        self._release()
 
     def _release(self) -> None:
         with self._lock:
-            segments, self._garbage = self._garbage, []
-        endpoints = [flight.FlightEndpoint(json.dumps({"segment": segment}), []) for segment in segments]
-        descriptor = flight.FlightDescriptor.for_command(b"")
-        info = flight.FlightInfo(pa.schema([]), descriptor, endpoints, -1, -1)
+            segments, keys, self._garbage, self._over = self._garbage, self._over, [], []
+        if not (segments or keys) or self._remote.end is not None:
+            return
+        body = json.dumps({"segments": segments, "idempotency_keys": keys}).encode()
         try:
-            self._act("CancelFlightInfo", _message(info.serialize()), again=False)
+            self._act("release", body, again=False, timeout=_RELEASE_SECONDS_MAX)
         except StraitError:
             # Then they go by themselves.
             pass
@@ -531,7 +546,13 @@ class FarConnection:
 
     def _bridge(self, key: str, body: Dict[str, Any]) -> Tuple[Dict[str, Any], List[int]]:
         request_id = body.get("request_id")
-        bridge = Bridge(self._remote, key, body, request_id)
+        segments = _segments(body)
+        self._renew(segments)
+        try:
+            bridge = Bridge(self._remote, key, body, request_id)
+        finally:
+            # What is prepared holds them.
+            self.release(segments)
         with self._lock:
             self._last_bridge += 1
             number = self._last_bridge
@@ -547,6 +568,12 @@ class FarConnection:
             bridge = self._bridges.get(number)
         if bridge is not None:
             bridge.cancel()
+
+
+def _segments(asked: Mapping[str, Any]) -> List[str]:
+    """Those among the inputs, which were uploaded for them."""
+    inputs = asked.get("inputs", {}).values()
+    return [given["segment"] for given in inputs if isinstance(given, dict) and "segment" in given]
 
 
 def _parsed(text: bytes, what: str) -> Dict[str, Any]:
