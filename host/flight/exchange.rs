@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
-use futures::stream::{BoxStream, StreamExt};
+use futures::stream::BoxStream;
 use strait_memory::Charge;
 use strait_protocol::{self as wire, PreparedInput};
 use strait_tensor::TensorSpec;
@@ -24,9 +24,10 @@ use tonic::Streaming;
 use super::call::Call;
 use super::chunks::{Edge, Incoming};
 use super::frames::{self, Frames};
+use super::messages::{CMD_BYTES_MAX, Messages};
 use super::outbox::{self, Outbox, Writer};
 use super::refused::{Refused, bad_request, host_bug};
-use super::upload::{Columns, broken_off, read_message, reserved};
+use super::upload::{Columns, read_message, reserved};
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
 use crate::session::StreamPermit;
@@ -37,8 +38,6 @@ const CHUNK_BYTES: u64 = 1 << 20;
 const EMPTY_ROWS: u64 = 64 << 10;
 /// Most bytes of such rows, and of what can come of them.
 const ROOM_BYTES: u64 = 16 << 20;
-/// Longest cmd.
-pub(super) const CMD_BYTES_MAX: usize = 64 << 10;
 
 /// What the exchange does, which ends with its answers.
 struct Doing {
@@ -64,8 +63,11 @@ pub(super) fn start(
     let cancel = CancelToken::default();
     let exchange = Exchange {
         call: call.clone(),
-        messages,
-        refused,
+        messages: Messages {
+            call: call.clone(),
+            stream: messages,
+            refused,
+        },
         cancel: cancel.clone(),
     };
     let writer = Writer(Arc::clone(&outbox));
@@ -79,11 +81,10 @@ enum Beginning {
     Frames(Frames),
 }
 
-/// The client's messages, as they come.
-pub(super) struct Exchange {
+/// An exchange that has begun.
+struct Exchange {
     call: Call,
-    messages: Streaming<FlightData>,
-    refused: Refused,
+    messages: Messages,
     cancel: CancelToken,
 }
 
@@ -101,13 +102,13 @@ impl Exchange {
                 self.forward(&sender).await;
             }
             Ok(Beginning::Frames(frames)) => {
-                let ended = frames.pass(&mut self, &writer).await;
+                let ended = frames.pass(&mut self.messages, &writer).await;
                 writer.end(ended, false);
             }
             Err(status) => writer.end(Err(status), false),
         }
         // Its client may write all before it reads why that is for nothing.
-        while let Some(Ok(_)) = self.messages.next().await {}
+        self.messages.discard().await;
     }
 
     /// From the start to the schema.
@@ -118,6 +119,7 @@ impl Exchange {
         self.call.local_only("a kernel call")?;
         let permit = place.await?;
         let first = self
+            .messages
             .next()
             .await?
             .ok_or_else(|| bad_request("an exchange without messages"))?;
@@ -152,27 +154,18 @@ impl Exchange {
                 }));
             }
             message = self
+                .messages
                 .next()
                 .await?
                 .ok_or_else(|| bad_request("the exchange ended before its schema"))?;
         }
     }
 
-    /// The client's next message; none at their end.
-    pub(super) async fn next(&mut self) -> Result<Option<FlightData>, Status> {
-        let message_bytes_max = self.call.caller.host().config().message_bytes_max();
-        let next = self.messages.next().await.transpose();
-        next.map_err(|status| {
-            let refused = self.refused.take();
-            refused.unwrap_or_else(|| broken_off(&status, message_bytes_max))
-        })
-    }
-
     /// Hands on message after message, as soon as the one before is taken.
     async fn forward(&mut self, sender: &mpsc::Sender<Incoming>) {
         // Before anything is asked of the connection: what is not taken stays with the client.
         while let Ok(place) = sender.reserve().await {
-            let next = self.next().await.and_then(|message| {
+            let next = self.messages.next().await.and_then(|message| {
                 let charged = |message: FlightData| {
                     let charge = reserved(&self.call.caller, message.data_body.len() as u64)?;
                     Ok((message, charge))

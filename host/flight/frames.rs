@@ -20,7 +20,7 @@ use tokio::io::unix::AsyncFd;
 
 use super::call::Call;
 use super::connection::Working;
-use super::exchange::{CMD_BYTES_MAX, Exchange};
+use super::messages::{CMD_BYTES_MAX, Messages};
 use super::outbox::Writer;
 use super::refused::{bad_request, host_bug};
 use super::upload::reserved;
@@ -138,7 +138,7 @@ impl Frames {
     /// What the client sent that is no frame.
     pub(super) async fn pass(
         mut self,
-        exchange: &mut Exchange,
+        messages: &mut Messages,
         writer: &Writer,
     ) -> Result<(), Status> {
         let mut goes_on = match self.told.take() {
@@ -160,7 +160,7 @@ impl Frames {
                 }
                 // Whether anybody is there is seen by whoever receives.
                 _ = self.send(unsent.as_ref()), if unsent.is_some() => unsent = None,
-                next = exchange.next(), if is_open && unsent.is_none() => match next? {
+                next = messages.next(), if is_open && unsent.is_none() => match next? {
                     None => {
                         is_open = false;
                         // The lane sees its client's end, and answers what is under way.

@@ -13,7 +13,7 @@ use strait_protocol::{self as wire, Header, Op};
 
 use super::call::Call;
 use super::refused::bad_request;
-use super::service::answered;
+use super::waiting::answered;
 use crate::error::{Code, Reason, Status};
 use crate::session::{Framed, Host, Invoked, ResultBody};
 

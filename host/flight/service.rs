@@ -10,7 +10,6 @@ use arrow_flight::{
 };
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use tokio::sync::oneshot;
 use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
@@ -19,10 +18,11 @@ use super::call::Call;
 use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
+use super::waiting::answered;
 use super::{action, exchange, follow, invoke, read, upload};
 use crate::error::Status;
 use crate::lease::LiveSegment;
-use crate::session::{self, Answer, Caller, Host};
+use crate::session::{Caller, Host};
 
 /// Flights that ListFlights looks up at a time.
 const PAGE: usize = 64;
@@ -136,34 +136,6 @@ async fn settled(segment: Arc<LiveSegment>) -> Result<Arc<LiveSegment>, Status> 
     let seal = move || segment.seal().map(|()| segment);
     let sealed = tokio::task::spawn_blocking(seal).await;
     Ok(sealed.map_err(|error| host_bug("sealing a result", error))??)
-}
-
-/// Ends the wait of a caller that hung up.
-struct CancelOnDrop(Option<session::Call>);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        if let Some(cancel) = self.0.take() {
-            cancel.cancel();
-        }
-    }
-}
-
-/// The answer to what `start` starts. It ends when the caller hangs up.
-pub(super) async fn answered<T: Send + 'static>(
-    call: &Call,
-    start: impl FnOnce(Answer<T>) -> session::Call,
-) -> Result<T, Status> {
-    let (sender, receiver) = oneshot::channel();
-    let answer = Answer::new(move |result| {
-        // Nobody receives it if the caller hung up.
-        let _ = sender.send(result);
-    });
-    let mut guard = CancelOnDrop(Some(start(answer)));
-    let _working = call.working();
-    let result = receiver.await;
-    guard.0 = None;
-    result.map_err(|error| host_bug("waiting for an invocation", error))?
 }
 
 /// What is told of a flight: somebody far away has no use for a mapping.
