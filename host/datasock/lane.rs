@@ -28,7 +28,7 @@ use super::trace_span;
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
 use crate::lease::SessionId;
-use crate::session::{Called, Caller, ChunkEdge, ChunkFrame, Parted, Prepared, Preparing};
+use crate::session::{Called, Caller, ChunkEdge, ChunkFrame, Origin, Parted, Prepared, Preparing};
 
 /// One prepared kernel's socket, as the connection that asked for it sees it.
 #[derive(Debug)]
@@ -250,7 +250,8 @@ impl Lanes {
             ended: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
-        let preparing = caller.preparing(session, request, room, request_id, lane.token())?;
+        let origin = Origin::Frames(session);
+        let preparing = caller.preparing(origin, request, room, request_id, lane.token())?;
         self.last += 1;
         let number = self.last;
         let (answer, result) = oneshot::channel();

@@ -30,7 +30,7 @@ use super::refused::{Refused, bad_request, host_bug};
 use super::upload::{Columns, read_message, reserved};
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::StreamPermit;
+use crate::session::{Origin, StreamPermit};
 
 /// Bytes of the rows that a kernel gets at a time, if the client does not say how many rows.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -124,7 +124,9 @@ impl Exchange {
             .await?
             .ok_or_else(|| bad_request("an exchange without messages"))?;
         if let Some(asked) = frames::Asked::of(first.flight_descriptor.as_ref()) {
-            let frames = asked.start(&self.call, permit).await?;
+            // It may be idle for hours, and has a place among the connections, as on the data socket.
+            drop(permit);
+            let frames = asked.start(&self.call).await?;
             return Ok(Beginning::Frames(frames));
         }
         // It has a thread, as a connection has.
@@ -251,7 +253,7 @@ impl Begun {
         let caller = &self.call.caller;
         let id = Arc::clone(&self.call.request_id);
         let cancel = self.cancel.clone();
-        let preparing = caller.preparing(None, request, ROOM_BYTES, id, cancel)?;
+        let preparing = caller.preparing(Origin::Batches, request, ROOM_BYTES, id, cancel)?;
         let prepared = preparing.prepare()?;
         let told = prepared.to_wire(0, None);
         // A chunk that came, and the answers to two: one is with the client's connection, one waits.

@@ -25,7 +25,7 @@ use super::outbox::Writer;
 use super::refused::{bad_request, host_bug};
 use super::upload::reserved;
 use crate::error::{Code, Reason, Status};
-use crate::session::{FrameLane, Serving, StreamPermit};
+use crate::session::{FrameLane, Serving};
 
 const FRAME_BYTES_MAX: usize = wire::HEADER_BYTES + wire::BODY_BYTES_MAX + wire::PAYLOAD_BYTES_MAX;
 
@@ -64,7 +64,7 @@ impl Asked {
     ///
     /// # Errors
     /// What PREPARE or STREAM is answered.
-    pub(super) async fn start(self, call: &Call, permit: StreamPermit) -> Result<Frames, Status> {
+    pub(super) async fn start(self, call: &Call) -> Result<Frames, Status> {
         let lanes = call.caller.host().frame_lanes()?;
         let id = &call.request_id;
         let _working = call.working();
@@ -72,7 +72,7 @@ impl Asked {
             Self::Wrong(status) => Err(status),
             Self::Prepare(request) => {
                 let lane = lanes.prepare(&call.caller, request, id)?;
-                Frames::new(lane, permit, call, |told| {
+                Frames::new(lane, call, |told| {
                     told.request_bytes.saturating_add(told.reply_bytes)
                 })
                 .await
@@ -83,7 +83,7 @@ impl Asked {
                 let attach = move || lanes.stream(&caller, &request, &id);
                 let lane = tokio::task::spawn_blocking(attach).await;
                 let lane = lane.map_err(|error| host_bug("reading a channel", error))??;
-                let mut frames = Frames::new(lane, permit, call, |told| told.batch_bytes).await?;
+                let mut frames = Frames::new(lane, call, |told| told.batch_bytes).await?;
                 // A host that ends waits for the channel's end.
                 frames.always = call.working();
                 Ok(frames)
@@ -100,13 +100,12 @@ pub(super) struct Frames {
     /// What the client is told first.
     told: Option<Bytes>,
     always: Option<Working>,
-    _held: (StreamPermit, Charge),
+    _charge: Charge,
 }
 
 impl Frames {
     async fn new<T: serde::Serialize>(
         lane: FrameLane<T>,
-        permit: StreamPermit,
         call: &Call,
         bytes: impl FnOnce(&T) -> u64,
     ) -> Result<Self, Status> {
@@ -128,7 +127,7 @@ impl Frames {
             call: call.clone(),
             told: Some([&header[..], &body].concat().into()),
             always: None,
-            _held: (permit, charge),
+            _charge: charge,
         })
     }
 

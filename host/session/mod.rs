@@ -61,7 +61,7 @@ pub use chunks::{ChunkEdge, ChunkFrame, Parted};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
 pub use lanes::{FrameLane, FrameLanes, Serving, Told};
 pub use prepare::Framed;
-pub use prepared::{Called, Prepared, Preparing};
+pub use prepared::{Called, Origin, Prepared, Preparing};
 pub use run::Call;
 pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};

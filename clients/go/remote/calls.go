@@ -16,7 +16,7 @@ import (
 )
 
 // uploads has the inputs that are segments of this process uploaded, and named as the host knows them then.
-func (g *gateway) uploads(ctx context.Context, said map[string]json.RawMessage) (segments []string, err error) {
+func (g *gateway) uploads(ctx context.Context, said map[string]json.RawMessage, isCall bool) (segments []string, err error) {
 	var inputs map[string]json.RawMessage
 	if err := json.Unmarshal(said["inputs"], &inputs); err != nil {
 		return nil, err
@@ -31,8 +31,21 @@ func (g *gateway) uploads(ctx context.Context, said map[string]json.RawMessage) 
 		if json.Unmarshal(text, &input) != nil || input.Segment == "" {
 			continue
 		}
-		id, err := g.upload(ctx, input.Segment, input.Tensor)
+		s, place, err := g.tensor(input.Segment, input.Tensor)
 		if err != nil {
+			return segments, err
+		}
+		if place.Length == 0 && isCall {
+			// In the message itself: arrow-go has no lists of no elements.
+			inline := map[string]any{"inline": map[string]any{"dtype": place.DType, "shape": append([]int{}, place.Shape...), "offset": 0, "length": 0}}
+			inputs[port], err = json.Marshal(inline)
+			if err = errors.Join(err, s.file.Close()); err != nil {
+				return segments, err
+			}
+			continue
+		}
+		id, err := g.put(ctx, s, []strait.Place{place}, "", false)
+		if err = errors.Join(err, s.file.Close()); err != nil {
 			return segments, err
 		}
 		segments = append(segments, id)
@@ -52,18 +65,18 @@ func (g *gateway) uploads(ctx context.Context, said map[string]json.RawMessage) 
 	return segments, err
 }
 
-func (g *gateway) upload(ctx context.Context, id, tensor string) (string, error) {
+// tensor is one of a segment of this process. Whoever has it closes the segment's file.
+func (g *gateway) tensor(id, tensor string) (*segment, strait.Place, error) {
 	s, err := g.held(id)
 	if err != nil {
-		return "", err
+		return nil, strait.Place{}, err
 	}
-	defer s.file.Close()
 	for _, place := range s.mapping.Tensors {
 		if tensor == "" || place.Name == tensor {
-			return g.put(ctx, s, []strait.Place{place}, "", false)
+			return s, place, nil
 		}
 	}
-	return "", argument("segment %s has no tensor %q", id, tensor)
+	return nil, strait.Place{}, errors.Join(argument("segment %s has no tensor %q", id, tensor), s.file.Close())
 }
 
 // renew has the host keep an upload for longer.
@@ -90,7 +103,7 @@ func (g *gateway) invoke(ctx context.Context, r asked, requestID string) (answer
 	if err := json.Unmarshal(r.body, &wanted); err != nil {
 		return answer{}, err
 	}
-	segments, err := g.uploads(ctx, said)
+	segments, err := g.uploads(ctx, said, true)
 	var keys []string
 	defer func() { g.release(segments, keys) }()
 	if err != nil {
@@ -236,7 +249,7 @@ func (g *gateway) prepare(ctx context.Context, r asked, requestID string) (answe
 	if string(said["ring"]) == "true" {
 		return answer{}, g.remote.localOnly("a Ring is memory that client and host share; Prepare without it")
 	}
-	segments, err := g.uploads(ctx, said)
+	segments, err := g.uploads(ctx, said, false)
 	// What is prepared holds them.
 	defer func() { g.release(segments, nil) }()
 	if err != nil {
@@ -329,13 +342,15 @@ func (g *gateway) line(ctx context.Context, key string, body json.RawMessage, re
 		told["prepared"], _ = json.Marshal(number)
 	}
 	g.work.Go(func() {
-		for {
+		for isRead := true; ; {
 			data, err := l.stream.Recv()
 			if err != nil {
 				break
 			}
-			if _, err := ours.Write(data.AppMetadata); err != nil {
-				break
+			if isRead {
+				// If nobody reads any more, what was sent last still has to get to the host, which ends it then.
+				_, err = ours.Write(data.AppMetadata)
+				isRead = err == nil
 			}
 		}
 		stop()

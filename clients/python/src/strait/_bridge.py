@@ -19,7 +19,7 @@ import pyarrow as pa
 from pyarrow import flight
 
 from . import _wire
-from ._errors import ProtocolError, StraitError
+from ._errors import ProtocolError
 from ._flight import Asking, Remote
 from ._wire import FRAME_BYTES_MAX, HEADER, Op
 
@@ -71,7 +71,6 @@ class Bridge:
 
     def close(self) -> None:
         """Breaks it off."""
-        self._is_over = True
         try:
             self._ours.shutdown(socket.SHUT_RDWR)
         except OSError:
@@ -109,23 +108,33 @@ class Bridge:
         with self._writing:
             try:
                 if not self._is_over:
+                    # The host takes what was sent before, and ends it.
                     self._writer.done_writing()
             except (pa.ArrowException, KeyError, OSError, NotImplementedError):
                 pass
 
     def _receive(self) -> None:
+        is_read = True
         try:
             while True:
-                self._ours.send(_frame(self._reader))
-        except (StopIteration, pa.ArrowException, KeyError, OSError, NotImplementedError, StraitError):
+                frame = _frame(self._reader)
+                try:
+                    if is_read:
+                        self._ours.send(frame)
+                except OSError:
+                    # Nobody reads any more; what was sent last still has to get to the host, which ends it then.
+                    is_read = False
+        except (StopIteration, pa.ArrowException, KeyError, OSError, NotImplementedError):
             # The end of the socket says that it is over; the session knows more, if there is more to be known.
             pass
-        self._is_over = True
         try:
             self._ours.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        _close(self._writer, self._reader)
+        # gRPC aborts the program if two threads end one call's writing.
+        with self._writing:
+            self._is_over = True
+            _close(self._writer, self._reader)
 
 
 def _frame(reader: Any) -> bytes:
