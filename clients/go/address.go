@@ -29,7 +29,7 @@ func findDirectory(address string, environment func(string) string, uid int) (st
 		path, ok := strings.CutPrefix(address, "unix://")
 		if !ok || !strings.HasPrefix(path, "/") {
 			return "", argumentError("address %q is not of the form unix:///DIRECTORY (an absolute path); "+
-				"this client reaches hosts on the same machine only", address)
+				"other hosts are reached by Connect", address)
 		}
 		return path, nil
 	}

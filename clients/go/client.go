@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 	"unicode/utf8"
+
+	"strait/internal/driver"
 )
 
 // Version of this client, as the host's log shows it.
@@ -61,11 +63,13 @@ type dialOptions struct {
 	spin      time.Duration
 	// What is known of the host's own end, once the connection is over.
 	epitaph func() string
+	// For a host that is not on this machine.
+	far driver.Options
 }
 
 func defaultOptions() dialOptions {
 	return dialOptions{renew: true, name: "strait-go/" + Version, log: slog.Default(), copyBytes: 256 << 20,
-		epitaph: func() string { return "" }}
+		epitaph: func() string { return "" }, far: driver.Options{Retry: retryDefault}}
 }
 
 // DialOption changes how a client behaves.

@@ -56,6 +56,8 @@ type conn struct {
 	wake chan struct{}
 
 	copiedBytes atomic.Int64
+	// What else was copied, for a host that is not on this machine; else nil.
+	copiedFar   func() int64
 	hugeBytes   atomic.Int64
 	calls       atomic.Int64
 	mappings    atomic.Int64

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 )
 
 // What errors.Is tells apart.
@@ -23,6 +24,9 @@ var (
 	ErrArgument = errors.New("bad argument")
 	// ErrReadOnly: nobody may write to the tensor, such as a result or a published one.
 	ErrReadOnly = errors.New("the tensor is read-only")
+	// ErrLocalOnly: only a client on the host's own machine can do that, since memory is shared; the message says what to do
+	// instead.
+	ErrLocalOnly = errors.New("only a client on the host's machine can do that")
 	// ErrProtocol: the host said something that the protocol does not allow. Client and host are
 	// probably of different versions.
 	ErrProtocol = errors.New("the host broke the protocol")
@@ -30,8 +34,9 @@ var (
 
 // RemoteError is the host's refusal of a request, or the failure of a kernel.
 //
-// errors.Is knows three of them by other names as well: ErrLeaseExpired, context.DeadlineExceeded
-// (the kernel ran into its deadline) and context.Canceled.
+// errors.Is knows some of them by other names as well: ErrLeaseExpired, context.DeadlineExceeded
+// (the kernel ran into its deadline), context.Canceled, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission (no right, or a token that the
+// host does not take); and from a host that is not on this machine ErrDisconnected and ErrLocalOnly.
 type RemoteError struct {
 	// Code is the name of a gRPC code: NOT_FOUND.
 	Code string `json:"code"`
@@ -61,6 +66,18 @@ func (e *RemoteError) Is(target error) bool {
 		return e.Code == "DEADLINE_EXCEEDED"
 	case context.Canceled:
 		return e.Code == "CANCELLED"
+	case fs.ErrNotExist:
+		return e.Code == "NOT_FOUND"
+	case fs.ErrExist:
+		return e.Code == "ALREADY_EXISTS"
+	case fs.ErrPermission:
+		return e.Code == "PERMISSION_DENIED" || e.Code == "UNAUTHENTICATED"
+	case ErrDisconnected:
+		return e.Reason == "CONNECTION_LOST"
+	case ErrLocalOnly:
+		return e.Reason == "LOCAL_ONLY"
+	case ErrProtocol:
+		return e.Reason == "PROTOCOL"
 	}
 	return false
 }

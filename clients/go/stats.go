@@ -108,7 +108,7 @@ func (c *Client) Stats(ctx context.Context) (Stats, error) {
 type ClientStats struct {
 	// CopiedBytes of tensors that were copied on this side: Slice inputs, small results (out of the reply, and each
 	// time that they go into a call or under a name), all that goes into a call of a Prepared or Stream and comes out of it or of a Channel, and
-	// a bool8 with bytes that no Go bool has.
+	// a bool8 with bytes that no Go bool has. With a host that is not on this machine also all that goes there and comes from there.
 	CopiedBytes int64
 	// HugeBytes of tensors to fill that got huge pages before the first fill. Tensors of less than 4 MiB
 	// do without; so does all memory where Linux has no huge pages at hand.
@@ -123,8 +123,12 @@ type ClientStats struct {
 
 // ClientStats is this client's own counts since Dial.
 func (c *Client) ClientStats() ClientStats {
+	copied := c.conn.copiedBytes.Load()
+	if c.conn.copiedFar != nil {
+		copied += c.conn.copiedFar()
+	}
 	return ClientStats{
-		CopiedBytes: c.conn.copiedBytes.Load(),
+		CopiedBytes: copied,
 		HugeBytes:   c.conn.hugeBytes.Load(),
 		Calls:       c.conn.calls.Load(),
 		Mappings:    c.conn.mappings.Load(),

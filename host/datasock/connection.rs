@@ -442,8 +442,10 @@ impl Connection {
                 return self.reply(&header, refused).await;
             }
         };
-        let started = super::trace_span(&header)
-            .in_scope(|| self.lanes.start(&self.session, request, Arc::clone(&id)));
+        let started = super::trace_span(&header).in_scope(|| {
+            let whose = (self.session.caller(), Some(self.session.id));
+            self.lanes.start(whose, request, Arc::clone(&id))
+        });
         let starting = match started {
             Ok(starting) => starting,
             Err(status) => {
@@ -453,7 +455,7 @@ impl Connection {
         };
         self.running
             .insert(header.sequence, Stop::Lane(starting.lane));
-        let (socket, result) = (starting.socket, starting.result);
+        let (socket, result) = (starting.socket.into(), starting.result);
         self.finished.push(Box::pin(async move {
             (header, Finished::Prepare(id, socket, joined(result).await))
         }));
@@ -486,7 +488,7 @@ impl Connection {
     }
 }
 
-async fn joined<T>(result: oneshot::Receiver<Result<T, Status>>) -> Result<T, Status> {
+pub(super) async fn joined<T>(result: oneshot::Receiver<Result<T, Status>>) -> Result<T, Status> {
     result.await.unwrap_or_else(|_| {
         Err(Status::new(
             Code::Internal,

@@ -27,7 +27,8 @@ use super::line::{Answered, Asked, Line};
 use super::trace_span;
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::{Called, ChunkEdge, ChunkFrame, Parted, Prepared, Preparing, Session};
+use crate::lease::SessionId;
+use crate::session::{Called, Caller, ChunkEdge, ChunkFrame, Origin, Parted, Prepared, Preparing};
 
 /// One prepared kernel's socket, as the connection that asked for it sees it.
 #[derive(Debug)]
@@ -210,7 +211,7 @@ impl ChunkEdge for Edge<'_, '_> {
 pub(super) struct Starting {
     pub(super) lane: Arc<Lane>,
     /// The client's end.
-    pub(super) socket: OwnedFd,
+    pub(super) socket: FrameSocket,
     /// What is told of it.
     pub(super) result: oneshot::Receiver<Result<Told, Status>>,
 }
@@ -227,19 +228,18 @@ pub(super) struct Lanes {
 }
 
 impl Lanes {
-    /// Starts what PREPARE asks for.
+    /// Starts what a PREPARE of `caller` asks for, whose `session` has segments that it may name.
     ///
     /// # Errors
     /// What it is answered.
     pub(super) fn start(
         &mut self,
-        session: &Session,
+        (caller, session): (&Caller, Option<SessionId>),
         request: wire::Prepare,
         request_id: Arc<str>,
     ) -> Result<Starting, Status> {
-        let account = session.caller().account();
         // It has a socket and a thread, as a connection has.
-        let place = account.connect()?;
+        let place = caller.account().connect()?;
         let (ours, theirs) = FrameSocket::pair().map_err(|error| {
             Status::no_descriptors(&format!("no socket for prepared calls: {error}"))
         })?;
@@ -250,19 +250,14 @@ impl Lanes {
             ended: AtomicBool::new(false),
             over: AtomicBool::new(false),
         });
-        let preparing = session.caller().preparing(
-            Some(session.id),
-            request,
-            room,
-            request_id,
-            lane.token(),
-        )?;
+        let origin = Origin::Frames(session);
+        let preparing = caller.preparing(origin, request, room, request_id, lane.token())?;
         self.last += 1;
         let number = self.last;
         let (answer, result) = oneshot::channel();
         let (end, ended) = oneshot::channel::<()>();
         let serving = Arc::clone(&lane);
-        let spin = session.host().config().spin();
+        let spin = caller.host().config().spin();
         std::thread::Builder::new()
             .name(format!("strait-calls-{number}"))
             .spawn(move || {
@@ -286,7 +281,7 @@ impl Lanes {
         }));
         Ok(Starting {
             lane,
-            socket: theirs.into(),
+            socket: theirs,
             result,
         })
     }

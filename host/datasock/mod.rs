@@ -11,6 +11,7 @@ mod answer;
 mod channel;
 mod connection;
 mod dispatch;
+mod elsewhere;
 mod frames;
 mod handlers;
 mod in_flight;
@@ -142,6 +143,7 @@ pub async fn serve(
 ) -> std::io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = watched(listener)?;
+    host.serve_frames(Arc::new(elsewhere::Elsewhere));
     let pushes = Arc::new(Pushes::default());
     let (draining, drained) = watch::channel(false);
     let mut connections = JoinSet::new();

@@ -11,13 +11,14 @@ use strait_protocol as wire;
 
 use super::call::Call;
 use super::info;
+use super::invoke::{self, INVOKE};
 use super::refused::bad_request;
 use super::ticket::{Source, Wanted};
 use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
 /// Name and what ListActions says of it.
-const ACTIONS: [(&str, &str); 7] = [
+const ACTIONS: [(&str, &str); 11] = [
     (
         "kernels",
         "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON.",
@@ -35,6 +36,22 @@ const ACTIONS: [(&str, &str); 7] = [
         "Body: a flight's name. Removes the name; the memory is freed once nobody holds it.",
     ),
     ("stats", "Body: nothing. Result: the host's counts in JSON."),
+    (
+        "welcome",
+        "Body: nothing. Result: who the host is and what it takes, WELCOME of the data socket in JSON.",
+    ),
+    (
+        INVOKE,
+        "Body: an INVOKE frame of the data socket. Result: the OK frame. Larger results are kept, and read by the ticket {\"segment\": id}.",
+    ),
+    (
+        "cancel",
+        "Body: an idempotency key. Ends the invocation that has it. Result: {\"cancelled\": whether there was one}.",
+    ),
+    (
+        "release",
+        "Body: JSON {\"idempotency_keys\"?: [key], \"segments\"?: [id]}: answers that need not be kept for repeats, uploads without a name and results that need not be kept. Result: {\"released\": how many there were}.",
+    ),
     (
         CANCEL,
         "Body: CancelFlightInfoRequest. Releases the unpublished results among the endpoints. Result: CancelFlightInfoResult.",
@@ -61,7 +78,7 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 /// action itself says.
 pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<ActionResult>, Status> {
     let (caller, body) = (&call.caller, &action.body);
-    if !matches!(action.r#type.as_str(), "kernels" | "describe") {
+    if !matches!(action.r#type.as_str(), "kernels" | "describe" | "welcome") {
         call.local_only("this action")?;
     }
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
@@ -73,6 +90,19 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             one(info::mapping(host, &segment)?)
         }
         "drop" => caller.drop_flight(text("drop", body)?).map(|()| Vec::new()),
+        "welcome" => one(info::json(&invoke::welcome(host, call))?),
+        "cancel" => {
+            let reply = wire::Cancelled {
+                cancelled: caller.cancel_keyed(text("cancel", body)?)?,
+                request_id: call.request_id.to_string(),
+            };
+            one(info::json(&reply)?)
+        }
+        "release" => one(info::json(&release(
+            caller,
+            &json_or_default(body)?,
+            &call.request_id,
+        )?)?),
         "stats" => one(info::json(&caller.stats(NO_SESSION))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
@@ -133,6 +163,28 @@ fn kernels(caller: &Caller, request: &wire::Kernels) -> Result<Vec<ActionResult>
         Ok(ActionResult { body })
     };
     caller.kernels(request)?.map(result).collect()
+}
+
+/// Lets go of what a client is done with.
+fn release(
+    caller: &Caller,
+    asked: &wire::Release,
+    request_id: &str,
+) -> Result<wire::Released, Status> {
+    let mut released = 0_u64;
+    for segment in &asked.segments {
+        let id = segment
+            .parse()
+            .map_err(|error: String| bad_request(error))?;
+        released += u64::from(caller.forget_undelivered(id));
+    }
+    for key in &asked.idempotency_keys {
+        released += u64::from(caller.forget_answer(key));
+    }
+    Ok(wire::Released {
+        released,
+        request_id: request_id.to_owned(),
+    })
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use arrow_flight::flight_descriptor::DescriptorType;
 use arrow_flight::{FlightData, FlightDescriptor};
-use futures::stream::{BoxStream, StreamExt};
+use futures::stream::BoxStream;
 use strait_memory::Charge;
 use strait_protocol::{self as wire, PreparedInput};
 use strait_tensor::TensorSpec;
@@ -23,12 +23,14 @@ use tonic::Streaming;
 
 use super::call::Call;
 use super::chunks::{Edge, Incoming};
+use super::frames::{self, Frames};
+use super::messages::{CMD_BYTES_MAX, Messages};
 use super::outbox::{self, Outbox, Writer};
 use super::refused::{Refused, bad_request, host_bug};
-use super::upload::{Columns, broken_off, read_message, reserved};
+use super::upload::{Columns, read_message, reserved};
 use crate::engine::CancelToken;
 use crate::error::{Code, Reason, Status};
-use crate::session::StreamPermit;
+use crate::session::{Origin, StreamPermit};
 
 /// Bytes of the rows that a kernel gets at a time, if the client does not say how many rows.
 const CHUNK_BYTES: u64 = 1 << 20;
@@ -36,8 +38,6 @@ const CHUNK_BYTES: u64 = 1 << 20;
 const EMPTY_ROWS: u64 = 64 << 10;
 /// Most bytes of such rows, and of what can come of them.
 const ROOM_BYTES: u64 = 16 << 20;
-/// Longest cmd.
-const CMD_BYTES_MAX: usize = 64 << 10;
 
 /// What the exchange does, which ends with its answers.
 struct Doing {
@@ -63,8 +63,11 @@ pub(super) fn start(
     let cancel = CancelToken::default();
     let exchange = Exchange {
         call: call.clone(),
-        messages,
-        refused,
+        messages: Messages {
+            call: call.clone(),
+            stream: messages,
+            refused,
+        },
         cancel: cancel.clone(),
     };
     let writer = Writer(Arc::clone(&outbox));
@@ -72,11 +75,16 @@ pub(super) fn start(
     outbox::replies(call, outbox, Doing { cancel, receiving })
 }
 
-/// The client's messages, as they come.
+/// What an exchange turned out to be.
+enum Beginning {
+    Batches(Begun),
+    Frames(Frames),
+}
+
+/// An exchange that has begun.
 struct Exchange {
     call: Call,
-    messages: Streaming<FlightData>,
-    refused: Refused,
+    messages: Messages,
     cancel: CancelToken,
 }
 
@@ -88,30 +96,41 @@ impl Exchange {
         writer: Writer,
     ) {
         match self.begin(place).await {
-            Ok(begun) => {
+            Ok(Beginning::Batches(begun)) => {
                 let (sender, incoming) = mpsc::channel(1);
                 begun.spawn(writer, incoming);
                 self.forward(&sender).await;
             }
+            Ok(Beginning::Frames(frames)) => {
+                let ended = frames.pass(&mut self.messages, &writer).await;
+                writer.end(ended, false);
+            }
             Err(status) => writer.end(Err(status), false),
         }
         // Its client may write all before it reads why that is for nothing.
-        while let Some(Ok(_)) = self.messages.next().await {}
+        self.messages.discard().await;
     }
 
     /// From the start to the schema.
     async fn begin(
         &mut self,
         place: impl Future<Output = Result<StreamPermit, Status>>,
-    ) -> Result<Begun, Status> {
+    ) -> Result<Beginning, Status> {
         self.call.local_only("a kernel call")?;
         let permit = place.await?;
-        // It has a thread, as a connection has.
-        let place = self.call.caller.account().connect()?;
         let first = self
+            .messages
             .next()
             .await?
             .ok_or_else(|| bad_request("an exchange without messages"))?;
+        if let Some(asked) = frames::Asked::of(first.flight_descriptor.as_ref()) {
+            // It may be idle for hours, and has a place among the connections, as on the data socket.
+            drop(permit);
+            let frames = asked.start(&self.call).await?;
+            return Ok(Beginning::Frames(frames));
+        }
+        // It has a thread, as a connection has.
+        let place = self.call.caller.account().connect()?;
         let asked = asked(first.flight_descriptor.as_ref())?;
         if asked.request_id.is_some() {
             return Err(bad_request(
@@ -128,35 +147,27 @@ impl Exchange {
                 ));
             }
             if let Some(columns) = columns {
-                return Ok(Begun {
+                return Ok(Beginning::Batches(Begun {
                     call: self.call.clone(),
                     asked,
                     columns,
                     cancel: self.cancel.clone(),
                     _places: (permit, place),
-                });
+                }));
             }
             message = self
+                .messages
                 .next()
                 .await?
                 .ok_or_else(|| bad_request("the exchange ended before its schema"))?;
         }
     }
 
-    async fn next(&mut self) -> Result<Option<FlightData>, Status> {
-        let message_bytes_max = self.call.caller.host().config().message_bytes_max();
-        let next = self.messages.next().await.transpose();
-        next.map_err(|status| {
-            let refused = self.refused.take();
-            refused.unwrap_or_else(|| broken_off(&status, message_bytes_max))
-        })
-    }
-
     /// Hands on message after message, as soon as the one before is taken.
     async fn forward(&mut self, sender: &mpsc::Sender<Incoming>) {
         // Before anything is asked of the connection: what is not taken stays with the client.
         while let Ok(place) = sender.reserve().await {
-            let next = self.next().await.and_then(|message| {
+            let next = self.messages.next().await.and_then(|message| {
                 let charged = |message: FlightData| {
                     let charge = reserved(&self.call.caller, message.data_body.len() as u64)?;
                     Ok((message, charge))
@@ -242,7 +253,7 @@ impl Begun {
         let caller = &self.call.caller;
         let id = Arc::clone(&self.call.request_id);
         let cancel = self.cancel.clone();
-        let preparing = caller.preparing(None, request, ROOM_BYTES, id, cancel)?;
+        let preparing = caller.preparing(Origin::Batches, request, ROOM_BYTES, id, cancel)?;
         let prepared = preparing.prepare()?;
         let told = prepared.to_wire(0, None);
         // A chunk that came, and the answers to two: one is with the client's connection, one waits.

@@ -7,7 +7,8 @@
 //!                                                                   ├─▶ upload  DoPut: messages into a segment
 //!                                                Front, bodies ─ values of long messages ─▲
 //!                                                                   ├─▶ exchange  DoExchange: batches through a kernel, `outbox` what comes of them
-//!                                                                   └─▶ action  DoAction
+//!                                                                   │       └─▶ frames  those of the data socket: prepared calls, channels
+//!                                                                   └─▶ action  DoAction, `invoke` a call in one message
 //! ```
 //! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
 //! chunks, counted. A connection's principal is the uid of the process that connected.
@@ -21,9 +22,13 @@ mod chunks;
 mod connection;
 mod exchange;
 mod follow;
+mod frames;
 mod front;
 mod gather;
+mod goal;
 mod info;
+mod invoke;
+mod messages;
 mod outbox;
 mod read;
 mod refused;
@@ -31,6 +36,7 @@ mod service;
 mod staged;
 mod ticket;
 mod upload;
+mod waiting;
 
 use std::fs::File;
 use std::future::Future;

@@ -36,6 +36,8 @@ pub(super) struct Outbox {
     state: Mutex<State>,
     /// For the thread.
     taken: Condvar,
+    /// For a task.
+    moved: Notify,
     /// For tonic.
     came: Notify,
     /// An eventfd that is told, too, when something is taken.
@@ -53,6 +55,7 @@ impl Outbox {
 
     fn tell(&self) {
         self.taken.notify_all();
+        self.moved.notify_one();
         if let Some(told) = &self.told {
             // Full of such, it is readable all the same.
             let _ = rustix::io::write(told, &1_u64.to_ne_bytes());
@@ -170,6 +173,19 @@ impl Writer {
             }
         }
         true
+    }
+
+    /// Puts a message in once there is room. False if nobody is there.
+    pub(super) async fn put(&self, message: FlightData) -> bool {
+        let mut messages = VecDeque::from([message]);
+        loop {
+            messages = match self.offer(messages) {
+                Offered::Taken => return true,
+                Offered::Left => return false,
+                Offered::Full(messages) => messages,
+            };
+            self.0.moved.notified().await;
+        }
     }
 
     /// Nobody takes anything any more.

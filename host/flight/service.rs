@@ -10,7 +10,6 @@ use arrow_flight::{
 };
 use bytes::Bytes;
 use futures::stream::{self, BoxStream, StreamExt};
-use tokio::sync::oneshot;
 use tonic::{Request, Response, Streaming};
 use tracing::Instrument;
 
@@ -19,15 +18,18 @@ use super::call::Call;
 use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
-use super::{action, exchange, follow, read, upload};
+use super::waiting::answered;
+use super::{action, exchange, follow, invoke, read, upload};
 use crate::error::Status;
 use crate::lease::LiveSegment;
-use crate::session::{self, Answer, Caller, Host};
+use crate::session::{Caller, Host};
 
 /// Flights that ListFlights looks up at a time.
 const PAGE: usize = 64;
 /// Request header of DoPut: `true` lets it take the name of another flight.
 const REPLACE: &str = "x-strait-replace";
+/// Request header of DoPut: how many rows come. An upload of another number is not kept.
+const ROWS: &str = "x-strait-rows";
 /// Request header of GetFlightInfo: how many endpoints the client reads, all of them and in their order.
 const ENDPOINTS: &str = "x-strait-endpoints";
 
@@ -136,34 +138,6 @@ async fn settled(segment: Arc<LiveSegment>) -> Result<Arc<LiveSegment>, Status> 
     Ok(sealed.map_err(|error| host_bug("sealing a result", error))??)
 }
 
-/// Ends the wait of a caller that hung up.
-struct CancelOnDrop(Option<session::Call>);
-
-impl Drop for CancelOnDrop {
-    fn drop(&mut self) {
-        if let Some(cancel) = self.0.take() {
-            cancel.cancel();
-        }
-    }
-}
-
-/// The answer to what `start` starts. It ends when the caller hangs up.
-async fn answered<T: Send + 'static>(
-    call: &Call,
-    start: impl FnOnce(Answer<T>) -> session::Call,
-) -> Result<T, Status> {
-    let (sender, receiver) = oneshot::channel();
-    let answer = Answer::new(move |result| {
-        // Nobody receives it if the caller hung up.
-        let _ = sender.send(result);
-    });
-    let mut guard = CancelOnDrop(Some(start(answer)));
-    let _working = call.working();
-    let result = receiver.await;
-    guard.0 = None;
-    result.map_err(|error| host_bug("waiting for an invocation", error))?
-}
-
 /// What is told of a flight: somebody far away has no use for a mapping.
 fn told(remote: bool, mut info: FlightInfo) -> FlightInfo {
     if remote {
@@ -187,6 +161,19 @@ fn replaces<T>(request: &Request<T>) -> Result<bool, Status> {
             "the header {REPLACE} must be `true` or `false`"
         ))),
     }
+}
+
+/// How many rows the client says that its upload has. Some clients can only end an upload, and not break it off.
+fn announced_rows<T>(request: &Request<T>) -> Result<Option<u64>, Status> {
+    let Some(value) = request.metadata().get(ROWS) else {
+        return Ok(None);
+    };
+    let count = value.to_str().ok().and_then(|text| text.parse().ok());
+    count.map(Some).ok_or_else(|| {
+        bad_request(format!(
+            "the header {ROWS} must be a number: how many rows the upload has in all"
+        ))
+    })
 }
 
 /// The most endpoints that the client wants: 1 if it does not say. Many clients read the first one only.
@@ -332,16 +319,27 @@ impl FlightService for Service {
         let call = Call::of(&request)?;
         let errors = call.clone();
         let replace = replaces(&request);
+        let rows = announced_rows(&request);
         let refused = Refused::of(&request);
         let bodies = Bodies::of(&request);
         let stored = async move {
             let _place = errors.caller.account().stream().await?;
-            let segment =
-                upload::receive(&errors, replace?, request.into_inner(), &bodies, &refused).await?;
+            let (segment, is_named) = upload::receive(
+                &errors,
+                (replace?, rows?),
+                request.into_inner(),
+                &bodies,
+                &refused,
+            )
+            .await?;
             Ok(PutResult {
-                app_metadata: match errors.remote {
-                    true => Bytes::new(),
-                    false => info::mapping(errors.caller.host(), &segment)?,
+                app_metadata: match (errors.remote, is_named) {
+                    (true, true) => Bytes::new(),
+                    // What calls name it by.
+                    (true, false) => {
+                        info::json(&serde_json::json!({ "segment": segment.id().to_string() }))?
+                    }
+                    (false, _) => info::mapping(errors.caller.host(), &segment)?,
                 },
             })
         };
@@ -369,6 +367,20 @@ impl FlightService for Service {
 
     async fn do_action(&self, request: Request<Action>) -> Answered<Self::DoActionStream> {
         let call = Call::of(&request)?;
+        if request.get_ref().r#type == invoke::INVOKE {
+            let asked = invoke::Asked::of(request.get_ref());
+            let id = asked.as_ref().ok().and_then(invoke::Asked::request_id);
+            let call = call.identified(&self.host, id)?;
+            let results = match asked {
+                Ok(asked) => {
+                    invoke::run(&call, asked)
+                        .instrument(call.span.clone())
+                        .await
+                }
+                Err(status) => Err(status),
+            };
+            return call.answer(results.map(|results| stream::iter(results).map(Ok).boxed()));
+        }
         let results = call
             .span
             .in_scope(|| action::run(&self.host, &call, request.get_ref()));

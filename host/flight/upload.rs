@@ -25,11 +25,12 @@ use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row,
 
 use super::bodies::Bodies;
 use super::call::Call;
+use super::goal::Goal;
 use super::refused::{Refused, bad_request, host_bug, malformed};
 use super::staged::{self, Staged, Values};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
-use crate::session::{self, Caller, Host, Upload};
+use crate::session::{self, Caller, Host};
 
 /// Longest flatbuffer of a message. A schema of the most and longest names with the most metadata
 /// has a third of that.
@@ -290,9 +291,11 @@ fn values_range(
 #[derive(Debug)]
 struct Arriving {
     host: Arc<Host>,
-    upload: Upload,
+    goal: Goal,
     columns: Option<Columns>,
     rows: u64,
+    /// How many there are in all, if the client says.
+    announced: Option<u64>,
     /// Long values, or many.
     staged: Option<Staged>,
     /// For the values that the columns hold.
@@ -337,7 +340,7 @@ impl Arriving {
         if bytes == 0 {
             return Ok(());
         }
-        let caller = self.upload.caller();
+        let caller = self.goal.caller();
         if self.staged.is_none() && (here.is_none() || columns.has_many(bytes)) {
             let layout = columns.layout(rows)?;
             let staged = Staged::begin(caller, layout, columns.values())?;
@@ -392,10 +395,17 @@ impl Arriving {
             .columns
             .take()
             .ok_or_else(|| bad_request("the upload ended before its schema"))?;
+        if let Some(announced) = self.announced.filter(|rows| *rows != self.rows) {
+            let message = format!(
+                "the upload ended after {} of the {announced} rows that its header x-strait-rows says; nothing of it is kept",
+                self.rows
+            );
+            return Err(Status::new(Code::Cancelled, Reason::Cancelled, message));
+        }
         let layout = columns.layout(self.rows)?;
         let values = columns.plans.into_iter().map(|plan| plan.values).collect();
-        let segment = staged::finish(self.staged.take(), self.upload.caller(), &layout, values)?;
-        self.upload.finish(segment, layout)
+        let segment = staged::finish(self.staged.take(), self.goal.caller(), &layout, values)?;
+        self.goal.reached(segment, layout)
     }
 }
 
@@ -507,36 +517,18 @@ pub(super) fn broken_off(status: &tonic::Status, message_bytes_max: usize) -> St
     }
 }
 
-/// The flight that the stream's first message names.
-fn name(first: &FlightData) -> Result<&str, Status> {
-    let descriptor = first
-        .flight_descriptor
-        .as_ref()
-        .map(|descriptor| descriptor.path.as_slice());
-    match descriptor {
-        Some([name]) => Ok(name),
-        Some(path) => Err(bad_request(format!(
-            "the upload's descriptor has a path of {} parts; it must be [name]",
-            path.len()
-        ))),
-        None => Err(bad_request(
-            "the upload's first message has no descriptor; it must be the path [name]",
-        )),
-    }
-}
-
-/// Takes a whole upload and gives the flight its name.
+/// Takes a whole upload, and gives the flight its name, or keeps it without one: the segment, and whether it has a name.
 ///
 /// # Errors
-/// `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
+/// `CANCELLED` if it has not the number of `rows`. `BAD_REQUEST` and `BAD_TENSOR` for what is no table of tensors, `BAD_NAME`, `NAME_TAKEN`,
 /// `WRONG_STATE`, `BUDGET_EXCEEDED`, `INLINE_TOO_LARGE`, `DRAINING`, `CANCELLED`, `DEADLINE`. Nothing is left.
 pub(super) async fn receive(
     call: &Call,
-    replace: bool,
+    (replace, rows): (bool, Option<u64>),
     mut messages: impl Stream<Item = Result<FlightData, tonic::Status>> + Unpin,
     bodies: &Bodies,
     refused: &Refused,
-) -> Result<Arc<LiveSegment>, Status> {
+) -> Result<(Arc<LiveSegment>, bool), Status> {
     let host = Arc::clone(call.caller.host());
     let message_bytes_max = host.config().message_bytes_max();
     let ended = |status: tonic::Status| {
@@ -548,13 +540,15 @@ pub(super) async fn receive(
         .await
         .ok_or_else(|| bad_request("an upload without messages"))?
         .map_err(ended)?;
-    let upload = call.caller.begin_upload(name(&first)?, replace)?;
+    let goal = Goal::of(&call.caller, first.flight_descriptor.as_ref(), replace)?;
+    let is_named = goal.is_named();
     let charge = reserved(&call.caller, 0)?;
     let mut arriving = Arriving {
         host,
-        upload,
+        goal,
         columns: None,
         rows: 0,
+        announced: rows,
         staged: None,
         charge,
         way: Way(bodies.clone()),
@@ -577,7 +571,8 @@ pub(super) async fn receive(
     // What gRPC still holds goes before the segment comes.
     drop(messages);
     let _working = call.working();
-    off_the_runtime(move || arriving.finish()).await
+    let segment = off_the_runtime(move || arriving.finish()).await?;
+    Ok((segment, is_named))
 }
 
 async fn off_the_runtime<T: Send + 'static>(

@@ -387,6 +387,32 @@ impl Drop for Upload {
     }
 }
 
+impl Caller {
+    /// Whether it may upload anything now.
+    ///
+    /// # Errors
+    /// `NO_RIGHT`, `DRAINING`.
+    pub fn check_upload(&self) -> Result<(), Status> {
+        self.check_put()?;
+        self.host.admit()
+    }
+
+    /// Makes an uploaded segment one of this caller's that has no name, and is kept as a result is that nobody published.
+    ///
+    /// # Errors
+    /// `INTERNAL` without random bytes.
+    pub fn keep_upload(
+        &self,
+        segment: Segment<Open>,
+        layout: FileLayout,
+    ) -> Result<Arc<LiveSegment>, Status> {
+        let sealed = sealed_own(segment)?;
+        let live = self.live(Body::Sealed(sealed), layout.bytes, layout.tensors, None)?;
+        self.keep_undelivered(&live);
+        Ok(live)
+    }
+}
+
 /// Seals a segment that nobody but this process ever had. Linux may say for a moment that it can still be
 /// written: while pages move, or between fork and exec of a child that this process starts.
 fn sealed_own(mut segment: Segment<Open>) -> Result<Segment<Sealed>, MemoryError> {

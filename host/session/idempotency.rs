@@ -197,6 +197,28 @@ impl Answers {
         }
     }
 
+    /// Ends the run that goes on under that key, for all who wait for it; whether there is one.
+    pub(super) fn cancel(&self, key: &Key) -> bool {
+        let run = match self.lock().get(key) {
+            Some(Entry::Running(_, run)) if !run.is_over() => Arc::clone(run),
+            _ => return false,
+        };
+        run.cancel();
+        true
+    }
+
+    /// Forgets the answer that is kept under that key; whether there was one.
+    pub(super) fn forget(&self, key: &Key) -> bool {
+        let mut entries = self.lock();
+        let Some(Entry::Done(..)) = entries.get(key) else {
+            return false;
+        };
+        let gone = entries.remove(key);
+        // Results that nobody else holds are freed here: not under the lock.
+        drop(entries);
+        gone.is_some()
+    }
+
     /// Takes out the answers whose time is over.
     pub(super) fn expire(&self, now: Instant) -> Vec<Arc<Invoked>> {
         let mut old = Vec::new();

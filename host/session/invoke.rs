@@ -71,7 +71,7 @@ impl<T: Given> Drop for Ending<T> {
 impl Caller {
     /// Starts an invocation; `answer` gets its outcome, on a worker thread or at once.
     ///
-    /// `framed` is there for one that came on the data socket.
+    /// `framed` is there for one that came in a frame.
     pub fn invoke(
         &self,
         framed: Option<Framed<'_>>,
@@ -102,7 +102,8 @@ impl Caller {
             }
         };
         let own = deadline;
-        let mapped = framed.is_some() && invoke.map.unwrap_or(true);
+        let leases = framed.is_some_and(|framed| framed.session.is_some());
+        let mapped = leases && invoke.map.unwrap_or(true);
         let name = asked.name(&invoke.kernel);
         let inputs = self.resolve_all(framed, &invoke);
         let (run, call) = match &key {
@@ -145,6 +146,23 @@ impl Caller {
             Err(status) => ending.end(Err(status)),
         }
         call
+    }
+
+    /// Ends the invocation that runs or waits under that idempotency key, for all of this principal's who wait for it; false
+    /// if there is none.
+    ///
+    /// # Errors
+    /// `BAD_REQUEST` for a key that is none.
+    pub fn cancel_keyed(&self, key: &str) -> Result<bool, Status> {
+        check_id("idempotency_key", key)?;
+        let key = (self.principal().clone(), key.to_owned());
+        Ok(self.host.idempotency.cancel(&key))
+    }
+
+    /// Forgets the answer that is kept for repeats under that idempotency key; false if there is none.
+    pub fn forget_answer(&self, key: &str) -> bool {
+        let key = (self.principal().clone(), key.to_owned());
+        self.host.idempotency.forget(&key)
     }
 
     /// Runs an invocation to its end. Blocks.

@@ -21,6 +21,7 @@ mod cpu;
 mod flights;
 mod idempotency;
 mod invoke;
+mod lanes;
 mod pipeline;
 mod prepare;
 mod prepared;
@@ -34,6 +35,7 @@ mod stats;
 mod status;
 mod to_wire;
 mod undelivered;
+mod welcome;
 mod workers;
 
 use std::path::{Path, PathBuf};
@@ -58,9 +60,10 @@ pub use caller::{Caller, Kernels, Rights};
 pub use channel::{Channel, Consumer, Item, OpenChannel, Said, Sent, Woken, producer_lost};
 pub use chunks::{ChunkEdge, ChunkFrame, Parted};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
+pub use lanes::{FrameLane, FrameLanes, Serving, Told};
 pub use pipeline::{PipelineError, is_pipeline, parse as parse_pipeline, print as print_pipeline};
 pub use prepare::Framed;
-pub use prepared::{Called, Prepared, Preparing};
+pub use prepared::{Called, Origin, Prepared, Preparing};
 pub use run::Call;
 pub use segments::check_tensor_names;
 pub use state::{FlightState, StateWord, WrongState};
@@ -98,6 +101,7 @@ pub struct Host {
     flights: Mutex<Flights>,
     channels: Channels,
     pipelines: NamedPipelines,
+    lanes: lanes::Lanes,
     idempotency: idempotency::Answers,
     undelivered: undelivered::Undelivered,
     deadlines: Deadlines,
@@ -181,6 +185,7 @@ impl Host {
             flights: Mutex::default(),
             channels: Channels::default(),
             pipelines: NamedPipelines::default(),
+            lanes: lanes::Lanes::default(),
             idempotency: idempotency::Answers::default(),
             undelivered: undelivered::Undelivered::default(),
             deadlines: Deadlines::new()?,

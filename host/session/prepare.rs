@@ -37,11 +37,11 @@ impl Found {
     }
 }
 
-/// What a connection to the data socket gives a request beside its JSON.
+/// What a frame gives a request beside its JSON.
 #[derive(Clone, Copy, Debug)]
 pub struct Framed<'a> {
-    /// Whose leased segments may be inputs by id.
-    pub session: SessionId,
+    /// Whose leased segments may be inputs by id; none over Flight, where nothing is leased.
+    pub session: Option<SessionId>,
     /// The bytes of inline inputs.
     pub payload: &'a [u8],
     /// Bytes of results that a reply has room for.
@@ -133,7 +133,7 @@ impl Caller {
         };
         let Some(framed) = framed else {
             return refused(
-                "a tensor travels in a frame of the data socket only; name a flight".to_owned(),
+                "its bytes travel in a frame of the data socket, or in the action `invoke` of Flight; name a flight".to_owned(),
             );
         };
         let wire::InlineTensor {
@@ -183,8 +183,7 @@ impl Caller {
             return Ok(None);
         };
         let Some(framed) = framed else {
-            let message =
-                "`inline_bytes`: a result travels in a frame of the data socket only; leave it out";
+            let message = "`inline_bytes`: a result travels in a frame of the data socket, or in the action `invoke` of Flight; leave it out";
             return Err(Status::new(
                 Code::InvalidArgument,
                 Reason::BadRequest,
@@ -358,19 +357,14 @@ impl Caller {
                 name.as_str(),
             ),
             wire::Input::Segment { segment, tensor } => {
-                let framed = framed.ok_or_else(|| {
-                    Status::new(
-                        Code::InvalidArgument,
-                        Reason::BadRequest,
-                        "an input by segment id needs a data-socket session; name a flight",
-                    )
-                })?;
-                (
-                    self.host.leased(framed.session, segment)?,
-                    tensor.as_deref(),
-                    "segment",
-                    segment.as_str(),
-                )
+                let found = match framed.and_then(|framed| framed.session) {
+                    Some(session) => self.host.leased(session, segment)?,
+                    // What was uploaded without a name, or a result that nobody published.
+                    None => self.undelivered(segment.parse().map_err(|error: String| {
+                        Status::new(Code::InvalidArgument, Reason::BadRequest, error)
+                    })?)?,
+                };
+                (found, tensor.as_deref(), "segment", segment.as_str())
             }
         };
         let name = crate::text::name(name);

@@ -29,6 +29,15 @@ use crate::plugin::{ITEMS_MAX, KernelRef};
 
 use travelling::{check_stream, framed_place, placed, within};
 
+/// What brings a PREPARE, and then what it is called with.
+#[derive(Clone, Copy, Debug)]
+pub enum Origin {
+    /// Frames, of a connection to the data socket those of a session, whose leased segments may be inputs by id.
+    Frames(Option<SessionId>),
+    /// Batches.
+    Batches,
+}
+
 /// What a PREPARE asks for, checked.
 #[derive(Debug)]
 pub struct Preparing {
@@ -80,24 +89,26 @@ pub struct Called {
 }
 
 impl Caller {
-    /// Checks what a PREPARE asks for. Inputs and results that travel have `room` bytes each way. `session`:
-    /// whose leased segments may be inputs by id, of one that came on the data socket.
+    /// Checks what a PREPARE from `origin` asks for. Inputs and results that travel have `room` bytes each way.
     ///
     /// # Errors
     /// What it is answered.
     pub fn preparing(
         &self,
-        session: Option<SessionId>,
+        origin: Origin,
         request: wire::Prepare,
         room: u64,
         request_id: Arc<str>,
         cancel: CancelToken,
     ) -> Result<Preparing, Status> {
-        let framed = session.map(|session| Framed {
-            session,
-            payload: &[],
-            room,
-        });
+        let framed = match origin {
+            Origin::Frames(session) => Some(Framed {
+                session,
+                payload: &[],
+                room,
+            }),
+            Origin::Batches => None,
+        };
         let mut invoke = wire::Invoke {
             kernel: request.kernel,
             parameters: request.parameters,
@@ -196,7 +207,7 @@ impl Caller {
             streams: request.stream,
             channel,
             ring: request.ring,
-            in_frames: session.is_some(),
+            in_frames: framed.is_some(),
         })
     }
 

@@ -210,6 +210,14 @@ impl<T: Given> Run<T> {
         !state.over
     }
 
+    /// Ends it for all who wait.
+    pub(super) fn cancel(&self) {
+        let waiting: Vec<u64> = self.lock().waiters.iter().map(|waiter| waiter.id).collect();
+        for id in waiting {
+            self.leave(id, Leaving::Cancelled);
+        }
+    }
+
     /// What is said at a deadline.
     pub(super) fn late(&self, started: bool, deadline_ms: u64) -> Status {
         match started {

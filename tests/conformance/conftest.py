@@ -1,5 +1,6 @@
 """One host for the run, one driver for each language, started when first needed and again when it died."""
 
+import json
 import os
 from pathlib import Path
 
@@ -71,7 +72,7 @@ def connect(driver, host, renew=True):
     wanted = (host.address, renew)
     if driver.address != wanted:
         driver.address = None
-        driver.welcome = driver.do("connect", address=host.address, renew=renew)
+        driver.welcome = driver.do("connect", address=driver.address_of(host), renew=renew)
         driver.address = wanted
 
 
@@ -91,6 +92,20 @@ def running(host):
     yield drivers
     codes = drivers.stop()
     assert all(code in (0, None) for code in codes.values()), f"exit codes of drivers: {codes}"
+
+
+NOT_FAR = json.loads((Path(__file__).parent / "far.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def what_cannot_be_far(request):
+    """Skips a case that far.json names, for a language that reaches the host from afar."""
+    languages = [request.node.callspec.params.get(name, "") for name in ("language", "producer", "consumer")] if hasattr(request.node, "callspec") else []
+    for language in languages:
+        why = NOT_FAR.get(request.node.originalname, {})
+        for key in ("far", language) if language.endswith("-far") else ():
+            if key in why:
+                pytest.skip(f"not from afar: {why[key]}")
 
 
 @pytest.fixture

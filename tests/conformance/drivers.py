@@ -85,6 +85,8 @@ class Driver:
         self.folder = folder
         self.description = json.loads((folder / "driver.json").read_text())
         self.language = self.description["language"]
+        # It reaches hosts over Flight, as from another machine.
+        self.far = self.description.get("far", False)
         target = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "target").resolve()
         self._places = {
             "here": str(folder),
@@ -182,6 +184,11 @@ class Driver:
     def is_silent(self, seconds):
         """Whether nothing is answered for so long."""
         return not self._rest and not select.select([self.process.stdout], [], [], seconds)[0]
+
+    def address_of(self, host):
+        """Where it finds a host, or the directory of one."""
+        address = host if isinstance(host, str) else host.address
+        return address.replace("unix://", "grpc+unix://") + "/flight.sock" if self.far else address
 
     def kill(self):
         """As `kill -9` does; it starts again when it is next needed."""

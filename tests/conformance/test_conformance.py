@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import reference
-from conftest import connect
+from conftest import NOT_FAR, connect
 from drivers import Host
 
 CASES = json.loads((Path(__file__).parent / "cases.json").read_text())
@@ -120,6 +120,16 @@ def same(answer, x, dtype):
     assert (answer["dtype"], answer["shape"], answer["bytes"]) == (dtype, list(x.shape), x.nbytes), answer
 
 
+def has_type_for(driver, shape):
+    """Whether the driver's Arrow has a type for such rows; far.json says why not."""
+    return driver.language not in NOT_FAR["rows without elements"] or 0 not in shape[1:]
+
+
+def counted(driver, copied, near, far):
+    """What the client says that it copied: from afar all that travels, and perhaps into shared memory before."""
+    assert copied == near or (driver.far and copied >= far), (copied, near, far)
+
+
 def place(answer):
     return answer["device"], answer["inode"]
 
@@ -147,10 +157,12 @@ def settled(counts, wanted):
 @pytest.mark.parametrize("dtype", CASES["round_trip"]["dtypes"])
 def test_round_trip(driver, bench, dtype, how):
     for shape in CASES["round_trip"]["shapes"]:
+        if not has_type_for(driver, shape):
+            continue
         x = reference.make(dtype, shape, "any")
         handle, _ = bench.make(x, dtype, how)
         name, put = bench.put(handle)
-        assert put["copied_bytes"] == (0 if how == "segment" else x.nbytes), shape
+        counted(driver, put["copied_bytes"], 0 if how == "segment" else x.nbytes, x.nbytes)
         got, answer = bench.get(name)
         same(answer, x, dtype)
         data, answer = bench.read(got)
@@ -171,11 +183,13 @@ def written(drivers, tmp_path_factory):
             arrays.append((large["dtype"], large["shape"]))
             done[language] = []
             for index, (dtype, shape) in enumerate(arrays):
+                if not has_type_for(bench.driver, shape):
+                    continue
                 x = reference.make(dtype, shape, "any", salt=language)
                 how = "segment" if index % 2 else "copy"
                 handle, _ = bench.make(x, dtype, how)
                 name, put = bench.put(handle)
-                assert put["copied_bytes"] == (0 if how == "segment" else x.nbytes)
+                counted(bench.driver, put["copied_bytes"], 0 if how == "segment" else x.nbytes, x.nbytes)
                 bench.driver.do("release", handle=handle)
                 done[language].append((name, dtype, x))
         return done[language]
@@ -193,14 +207,18 @@ def test_each_reads_what_each_wrote(drivers, written, tmp_path, producer, consum
     host_before = bench.driver.do("stats")["stats"]["copied_bytes"]
     listed = {flight["name"]: flight["tensors"] for flight in bench.driver.do("list")["flights"]}
     for name, dtype, x in flights:
+        if not has_type_for(bench.driver, x.shape):
+            continue
         (tensor,) = listed[name]
         assert (tensor["dtype"], tensor["shape"]) == (dtype, list(x.shape))
         handle, answer = bench.get(name)
         same(answer, x, dtype)
-        assert answer["inode"] != 0 or x.size == 0, "it is not mapped"
+        assert bench.driver.far or answer["inode"] != 0 or x.size == 0, "it is not mapped"
         data, _ = bench.read(handle)
         assert data == x.tobytes(), (dtype, x.shape)
     bench.clear()
+    if bench.driver.far:
+        return
     assert bench.driver.do("client_stats")["copied_bytes"] == before, "a get copied"
     assert bench.driver.do("stats")["stats"]["copied_bytes"] == host_before, "the host copied"
 
@@ -231,7 +249,8 @@ def test_kernel(driver, bench, entry, dtype, parameters):
             said = {note["key"]: note["text"] for note in answer["notes"]}
             assert {key: said.get(key) for key in notes} == notes
             # A result without a segment was copied out of its frame.
-            assert answer["client_copied_bytes"] == (output["bytes"] if output["inode"] == 0 else 0)
+            if not driver.far:
+                assert answer["client_copied_bytes"] == (output["bytes"] if output["inode"] == 0 else 0)
 
 
 PRODUCTS = CASES["products"]
@@ -353,7 +372,7 @@ def test_small_tensors_travel_in_frames(driver, bench, dtype):
         assert again["y"] == data["y"]
         assert framed(driver) == (before[0] + 2 * x.nbytes, before[1] + 2 * x.nbytes)
         name, put = bench.put(first)
-        assert put["copied_bytes"] == x.nbytes
+        counted(driver, put["copied_bytes"], x.nbytes, x.nbytes)
         assert bench.read(bench.get(name)[0])[0] == data["y"]
         assert bench.read(first)[0] == data["y"]
 
@@ -656,7 +675,7 @@ def remote(code, reason):
 
 def test_no_host(driver, bench, tmp_path):
     driver.address = None
-    failed(driver.ask("connect", address=f"unix://{tmp_path}"), {"kinds": ["no_host"], "says": [str(tmp_path)]})
+    failed(driver.ask("connect", address=driver.address_of(f"unix://{tmp_path}")), {"kinds": ["no_host"], "says": [str(tmp_path)]})
 
 
 def test_a_dead_host_is_told_apart(driver, tmp_path):
@@ -674,7 +693,7 @@ def test_a_dead_host_is_told_apart(driver, tmp_path):
         failed(driver.ask("call", kernel="scale-shift", inputs={"x": {"handle": got}}), {"kinds": ["disconnected"]})
         assert bench.read(got)[0] == x.tobytes(), "mapped pages outlive the host"
         driver.address = None
-        failed(driver.ask("connect", address=host.address), {"kinds": ["no_host"]})
+        failed(driver.ask("connect", address=driver.address_of(host)), {"kinds": ["no_host"]})
         driver.do("release", handle=got)
     finally:
         driver.address = None

@@ -41,7 +41,7 @@ def test_first_program(host, program, folder):
 
 
 # What makes them small.
-SCRIPTS = {"go-julia": "--quick", "live-signal": "--quick", "small-calls": "200"}
+SCRIPTS = {"go-julia": ["--quick"], "live-signal": ["--quick"], "remote": [], "small-calls": ["200"]}
 
 
 def test_every_script_is_known():
@@ -50,8 +50,8 @@ def test_every_script_is_known():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name):
-    env = environment() | {"STRAIT_BIN": os.environ["STRAIT_BIN"], "JULIA": shutil.which("julia")}
-    command = [EXAMPLES / name / "run", SCRIPTS[name]]
+    env = environment() | {"STRAIT_BIN": os.environ["STRAIT_BIN"], "JULIA": shutil.which("julia"), "PYTHON": sys.executable}
+    command = [EXAMPLES / name / "run", *SCRIPTS[name]]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=5 * PATIENCE_SECONDS)
     print(done.stdout)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"

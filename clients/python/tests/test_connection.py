@@ -153,7 +153,7 @@ def test_errors_are_the_hosts_words(peer, connection):
     failure = {"code": "NOT_FOUND", "reason": "FLIGHT_NOT_FOUND", "message": "no x", "request_id": "r", "backtrace": "b"}
     peer.say(Op.ERROR, peer.expect(Op.LOOKUP)[0], failure)
     error = caller.result()
-    assert type(error) is strait.RemoteError
+    assert type(error) is strait.NotFoundError and isinstance(error, KeyError)
     assert (error.code, error.reason, error.message, error.request_id, error.backtrace) == tuple(failure.values())
     assert str(error) == "no x [NOT_FOUND FLIGHT_NOT_FOUND, request r]\nb"
 

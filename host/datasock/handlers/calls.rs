@@ -43,7 +43,7 @@ pub(in crate::datasock) fn invoke(
     // The connection may have ended; then the results end with it.
     let answer = session::Answer::new(move |result| drop(answer.send(result)));
     let framed = Framed {
-        session: session.id,
+        session: Some(session.id),
         payload,
         room,
     };

@@ -27,27 +27,10 @@ pub(in crate::datasock) fn hello(
             message,
         ));
     }
-    let host = session.host();
-    let (settings, limits) = (&host.config().lease, &host.config().limits);
-    Ok(Answer::of(&wire::Welcome {
-        protocol: u32::from(wire::VERSION),
-        host_id: host.id().to_owned(),
-        host_version: env!("CARGO_PKG_VERSION").to_owned(),
-        session: session.id.to_string(),
-        principal: session.caller().principal().to_string(),
-        directory: host.directory().display().to_string(),
-        flight: format!(
-            "unix:{}",
-            host.directory().join(wire::FLIGHT_SOCKET).display()
-        ),
-        move_min_bytes: host.config().engine.move_min_bytes,
-        inline_bytes: limits.inline_bytes.min(wire::PAYLOAD_BYTES_MAX as u64),
-        lease_ms_default: settings.lease_ms_default,
-        lease_ms_max: settings.lease_ms_max,
-        deadline_ms_default: limits.deadline_ms_default,
-        deadline_ms_max: limits.deadline_ms_max,
-        request_id: id.to_string(),
-    }))
+    let welcome = session
+        .host()
+        .welcome(session.caller(), session.id.to_string(), id);
+    Ok(Answer::of(&welcome))
 }
 
 pub(in crate::datasock) fn ping(

@@ -45,8 +45,8 @@ pub use reply::{
 pub use request::{
     Adopt, AskLimits, AskPipelines, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty,
     Exchange, Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name,
-    NewTensor, PlacedTensor, Prepare, PreparedInput, Publish, PublishPipeline, Request, SegmentId,
-    Stream,
+    NewTensor, PlacedTensor, Prepare, PreparedInput, Publish, PublishPipeline, Release, Request,
+    SegmentId, Stream,
 };
 pub use ring::{Ring, Side, Word};
 pub use stats::{

@@ -264,6 +264,17 @@ request! {
     }
 }
 request! {
+    /// The body of Flight's action `release`.
+    Release {
+        /// Of calls that will not be repeated: their answers are forgotten.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        idempotency_keys: Vec<String>,
+        /// Uploads without a name, and results that nobody published.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        segments: Vec<String>,
+    }
+}
+request! {
     /// INVOKE: either `kernel` or `pipeline`.
     Invoke {
         /// `kernel` or `plugin/kernel`, or a pipeline as text.

@@ -22,11 +22,17 @@ if sys.platform != "linux":
 from ._array import Array, Arrays
 from ._call import Call
 from ._channel import ChannelOptions, ChannelReader
+from ._connect import connect
 from ._errors import (
+    AuthenticationError,
+    CertificateError,
     DisconnectedError,
     ForkedError,
     LeaseExpiredError,
+    LocalOnlyError,
     NoHostError,
+    NoRightError,
+    NotFoundError,
     ProtocolError,
     ReleasedError,
     RemoteError,
@@ -35,16 +41,18 @@ from ._errors import (
 from ._local import local
 from ._prepared import Prepared, Spec
 from ._session import VERSION as __version__
-from ._session import ClientStats, Session, connect
+from ._session import ClientStats, Session
 from ._stream import PreparedStream
 from ._wire import BlockTree, CallInfo, Flight, Kernel, Pages, Parameter, Port, Stage, Tensor
 
 __all__ = [
     "Array",
     "Arrays",
+    "AuthenticationError",
     "BlockTree",
     "Call",
     "CallInfo",
+    "CertificateError",
     "ChannelOptions",
     "ChannelReader",
     "ClientStats",
@@ -53,7 +61,10 @@ __all__ = [
     "ForkedError",
     "Kernel",
     "LeaseExpiredError",
+    "LocalOnlyError",
     "NoHostError",
+    "NoRightError",
+    "NotFoundError",
     "Pages",
     "Parameter",
     "Port",

@@ -24,7 +24,7 @@ def directory(address: Optional[str], environment: Mapping[str, str] = os.enviro
     """
     uid = os.geteuid() if uid is None else uid
     if address is None:
-        address = environment.get("STRAIT_ADDRESS") or None
+        address = from_environment(environment)
     if address is not None:
         return _parse(address)
     places: List[Path] = []
@@ -47,13 +47,18 @@ def directory(address: Optional[str], environment: Mapping[str, str] = os.enviro
     )
 
 
+def from_environment(environment: Mapping[str, str] = os.environ) -> Optional[str]:
+    """`$STRAIT_ADDRESS`, if it is set."""
+    return environment.get("STRAIT_ADDRESS") or None
+
+
 def _parse(address: str) -> Path:
     prefix = "unix://"
     if address.startswith(prefix + "/"):
         return Path(address[len(prefix) :])
     raise ValueError(
-        f"address {address!r} is not of the form unix:///DIRECTORY (an absolute path); this client reaches hosts on "
-        "the same machine only"
+        f"address {address!r} is none of unix:///DIRECTORY (an absolute path, this machine), grpc+tls://HOST:PORT, grpc+tcp://HOST:PORT and "
+        "grpc+unix:///DIRECTORY/flight.sock"
     )
 
 

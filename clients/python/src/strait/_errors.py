@@ -1,13 +1,15 @@
 """What can go wrong between this process and the host.
 
 Three failures are distinct: there is no host (`NoHostError`), the connection is over
-(`DisconnectedError`), a lease is over while the connection is fine (`LeaseExpiredError`).
+(`DisconnectedError`), a lease is over while the connection is fine (`LeaseExpiredError`). Some are also what Python itself
+raises for the like: `PermissionError`, `KeyError`, `ssl.SSLCertVerificationError`.
 An argument that this package itself refuses is a plain `TypeError` or `ValueError`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+import ssl
+from typing import Any, Dict, Mapping, Optional, Type
 
 
 class StraitError(Exception):
@@ -37,6 +39,18 @@ class RemoteError(StraitError):
         return text if self.backtrace is None else f"{text}\n{self.backtrace}"
 
 
+class NotFoundError(RemoteError, KeyError):
+    """There is no flight, tensor, segment, channel or kernel of that name; a `KeyError`, too."""
+
+
+class AuthenticationError(RemoteError, PermissionError):
+    """The host does not know who asks: the token is missing, wrong, expired or revoked, or there is no client certificate."""
+
+
+class NoRightError(RemoteError, PermissionError):
+    """The host knows who asks, who may not do this; `details["right"]` is what is missing."""
+
+
 class LeaseExpiredError(RemoteError):
     """A lease on a segment is over; the connection is fine.
 
@@ -46,6 +60,14 @@ class LeaseExpiredError(RemoteError):
 
 class NoHostError(StraitError, ConnectionError):
     """No host answers at the address, or none was found."""
+
+
+class CertificateError(NoHostError, ssl.SSLCertVerificationError):
+    """TLS: whoever answers has a certificate that is not trusted, is over, or is another host's; or takes none of this side's."""
+
+
+class LocalOnlyError(StraitError, NotImplementedError):
+    """Only a session on the host's own machine can do that: shared memory is needed. The message says what to do instead."""
 
 
 class DisconnectedError(StraitError, ConnectionError):
@@ -68,7 +90,14 @@ class ForkedError(StraitError, RuntimeError):
 
 
 def from_host(failure: Mapping[str, Any]) -> RemoteError:
-    """The exception for the body of an ERROR frame."""
+    """The exception for the body of an ERROR frame, or for what stands for it over Flight."""
     if failure.get("reason") == "LEASE_EXPIRED":
         return LeaseExpiredError(failure)
-    return RemoteError(failure)
+    return _OF_CODES.get(str(failure.get("code")), RemoteError)(failure)
+
+
+_OF_CODES: Dict[str, Type[RemoteError]] = {
+    "NOT_FOUND": NotFoundError,
+    "UNAUTHENTICATED": AuthenticationError,
+    "PERMISSION_DENIED": NoRightError,
+}

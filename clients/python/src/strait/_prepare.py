@@ -54,7 +54,7 @@ def prepare(
             raise ValueError(f"input {port!r} is {spec}; of a stream its shape begins with the most rows of a chunk, at least 1")
         body["inputs"][port] = {"dtype": spec.dtype, "shape": spec.shape}
     for port, value in (fixed or {}).items():
-        body["inputs"][port] = session._input(port, value, functools.partial(_in_segment, session, kept))
+        body["inputs"][port] = session._input(port, value, functools.partial(session._in_segment, kept))
     body.update(_parameters.options(parameters or {}, deadline, limits, request_id))
     try:
         reply = session._connection.call(Op.PREPARE, body)
@@ -66,11 +66,3 @@ def prepare(
     # The session may have been closed just before.
     session._connection.check()
     return prepared
-
-
-def _in_segment(session: "Session", kept: List["np.ndarray[Any, Any]"], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
-    segment, arrays = session._create([("x", dtype, array.shape)])
-    session._copy(arrays[0], array)
-    # The lease is the array's: without one it would be given back before the host has the request.
-    kept.append(arrays[0])
-    return {"segment": segment.mapping.segment}

@@ -58,20 +58,6 @@ class _Copies:
     scratch: List[Scratch] = field(default_factory=list)
 
 
-def connect(
-    address: Optional[str] = None, *, renew: bool = True, lease: Optional[float] = None, name: str = f"strait-python/{VERSION}"
-) -> "Session":
-    """Connects to the host at `address` (`"unix:///DIRECTORY"`), or to the one that the environment points to.
-
-    `renew`: leases are renewed in the background, so that they end only by release or with the session; without it
-    they end when they expire. `lease`: their lifetime in seconds; the host's default if None. `name`: what the host's
-    log calls this client.
-
-    Raises `NoHostError`, or `RemoteError` if the host speaks another version of the protocol.
-    """
-    return Session(Connection.connect(_address.directory(address), name, renew), lease)
-
-
 class Session:
     """A connection to a host, for any number of threads; made by `connect`.
 
@@ -524,6 +510,14 @@ class Session:
         copies.scratch.append(copy)
         self._copy(copy.array, array)
         return {"segment": copy.segment.mapping.segment}
+
+    def _in_segment(self, kept: List[Any], dtype: str, array: "np.ndarray[Any, Any]") -> Dict[str, str]:
+        """Copies an array into a segment for as long as it is `kept`."""
+        segment, arrays = self._create([("x", dtype, array.shape)])
+        self._copy(arrays[0], array)
+        # The lease is the array's: without one it would be given back before the host has the request.
+        kept.append(arrays[0])
+        return {"segment": segment.mapping.segment}
 
     def _by_segment(self, segment: Segment, tensor: Tensor) -> Dict[str, str]:
         if segment.connection is not self._connection:

@@ -5,6 +5,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,6 +22,7 @@ import (
 	"unsafe"
 
 	"strait"
+	_ "strait/remote"
 )
 
 func main() {
@@ -147,7 +149,7 @@ func kind(err error) string {
 	switch {
 	case errors.Is(err, strait.ErrLeaseExpired):
 		return "lease_expired"
-	case errors.As(err, &remote):
+	case errors.As(err, &remote) && !errors.Is(err, strait.ErrDisconnected) && !errors.Is(err, strait.ErrLocalOnly):
 		return "remote"
 	case errors.Is(err, strait.ErrReleased):
 		return "released"
@@ -155,7 +157,7 @@ func kind(err error) string {
 		return "disconnected"
 	case errors.Is(err, strait.ErrNoHost):
 		return "no_host"
-	case errors.Is(err, strait.ErrArgument):
+	case errors.Is(err, strait.ErrArgument), errors.Is(err, strait.ErrLocalOnly):
 		return "argument"
 	}
 	return "driver"
@@ -164,7 +166,7 @@ func kind(err error) string {
 func (d *driver) operate(ctx context.Context, r *request) (answer, error) {
 	switch r.Op {
 	case "hello":
-		return answer{"language": "go", "client": "strait-go/" + strait.Version, "fork": "unsupported", "channels": true}, nil
+		return answer{"language": cmp.Or(os.Getenv("STRAIT_DRIVER"), "go"), "client": "strait-go/" + strait.Version, "fork": "unsupported", "channels": true}, nil
 	case "fork":
 		return answer{"child": "unsupported"}, nil
 	case "connect":
@@ -230,7 +232,7 @@ func (d *driver) connect(ctx context.Context, r *request) (answer, error) {
 	if r.Renew != nil && !*r.Renew {
 		options = append(options, strait.WithoutRenewal())
 	}
-	client, err := strait.Dial(ctx, r.Address, options...)
+	client, err := strait.Connect(ctx, r.Address, options...)
 	if err != nil {
 		return nil, err
 	}

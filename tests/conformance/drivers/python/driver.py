@@ -23,7 +23,8 @@ class Driver:
         self.kept = []
 
     def hello(self):
-        return {"language": "python", "client": f"strait-python/{strait.__version__}", "fork": "refused", "channels": True}
+        language = os.environ.get("STRAIT_DRIVER", "python")
+        return {"language": language, "client": f"strait-python/{strait.__version__}", "fork": "refused", "channels": True}
 
     def connect(self, address, renew=True):
         self.close()
