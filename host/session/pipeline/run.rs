@@ -20,7 +20,7 @@ use crate::engine::{
     Report, Seconds, Used,
 };
 use crate::error::{Code, Reason, Status};
-use crate::plugin::{CheckError, Value as Parameter};
+use crate::plugin::{CheckError, KernelRef, Value as Parameter};
 use crate::session::answer::{InlineBytes, Outputs, ResultBody};
 use crate::session::caller::Caller;
 use crate::session::prepare::{Checked, Deadline, Found, Resolved, tightened};
@@ -240,7 +240,7 @@ impl Caller {
     }
 
     /// What the stage at `index` is to do, on those inputs.
-    fn stage(
+    pub(super) fn stage(
         &self,
         piped: &Piped,
         index: usize,
@@ -344,6 +344,33 @@ impl Piped {
         &self.request_id
     }
 
+    /// Ends it.
+    pub(in crate::session) fn cancel(&self) -> &CancelToken {
+        &self.cancel
+    }
+
+    /// The kernel of its last stage.
+    pub(in crate::session) fn last_kernel(&self) -> Option<&KernelRef> {
+        self.plan.stages.last().map(|stage| &stage.kernel)
+    }
+
+    /// One for each of its plan's inputs.
+    pub(in crate::session) fn inputs(&self) -> &[(Found, TensorPlace)] {
+        &self.inputs
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(super) fn into_plan(self) -> Plan {
+        self.plan
+    }
+
+    pub(super) fn inline(&self) -> Option<InlineRoom> {
+        self.inline
+    }
+
     /// Whether what the stage gives at `port` is one of the pipeline's outputs.
     fn leaves(&self, stage: usize, port: usize) -> bool {
         let mut outputs = self.plan.outputs.iter();
@@ -361,7 +388,7 @@ impl Piped {
     }
 
     /// Whether anybody still waits, before the stage at `index`.
-    fn check_time(&self, index: usize) -> Result<(), Status> {
+    pub(super) fn check_time(&self, index: usize) -> Result<(), Status> {
         let kernel = &self.plan.stages[index].kernel.kernel().name;
         if self.cancel.is_cancelled() {
             return Err(Failed::cancelled(kernel).into());
@@ -439,9 +466,7 @@ impl Flow {
             seconds,
         } = report;
         let all = &mut self.report;
-        let notes = notes.into_iter();
-        all.notes
-            .extend(notes.map(|(key, text)| (format!("{label}.{key}"), text)));
+        all.notes.extend(prefixed(label, notes));
         all.pages.extend(pages.into_iter().map(|mut pages| {
             pages.port = format!("{label}.{}", pages.port);
             pages
@@ -467,8 +492,17 @@ impl Flow {
     }
 }
 
+/// Notes of a stage, as they are told of the whole.
+pub(super) fn prefixed(
+    label: &str,
+    notes: Vec<(String, String)>,
+) -> impl Iterator<Item = (String, String)> {
+    let notes = notes.into_iter();
+    notes.map(move |(key, text)| (format!("{label}.{key}"), text))
+}
+
 /// A tensor that there is not yet, as large as it can become.
-fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), Status> {
+pub(super) fn largest((name, spec): &(String, TensorSpec)) -> Result<(Found, TensorPlace), Status> {
     let place = TensorPlace {
         name: name.clone(),
         spec: spec.clone(),
