@@ -276,7 +276,7 @@ impl Begun {
             limits,
             ..
         } = self.asked.clone();
-        let found = self.call.caller.kernel(&kernel)?;
+        let found = self.call.caller.kernel_to_stream(&kernel)?;
         let mut cut = found.kernel().inputs.iter().filter(|port| !port.whole);
         let ports: Vec<String> = match (self.columns.rows().len(), cut.next(), cut.next()) {
             (1, Some(only), None) => vec![only.name.clone()],

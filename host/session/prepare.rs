@@ -29,6 +29,10 @@ pub(super) enum Found {
 }
 
 impl Found {
+    pub(super) fn is_inline(&self) -> bool {
+        matches!(self, Self::Inline(_))
+    }
+
     pub(super) fn into_source(self) -> Source<dyn SharedSource> {
         match self {
             Self::Segment(segment) => Source::Segment(segment as Arc<dyn SharedSource>),

@@ -19,6 +19,7 @@ use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::caller::Caller;
 use super::channel::{ChannelPlan, OpenChannel};
+use super::pipeline::Chained;
 use super::prepare::{Checked, Deadline, Framed};
 use super::run::still_waiting;
 use super::workers::{NoTurn, OwnTurn};
@@ -27,7 +28,7 @@ use crate::error::{Code, Reason, Status};
 use crate::lease::SessionId;
 use crate::plugin::{ITEMS_MAX, KernelRef};
 
-use travelling::{check_stream, framed_place, placed, within};
+use travelling::{ToPrepare, check_stream, framed_place, placed, within};
 
 /// What brings a PREPARE, and then what it is called with.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +43,9 @@ pub enum Origin {
 #[derive(Debug)]
 pub struct Preparing {
     caller: Caller,
-    checked: Checked,
+    /// What is prepared, in messages.
+    name: String,
+    checked: Checked<ToPrepare>,
     deadline: Deadline,
     inputs: Vec<PreparedTensor>,
     request_bytes: u64,
@@ -56,7 +59,9 @@ pub struct Preparing {
 #[derive(Debug)]
 pub struct Prepared {
     pub(super) caller: Caller,
+    /// Of a pipeline: its last.
     pub(super) kernel: KernelRef,
+    chained: Option<Arc<Chained>>,
     request_id: Arc<str>,
     pub(super) deadline_ms: u64,
     /// Of all inputs, and whether a call brings them.
@@ -133,26 +138,26 @@ impl Caller {
             };
             resolved.insert(port, found);
         }
-        if self.asked(&invoke.kernel, None)?.pipeline().is_some() {
-            let message = "a pipeline cannot be prepared; call it, or prepare each of its kernels";
-            return Err(Status::new(
-                Code::InvalidArgument,
-                Reason::Unsupported,
-                message,
-            ));
-        }
-        let kernel = self.kernel(&invoke.kernel)?;
-        if request.stream {
-            if request.ring {
-                let message = "chunks of a stream do not go through a ring; leave out `ring`, or call the kernel with whole tensors";
-                return Err(Status::new(
-                    Code::InvalidArgument,
-                    Reason::Unsupported,
-                    message,
-                ));
+        let asked = self.asked(&invoke.kernel, None)?;
+        let name = asked.name(&invoke.kernel);
+        let outputs = match asked.pipeline().filter(|_| !request.stream) {
+            Some(pipeline) => self.declared(pipeline)?.outputs.len(),
+            None => {
+                let kernel = self.kernel_to_stream(&invoke.kernel)?;
+                if request.stream {
+                    if request.ring {
+                        let message = "chunks of a stream do not go through a ring; leave out `ring`, or call the kernel with whole tensors";
+                        return Err(Status::new(
+                            Code::InvalidArgument,
+                            Reason::Unsupported,
+                            message,
+                        ));
+                    }
+                    check_stream(kernel.kernel(), &resolved)?;
+                }
+                kernel.kernel().outputs.len()
             }
-            check_stream(kernel.kernel(), &resolved)?;
-        }
+        };
         let channel = match request.channel {
             Some(_) if !request.stream => {
                 let message = "`channel` is for what comes in chunks; set `stream`";
@@ -165,8 +170,7 @@ impl Caller {
             Some(asked) => Some(ChannelPlan::new(asked, self.host.config.stall())?),
             None => None,
         };
-        let outputs = kernel.kernel().outputs.len() as u64;
-        let together = room.saturating_sub(outputs * SIZES_BYTES as u64);
+        let together = room.saturating_sub((outputs * SIZES_BYTES) as u64);
         // What is larger is refused as such, as if the host's own limit were that.
         let limits = invoke.limits.get_or_insert_default();
         let most = self.host.config.limits.limits().result_bytes;
@@ -177,16 +181,18 @@ impl Caller {
             each: together,
             together,
         };
-        let checked = self.check(Some(inline), invoke, resolved, deadline, request_id, cancel)?;
-        let places = checked
-            .work
-            .0
-            .inputs
-            .iter()
-            .zip(&checked.work.1.inputs)
-            .filter(|(_, source)| source.is_inline())
-            .map(|(input, _)| &input.place);
-        let (inputs, request_bytes) = placed(places)?;
+        let checked = match asked.pipeline() {
+            None => self
+                .check(Some(inline), invoke, resolved, deadline, request_id, cancel)?
+                .map(|(job, means)| ToPrepare::Kernel(Box::new(job), means)),
+            Some(pipeline) => {
+                let ids = (request_id, cancel);
+                let inline = Some(inline);
+                self.check_pipeline(pipeline, inline, &mut invoke, resolved, deadline, ids)?
+                    .map(|piped| ToPrepare::Pipeline(Box::new(piped)))
+            }
+        };
+        let (inputs, request_bytes) = placed(checked.work.brought().into_iter())?;
         if request_bytes > room {
             let message = format!(
                 "the inputs that each CALL brings have {request_bytes} bytes together, and a frame has room for {room}; \
@@ -200,6 +206,7 @@ impl Caller {
         }
         Ok(Preparing {
             caller: self.clone(),
+            name,
             checked,
             deadline,
             inputs,
@@ -245,6 +252,7 @@ impl Preparing {
     pub fn prepare(self) -> Result<Prepared, Status> {
         let Self {
             caller,
+            name,
             checked,
             deadline,
             mut inputs,
@@ -254,27 +262,35 @@ impl Preparing {
             ring,
             in_frames,
         } = self;
-        let Checked {
-            work: (job, means),
-            charge,
-            ..
-        } = checked;
-        let kernel = job.kernel.clone();
-        let (name, plugin) = (&kernel.kernel().name, &kernel.plugin);
-        // As the declaration has them.
-        let ports = job.inputs.iter().zip(&means.inputs);
-        let ports = ports.filter(|(_, source)| source.is_inline());
-        for (tensor, (input, _)) in inputs.iter_mut().zip(ports) {
-            tensor.port.clone_from(&input.port);
-        }
-        let request_id = Arc::clone(&job.request_id);
-        let specs = job.inputs.iter().zip(&means.inputs);
-        let specs = specs.map(|(input, source)| (input.place.spec.clone(), source.is_inline()));
-        let specs = specs.collect();
-        let _turn = caller.turn(name, deadline, &means.cancel)?;
-        caller.check_in_service(plugin)?;
-        let prepared = Arc::clone(&caller.host.runner).prepare(job, means);
-        let ready = prepared.inspect_err(|failed| caller.note_cost(plugin, failed))?;
+        let Checked { work, charge, .. } = checked;
+        let (request_id, cancel) = work.ids();
+        let _turn = caller.turn(&name, deadline, &cancel)?;
+        let (kernel, specs, ready, chained) = match work {
+            ToPrepare::Kernel(job, means) => {
+                let kernel = job.kernel.clone();
+                // As the declaration has them.
+                let ports = job.inputs.iter().zip(&means.inputs);
+                let ports = ports.filter(|(_, source)| source.is_inline());
+                for (tensor, (input, _)) in inputs.iter_mut().zip(ports) {
+                    tensor.port.clone_from(&input.port);
+                }
+                let specs = job.inputs.iter().zip(&means.inputs);
+                let specs =
+                    specs.map(|(input, source)| (input.place.spec.clone(), source.is_inline()));
+                let specs = specs.collect();
+                caller.check_in_service(&kernel.plugin)?;
+                let prepared = Arc::clone(&caller.host.runner).prepare(*job, means);
+                let ready =
+                    prepared.inspect_err(|failed| caller.note_cost(&kernel.plugin, failed))?;
+                (kernel, specs, ready, None)
+            }
+            ToPrepare::Pipeline(piped) => {
+                let kernel = piped.last_kernel().cloned();
+                let none = || Status::new(Code::Internal, Reason::Host, "a pipeline of nothing");
+                let (ready, chained) = caller.prepare_pipeline(*piped, name.clone())?;
+                (kernel.ok_or_else(none)?, Vec::new(), ready, Some(chained))
+            }
+        };
         let largest: Vec<_> = ready
             .outputs()
             .into_iter()
@@ -293,12 +309,13 @@ impl Preparing {
         let waiting = ready.waiting_bytes().saturating_add(reply_bytes);
         let memory = caller.charge(waiting.saturating_add(kept))?;
         let channel = channel
-            .map(|plan| caller.open_channel(plan, name, outputs.clone(), reply_bytes))
+            .map(|plan| caller.open_channel(plan, &name, outputs.clone(), reply_bytes))
             .transpose()?;
         Ok(Prepared {
             deadline_ms: deadline.ms,
             caller,
             kernel,
+            chained,
             request_id,
             specs,
             inputs,
@@ -388,7 +405,13 @@ impl Prepared {
             self.caller.host.admit()?;
             let turn = self.caller.turn(self.name(), deadline, cancel)?;
             // Others of its calls may have been the last straw meanwhile.
-            self.caller.check_in_service(&self.kernel.plugin)?;
+            match &self.chained {
+                Some(chained) => {
+                    let mut plugins = chained.plugins();
+                    plugins.try_for_each(|plugin| self.caller.check_in_service(plugin))?;
+                }
+                None => self.caller.check_in_service(&self.kernel.plugin)?,
+            }
             Ok((brought, turn))
         });
         let (brought, _turn) = match begun {
@@ -398,8 +421,7 @@ impl Prepared {
         let mut ready = self.ready.lock();
         let done = ready.run(brought, deadline.at, cancel);
         let result = done
-            .inspect_err(|failed| self.caller.note_cost(&self.kernel.plugin, failed))
-            .map_err(Status::from)
+            .map_err(|failed| self.failed(failed))
             .and_then(|done| self.called(done));
         if let Err(status) = &result {
             self.warn(status);
@@ -411,7 +433,20 @@ impl Prepared {
     /// Makes it ready for its next call, within the turn of the last one.
     pub(super) fn renew(&self, ready: &mut dyn Ready) {
         if let Err(failed) = ready.renew() {
-            self.caller.note_cost(&self.kernel.plugin, &failed);
+            self.failed(failed);
+        }
+    }
+
+    /// Notes what a failure cost; what is told of it.
+    fn failed(&self, failed: Failed) -> Status {
+        let plugin = match &self.chained {
+            Some(chained) => chained.failing(),
+            None => &self.kernel.plugin,
+        };
+        self.caller.note_cost(plugin, &failed);
+        match &self.chained {
+            Some(chained) => chained.told(failed),
+            None => failed.into(),
         }
     }
 
@@ -475,7 +510,7 @@ impl Prepared {
             all.push(Brought { shape, elements });
         }
         // Of a stream only rows differ, and those may be cut anywhere.
-        if !self.streams {
+        if !self.streams && self.chained.is_none() {
             self.check_axes(&all)?;
         }
         Ok(all)
@@ -505,7 +540,10 @@ impl Prepared {
     }
 
     pub(super) fn name(&self) -> &str {
-        &self.kernel.kernel().name
+        match &self.chained {
+            Some(chained) => &chained.name,
+            None => &self.kernel.kernel().name,
+        }
     }
 
     fn called(&self, done: Done) -> Result<Called, Status> {

@@ -6,6 +6,7 @@
 //! ```
 //! What a stage gives is a result like any other, which nobody but later stages sees; it goes when the last of them has had it.
 
+mod chain;
 mod fused;
 mod graph;
 mod named;
@@ -21,8 +22,9 @@ use strait_protocol as wire;
 
 use super::caller::Caller;
 use crate::error::{Code, Reason, Status};
-use crate::plugin::Kernel;
+use crate::plugin::{Kernel, KernelRef};
 
+pub(super) use chain::Chained;
 pub(super) use named::NamedPipelines;
 pub(super) use plan::Plan;
 pub(super) use run::{Piped, Ran};
@@ -136,5 +138,21 @@ impl Caller {
     pub fn declared(&self, pipeline: &wire::Pipeline) -> Result<Kernel, Status> {
         graph::check(pipeline)?;
         Ok(self.plan(pipeline)?.declaration(print(pipeline)))
+    }
+
+    /// The kernel of that name, which may be to stream.
+    ///
+    /// # Errors
+    /// `UNSUPPORTED` for a pipeline; as [`Caller::kernel`].
+    pub fn kernel_to_stream(&self, name: &str) -> Result<KernelRef, Status> {
+        if self.asked(name, None)?.pipeline().is_some() {
+            let message = "a pipeline does not stream; call it with whole tensors, or stream each of its kernels";
+            return Err(Status::new(
+                Code::InvalidArgument,
+                Reason::Unsupported,
+                message,
+            ));
+        }
+        self.kernel(name)
     }
 }

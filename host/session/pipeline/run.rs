@@ -20,7 +20,7 @@ use crate::engine::{
     Report, Seconds, Used,
 };
 use crate::error::{Code, Reason, Status};
-use crate::plugin::{CheckError, Value as Parameter};
+use crate::plugin::{CheckError, KernelRef, Value as Parameter};
 use crate::session::answer::{InlineBytes, Outputs, ResultBody};
 use crate::session::caller::Caller;
 use crate::session::prepare::{Checked, Deadline, Found, Resolved, threads, tightened};
@@ -403,6 +403,33 @@ impl Piped {
         &self.request_id
     }
 
+    /// Ends it.
+    pub(in crate::session) fn cancel(&self) -> &CancelToken {
+        &self.cancel
+    }
+
+    /// The kernel of its last stage.
+    pub(in crate::session) fn last_kernel(&self) -> Option<&KernelRef> {
+        self.plan.stages.last().map(|stage| &stage.kernel)
+    }
+
+    /// One for each of its plan's inputs.
+    pub(in crate::session) fn inputs(&self) -> &[(Found, TensorPlace)] {
+        &self.inputs
+    }
+
+    pub(super) fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    pub(super) fn into_plan(self) -> Plan {
+        self.plan
+    }
+
+    pub(super) fn inline(&self) -> Option<InlineRoom> {
+        self.inline
+    }
+
     /// Whether what the stage gives at `port` is one of the pipeline's outputs.
     pub(super) fn leaves(&self, stage: usize, port: usize) -> bool {
         let mut outputs = self.plan.outputs.iter();
@@ -511,9 +538,7 @@ impl Flow {
             seconds,
         } = report;
         let all = &mut self.report;
-        let notes = notes.into_iter();
-        all.notes
-            .extend(notes.map(|(key, text)| (format!("{label}.{key}"), text)));
+        all.notes.extend(prefixed(label, notes));
         all.pages.extend(pages.into_iter().map(|mut pages| {
             pages.port = format!("{label}.{}", pages.port);
             pages
@@ -538,6 +563,15 @@ impl Flow {
             seconds: seconds.total,
         });
     }
+}
+
+/// Notes of a stage, as they are told of the whole.
+pub(super) fn prefixed(
+    label: &str,
+    notes: Vec<(String, String)>,
+) -> impl Iterator<Item = (String, String)> {
+    let notes = notes.into_iter();
+    notes.map(move |(key, text)| (format!("{label}.{key}"), text))
 }
 
 /// A tensor that there is not yet, as large as it can become.

@@ -1,12 +1,47 @@
 //! What travels with each call of what is prepared: which inputs those are, and where they lie in a payload.
 
+use std::sync::Arc;
+
 use strait_protocol::{self as wire, PreparedTensor};
 use strait_tensor::{TensorPlace, TensorSpec};
 
-use crate::engine::FramePart;
+use crate::engine::{CancelToken, FramePart, Job, Means};
 use crate::error::{Code, Reason, Status};
 use crate::plugin::Kernel;
+use crate::session::pipeline::Piped;
 use crate::session::prepare::{Found, Resolved};
+
+/// What is to be made ready.
+#[derive(Debug)]
+pub(super) enum ToPrepare {
+    Kernel(Box<Job>, Means),
+    Pipeline(Box<Piped>),
+}
+
+impl ToPrepare {
+    /// What each CALL brings.
+    pub(super) fn brought(&self) -> Vec<&TensorPlace> {
+        match self {
+            Self::Kernel(job, means) => {
+                let inputs = job.inputs.iter().zip(&means.inputs);
+                let brought = inputs.filter(|(_, source)| source.is_inline());
+                brought.map(|(input, _)| &input.place).collect()
+            }
+            Self::Pipeline(piped) => {
+                let brought = piped.inputs().iter().filter(|(found, _)| found.is_inline());
+                brought.map(|(_, place)| place).collect()
+            }
+        }
+    }
+
+    /// Names it in log lines, and ends it.
+    pub(super) fn ids(&self) -> (Arc<str>, CancelToken) {
+        match self {
+            Self::Kernel(job, means) => (Arc::clone(&job.request_id), means.cancel.clone()),
+            Self::Pipeline(piped) => (Arc::clone(piped.request_id()), piped.cancel().clone()),
+        }
+    }
+}
 
 /// Whether `kernel` can be given `inputs` in chunks.
 pub(super) fn check_stream(kernel: &Kernel, inputs: &Resolved) -> Result<(), Status> {

@@ -2,6 +2,7 @@
 
 mod ends;
 mod named;
+mod prepared;
 mod wrong;
 
 use std::os::fd::AsFd;

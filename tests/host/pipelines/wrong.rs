@@ -235,7 +235,7 @@ fn what_concerns_no_stage_is_told_as_of_a_kernel() {
 }
 
 #[test]
-fn a_pipeline_is_not_prepared() {
+fn a_pipeline_does_not_stream() {
     let host = Served::start(&[]);
     let mut client = host.greeted();
     client.ok(
@@ -243,11 +243,11 @@ fn a_pipeline_is_not_prepared() {
         json!({"publish": {"name": "two", "kernel": "clip | clip"}}),
     );
     for kernel in ["clip | clip", "two", "pipeline/two"] {
-        let prepare =
-            json!({"kernel": kernel, "inputs": {"x": {"dtype": "float64", "shape": [4]}}});
+        let inputs = json!({"x": {"dtype": "float64", "shape": [4]}});
+        let prepare = json!({"kernel": kernel, "inputs": inputs, "stream": true});
         let message = client
             .ask(Op::Prepare, prepare)
             .refused("INVALID_ARGUMENT", "UNSUPPORTED");
-        assert!(message.contains("pipeline"), "{message}");
+        assert!(message.contains("a pipeline does not stream"), "{message}");
     }
 }
