@@ -17,7 +17,7 @@ use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
 /// Name and what ListActions says of it.
-const ACTIONS: [(&str, &str); 7] = [
+const ACTIONS: [(&str, &str); 8] = [
     (
         "kernels",
         "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON.",
@@ -33,6 +33,10 @@ const ACTIONS: [(&str, &str); 7] = [
     (
         "drop",
         "Body: a flight's name. Removes the name; the memory is freed once nobody holds it.",
+    ),
+    (
+        "share",
+        "Body: JSON {\"name\": name, \"add\"?: [principal or group:NAME], \"remove\"?: [the same, or *]}. Result: whom that flight is shared with, in JSON.",
     ),
     ("stats", "Body: nothing. Result: the host's counts in JSON."),
     (
@@ -62,7 +66,7 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<ActionResult>, Status> {
     let (caller, body) = (&call.caller, &action.body);
     if !matches!(action.r#type.as_str(), "kernels" | "describe") {
-        call.local_only("this action")?;
+        call.known_only("this action")?;
     }
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
@@ -72,10 +76,12 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             one(info::json(&wire::Kernel::from(&found))?)
         }
         "mapping" => {
+            call.near_only("a mapping", "read the flight with DoGet")?;
             let segment = caller.lookup(text("mapping", body)?)?;
             one(info::mapping(host, &segment)?)
         }
         "drop" => caller.drop_flight(text("drop", body)?).map(|()| Vec::new()),
+        "share" => one(share(call, &json(body)?)?),
         "stats" => one(info::json(&caller.stats(NO_SESSION))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
@@ -86,7 +92,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
         RENEW => {
             let request = RenewFlightEndpointRequest::decode(body.clone())
                 .map_err(|e| not_the_message(RENEW, &e))?;
-            let endpoint = info::renewed(caller, &request.endpoint.unwrap_or_default())?;
+            let endpoint = info::renewed(call, &request.endpoint.unwrap_or_default())?;
             one(endpoint.encode_to_vec().into())
         }
         other => Err(Status::new(
@@ -117,6 +123,10 @@ fn json_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Stat
     if body.is_empty() {
         return Ok(T::default());
     }
+    json(body)
+}
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Status> {
     serde_json::from_slice(body).map_err(|error| {
         bad_request(format!(
             "the action's body is not the JSON that it takes: {error}"
@@ -136,6 +146,17 @@ fn kernels(caller: &Caller, request: &wire::Kernels) -> Result<Vec<ActionResult>
         Ok(ActionResult { body })
     };
     caller.kernels(request).map(result).collect()
+}
+
+fn share(call: &Call, request: &wire::Share) -> Result<Bytes, Status> {
+    let shared = call
+        .caller
+        .share(&request.name, &request.add, &request.remove)?;
+    info::json(&wire::Shared {
+        name: request.name.clone(),
+        shared,
+        request_id: call.request_id.to_string(),
+    })
 }
 
 /// Lets go of the results among the endpoints. A flight that has a name stays.

@@ -104,7 +104,7 @@ impl Exchange {
         &mut self,
         place: impl Future<Output = Result<StreamPermit, Status>>,
     ) -> Result<Begun, Status> {
-        self.call.local_only("a kernel call")?;
+        self.call.known_only("a kernel call")?;
         let permit = place.await?;
         // It has a thread, as a connection has.
         let place = self.call.caller.account().connect()?;

@@ -22,11 +22,14 @@ use http_body::{Frame, SizeHint};
 use strait_memory::{Charge, MemoryError};
 use tokio::time::{Instant, Sleep};
 use tonic::body::Body;
-use tonic::codegen::{BoxFuture, http};
+use tonic::codegen::{BoxFuture, Service as _, http};
+use tonic_health::pb::health_server::HealthServer;
+use tonic_health::server::HealthService;
 
 use super::Peer;
 use super::bodies::{Bodies, Head};
-use super::call::{Call, REASON, REQUEST_ID};
+use super::call::{Call, REASON};
+use super::health;
 use super::refused::{Refused, bad_request, foreign};
 use super::service::Service;
 use crate::error::{Code, Reason, Status};
@@ -61,12 +64,32 @@ const CALLS: [&str; 11] = [
 #[derive(Clone)]
 pub(super) struct Front {
     flight: FlightServiceServer<Service>,
+    health: HealthServer<HealthService>,
     host: Arc<Host>,
 }
 
 impl Front {
-    pub(super) fn new(flight: FlightServiceServer<Service>, host: Arc<Host>) -> Self {
-        Self { flight, host }
+    pub(super) fn new(
+        flight: FlightServiceServer<Service>,
+        health: HealthServer<HealthService>,
+        host: Arc<Host>,
+    ) -> Self {
+        Self {
+            flight,
+            health,
+            host,
+        }
+    }
+
+    /// A call of the health service.
+    fn ask_health(
+        &self,
+        request: http::Request<Body>,
+    ) -> BoxFuture<http::Response<Body>, Infallible> {
+        let (parts, body) = request.into_parts();
+        let body = Arriving::new(body, None, &self.host, Refused::default());
+        let request = http::Request::from_parts(parts, Body::new(body));
+        self.health.clone().call(request)
     }
 }
 
@@ -80,6 +103,9 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path().starts_with(health::PATH) {
+            return self.ask_health(request);
+        }
         let called = request.uri().path().rsplit('/').next().unwrap_or_default();
         let [.., unknown] = CALLS;
         let name = CALLS
@@ -87,10 +113,16 @@ impl tonic::codegen::Service<http::Request<Body>> for Front {
             .find(|name| *name == called)
             .unwrap_or(unknown);
         let peer = request.extensions().get::<Peer>();
-        let id = request.headers().get(REQUEST_ID);
-        let call = match Call::begin(&self.host, name, peer, id) {
+        let call = match Call::begin(&self.host, name, peer, request.headers()) {
             Ok(call) => call,
-            Err(status) => return Box::pin(std::future::ready(Ok(status.into_http()))),
+            Err(refused) => {
+                return Box::pin(async move {
+                    if let Some((guesses, time)) = refused.wait {
+                        guesses.wait(time).await;
+                    }
+                    Ok(refused.status.into_http())
+                });
+            }
         };
         let refused = Refused::default();
         let (mut parts, body) = request.into_parts();
