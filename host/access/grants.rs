@@ -209,7 +209,7 @@ mod tests {
             ("[groups]\nlab = [\"alice\"]", "alice"),
             ("[groups]\n\"l b\" = []", "l b"),
             ("[right]", "right"),
-            ("[rights", "rights"),
+            ("[rights", "unclosed"),
         ] {
             let error = Grants::parse(text).expect_err(text);
             assert!(error.contains(says), "{text}: {error}");

@@ -73,6 +73,8 @@ enum Basis {
     Operator,
     User,
     Certificate,
+    /// The token of that hash, while it is good.
+    Token(TokenHash),
 }
 
 /// What a principal may do as of now: it changes with the files.
@@ -154,8 +156,8 @@ pub struct Access {
     files: Mutex<Files>,
     // Held for a clone only.
     current: Mutex<Arc<Snapshot>>,
-    /// Of those who are connected.
-    standings: Mutex<BTreeMap<Principal, Weak<Standing>>>,
+    /// Of those who are connected; each token has its own.
+    standings: Mutex<BTreeMap<(Principal, String), Weak<Standing>>>,
 }
 
 impl Access {
@@ -224,9 +226,8 @@ impl Access {
             return Err(Refusal::Expired { id, name, at });
         }
         let principal = Principal::of_token(&entry.name);
-        let mut rights = entry.rights.clone();
-        current.grants.add_to(&mut rights, principal.as_str());
-        Ok((principal, Standing::fixed(rights)))
+        let standing = self.standing(&principal, Basis::Token(hash));
+        Ok((principal, standing))
     }
 
     /// What a user of this machine may do, from now on.
@@ -247,8 +248,13 @@ impl Access {
     }
 
     fn standing(&self, principal: &Principal, basis: Basis) -> Arc<Standing> {
+        let id = match basis {
+            Basis::Token(hash) => hash.id(),
+            Basis::Fixed | Basis::Operator | Basis::User | Basis::Certificate => String::new(),
+        };
+        let key = (principal.clone(), id);
         let mut standings = self.standings.lock();
-        let known = standings.get(principal).and_then(Weak::upgrade);
+        let known = standings.get(&key).and_then(Weak::upgrade);
         if let Some(known) = known {
             return known;
         }
@@ -256,12 +262,12 @@ impl Access {
             standings.retain(|_, standing| standing.strong_count() > 0);
         }
         // Under the lock: a reload changes it before or after this, not between.
-        let rights = self.current().rights(principal, basis);
+        let rights = self.current().rights(principal, basis, SystemTime::now());
         let standing = Arc::new(Standing {
             basis,
             rights: Mutex::new(Arc::new(rights)),
         });
-        standings.insert(principal.clone(), Arc::downgrade(&standing));
+        standings.insert(key, Arc::downgrade(&standing));
         standing
     }
 
@@ -293,7 +299,7 @@ impl Access {
             });
             *self.current.lock() = Arc::clone(&snapshot);
             tell_changes(&before.tokens, &snapshot.tokens);
-            self.apply(&snapshot);
+            self.apply(&snapshot, now);
         }
         let since = std::mem::replace(&mut files.told, now);
         drop(files);
@@ -303,18 +309,23 @@ impl Access {
             let is_new = entry.expires.is_some_and(|at| since < at && at <= now);
             is_new && entry.revoked.is_none()
         });
+        let mut any = false;
         for entry in expired {
+            any = true;
             tracing::info!(target: AUDIT, token = entry.hash.id(), name = entry.name, "token expired");
+        }
+        if any {
+            self.apply(&current, now);
         }
     }
 
     /// Gives those who are connected the rights that they have by `snapshot`.
-    fn apply(&self, snapshot: &Snapshot) {
-        for (principal, standing) in &*self.standings.lock() {
+    fn apply(&self, snapshot: &Snapshot, now: SystemTime) {
+        for ((principal, _), standing) in &*self.standings.lock() {
             let Some(standing) = standing.upgrade() else {
                 continue;
             };
-            let rights = snapshot.rights(principal, standing.basis);
+            let rights = snapshot.rights(principal, standing.basis, now);
             let before = standing.rights();
             if *before != rights {
                 tracing::info!(target: AUDIT, %principal, before = %before, now = %rights, "rights changed");
@@ -325,11 +336,20 @@ impl Access {
 }
 
 impl Snapshot {
-    fn rights(&self, principal: &Principal, basis: Basis) -> Rights {
+    fn rights(&self, principal: &Principal, basis: Basis, now: SystemTime) -> Rights {
         let (kind, otherwise) = match basis {
             Basis::Fixed | Basis::Operator => return Rights::of_an_operator(),
             Basis::User => ("uid:*", Rights::of_a_user()),
             Basis::Certificate => ("cert:*", Rights::none()),
+            Basis::Token(hash) => {
+                let entry = self.tokens.find(&hash).filter(|entry| entry.is_live(now));
+                let Some(entry) = entry else {
+                    return Rights::none();
+                };
+                let mut rights = entry.rights.clone();
+                self.grants.add_to(&mut rights, principal.as_str());
+                return rights;
+            }
         };
         let mut rights = Rights::none();
         match self.grants.add_to(&mut rights, principal.as_str()) {
@@ -434,8 +454,20 @@ mod tests {
         access
             .authenticate(token.text(), now)
             .expect("not read yet");
+        assert_eq!(words(&standing), "get");
         access.reload(false, now);
         assert_eq!(refused(token.text(), now), Reason::TokenRevoked);
+        // What is under way with it learns that, too.
+        assert_eq!(words(&standing), "nothing");
+
+        let rights = Rights::parse(["put"]).expect("rights");
+        let (token, _) = Tokens::add(&path, "bob", rights, Some(hour)).expect("made");
+        access.reload(false, now);
+        let (_, standing) = access.authenticate(token.text(), now).expect("in");
+        access.reload(false, now + hour / 2);
+        assert_eq!(words(&standing), "put");
+        access.reload(false, now + hour * 2);
+        assert_eq!(words(&standing), "nothing", "it expired");
     }
 
     #[test]
@@ -471,7 +503,7 @@ mod tests {
         assert_eq!(all()[0], "put");
         write("");
         access.reload(false, now);
-        assert_eq!(all(), [&user, &user, &operator, &operator]);
+        assert_eq!(all(), [&*user, &*user, &*operator, &*operator]);
     }
 
     #[test]

@@ -10,6 +10,10 @@ use super::failure::Failure;
 use super::output;
 use crate::access::{Entry, FileError, Rights, Tokens, is_name, time_text};
 
+/// Lives that a token can have.
+const LIFE_MIN: Duration = Duration::from_secs(1);
+const LIFE_MAX: Duration = Duration::from_secs(100 * 366 * 86_400);
+
 #[derive(Debug, Args)]
 pub(super) struct TokenArgs {
     #[command(subcommand)]
@@ -129,8 +133,10 @@ impl NewArgs {
             return Ok(None);
         };
         match humantime::parse_duration(text) {
-            Ok(life) if life >= Duration::from_secs(1) => Ok(Some(life)),
-            Ok(_) => Err(Failure::usage("--expires: it must be at least 1s")),
+            Ok(life) if (LIFE_MIN..=LIFE_MAX).contains(&life) => Ok(Some(life)),
+            Ok(_) => Err(Failure::usage(format!(
+                "--expires {text}: it must be from 1s to 100y"
+            ))),
             Err(error) => Err(Failure::usage(format!(
                 "--expires {text}: {error}; give a time such as 12h, 30d or 1y"
             ))),

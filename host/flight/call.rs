@@ -42,12 +42,12 @@ pub(super) struct Call {
 }
 
 /// A call that was not let in, and how long that is kept from it.
-pub(super) struct Refused {
+pub(super) struct NotBegun {
     pub(super) status: tonic::Status,
     pub(super) wait: Option<(Arc<Guesses>, Duration)>,
 }
 
-impl From<tonic::Status> for Refused {
+impl From<tonic::Status> for NotBegun {
     fn from(status: tonic::Status) -> Self {
         Self { status, wait: None }
     }
@@ -64,7 +64,7 @@ impl Call {
         name: &'static str,
         peer: Option<&Peer>,
         headers: &HeaderMap,
-    ) -> Result<Self, Refused> {
+    ) -> Result<Self, NotBegun> {
         // Not even text: refused as every other id that is none.
         let id = headers.get(REQUEST_ID);
         let given = id.map(|id| id.to_str().unwrap_or("\u{fffd}"));
@@ -88,7 +88,7 @@ impl Call {
             Some(Who::Far(remote)) => match remote.caller(host, headers) {
                 // It is told in the log by whoever counts it.
                 Err(refused) => {
-                    return Err(Refused {
+                    return Err(NotBegun {
                         status: to_tonic(&refused.status, &request_id),
                         wait: Some((Arc::clone(remote.guesses()), refused.wait)),
                     });

@@ -15,6 +15,7 @@
 //! that of its token or of the connection's certificate.
 
 mod action;
+mod arriving;
 mod authority;
 mod batches;
 mod bodies;
@@ -77,7 +78,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Such connections are told of once in this time.
 const TOLD_EACH: Duration = Duration::from_secs(1);
 /// Longest headers of a call, together.
-const HEADERS_BYTES: u32 = 32 << 10;
+const HEADERS_BYTES: u32 = 16 << 10;
 /// Over TCP: a peer of whom nothing came for so long is asked whether it is there,
 const KEEPALIVE: Duration = Duration::from_secs(30);
 /// and has that much time to say so.

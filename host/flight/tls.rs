@@ -3,6 +3,7 @@
 //! TLS is undone before anything else looks at a connection's bytes. The files are read again when they change; connections
 //! that stand go on with what they began with.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -122,6 +123,7 @@ impl TlsFiles {
         let provider = Arc::new(ring::default_provider());
         let chain = certificates(&self.cert)?;
         let (text, _) = file::read(&self.key)?;
+        self.warn_of_readers();
         let key = PrivateKeyDer::from_pem_slice(text.as_bytes())
             .map_err(|error| content(&self.key, &format!("no private key in PEM: {error}")))?;
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
@@ -152,6 +154,14 @@ impl TlsFiles {
         let mut config = builder.with_single_cert(chain, key).map_err(refused)?;
         config.alpn_protocols = vec![PROTOCOL.to_vec()];
         Ok(Arc::new(config))
+    }
+
+    fn warn_of_readers(&self) {
+        let readable = |found: std::fs::Metadata| found.permissions().mode() & 0o004 != 0;
+        if std::fs::metadata(&self.key).is_ok_and(readable) {
+            let key = self.key.display();
+            tracing::warn!(%key, "every user of this machine can read the private key: chmod o-r it");
+        }
     }
 
     fn warn_of_the_end(&self, chain: &[CertificateDer<'static>]) {

@@ -269,6 +269,8 @@ fn a_file_of_tokens_is_kept_by_the_command_line() {
         (&["new", "a/b"], 2, "name"),
         (&["new", "a", "--can", "fly"], 2, "not a right"),
         (&["new", "a", "--expires", "soon"], 2, "soon"),
+        (&["new", "a", "--expires", "9000y"], 2, "100y"),
+        (&["new", "a", "--expires", "1ms"], 2, "1s"),
     ] {
         let (code, _, error) = ask(words);
         assert_eq!(code, Some(exit), "{words:?}: {error}");
