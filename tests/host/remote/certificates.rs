@@ -100,7 +100,10 @@ fn a_certificate_that_ends_while_connected_ends_its_calls() {
             "CERTIFICATE_EXPIRED",
         );
         assert!(said.contains("pipeline"), "{said}");
-        assert!(is_shut_out(dial).await);
+        // Nor does it help to connect again: a TLS session that is resumed is not verified anew.
+        if let Ok(mut again) = dial.client().await {
+            assert!(lists(&mut again).await.is_err());
+        }
     });
 }
 
