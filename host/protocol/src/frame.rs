@@ -101,6 +101,8 @@ ops! {
     Plugins = 25,
     /// Lists, publishes and drops pipelines.
     Pipelines = 26,
+    /// Lets others read a flight, or no longer.
+    Share = 27,
     /// Rows for a prepared stream; in the other direction rows of its outputs with more to follow.
     Chunk = 64,
     /// Pushed: a lease is over.

@@ -263,6 +263,7 @@ async fn actions() {
             "describe",
             "mapping",
             "drop",
+            "share",
             "stats",
             "CancelFlightInfo",
             "RenewFlightEndpoint"
