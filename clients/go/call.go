@@ -297,7 +297,7 @@ type Result struct {
 	MinorFaults int64
 	// Slices of its rows that it ran in; 0: it ran whole.
 	Slices int64
-	Timing      Timing
+	Timing Timing
 	// Stages of a pipeline, in order.
 	Stages []Stage
 	// RequestID names this call in the host's log.

@@ -96,7 +96,7 @@ pub struct Failed {
     /// Which kernel of a chain it is, from 0 on.
     pub at: usize,
     /// Rows of axis 0 in which it failed, if it was cut into slices.
-    pub rows: Option<Range<u64>>,
+    pub rows: Option<Box<Range<u64>>>,
     /// It took the process with it in which it ran: nothing else can have been what ended that. Nobody is told so by another process.
     #[serde(skip)]
     pub took_process: bool,
@@ -407,13 +407,13 @@ impl From<Failed> for Status {
 pub(super) struct Broken {
     stage: Stage,
     pub(super) cause: Cause,
-    rows: Option<Range<u64>>,
+    rows: Option<Box<Range<u64>>>,
 }
 
 impl Broken {
     /// It failed in a slice of these `rows`.
     pub(super) fn in_rows(mut self, rows: Range<u64>) -> Self {
-        self.rows = Some(rows);
+        self.rows = Some(Box::new(rows));
         self
     }
 

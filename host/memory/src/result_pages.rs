@@ -33,25 +33,29 @@ pub(crate) fn born(
 #[derive(Clone, Debug)]
 pub struct ResultPages {
     backing: Arc<Backing>,
+    home: Arc<Home>,
+}
+
+#[derive(Debug)]
+struct Home {
     /// Bytes of the segment: all, or those of a part.
     file: Range<u64>,
     // None while its pages are with a guest, or were lost there.
-    home: Arc<Mutex<Option<Parked>>>,
+    parked: Mutex<Option<Parked>>,
 }
 
 impl ResultPages {
     pub(crate) fn new(backing: &Arc<Backing>, parked: Option<Parked>) -> Self {
-        Self {
-            backing: Arc::clone(backing),
-            file: 0..backing.bytes(),
-            home: Arc::new(Mutex::new(parked)),
-        }
+        Self::of(backing, 0..backing.bytes(), parked)
     }
 
-    fn part(backing: &Arc<Backing>, parked: Parked) -> Self {
+    fn of(backing: &Arc<Backing>, file: Range<u64>, parked: Option<Parked>) -> Self {
         Self {
-            file: parked.file_range().clone(),
-            ..Self::new(backing, Some(parked))
+            backing: Arc::clone(backing),
+            home: Arc::new(Home {
+                file,
+                parked: Mutex::new(parked),
+            }),
         }
     }
 
@@ -132,7 +136,7 @@ impl ResultPages {
         match parked.split(cuts) {
             Ok(parts) => Ok(parts
                 .into_iter()
-                .map(|part| Self::part(&self.backing, part))
+                .map(|part| Self::of(&self.backing, part.file_range().clone(), Some(part)))
                 .collect()),
             Err(refused) => {
                 self.put_parked(refused.parked);
@@ -159,14 +163,15 @@ impl ResultPages {
     /// The mapping of the whole segment, or of this part of it, to be moved into a guest. Without it the segment
     /// can neither be written nor recycled. None if it was taken already.
     pub fn take_parked(&self) -> Option<Parked> {
-        self.home.lock().take()
+        self.home.parked.lock().take()
     }
 
     /// Takes back what [`Self::take_parked`] gave. A spent mapping, or one of another
     /// segment or part, is dropped.
     pub fn put_parked(&self, parked: Parked) {
-        let mut home = self.home.lock();
-        let is_own = parked.backing().id == self.backing.id && *parked.file_range() == self.file;
+        let mut home = self.home.parked.lock();
+        let is_own =
+            parked.backing().id == self.backing.id && *parked.file_range() == self.home.file;
         if !parked.is_spent() && is_own && home.is_none() {
             *home = Some(parked);
         }
@@ -174,7 +179,7 @@ impl ResultPages {
 
     /// Whether they are neither with a guest nor lost.
     pub fn is_home(&self) -> bool {
-        self.home.lock().is_some()
+        self.home.parked.lock().is_some()
     }
 
     /// The mapping, and where in it `offset` is.
@@ -185,7 +190,7 @@ impl ResultPages {
     ) -> Result<(MappedMutexGuard<'_, Parked>, u64), MemoryError> {
         self.backing.check_range(offset, length)?;
         let inode = self.inode();
-        let parked = MutexGuard::try_map(self.home.lock(), Option::as_mut)
+        let parked = MutexGuard::try_map(self.home.parked.lock(), Option::as_mut)
             .map_err(|_| MemoryError::Away { inode })?;
         let file = parked.file_range();
         if offset < file.start || offset + length > file.end {

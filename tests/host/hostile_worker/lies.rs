@@ -126,7 +126,7 @@ pub(super) fn say(host: &FrameSocket, message: &[u8]) -> bool {
         (WAITS, "waits: silence") => return true,
         (ENDED, "gone: all") => ended(message, |ended| ended.gone = vec![0, 0, 1, usize::MAX]),
         (ENDED, "totals: all") => ended(message, |ended| {
-            (ended.totals, ended.counts) = ([u64::MAX; 4], [u64::MAX; 6]);
+            (ended.totals, ended.counts) = ([u64::MAX; 5], [u64::MAX; 6]);
         }),
         (ENDED, "result: port") => filled(message, |filled| filled.port = "z".to_owned()),
         (ENDED, "result: long port") => filled(message, |filled| filled.port = text()),

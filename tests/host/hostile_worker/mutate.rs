@@ -208,7 +208,7 @@ impl Mutator {
                 let piece = Piece {
                     outputs: outputs.collect(),
                     done: self.random.below(2) == 0,
-                    totals: [self.edge(); 4],
+                    totals: [self.edge(); 5],
                 };
                 return said::message(PIECE, &piece);
             }
@@ -275,7 +275,7 @@ impl Mutator {
                     Ok(Outcome::Streamed(_)) | Err(_) => {}
                 }
                 ended.gone.push(self.random.below(3));
-                (ended.totals, ended.counts) = ([self.edge(); 4], [self.edge(); 6]);
+                (ended.totals, ended.counts) = ([self.edge(); 5], [self.edge(); 6]);
             }),
             _ => self.number_in(message),
         }

@@ -21,7 +21,7 @@ pub(super) const LANE: u8 = 5;
 pub(super) struct Ended {
     pub(super) outcome: Result<Outcome, Failed>,
     pub(super) gone: Vec<usize>,
-    pub(super) totals: [u64; 4],
+    pub(super) totals: [u64; 5],
     pub(super) counts: [u64; 6],
 }
 
@@ -49,7 +49,7 @@ pub(super) enum FilledIn {
 pub(super) struct Piece {
     pub(super) outputs: Vec<(TensorSpec, Vec<u8>)>,
     pub(super) done: bool,
-    pub(super) totals: [u64; 4],
+    pub(super) totals: [u64; 5],
 }
 
 impl Ended {
@@ -57,7 +57,7 @@ impl Ended {
         Self {
             outcome,
             gone: Vec::new(),
-            totals: [0; 4],
+            totals: [0; 5],
             counts: [0; 6],
         }
     }

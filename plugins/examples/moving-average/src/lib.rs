@@ -20,7 +20,7 @@ parameters! {
 #[derive(Debug)]
 pub struct MovingAverage {
     window: usize,
-    /// Sums from each element of a block to the block's end; as long as the window, for each block that is abreast.
+    /// Sums from each element of a block to the block's end; as long as the window.
     to_end: Vec<f64>,
 }
 
@@ -45,7 +45,7 @@ impl Kernel for MovingAverage {
                 Ok((
                     Self {
                         window: count,
-                        to_end: vec![0.0; count * lanes(count)],
+                        to_end: vec![0.0; count],
                     },
                     vec![y],
                 ))
@@ -69,79 +69,27 @@ impl Kernel for MovingAverage {
     }
 }
 
-/// Blocks that are summed abreast: within one each sum waits for the one before it.
-const LANES: usize = 4;
-
-/// How many of `window` elements are: more of the long ones would not stay in the cache.
-fn lanes(window: usize) -> usize {
-    if window <= 4096 { LANES } else { 1 }
-}
-
 /// Each window is the end of one block of `window` elements and the start of the next: two partial sums that
 /// grow by one element at a time. No element is ever subtracted, so a NaN or a huge value leaves the sums
 /// when it leaves the window.
 fn average<T: Real>(x: &[T], y: &mut [T], window: usize, to_end: &mut [f64]) {
-    let abreast = window * lanes(window);
-    let full = match lanes(window) {
-        LANES => y.len() / abreast * abreast,
-        _ => 0,
-    };
-    for start in (0..full).step_by(abreast) {
-        let sums = to_end.as_chunks_mut::<LANES>().0;
-        four(&x[start..], &mut y[start..start + abreast], window, sums);
-    }
-    for start in (full..y.len()).step_by(window) {
-        let end = y.len().min(start + window);
-        one(&x[start..], &mut y[start..end], window, &mut to_end[..window]);
-    }
-}
-
-/// The means that start in the first block of x.
-fn one<T: Real>(x: &[T], y: &mut [T], window: usize, to_end: &mut [f64]) {
     let count = window as f64;
-    let (block, next) = (&x[..window], &x[window..window + y.len() - 1]);
-    let mut sum = 0.0;
-    for (to_end, x) in to_end.iter_mut().zip(block).rev() {
-        sum += x.to_f64();
-        *to_end = sum;
-    }
-    y[0] = T::from_f64(to_end[0] / count);
-    let mut from_start = 0.0;
-    for ((y, to_end), x) in y[1..].iter_mut().zip(&to_end[1..]).zip(next) {
-        from_start += x.to_f64();
-        *y = T::from_f64((to_end + from_start) / count);
-    }
-}
-
-/// The means that start in the first four blocks of x: those of [`one`], in its order of additions.
-fn four<T: Real>(x: &[T], y: &mut [T], window: usize, to_end: &mut [[f64; LANES]]) {
-    let count = window as f64;
-    let blocks: [&[T]; LANES] = core::array::from_fn(|lane| &x[lane * window..][..window]);
-    let nexts: [&[T]; LANES] = core::array::from_fn(|lane| &x[(lane + 1) * window..][..window - 1]);
-    let to_end = &mut to_end[..window];
-    let mut sums = [0.0; LANES];
-    for (at, to_end) in to_end.iter_mut().enumerate().rev() {
-        for (sum, block) in sums.iter_mut().zip(&blocks) {
-            *sum += block[at].to_f64();
+    let starts = y.len();
+    for start in (0..starts).step_by(window) {
+        let end = starts.min(start + window);
+        let block = &x[start..start + window];
+        let mut sum = 0.0;
+        for (to_end, x) in to_end.iter_mut().zip(block).rev() {
+            sum += x.to_f64();
+            *to_end = sum;
         }
-        *to_end = sums;
-    }
-    let (y0, rest) = y.split_at_mut(window);
-    let (y1, rest) = rest.split_at_mut(window);
-    let (y2, y3) = rest.split_at_mut(window);
-    let mut from_start = [0.0; LANES];
-    for (at, to_end) in to_end.iter().enumerate() {
-        if let Some(before) = at.checked_sub(1) {
-            for (sum, next) in from_start.iter_mut().zip(&nexts) {
-                *sum += next[before].to_f64();
-            }
+        y[start] = T::from_f64(to_end[0] / count);
+        let next = &x[start + window..end + window - 1];
+        let mut from_start = 0.0;
+        for ((y, to_end), x) in y[start + 1..end].iter_mut().zip(&to_end[1..]).zip(next) {
+            from_start += x.to_f64();
+            *y = T::from_f64((to_end + from_start) / count);
         }
-        let mut means = [0.0; LANES];
-        for ((mean, to_end), from_start) in means.iter_mut().zip(to_end).zip(&from_start) {
-            *mean = (to_end + from_start) / count;
-        }
-        (y0[at], y1[at]) = (T::from_f64(means[0]), T::from_f64(means[1]));
-        (y2[at], y3[at]) = (T::from_f64(means[2]), T::from_f64(means[3]));
     }
 }
 
@@ -175,24 +123,6 @@ mod tests {
                     "{window} of {length}"
                 );
             }
-        }
-    }
-
-    #[test]
-    fn blocks_abreast_have_the_bits_of_one_after_the_other() {
-        let x: Vec<f64> = (0..1000u32)
-            .map(|i| f64::from(i * 7919 % 1009) * 0.1 - 40.0)
-            .collect();
-        for window in [1, 3, 64, 249, 250, 251, 999, 1000] {
-            let mut expected = vec![0.0; x.len() - window + 1];
-            let mut to_end = vec![0.0; window];
-            for start in (0..expected.len()).step_by(window) {
-                let end = expected.len().min(start + window);
-                one(&x[start..], &mut expected[start..end], window, &mut to_end);
-            }
-            let y = invoke(&x, window as i64).expect("valid");
-            let bits = |values: &[f64]| values.iter().map(|y| y.to_bits()).collect::<Vec<_>>();
-            assert_eq!(bits(&y), bits(&expected), "{window}");
         }
     }
 
