@@ -228,6 +228,10 @@ async fn actions() {
             "mapping",
             "drop",
             "stats",
+            "welcome",
+            "invoke",
+            "cancel",
+            "release",
             "CancelFlightInfo",
             "RenewFlightEndpoint"
         ]
