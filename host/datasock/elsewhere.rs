@@ -1,5 +1,6 @@
 //! Lanes whose frames come from elsewhere: another edge has the client.
 
+use std::pin::Pin;
 use std::sync::Arc;
 
 use strait_protocol as wire;
@@ -15,8 +16,8 @@ pub(super) struct Elsewhere;
 
 /// One lane, which ends with this.
 struct Only {
-    lane: Arc<Lane>,
-    _lanes: Lanes,
+    lane: Option<Arc<Lane>>,
+    lanes: Lanes,
 }
 
 impl std::fmt::Debug for Only {
@@ -27,7 +28,14 @@ impl std::fmt::Debug for Only {
 
 impl Serving for Only {
     fn cancel(&self) -> bool {
-        self.lane.cancel()
+        self.lane.as_ref().is_some_and(|lane| lane.cancel())
+    }
+
+    fn ended(&mut self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async {
+            self.lanes.ended().await;
+            self.lane = None;
+        })
     }
 }
 
@@ -38,6 +46,10 @@ struct Reading;
 impl Serving for Reading {
     fn cancel(&self) -> bool {
         false
+    }
+
+    fn ended(&mut self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(std::future::pending())
     }
 }
 
@@ -68,8 +80,8 @@ impl FrameLanes for Elsewhere {
             socket: starting.socket,
             told: Box::pin(told),
             serving: Box::new(Only {
-                lane: starting.lane,
-                _lanes: lanes,
+                lane: Some(starting.lane),
+                lanes,
             }),
         })
     }

@@ -98,9 +98,9 @@ pub(super) struct Frames {
     serving: Box<dyn Serving>,
     call: Call,
     /// What the client is told first.
-    told: Option<Bytes>,
+    told: Bytes,
     always: Option<Working>,
-    _charge: Charge,
+    charge: Charge,
 }
 
 impl Frames {
@@ -125,9 +125,9 @@ impl Frames {
             socket: watched(socket).map_err(cannot)?,
             serving,
             call: call.clone(),
-            told: Some([&header[..], &body].concat().into()),
+            told: [&header[..], &body].concat().into(),
             always: None,
-            _charge: charge,
+            charge,
         })
     }
 
@@ -135,16 +135,17 @@ impl Frames {
     ///
     /// # Errors
     /// What the client sent that is no frame.
-    pub(super) async fn pass(
-        mut self,
-        messages: &mut Messages,
-        writer: &Writer,
-    ) -> Result<(), Status> {
-        let mut goes_on = match self.told.take() {
-            Some(told) => writer.put(message(told)).await,
-            None => true,
-        };
-        let mut is_open = true;
+    pub(super) async fn pass(self, messages: &mut Messages, writer: &Writer) -> Result<(), Status> {
+        let Self {
+            socket,
+            mut serving,
+            call,
+            told,
+            always,
+            charge,
+        } = self;
+        let mut goes_on = writer.put(message(told)).await;
+        let (mut is_open, mut is_served) = (true, true);
         // What the socket has no room for yet: nothing more is taken from the client before that.
         let mut unsent: Option<Bytes> = None;
         // What is under way is waited for by a host that ends.
@@ -152,62 +153,71 @@ impl Frames {
         let mut buffer = vec![0; FRAME_BYTES_MAX];
         while goes_on {
             tokio::select! {
-                received = receive(&self.socket, &mut buffer) => {
+                received = receive(&socket, &mut buffer) => {
                     let Some(bytes) = received else { break };
                     working = None;
                     goes_on = writer.put(message(Bytes::copy_from_slice(&buffer[..bytes]))).await;
                 }
+                // With its end of the socket, which is seen once all that it sent is received.
+                () = serving.ended(), if is_served => is_served = false,
                 // Whether anybody is there is seen by whoever receives.
-                _ = self.send(unsent.as_ref()), if unsent.is_some() => unsent = None,
+                _ = send(&socket, unsent.as_ref()), if unsent.is_some() => unsent = None,
                 next = messages.next(), if is_open && unsent.is_none() => match next? {
                     None => {
                         is_open = false;
                         // The lane sees its client's end, and answers what is under way.
-                        let _ = self.socket.get_ref().shutdown_sending();
+                        let _ = socket.get_ref().shutdown_sending();
                     }
                     // Only that it is still there.
                     Some(next) if next.app_metadata.is_empty() => {}
                     Some(next) => {
-                        unsent = self.taken(next.app_metadata)?;
-                        working = self.call.working();
+                        unsent = taken(&*serving, next.app_metadata)?;
+                        working = call.working();
                     }
                 },
             }
         }
-        drop((working, self));
+        // What it had is given back before its end is told.
+        drop((working, always, serving, socket, charge));
+        let end = Header::of(Op::Shutdown, 0, (0, 0), TraceContext::NONE).encode();
+        if goes_on && is_open && writer.put(message(end.to_vec().into())).await {
+            // Not all clients can be told that a call is over while they write.
+            let stall = call.caller.host().config().stall();
+            let _ = tokio::time::timeout(stall, messages.discard()).await;
+        }
         Ok(())
     }
+}
 
-    /// One frame of the client's, if it goes to the lane.
-    fn taken(&self, frame: Bytes) -> Result<Option<Bytes>, Status> {
-        if frame.len() > FRAME_BYTES_MAX {
-            let message = format!(
-                "a message of {} bytes; a frame has at most {FRAME_BYTES_MAX}",
-                frame.len()
-            );
-            return Err(Status::new(
-                Code::InvalidArgument,
-                Reason::BadFrame,
-                message,
-            ));
-        }
-        if let Ok((header, _, _)) = Header::decode(&frame)
-            && header.op == Op::Cancel
-        {
-            self.serving.cancel();
-            return Ok(None);
-        }
-        Ok(Some(frame))
+/// One frame of the client's, if it goes to the lane.
+fn taken(serving: &dyn Serving, frame: Bytes) -> Result<Option<Bytes>, Status> {
+    if frame.len() > FRAME_BYTES_MAX {
+        let message = format!(
+            "a message of {} bytes; a frame has at most {FRAME_BYTES_MAX}",
+            frame.len()
+        );
+        return Err(Status::new(
+            Code::InvalidArgument,
+            Reason::BadFrame,
+            message,
+        ));
     }
+    if let Ok((header, _, _)) = Header::decode(&frame)
+        && header.op == Op::Cancel
+    {
+        serving.cancel();
+        return Ok(None);
+    }
+    Ok(Some(frame))
+}
 
-    async fn send(&self, frame: Option<&Bytes>) -> io::Result<()> {
-        let Some(frame) = frame else { return Ok(()) };
-        loop {
-            let mut ready = self.socket.writable().await?;
-            match ready.try_io(|socket| socket.get_ref().send_now(&[frame])) {
-                Ok(sent) => return sent,
-                Err(_would_block) => {}
-            }
+async fn send(socket: &AsyncFd<FrameSocket>, frame: Option<&Bytes>) -> io::Result<()> {
+    let Some(frame) = frame else { return Ok(()) };
+    loop {
+        let mut ready = socket.writable().await?;
+        match ready.try_io(|socket| socket.get_ref().send_now(&[frame])) {
+            Ok(sent) => return sent,
+            Err(_would_block) => {}
         }
     }
 }

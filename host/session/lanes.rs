@@ -66,6 +66,9 @@ impl<T> Debug for FrameLane<T> {
 pub trait Serving: Debug + Send + Sync {
     /// Ends what it does now; false if that is nothing.
     fn cancel(&self) -> bool;
+
+    /// Waits until nothing serves the socket any more, and lets go of that end. For ever, if whoever serves it lets go of it.
+    fn ended(&mut self) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
 }
 
 /// What serves frames in this host.

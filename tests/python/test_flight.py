@@ -351,7 +351,7 @@ def test_a_name_is_taken_once(client):
 
 def test_actions(client):
     names = {action.type for action in client.list_actions()}
-    assert {"kernels", "describe", "mapping", "drop", "stats"} <= names
+    assert {"welcome", "kernels", "describe", "mapping", "drop", "stats", "invoke", "cancel", "release"} <= names
     kernels = [json.loads(result.body.to_pybytes()) for result in client.do_action(("kernels", b""))]
     assert "scale-shift" in {kernel["name"] for kernel in kernels}
     [stats] = client.do_action(("stats", b""))

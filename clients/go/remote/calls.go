@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"encoding/json"
 	"errors"
+	"io"
 	"os"
 	"sync"
 	"time"
@@ -267,6 +268,8 @@ type line struct {
 	stream  arrowflight.FlightService_DoExchangeClient
 	stop    context.CancelFunc
 	sending sync.Mutex
+	// This side's messages have ended.
+	isClosed bool
 }
 
 // The host ends an exchange of which nothing came for server.stall_ms.
@@ -275,7 +278,17 @@ const aliveAfter = 10 * time.Second
 func (l *line) send(frame []byte) error {
 	l.sending.Lock()
 	defer l.sending.Unlock()
+	if l.isClosed {
+		return io.EOF
+	}
 	return l.stream.Send(&arrowflight.FlightData{AppMetadata: frame})
+}
+
+func (l *line) closeSend() error {
+	l.sending.Lock()
+	defer l.sending.Unlock()
+	l.isClosed = true
+	return l.stream.CloseSend()
 }
 
 // cancel ends in the host what is under way.
@@ -347,6 +360,12 @@ func (g *gateway) line(ctx context.Context, key string, body json.RawMessage, re
 			if err != nil {
 				break
 			}
+			if frame := data.AppMetadata; len(frame) == headerBytes && frame[3] == opShutdown {
+				// The host waits for this side's end.
+				_ = l.closeSend()
+				_ = ours.CloseWrite()
+				isRead = false
+			}
 			if isRead {
 				// If nobody reads any more, what was sent last still has to get to the host, which ends it then.
 				_, err = ours.Write(data.AppMetadata)
@@ -373,9 +392,7 @@ func (g *gateway) line(ctx context.Context, key string, body json.RawMessage, re
 				break
 			}
 		}
-		l.sending.Lock()
-		defer l.sending.Unlock()
-		_ = l.stream.CloseSend()
+		_ = l.closeSend()
 	})
 	return answer{body: told, fds: []int{fd}}, nil
 }

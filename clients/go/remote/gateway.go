@@ -38,7 +38,7 @@ const (
 	opCreate, opAdopt, opMap                = 11, 13, 14
 	opRelease, opRenew, opInvoke            = 15, 16, 17
 	opPrepare, opCancel, opStream           = 18, 20, 21
-	opPing                                  = 22
+	opPing, opShutdown                      = 22, 66
 	leaseMS                           int64 = 24 * 60 * 60 * 1000
 	// What the host need not keep any more is told after that, and when the client is closed for so long at most.
 	releaseAfter, releaseMost = 50 * time.Millisecond, 2 * time.Second

@@ -265,6 +265,10 @@ async fn actions() {
             "drop",
             "share",
             "stats",
+            "welcome",
+            "invoke",
+            "cancel",
+            "release",
             "CancelFlightInfo",
             "RenewFlightEndpoint"
         ]

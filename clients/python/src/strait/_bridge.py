@@ -26,6 +26,7 @@ from ._wire import FRAME_BYTES_MAX, HEADER, Op
 #: The host ends an exchange of which nothing came for `server.stall_ms`.
 _ALIVE_SECONDS = 10.0
 _BUFFER_BYTES = 4 * FRAME_BYTES_MAX
+_OP_AT = 3
 
 
 class Bridge:
@@ -57,8 +58,9 @@ class Bridge:
         # Of the writer, which takes one message at a time.
         self._writing = threading.Lock()
         self._is_over = False
-        for work in (self._send, self._receive):
-            threading.Thread(target=work, name="strait-bridge", daemon=True).start()
+        self._sender = threading.Thread(target=self._send, name="strait-bridge", daemon=True)
+        self._sender.start()
+        threading.Thread(target=self._receive, name="strait-bridge", daemon=True).start()
 
     def take(self) -> int:
         """The descriptor of the end that is not the host's; the caller's from now on."""
@@ -71,10 +73,7 @@ class Bridge:
 
     def close(self) -> None:
         """Breaks it off."""
-        try:
-            self._ours.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        self._hang_up()
         try:
             self._reader.cancel()
         except (pa.ArrowException, OSError):
@@ -105,11 +104,16 @@ class Bridge:
                     break
         except OSError:
             pass
+        self._end_writing()
+
+    def _end_writing(self) -> None:
+        """Nothing more is sent; the host takes what was, and ends the call."""
         with self._writing:
+            if self._is_over:
+                return
+            self._is_over = True
             try:
-                if not self._is_over:
-                    # The host takes what was sent before, and ends it.
-                    self._writer.done_writing()
+                self._writer.done_writing()
             except (pa.ArrowException, KeyError, OSError, NotImplementedError):
                 pass
 
@@ -118,6 +122,11 @@ class Bridge:
         try:
             while True:
                 frame = _frame(self._reader)
+                if frame[_OP_AT] == Op.SHUTDOWN:
+                    # The host waits for this side's end: gRPC aborts a program that writes when a call is over.
+                    self._end_writing()
+                    self._hang_up()
+                    is_read = False
                 try:
                     if is_read:
                         self._ours.send(frame)
@@ -127,14 +136,18 @@ class Bridge:
         except (StopIteration, pa.ArrowException, KeyError, OSError, NotImplementedError):
             # The end of the socket says that it is over; the session knows more, if there is more to be known.
             pass
+        self._hang_up()
+        with self._writing:
+            self._is_over = True
+            _close(self._writer, self._reader)
+        self._sender.join()
+        self._ours.close()
+
+    def _hang_up(self) -> None:
         try:
             self._ours.shutdown(socket.SHUT_RDWR)
         except OSError:
             pass
-        # gRPC aborts the program if two threads end one call's writing.
-        with self._writing:
-            self._is_over = True
-            _close(self._writer, self._reader)
 
 
 def _frame(reader: Any) -> bytes:
