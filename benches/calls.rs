@@ -21,6 +21,7 @@ use criterion::{
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use std::sync::Arc;
+use strait::access::{Rights, Tokens};
 use strait::config::Config;
 use strait::engine::{Owner, RunnerProcess};
 use strait::session::{Caller, Host, Invoked};
@@ -459,6 +460,33 @@ fn small_on(c: &mut Criterion, name: &str, settings: &[(&str, &str)]) {
     group.finish();
 }
 
+/// What it costs to say who makes a call, by token: one that is good, and one that nobody knows.
+fn token(c: &mut Criterion) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("tokens.toml");
+    let rights = || Rights::parse(["get", "call:scale-*"]).unwrap();
+    let mut made = Vec::new();
+    for n in 0..100 {
+        made.push(
+            Tokens::add(&file, &format!("user-{n}"), rights(), None)
+                .unwrap()
+                .0,
+        );
+    }
+    let rig = Rig::new(|config| config.server.tokens = Some(file));
+    let host = rig.0.host();
+    let good = made[50].text();
+    let mut group = c.benchmark_group("token");
+    group.bench_function("good", |b| {
+        b.iter(|| host.caller_by_token(black_box(good)).unwrap());
+    });
+    let guess = format!("{}x", &good[..good.len() - 1]);
+    group.bench_function("refused", |b| {
+        b.iter(|| host.caller_by_token(black_box(&guess)).unwrap_err());
+    });
+    group.finish();
+}
+
 criterion_group!(
     benches,
     large,
@@ -467,6 +495,7 @@ criterion_group!(
     sandbox,
     attach,
     first_touch,
-    small
+    small,
+    token
 );
 criterion_main!(benches);

@@ -44,9 +44,23 @@ pub struct Server {
     pub plugins: Vec<PathBuf>,
     /// A plugin in the place of the standard one; none: the one that is built in.
     pub standard_plugin: Option<PathBuf>,
-    /// A loopback address on which Flight is served over TCP, too: reads and puts, without
-    /// authentication, for every user of this machine; none: not at all.
+    /// An address on which Flight is served over TCP, too; none: not at all. With neither tokens nor certificates of clients
+    /// it is a loopback address, and whoever can connect reads and puts as the host's own user.
     pub tcp: Option<std::net::SocketAddr>,
+    /// The tokens by which clients are let in over TCP, as `strait token` writes them; none: nobody has one.
+    pub tokens: Option<PathBuf>,
+    /// Who may do what, and which groups there are; none: every user of this machine has what concerns its own flights.
+    pub rights: Option<PathBuf>,
+    /// The certificates that the host shows over TCP, in PEM, its own first; none: no TLS.
+    pub tls_cert: Option<PathBuf>,
+    /// The private key of the first of them, in PEM.
+    pub tls_key: Option<PathBuf>,
+    /// The authorities, in PEM, whose certificates let clients in; none: certificates let nobody in.
+    pub tls_client_ca: Option<PathBuf>,
+    /// Serve other machines without TLS.
+    pub insecure: bool,
+    /// A Linux group, by name or number, whose members reach the sockets; none: the host's own user alone.
+    pub socket_group: Option<String>,
     /// Time that running invocations get at the end.
     pub drain_ms: Option<u64>,
     /// Longest gRPC message; a tensor row above it cannot be read inline.

@@ -10,6 +10,7 @@ compile_error!(
     "strait runs on Linux on x86-64 only: it needs memfd seals, mremap(MREMAP_DONTUNMAP) and the ucontext of that platform"
 );
 
+pub mod access;
 pub mod cli;
 pub mod config;
 pub mod datasock;

@@ -126,6 +126,17 @@ fn number(text: &str) -> Option<serde_json::Value> {
     Some(integer.unwrap_or_else(|| real_to_json(real)))
 }
 
+/// Principals and groups in words, of which each may be several; a bare name is that of a token.
+pub(super) fn grantees(words: &[String]) -> Vec<String> {
+    let words = words.iter().flat_map(|word| word.split(','));
+    let words = words.map(str::trim).filter(|word| !word.is_empty());
+    let full = |word: &str| match word.contains(':') {
+        true => word.to_owned(),
+        false => format!("token:{word}"),
+    };
+    words.map(full).collect()
+}
+
 /// `FILE#PART` in its parts. A file that is really called so is meant as a whole.
 pub(super) fn file_and_part(text: &str) -> (PathBuf, Option<String>) {
     match text.split_once('#') {
@@ -215,5 +226,14 @@ mod tests {
             ("no-such.arrow".into(), Some("delay".into()))
         );
         assert_eq!(split("no-such.npy"), ("no-such.npy".into(), None));
+    }
+
+    #[test]
+    fn a_bare_name_is_a_tokens() {
+        let words = ["alice,group:lab", "uid:7", " cert:a b ,"].map(str::to_owned);
+        assert_eq!(
+            grantees(&words),
+            ["token:alice", "group:lab", "uid:7", "cert:a b"]
+        );
     }
 }

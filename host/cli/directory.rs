@@ -28,8 +28,51 @@ pub(super) fn usual_directory() -> PathBuf {
         .unwrap_or_else(|| format!("/tmp/strait-{uid}").into())
 }
 
-/// The directory as an absolute path: created, or found to be this user's alone.
-pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
+/// A Linux group whose members reach a host's sockets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Group(u32);
+
+impl Group {
+    /// By name, as `/etc/group` has it, or by number.
+    pub(super) fn find(text: &str) -> Result<Self, Failure> {
+        if let Ok(number) = text.parse() {
+            return Ok(Self(number));
+        }
+        let known = fs::read_to_string("/etc/group").unwrap_or_default();
+        let mut lines = known.lines().map(|line| line.split(':'));
+        let found = lines.find_map(|mut line| match line.next() {
+            Some(name) if name == text => line.nth(1)?.parse().ok(),
+            _ => None,
+        });
+        found.map(Self).ok_or_else(|| {
+            let what = format!(
+                "server.socket_group: /etc/group has no group `{}`; one that is kept elsewhere is given by its number",
+                crate::text::name(text)
+            );
+            Failure::input("BAD_SETTING", what)
+        })
+    }
+
+    /// Lets its members use what is at `path`.
+    pub(super) fn let_in(self, path: &Path, mode: u32) -> Result<(), Failure> {
+        let changed = std::os::unix::fs::chown(path, None, Some(self.0))
+            .and_then(|()| fs::set_permissions(path, Permissions::from_mode(mode)));
+        changed.map_err(|error| {
+            let what = format!(
+                "cannot be given to group {} ({error}); the host's user must be one of its members, or root",
+                self.0
+            );
+            wrong_directory(path, &what)
+        })
+    }
+}
+
+/// Mode of a directory that one user alone, or a group as well, gets into.
+const OWN: u32 = 0o700;
+const OF_A_GROUP: u32 = 0o750;
+
+/// The directory as an absolute path: created, or found to be this user's alone, and then opened for `group`.
+pub(super) fn prepare(directory: &Path, group: Option<Group>) -> Result<PathBuf, Failure> {
     let directory = absolute(directory)?;
     match DirBuilder::new()
         .recursive(true)
@@ -45,7 +88,10 @@ pub(super) fn prepare(directory: &Path) -> Result<PathBuf, Failure> {
             ));
         }
     }
-    owned(&directory)?;
+    owned(&directory, group.is_some())?;
+    if let Some(group) = group {
+        group.let_in(&directory, OF_A_GROUP)?;
+    }
     Ok(directory)
 }
 
@@ -83,8 +129,16 @@ pub(super) fn absolute(directory: &Path) -> Result<PathBuf, Failure> {
     Ok(absolute)
 }
 
-/// Refuses what is not a directory of this user alone.
-pub(super) fn owned(directory: &Path) -> Result<(), Failure> {
+/// Refuses what is not a directory of this user alone, or else only of a group that a host of it serves.
+pub(super) fn owned(directory: &Path, with_group: bool) -> Result<(), Failure> {
+    match with_group {
+        true => has_mode(directory, &[OWN, OF_A_GROUP]),
+        false => has_mode(directory, &[OWN]),
+    }
+}
+
+/// Refuses what is not a directory of this user with one of these modes.
+fn has_mode(directory: &Path, modes: &[u32]) -> Result<(), Failure> {
     let wrong = |what: String| wrong_directory(directory, &what);
     // Not `metadata`: a link could be turned to another place after this check.
     let found =
@@ -100,9 +154,9 @@ pub(super) fn owned(directory: &Path) -> Result<(), Failure> {
         )));
     }
     let mode = found.permissions().mode() & 0o777;
-    if mode != 0o700 {
+    if !modes.contains(&mode) {
         return Err(wrong(format!(
-            "its mode is {mode:04o}, which lets others in or keeps its owner out; it must be 0700: chmod 700 {}",
+            "its mode is {mode:04o}, which lets others in or keeps its owner out; it must be 0700 (0750 with server.socket_group): chmod 700 {}",
             directory.display()
         )));
     }

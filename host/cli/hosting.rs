@@ -22,6 +22,8 @@ pub(super) fn settings(file: Option<&Path>) -> Result<Config, Failure> {
 pub(super) fn private_host(mut config: Config) -> Result<Arc<Host>, Failure> {
     config.engine.workers = Some(1);
     config.workers.enabled = false;
+    // Nobody comes who would have a token, or rights of its own.
+    (config.server.tokens, config.server.rights) = (None, None);
     start(config, Path::new("/nonexistent"))
 }
 

@@ -4,7 +4,9 @@
 //! main ─▶ serve                     a host in the foreground
 //!      ├▶ tensors: put ls get rm    ┐ over the data socket, by strait-client
 //!      ├▶ kernels: kernels call     │
+//!      ├▶ share: share unshare      │
 //!      ├▶ limits, workers, plugins  ┘
+//!      ├▶ token                     the file of tokens, without a host
 //!      ├▶ inspect                   what is in a file, a flight or a plugin
 //!      ├▶ run                       a host of its own in this process, no sockets
 //!      ├▶ doctor                    what this machine lacks for a host, and what to change
@@ -16,6 +18,7 @@
 //! inputs: tensor files and stdin    staging: output files that appear when they are complete
 //! signature: kernels for people    log: lines on stderr
 //! output: stdout, tables    progress: bars on a terminal
+//! tcp: Flight over TCP, and who is let in there    reload: files that are read again
 //! failure: what went wrong, as text, JSON and exit code
 //! ```
 
@@ -34,11 +37,15 @@ mod log;
 mod output;
 mod plugins;
 mod progress;
+mod reload;
 mod run;
 mod serve;
+mod share;
 mod signature;
 mod staging;
+mod tcp;
 mod tensors;
+mod token;
 mod worker;
 mod workers;
 
@@ -97,10 +104,16 @@ enum Command {
     Ls(tensors::LsArgs),
     /// Remove flights; their memory is freed once nobody uses it.
     Rm(tensors::RmArgs),
+    /// Let others read a flight, or show who may.
+    Share(share::ShareArgs),
+    /// Let others no longer read a flight.
+    Unshare(share::UnshareArgs),
     /// Show each principal's quotas and usage, and change quotas (operators only).
     Limits(limits::LimitsArgs),
     /// Show the worker processes (operators: all; others: their own).
     Workers(workers::WorkersArgs),
+    /// Make, list and revoke the tokens by which clients are let in over TCP.
+    Token(token::TokenArgs),
     /// List loaded plugins, show which are out of service, and re-enable them.
     Plugins(plugins::PluginsArgs),
     #[command(hide = true)]
@@ -127,9 +140,12 @@ pub fn main() -> ExitCode {
         Command::Inspect(args) => (args.connection.json, inspect::inspect(args)),
         Command::Ls(args) => (args.connection.json, tensors::ls(args)),
         Command::Rm(args) => (args.connection.json, tensors::rm(args)),
+        Command::Share(args) => (args.connection.json, share::share(args)),
+        Command::Unshare(args) => (args.connection.json, share::unshare(args)),
         Command::Limits(args) => (args.connection.json, limits::limits(args)),
         Command::Workers(args) => (args.connection.json, workers::workers(args)),
         Command::Plugins(args) => (args.connection.json, plugins::plugins(args)),
+        Command::Token(args) => (args.json, token::token(args)),
         Command::Worker(args) => (false, worker::worker(args)),
         Command::DemoProducer(args) => (false, demo::producer(args)),
         Command::DemoConsumer(args) => (false, demo::consumer(args)),

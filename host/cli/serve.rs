@@ -12,19 +12,23 @@ use clap::Args;
 use serde_json::json;
 use strait_client::address::DATA_SOCKET;
 use strait_memory::{FrameListener, process};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::UnixListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 
 use super::directory::{self, FLIGHT_SOCKET};
 use super::failure::Failure;
 use super::log::{self, LogFormat};
-use super::{hosting, output};
-use crate::config::Config;
+use super::reload::Reload;
+use super::{hosting, output, tcp};
+use crate::config::{Config, Server};
 use crate::{datasock, flight};
 
 /// What the sockets get beyond the drain time to close connections.
 const CLOSING: Duration = Duration::from_secs(2);
+
+/// Mode of the sockets of a host that serves a group.
+const SOCKET_OF_A_GROUP: u32 = 0o660;
 
 #[derive(Debug, Args)]
 pub(super) struct ServeArgs {
@@ -42,10 +46,12 @@ pub(super) struct ServeArgs {
     /// Load this plugin in addition to the standard one; can be repeated.
     #[arg(long = "plugin", value_name = "FILE")]
     plugins: Vec<PathBuf>,
-    /// Serve Flight on this loopback address, too (reads and puts, without authentication: every user of
-    /// this machine can do there whatever you can); port 0 picks a free port.
+    /// Serve Flight on this address, too; port 0 picks a free port. Other machines are served only with TLS, and clients that have
+    /// a token or a certificate. With neither, a loopback address lets every user of this machine read and put as you do.
     #[arg(long, value_name = "ADDRESS:PORT")]
     tcp: Option<SocketAddr>,
+    #[command(flatten)]
+    access: AccessArgs,
     /// Format of the log lines on stderr.
     #[arg(long, value_enum, default_value = "human")]
     log_format: LogFormat,
@@ -60,6 +66,52 @@ pub(super) struct ServeArgs {
     pub(super) json: bool,
 }
 
+/// Who is let in.
+#[derive(Debug, Args)]
+struct AccessArgs {
+    /// The tokens by which clients are let in over TCP; `strait token` makes and revokes them. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    tokens: Option<PathBuf>,
+    /// Who may do what, and which groups there are, in TOML. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    rights: Option<PathBuf>,
+    /// The certificates to show over TCP, in PEM, the host's own first. Read again when it changes.
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// The private key of the host's own certificate, in PEM.
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Let in clients with a certificate of these authorities, in PEM; they are the principal cert:COMMON-NAME.
+    #[arg(long, value_name = "FILE")]
+    tls_client_ca: Option<PathBuf>,
+    /// Serve other machines without TLS: tokens and tensors can be read on the way.
+    #[arg(long)]
+    insecure: bool,
+    /// Let the members of this Linux group (a name or number) reach the sockets: the directory has mode 0750 and the sockets 0660.
+    #[arg(long, value_name = "GROUP")]
+    socket_group: Option<String>,
+}
+
+impl AccessArgs {
+    /// What is given here takes precedence.
+    fn apply(&self, settings: &mut Server) {
+        let set = |setting: &mut Option<PathBuf>, given: &Option<PathBuf>| {
+            if given.is_some() {
+                setting.clone_from(given);
+            }
+        };
+        set(&mut settings.tokens, &self.tokens);
+        set(&mut settings.rights, &self.rights);
+        set(&mut settings.tls_cert, &self.tls_cert);
+        set(&mut settings.tls_key, &self.tls_key);
+        set(&mut settings.tls_client_ca, &self.tls_client_ca);
+        settings.insecure |= self.insecure;
+        if self.socket_group.is_some() {
+            settings.socket_group.clone_from(&self.socket_group);
+        }
+    }
+}
+
 pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
     log::start(args.log_format, &args.log_level)?;
     let mut config = hosting::settings(args.config.as_deref())?;
@@ -69,6 +121,7 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
         config.server.tcp = None;
     }
     config.server.tcp = args.tcp.or(config.server.tcp);
+    args.access.apply(&mut config.server);
     config.workers.options = log::options(&args.log_level);
 
     let linux =
@@ -99,11 +152,13 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
         .or_else(|| args.directory.clone())
         .or_else(|| config.server.directory.clone())
         .unwrap_or_else(directory::usual_directory);
-    let directory = directory::prepare(&directory)?;
+    let group = config.server.socket_group.as_deref();
+    let group = group.map(directory::Group::find).transpose()?;
+    let directory = directory::prepare(&directory, group)?;
     let done = main.block_on(serve_until_told(
         args,
         config,
-        &directory,
+        (&directory, group),
         data.handle(),
         end,
     ));
@@ -116,10 +171,11 @@ pub(super) fn serve(args: &ServeArgs) -> Result<(), Failure> {
 async fn serve_until_told(
     args: &ServeArgs,
     config: Config,
-    directory: &Path,
+    (directory, group): (&Path, Option<directory::Group>),
     data_threads: &tokio::runtime::Handle,
     mut end: Shutdown,
 ) -> Result<(), Failure> {
+    let reload = Reload::watch(&config.server)?;
     // Holding this socket is what makes this process the directory's host.
     let data = FrameListener::bind(&directory.join(DATA_SOCKET), 0o600).map_err(
         |error| match error.kind() {
@@ -135,10 +191,11 @@ async fn serve_until_told(
     )?;
     // Before the plugins are compiled, too: whoever finds one of the sockets finds the other.
     let (listener, flight_path) = bind_flight(directory)?;
-    let tcp = match config.server.tcp {
-        Some(address) => Some(bind_tcp(address).await?),
-        None => None,
-    };
+    if let Some(group) = group {
+        group.let_in(&directory.join(DATA_SOCKET), SOCKET_OF_A_GROUP)?;
+        group.let_in(&directory.join(FLIGHT_SOCKET), SOCKET_OF_A_GROUP)?;
+    }
+    let tcp = tcp::bind(&config.server).await?;
     let drain = config.drain();
     let starting = {
         let directory = directory.to_owned();
@@ -163,13 +220,14 @@ async fn serve_until_told(
         data,
         told(stopped.clone()),
     ));
-    let tcp_address = tcp.as_ref().map(|(_, address)| *address);
+    let tcp_url = tcp.as_ref().map(tcp::Tcp::url);
+    let tls = tcp.as_ref().and_then(|tcp| tcp.doors.tls.clone());
     let unix = flight::serve(Arc::clone(&host), listener, told(stopped.clone()));
     let remote = {
         let (host, told) = (Arc::clone(&host), told(stopped));
         async move {
             match tcp {
-                Some((listener, _)) => flight::serve_tcp(host, listener, told).await,
+                Some(tcp) => flight::serve_tcp(host, tcp.listener, tcp.doors, told).await,
                 None => Ok(()),
             }
         }
@@ -177,10 +235,13 @@ async fn serve_until_told(
     let mut flight = tokio::spawn(async { tokio::try_join!(unix, remote).map(|_| ()) });
     let kernels = host.plugins().kernels().len();
     // Whoever started it may not read it.
-    let _ = say_ready(args.json, directory, tcp_address, kernels);
+    let _ = say_ready(args.json, directory, tcp_url, kernels);
     tracing::info!(directory = %directory.display(), host_id = host.id(), kernels, "ready");
 
+    let mut reload = reload.of(&host, tls);
     let broken = tokio::select! {
+        // It never ends.
+        () = reload.run() => None,
         what = end.told() => {
             tracing::info!(drain_ms = drain.as_millis(), "ending: {what}");
             None
@@ -223,12 +284,11 @@ async fn serve_until_told(
 fn say_ready(
     json: bool,
     directory: &Path,
-    tcp: Option<SocketAddr>,
+    tcp: Option<String>,
     kernels: usize,
 ) -> Result<(), Failure> {
     let version = env!("CARGO_PKG_VERSION");
     let address = format!("unix://{}", directory.display());
-    let tcp = tcp.map(|address| format!("grpc+tcp://{address}"));
     if json {
         return output::json(&json!({
             "version": version,
@@ -254,25 +314,6 @@ fn describe<E: std::fmt::Display>(
         Ok(Err(error)) => error.to_string(),
         Err(error) => error.to_string(),
     }
-}
-
-/// A listener for Flight over TCP, and its address.
-async fn bind_tcp(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Failure> {
-    if !address.ip().is_loopback() {
-        return Err(Failure::input(
-            "BAD_SETTING",
-            format!(
-                "{address} can be reached from other machines, and Flight over TCP has no authentication yet; \
-                 take a loopback address such as 127.0.0.1:{}, and a tunnel (ssh -L) from elsewhere",
-                address.port()
-            ),
-        ));
-    }
-    let bound = TcpListener::bind(address).await.and_then(|listener| {
-        let address = listener.local_addr()?;
-        Ok((listener, address))
-    });
-    bound.map_err(|error| Failure::other("LINUX", format!("cannot listen on {address}: {error}")))
 }
 
 /// What can end a host.

@@ -7,7 +7,7 @@ use serde_json::json;
 use strait_client::NewTensor;
 use strait_tensor::{Format, NamedTensor, TensorFile, TensorSpec};
 
-use super::arguments::file_and_part;
+use super::arguments::{file_and_part, grantees};
 use super::connection::Connection;
 use super::failure::Failure;
 use super::inputs;
@@ -29,6 +29,10 @@ pub(super) struct PutArgs {
     /// Replace the flight that already has this name.
     #[arg(long)]
     replace: bool,
+    /// Share it with these, separated by commas: token:alice (or just alice), uid:1000, cert:pipeline, group:lab. They see it as
+    /// OWNER/NAME.
+    #[arg(long, value_name = "WHO")]
+    share: Vec<String>,
     #[command(flatten)]
     pub(super) connection: Connection,
 }
@@ -122,6 +126,11 @@ pub(super) fn put(args: &PutArgs) -> Result<(), Failure> {
         file.read_all_into(&mut wanted)?;
     }
     let flight = segment.publish(&args.name, args.replace)?;
+    let with = grantees(&args.share);
+    if !with.is_empty() {
+        let with: Vec<&str> = with.iter().map(String::as_str).collect();
+        client.share(&args.name, &with, &[])?;
+    }
     if args.connection.json {
         return output::json(&json!({ "flight": flight, "copied_bytes": copied_bytes }));
     }

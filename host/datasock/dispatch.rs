@@ -120,6 +120,7 @@ pub(super) fn respond(
         Op::List => asked.answer(names::list),
         Op::Publish => asked.answer_slowly(names::publish),
         Op::Drop => asked.answer(names::drop_flight),
+        Op::Share => asked.answer(names::share),
         Op::Create => asked.answer(segments::create),
         Op::Seal => asked.answer_slowly(segments::seal),
         Op::Adopt => match fds.pop() {

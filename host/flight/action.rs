@@ -18,7 +18,7 @@ use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
 /// Name and what ListActions says of it.
-const ACTIONS: [(&str, &str); 11] = [
+const ACTIONS: [(&str, &str); 12] = [
     (
         "kernels",
         "Body: nothing, or JSON {\"kernel\"?: name, \"after\"?: \"plugin/kernel\"}. One result for each kernel: its ports and parameters in JSON.",
@@ -34,6 +34,10 @@ const ACTIONS: [(&str, &str); 11] = [
     (
         "drop",
         "Body: a flight's name. Removes the name; the memory is freed once nobody holds it.",
+    ),
+    (
+        "share",
+        "Body: JSON {\"name\": name, \"add\"?: [principal or group:NAME], \"remove\"?: [the same, or *]}. Result: whom that flight is shared with, in JSON.",
     ),
     ("stats", "Body: nothing. Result: the host's counts in JSON."),
     (
@@ -79,7 +83,7 @@ pub(super) fn types() -> impl Iterator<Item = ActionType> {
 pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<ActionResult>, Status> {
     let (caller, body) = (&call.caller, &action.body);
     if !matches!(action.r#type.as_str(), "kernels" | "describe" | "welcome") {
-        call.local_only("this action")?;
+        call.known_only("this action")?;
     }
     let one = |bytes: Bytes| Ok(vec![ActionResult { body: bytes }]);
     match action.r#type.as_str() {
@@ -89,6 +93,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             one(info::json(&wire::Kernel::from(&found))?)
         }
         "mapping" => {
+            call.near_only("a mapping", "read the flight with DoGet")?;
             let segment = caller.lookup(text("mapping", body)?)?;
             one(info::mapping(host, &segment)?)
         }
@@ -106,6 +111,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
             &json_or_default(body)?,
             &call.request_id,
         )?)?),
+        "share" => one(share(call, &json(body)?)?),
         "stats" => one(info::json(&caller.stats(NO_SESSION))?),
         CANCEL => {
             let request = CancelFlightInfoRequest::decode(body.clone())
@@ -116,7 +122,7 @@ pub(super) fn run(host: &Host, call: &Call, action: &Action) -> Result<Vec<Actio
         RENEW => {
             let request = RenewFlightEndpointRequest::decode(body.clone())
                 .map_err(|e| not_the_message(RENEW, &e))?;
-            let endpoint = info::renewed(caller, &request.endpoint.unwrap_or_default())?;
+            let endpoint = info::renewed(call, &request.endpoint.unwrap_or_default())?;
             one(endpoint.encode_to_vec().into())
         }
         other => Err(Status::new(
@@ -147,6 +153,10 @@ fn json_or_default<T: DeserializeOwned + Default>(body: &[u8]) -> Result<T, Stat
     if body.is_empty() {
         return Ok(T::default());
     }
+    json(body)
+}
+
+fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T, Status> {
     serde_json::from_slice(body).map_err(|error| {
         bad_request(format!(
             "the action's body is not the JSON that it takes: {error}"
@@ -187,6 +197,17 @@ fn release(
     Ok(wire::Released {
         released,
         request_id: request_id.to_owned(),
+    })
+}
+
+fn share(call: &Call, request: &wire::Share) -> Result<Bytes, Status> {
+    let shared = call
+        .caller
+        .share(&request.name, &request.add, &request.remove)?;
+    info::json(&wire::Shared {
+        name: request.name.clone(),
+        shared,
+        request_id: call.request_id.to_string(),
     })
 }
 

@@ -12,6 +12,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use strait_memory::{Growing, MemoryError};
 
+use super::compressed::is_compressed;
 use crate::session::Host;
 
 /// Bodies of longer messages have a way of their own: such a batch is large enough to lie where it stays.
@@ -22,7 +23,8 @@ const PLACED_PAST_BYTES_MIN: u32 = 64 << 10;
 pub(super) const HEAD_BYTES_MAX: usize = 64 << 10;
 /// Most fields of such a head. `FlightData` has three beside the body.
 const FIELDS_MAX: usize = 8;
-/// The body's field in the protobuf message `FlightData`.
+/// The fields of Arrow's message and of its body in the protobuf message `FlightData`.
+const DATA_HEADER: u64 = 2;
 const DATA_BODY: u64 = 1000;
 
 /// Where the values of a body belong.
@@ -152,6 +154,7 @@ impl Head {
     /// Of a `FlightData` of `length` bytes that begins with `bytes`.
     pub(super) fn of(bytes: &[u8], length: u64) -> Self {
         let mut at = 0;
+        let mut header = 0..0;
         for _ in 0..=FIELDS_MAX {
             let before = at;
             let Some(tag) = varint(bytes, &mut at) else {
@@ -166,7 +169,8 @@ impl Head {
             };
             if tag >> 3 == DATA_BODY {
                 let ends = (at as u64).checked_add(field) == Some(length);
-                return if ends {
+                // What is compressed is not the values: it is collected as a whole.
+                return if ends && !is_compressed(&bytes[header]) {
                     Self::Before(before, at)
                 } else {
                     Self::Other
@@ -174,7 +178,12 @@ impl Head {
             }
             let next = usize::try_from(field).ok().and_then(|n| at.checked_add(n));
             match next {
-                Some(next) if next < HEAD_BYTES_MAX => at = next,
+                Some(next) if next < HEAD_BYTES_MAX => {
+                    if tag >> 3 == DATA_HEADER {
+                        header = at..next;
+                    }
+                    at = next;
+                }
                 _ => return Self::Other,
             }
             if at > bytes.len() {

@@ -1,13 +1,15 @@
 //! One call: who asks, under which request id, and how its end is told.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use tonic::codegen::http::HeaderValue;
+use tonic::codegen::http::HeaderMap;
 use tonic::metadata::MetadataMap;
 use tonic::{Request, Response};
 
-use super::Peer;
 use super::connection::{State, Working};
+use super::guesses::Guesses;
+use super::{Peer, Who};
 use crate::error::{Code, Reason, Status};
 use crate::session::{Caller, Host};
 
@@ -27,8 +29,10 @@ const BACKTRACE_BYTES_MAX: usize = 2048;
 #[derive(Clone, Debug)]
 pub(super) struct Call {
     pub(super) caller: Caller,
-    /// Over TCP: whoever asks cannot map, and has not shown who it is.
+    /// Over TCP: whoever asks cannot map.
     pub(super) remote: bool,
+    /// And need not have shown who it is.
+    is_open: bool,
     pub(super) request_id: Arc<str>,
     pub(super) span: tracing::Span,
     name: &'static str,
@@ -37,18 +41,32 @@ pub(super) struct Call {
     is_id_given: bool,
 }
 
+/// A call that was not let in, and how long that is kept from it.
+pub(super) struct NotBegun {
+    pub(super) status: tonic::Status,
+    pub(super) wait: Option<(Arc<Guesses>, Duration)>,
+}
+
+impl From<tonic::Status> for NotBegun {
+    fn from(status: tonic::Status) -> Self {
+        Self { status, wait: None }
+    }
+}
+
 impl Call {
     /// Lets a request in. Its id is the header's, or a new one.
     ///
     /// # Errors
-    /// `BAD_REQUEST` for an id that is none; `PRINCIPAL` for a peer whom the host did not let in.
+    /// `BAD_REQUEST` for an id that is none; `PRINCIPAL` for a peer whom the host did not let in; over TCP what is wrong with the
+    /// token or certificate.
     pub(super) fn begin(
         host: &Arc<Host>,
         name: &'static str,
         peer: Option<&Peer>,
-        id: Option<&HeaderValue>,
-    ) -> Result<Self, tonic::Status> {
+        headers: &HeaderMap,
+    ) -> Result<Self, NotBegun> {
         // Not even text: refused as every other id that is none.
+        let id = headers.get(REQUEST_ID);
         let given = id.map(|id| id.to_str().unwrap_or("\u{fffd}"));
         let request_id = match host.request_id(given) {
             Ok(id) => id,
@@ -56,24 +74,46 @@ impl Call {
                 let fresh = host
                     .request_id(None)
                     .map_err(|status| to_tonic(&status, "-"))?;
-                return Err(to_tonic(&status, &fresh));
+                return Err(to_tonic(&status, &fresh).into());
             }
         };
-        let caller = peer.map_or_else(|| host.caller(None), |peer| peer.caller.clone());
+        let connection = peer.and_then(|peer| peer.connection.clone());
+        let far = match peer.map(|peer| &peer.who) {
+            Some(Who::Far(remote)) => Some(remote),
+            Some(Who::Near(_)) | None => None,
+        };
+        let caller = match peer.map(|peer| &peer.who) {
+            None => host.caller(None),
+            Some(Who::Near(caller)) => caller.clone(),
+            Some(Who::Far(remote)) => match remote.caller(host, headers) {
+                // It is told in the log by whoever counts it.
+                Err(refused) => {
+                    return Err(NotBegun {
+                        status: to_tonic(&refused.status, &request_id),
+                        wait: Some((Arc::clone(remote.guesses()), refused.wait)),
+                    });
+                }
+                Ok(caller) => match connection.as_ref().map(|state| state.admit(&caller)) {
+                    Some(Err(status)) => Err(status),
+                    Some(Ok(())) | None => Ok(caller),
+                },
+            },
+        };
         let span = span(name, &request_id, caller.as_ref().ok());
         match caller {
             Ok(caller) => Ok(Self {
                 caller,
-                remote: peer.is_none_or(|peer| peer.remote),
+                remote: far.is_some(),
+                is_open: far.is_some_and(|remote| remote.is_open()),
                 request_id,
                 span,
                 name,
-                connection: peer.and_then(|peer| peer.connection.clone()),
+                connection,
                 is_id_given: id.is_some(),
             }),
             Err(status) => {
-                span.in_scope(|| tracing::warn!("refused: no principal"));
-                Err(to_tonic(&status, &request_id))
+                span.in_scope(|| tracing::warn!(reason = status.reason.name(), "refused"));
+                Err(to_tonic(&status, &request_id).into())
             }
         }
     }
@@ -116,16 +156,35 @@ impl Call {
         self.connection.as_ref().map(State::working)
     }
 
+    /// Whether somebody has shown who it is.
+    ///
+    /// # Errors
+    /// `UNSUPPORTED_OP` for a call over TCP to a host that asks nobody; `what` it asked for.
+    pub(super) fn known_only(&self, what: &str) -> Result<(), Status> {
+        if !self.is_open {
+            return Ok(());
+        }
+        let message = format!(
+            "{what} over TCP needs a token or a client certificate, and this host asks for none; \
+             connect to the unix socket, or have it started with --tokens"
+        );
+        Err(Status::new(
+            Code::Unimplemented,
+            Reason::UnsupportedOp,
+            message,
+        ))
+    }
+
     /// Whether it comes from this machine by a unix socket.
     ///
     /// # Errors
-    /// `UNSUPPORTED_OP` for a call over TCP; `what` it asked for.
-    pub(super) fn local_only(&self, what: &str) -> Result<(), Status> {
+    /// `UNSUPPORTED_OP` for a call over TCP; `what` it asked for, and what there is `instead`.
+    pub(super) fn near_only(&self, what: &str, instead: &str) -> Result<(), Status> {
         if !self.remote {
             return Ok(());
         }
         let message = format!(
-            "{what} over TCP comes with tokens and TLS in a later version; connect to the unix socket"
+            "{what} is for processes on the host's machine, and this call came over TCP; {instead}"
         );
         Err(Status::new(
             Code::Unimplemented,
@@ -185,6 +244,7 @@ fn grpc_code(code: Code) -> tonic::Code {
         Code::Cancelled => tonic::Code::Cancelled,
         Code::Internal => tonic::Code::Internal,
         Code::PermissionDenied => tonic::Code::PermissionDenied,
+        Code::Unauthenticated => tonic::Code::Unauthenticated,
         Code::Unavailable => tonic::Code::Unavailable,
         Code::Unimplemented => tonic::Code::Unimplemented,
     }
@@ -277,13 +337,10 @@ mod tests {
         config.engine.cache = Some(std::path::PathBuf::new());
         let host = Host::start(config, directory.path()).expect("a host");
         let from = |uid| {
-            let peer = Peer {
-                caller: host.caller(uid),
-                remote: false,
-                connection: None,
-            };
-            Call::begin(&host, "DoGet", Some(&peer), None)
+            let peer = Peer::of(Who::Near(host.caller(uid)));
+            Call::begin(&host, "DoGet", Some(&peer), &HeaderMap::new())
                 .map(|call| call.caller.principal().to_string())
+                .map_err(|refused| refused.status)
         };
         assert_eq!(from(Some(7)).expect("a user"), "uid:7");
         for nobody in [Some(65534), None] {
@@ -309,6 +366,7 @@ mod tests {
             Code::Cancelled,
             Code::Internal,
             Code::PermissionDenied,
+            Code::Unauthenticated,
             Code::Unavailable,
             Code::Unimplemented,
         ] {

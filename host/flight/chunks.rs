@@ -232,13 +232,16 @@ impl ChunkEdge for Edge<'_> {
                 return self.last().map(Some);
             };
             let batch = read_message(&data, data.data_body.len(), &mut self.columns)?;
-            self.at = batch.map(|(rows, ranges)| At {
-                data,
-                ranges,
-                rows,
-                gone: 0,
-                _charge: charge,
-            });
+            self.at = match batch {
+                None => None,
+                Some(batch) => Some(At {
+                    data,
+                    rows: batch.rows,
+                    ranges: batch.plain()?,
+                    gone: 0,
+                    _charge: charge,
+                }),
+            };
         }
     }
 

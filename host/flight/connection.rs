@@ -13,14 +13,16 @@ use std::task::{Context, Poll, Waker, ready};
 use std::time::{Duration, Instant};
 
 use parking_lot::{Mutex, MutexGuard};
-use strait_memory::Charge;
+use strait_memory::{Budget, Charge};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 use tonic::transport::server::Connected;
 
-use super::Peer;
 use super::authority::AuthorityRepair;
 use super::gather::{BYTES_MAX as GATHERED_BYTES_MAX, Gathered};
+use super::{Peer, Who};
+use crate::error::Status;
+use crate::session::{Caller, Host};
 
 /// While the host ends: a connection on which nothing moves for so long, and for which the host
 /// does nothing, is not waited for.
@@ -28,6 +30,9 @@ const SILENCE_AT_THE_END: Duration = Duration::from_secs(1);
 
 /// A connection on which nothing moved for so long gives back what it was charged for gathering.
 const IDLE: Duration = Duration::from_secs(1);
+
+/// Connections over TCP at a time on which no call has shown yet who makes it.
+const STRANGERS_MAX: usize = 256;
 
 /// What a peer gets to close its side after the host has closed its own.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -40,6 +45,8 @@ struct Times {
     begun: Option<Instant>,
     /// The peer takes nothing of what there is to send.
     blocked: Option<Instant>,
+    /// No call on it has shown yet who makes it.
+    stranger: Option<Instant>,
     broken: bool,
     task: Option<Waker>,
 }
@@ -53,27 +60,57 @@ pub(super) struct State {
     gathers: AtomicBool,
     /// It was charged for what it gathers.
     is_charged: AtomicBool,
+    /// Its place among the connections of its principal.
+    place: Mutex<Option<Charge>>,
 }
 
 impl State {
-    fn new() -> Self {
+    fn new(is_stranger: bool, place: Option<Charge>) -> Self {
         let now = Instant::now();
         Self {
             times: Mutex::new(Times {
                 moved: now,
                 begun: Some(now),
                 blocked: None,
+                stranger: is_stranger.then_some(now),
                 broken: false,
                 task: None,
             }),
             working: AtomicUsize::new(0),
             gathers: AtomicBool::new(true),
             is_charged: AtomicBool::new(false),
+            place: Mutex::new(place),
         }
+    }
+
+    /// A call has shown who makes it: from the first one on the connection is among that one's.
+    ///
+    /// # Errors
+    /// `QUOTA_EXCEEDED`, `BUDGET_EXCEEDED`: there is no place for it.
+    pub(super) fn admit(&self, caller: &Caller) -> Result<(), Status> {
+        if self.times().stranger.is_some() {
+            let place = caller.account().connect()?;
+            *self.place.lock() = Some(place);
+            self.times().stranger = None;
+        }
+        Ok(())
     }
 
     fn times(&self) -> MutexGuard<'_, Times> {
         self.times.lock()
+    }
+
+    fn break_off(&self, why: &str) {
+        let mut times = self.times();
+        if !times.broken {
+            times.broken = true;
+            tracing::info!("a Flight connection was closed: {why}");
+        }
+        let task = times.task.take();
+        drop(times);
+        if let Some(task) = task {
+            task.wake();
+        }
     }
 
     /// Whether what it sends is put together for the socket, which is a copy.
@@ -107,12 +144,16 @@ pub(super) struct Connections {
     request_time: Duration,
     stall: Duration,
     draining: Arc<AtomicBool>,
+    budget: Arc<Budget>,
 }
 
 impl Connections {
-    pub(super) fn new(request_time: Duration, stall: Duration) -> Self {
+    pub(super) fn new(host: &Host) -> Self {
+        let config = host.config();
+        let (request_time, stall) = (config.request_time(), config.stall());
         Self {
             states: Mutex::default(),
+            budget: Arc::clone(host.budget()),
             request_time,
             stall,
             draining: Arc::default(),
@@ -124,20 +165,41 @@ impl Connections {
     }
 
     pub(super) fn add<S>(&self, stream: S, peer: Peer, place: Option<Charge>) -> Connection<S> {
-        let state = Arc::new(State::new());
+        let is_stranger = matches!(&peer.who, Who::Far(_));
+        let state = Arc::new(State::new(is_stranger, place));
+        if is_stranger {
+            self.make_room();
+        }
         self.states().push(Arc::downgrade(&state));
         Connection {
             stream,
             repair: AuthorityRepair::default(),
             gathered: Gathered::default(),
             draining: Arc::clone(&self.draining),
-            _place: place,
+            budget: Arc::clone(&self.budget),
+            flushing: Flushing::Done,
             farewell: None,
             peer: Peer {
                 connection: Some(Arc::clone(&state)),
                 ..peer
             },
             state,
+        }
+    }
+
+    /// Breaks the oldest connection of a stranger, if there are as many as there may be.
+    fn make_room(&self) {
+        let states: Vec<_> = self.states().iter().filter_map(Weak::upgrade).collect();
+        let strangers = states.iter().filter_map(|state| {
+            let times = state.times();
+            let is_there = !times.broken;
+            times.stranger.filter(|_| is_there).map(|at| (at, state))
+        });
+        let strangers: Vec<_> = strangers.collect();
+        if strangers.len() >= STRANGERS_MAX
+            && let Some((_, oldest)) = strangers.into_iter().min_by_key(|(at, _)| *at)
+        {
+            oldest.break_off("too many connections have not shown yet whose they are");
         }
     }
 
@@ -163,6 +225,8 @@ impl Connections {
                 "it did not finish what it began to send (setting server.request_ms)"
             } else if for_long(times.blocked, self.stall) {
                 "it read nothing of what was sent (setting server.stall_ms)"
+            } else if for_long(times.stranger, self.request_time) {
+                "no call on it showed who makes it (setting server.request_ms)"
             } else if draining
                 && state.working.load(Ordering::Relaxed) == 0
                 && for_long(Some(times.moved), SILENCE_AT_THE_END)
@@ -180,17 +244,19 @@ impl Connections {
                 }
                 continue;
             };
-            if !times.broken {
-                times.broken = true;
-                tracing::info!("a Flight connection was closed: {why}");
-            }
-            let task = times.task.take();
             drop(times);
-            if let Some(task) = task {
-                task.wake();
-            }
+            state.break_off(why);
         }
     }
+}
+
+/// Whether what was written is in the socket: TLS keeps bytes of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Flushing {
+    Done,
+    Due,
+    /// The socket is full, and wakes the task when it is not.
+    Waiting,
 }
 
 /// A connection whose incoming bytes are repaired, whose outgoing ones are gathered, and whose times are noted.
@@ -200,12 +266,12 @@ pub(super) struct Connection<S> {
     repair: AuthorityRepair,
     gathered: Gathered,
     draining: Arc<AtomicBool>,
+    budget: Arc<Budget>,
     /// Set once the host's side is closed at the host's end.
     farewell: Option<Pin<Box<Sleep>>>,
     peer: Peer,
     state: Arc<State>,
-    /// Its place among the connections of its principal.
-    _place: Option<Charge>,
+    flushing: Flushing,
 }
 
 impl<S> Connection<S> {
@@ -233,12 +299,25 @@ impl<S> Connection<S> {
 
 impl<S: AsyncWrite + Unpin> Connection<S> {
     fn poll_drain(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.gathered.is_empty() {
+        if !self.gathered.is_empty() {
+            let stream = Pin::new(&mut self.stream);
+            let result = self.gathered.poll_drain(stream, context);
+            self.wrote(context, &result);
+            self.flushing = Flushing::Due;
+            ready!(result)?;
+        }
+        if self.flushing == Flushing::Done {
             return Poll::Ready(Ok(()));
         }
-        let stream = Pin::new(&mut self.stream);
-        let result = self.gathered.poll_drain(stream, context);
-        self.wrote(context, &result);
+        let result = Pin::new(&mut self.stream).poll_flush(context);
+        // A socket has nothing to flush, and then this says nothing about its peer.
+        if result.is_pending() || self.flushing == Flushing::Waiting {
+            self.wrote(context, &result);
+        }
+        self.flushing = match result {
+            Poll::Pending => Flushing::Waiting,
+            Poll::Ready(_) => Flushing::Done,
+        };
         result
     }
 }
@@ -246,12 +325,7 @@ impl<S: AsyncWrite + Unpin> Connection<S> {
 impl<S> Connection<S> {
     /// Room for more to be gathered, if the host's budget has it: without, it leaves in smaller pieces.
     fn widen(&mut self) {
-        if let Ok(caller) = &self.peer.caller
-            && let Ok(charge) = caller
-                .host()
-                .budget()
-                .try_reserve(GATHERED_BYTES_MAX as u64)
-        {
+        if let Ok(charge) = self.budget.try_reserve(GATHERED_BYTES_MAX as u64) {
             self.gathered.charge(charge);
             self.state.is_charged.store(true, Ordering::Relaxed);
         }
@@ -339,6 +413,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
         if !gathers || !self.gathered.has_room(length) {
             ready!(self.poll_drain(context))?;
             let result = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
+            self.flushing = Flushing::Due;
             self.wrote(context, &result);
             return result;
         }
@@ -352,10 +427,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Connection<S> {
 
     /// h2 flushes after each frame. What is gathered leaves when the connection's task is run again,
     /// which is at once: until then the streams may add to it.
-    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.check()?;
         if self.gathered.is_left_alone() {
             context.waker().wake_by_ref();
+        } else if self.gathered.is_empty()
+            // What does not leave now does when the task is woken for it.
+            && let Poll::Ready(Err(error)) = self.poll_drain(context)
+        {
+            return Poll::Ready(Err(error));
         }
         Poll::Ready(Ok(()))
     }

@@ -116,7 +116,7 @@ impl Exchange {
         &mut self,
         place: impl Future<Output = Result<StreamPermit, Status>>,
     ) -> Result<Beginning, Status> {
-        self.call.local_only("a kernel call")?;
+        self.call.known_only("a kernel call")?;
         let permit = place.await?;
         let first = self
             .messages

@@ -11,11 +11,12 @@ use strait_memory::{Copied, InputSource};
 use strait_protocol as wire;
 use strait_tensor::{SchemaMessage, TensorSpec};
 
+use super::call::Call;
 use super::refused::{bad_request, host_bug};
 use super::ticket::{Source, Wanted, parts};
 use crate::error::Status;
 use crate::lease::LiveSegment;
-use crate::session::{Caller, Host, Invoked, InvokedResult};
+use crate::session::{Host, Invoked, InvokedResult};
 
 /// Longer JSON is not parsed on a thread of the runtime.
 const PARSED_INLINE_BYTES_MAX: usize = 64 << 10;
@@ -190,14 +191,15 @@ pub(super) fn flight(
     })
 }
 
-/// An invocation's results: one endpoint each, or up to `most` if it is one; its figures in `app_metadata`.
+/// An invocation's results: one endpoint each, or up to `most` if it is one; its figures in `app_metadata`. Somebody far away
+/// is told of no mapping.
 pub(super) fn results(
-    caller: &Caller,
+    call: &Call,
     descriptor: FlightDescriptor,
     invoked: &Invoked,
-    request_id: &str,
     most: u64,
 ) -> Result<FlightInfo, Status> {
+    let (caller, request_id) = (&call.caller, &*call.request_id);
     let host = caller.host();
     let mut endpoints = Vec::with_capacity(invoked.results.len());
     let mut entries = Vec::with_capacity(invoked.results.len());
@@ -216,12 +218,18 @@ pub(super) fn results(
         // The endpoints of several tables in a row would be those of one.
         let most = if invoked.results.len() == 1 { most } else { 1 };
         for rows in parts(host, segment, most) {
-            endpoints.push(endpoint(host, segment, &wanted.part(segment, rows), life)?);
+            let mut endpoint = endpoint(host, segment, &wanted.part(segment, rows), life)?;
+            if call.remote {
+                endpoint.app_metadata.clear();
+            }
+            endpoints.push(endpoint);
         }
-        entries.push(wire::ResultEntry {
-            expires_ms: life.map(|life| u64::try_from(life.as_millis()).unwrap_or(u64::MAX)),
-            ..host.entry(result, 0)
-        });
+        let mut entry = host.entry(result, 0);
+        entry.expires_ms = life.map(|life| u64::try_from(life.as_millis()).unwrap_or(u64::MAX));
+        if call.remote {
+            entry.mapping = None;
+        }
+        entries.push(entry);
     }
     let segments = || invoked.results.iter().filter_map(InvokedResult::segment);
     let tensors = || segments().flat_map(|segment| segment.tensors());
@@ -247,9 +255,10 @@ pub(super) fn results(
 /// # Errors
 /// `BAD_REQUEST` without a ticket; `SEGMENT_NOT_FOUND`, `FLIGHT_NOT_FOUND`.
 pub(super) fn renewed(
-    caller: &Caller,
+    call: &Call,
     endpoint_given: &FlightEndpoint,
 ) -> Result<FlightEndpoint, Status> {
+    let caller = &call.caller;
     let ticket = endpoint_given
         .ticket
         .as_ref()
@@ -269,5 +278,9 @@ pub(super) fn renewed(
         }
     };
     wanted.rows_of(&segment)?;
-    endpoint(caller.host(), &segment, &wanted, life)
+    let mut endpoint = endpoint(caller.host(), &segment, &wanted, life)?;
+    if call.remote {
+        endpoint.app_metadata.clear();
+    }
+    Ok(endpoint)
 }

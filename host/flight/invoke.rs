@@ -62,7 +62,7 @@ impl Asked {
 /// # Errors
 /// As for INVOKE.
 pub(super) async fn run(call: &Call, asked: Asked) -> Result<Vec<ActionResult>, Status> {
-    call.local_only("a kernel call")?;
+    call.known_only("a kernel call")?;
     let Asked {
         header,
         invoke,

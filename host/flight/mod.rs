@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! serve ── accept ──▶ Connection (authority, gathering, times) ──▶ tonic ──▶ Front (a Call) ──▶ Service
+//!            └─ over TCP: `remote`, `tls`                          └─▶ health
 //!                                                                   ├─▶ info    descriptors, FlightInfo, schemas
 //!                                                                   ├─▶ read    DoGet: a segment as messages
 //!                                                                   ├─▶ upload  DoPut: messages into a segment
@@ -11,14 +12,17 @@
 //!                                                                   └─▶ action  DoAction, `invoke` a call in one message
 //! ```
 //! Only this room knows gRPC and protobuf. No tensor is mapped here: bytes are read and written in
-//! chunks, counted. A connection's principal is the uid of the process that connected.
+//! chunks, counted. On the unix socket a connection's principal is the uid of the process that connected; over TCP each call's is
+//! that of its token or of the connection's certificate.
 
 mod action;
+mod arriving;
 mod authority;
 mod batches;
 mod bodies;
 mod call;
 mod chunks;
+mod compressed;
 mod connection;
 mod exchange;
 mod follow;
@@ -26,15 +30,20 @@ mod frames;
 mod front;
 mod gather;
 mod goal;
+mod guesses;
+mod health;
 mod info;
 mod invoke;
 mod messages;
+mod metadata;
 mod outbox;
 mod read;
 mod refused;
+mod remote;
 mod service;
 mod staged;
 mod ticket;
+mod tls;
 mod upload;
 mod waiting;
 
@@ -48,14 +57,19 @@ use arrow_flight::flight_service_server::FlightServiceServer;
 use futures::stream;
 use strait_memory::Charge;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tonic::transport::Server;
 
 use crate::error::Status;
 use crate::session::{Caller, Host};
 use connection::{Connections, State};
 use front::Front;
+use health::Health;
+use remote::{Remote, RemoteListener, RemoteStream};
 use service::Service;
+
+pub use remote::Doors;
+pub use tls::{Tls, TlsError, TlsFiles};
 
 /// HTTP/2 windows: with the default of 64 KiB a stream runs at less than half the speed.
 const WINDOW_BYTES: u32 = 16 << 20;
@@ -71,6 +85,12 @@ const METADATA_BYTES: usize = 1 << 20;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Such connections are told of once in this time.
 const TOLD_EACH: Duration = Duration::from_secs(1);
+/// Longest headers of a call, together.
+const HEADERS_BYTES: u32 = 16 << 10;
+/// Over TCP: a peer of whom nothing came for so long is asked whether it is there,
+const KEEPALIVE: Duration = Duration::from_secs(30);
+/// and has that much time to say so.
+const KEEPALIVE_TIME: Duration = Duration::from_secs(20);
 /// How often connections are looked at.
 const SWEEP_EACH: Duration = Duration::from_millis(250);
 
@@ -84,22 +104,40 @@ pub enum ServeError {
 
 /// Who is at the other end of a connection.
 #[derive(Clone, Debug)]
+enum Who {
+    /// A process of this machine; or why the host did not let it in: each of its calls is told.
+    Near(Result<Caller, Status>),
+    /// Somebody over TCP: each call says who makes it.
+    Far(Arc<Remote>),
+}
+
+/// The other end of a connection.
+#[derive(Clone, Debug)]
 struct Peer {
-    /// Or why the host did not let it in: each of its calls is told.
-    caller: Result<Caller, Status>,
-    /// Over TCP: served as the host's own user, with less.
-    remote: bool,
+    who: Who,
     /// None: in a test.
     connection: Option<Arc<State>>,
+}
+
+impl Peer {
+    fn of(who: Who) -> Self {
+        Self {
+            who,
+            connection: None,
+        }
+    }
 }
 
 /// What connections come from.
 trait Listener {
     type Stream: AsyncRead + AsyncWrite + Unpin + Send + 'static;
 
+    /// After what silence peers are asked whether they are there.
+    const KEEPALIVE: Option<Duration>;
+
     /// The next connection, ready to be used, and who that is.
     fn next(
-        &self,
+        &mut self,
         host: &Arc<Host>,
     ) -> impl Future<Output = io::Result<(Self::Stream, Peer)>> + Send;
 }
@@ -107,33 +145,27 @@ trait Listener {
 impl Listener for UnixListener {
     type Stream = UnixStream;
 
-    async fn next(&self, host: &Arc<Host>) -> io::Result<(UnixStream, Peer)> {
+    /// Linux says when a process ends, and one that is stopped may go on.
+    const KEEPALIVE: Option<Duration> = None;
+
+    async fn next(&mut self, host: &Arc<Host>) -> io::Result<(UnixStream, Peer)> {
         let (stream, _) = self.accept().await?;
         // Best effort: with a short buffer two processes wake each other all the time.
         let _ = rustix::net::sockopt::set_socket_send_buffer_size(&stream, SEND_BUFFER_BYTES);
         let uid = stream.peer_cred().ok();
-        let peer = Peer {
-            caller: host.caller(uid.map(|credentials| credentials.uid())),
-            remote: false,
-            connection: None,
-        };
-        Ok((stream, peer))
+        let caller = host.caller(uid.map(|credentials| credentials.uid()));
+        Ok((stream, Peer::of(Who::Near(caller))))
     }
 }
 
-impl Listener for TcpListener {
-    type Stream = TcpStream;
+impl Listener for RemoteListener {
+    type Stream = RemoteStream;
 
-    async fn next(&self, host: &Arc<Host>) -> io::Result<(TcpStream, Peer)> {
-        let (stream, _) = self.accept().await?;
-        // Best effort: without it the end of a message may wait for an acknowledgement.
-        let _ = stream.set_nodelay(true);
-        let peer = Peer {
-            caller: Ok(host.own_caller()),
-            remote: true,
-            connection: None,
-        };
-        Ok((stream, peer))
+    const KEEPALIVE: Option<Duration> = Some(KEEPALIVE);
+
+    async fn next(&mut self, _: &Arc<Host>) -> io::Result<(RemoteStream, Peer)> {
+        let (stream, remote) = self.next().await?;
+        Ok((stream, Peer::of(Who::Far(Arc::new(remote)))))
     }
 }
 
@@ -152,19 +184,20 @@ pub fn serve(
     serve_connections(host, accepting, shutdown)
 }
 
-/// Serves a part of Flight over TCP until `shutdown`: lists, reads and puts of the host's own user.
-/// There is no authentication, so `listener` must be on a loopback address; whoever can connect
-/// can read and put. Kernel calls and actions that change something are refused, and no mapping is told.
+/// Serves Flight over TCP until `shutdown`, to whom `doors` let in: each call has a token, or its connection a certificate. With
+/// open doors there is no authentication, so `listener` must be on a loopback address; whoever can connect can read and put as
+/// the host's own user, and do nothing else.
 ///
 /// # Errors
 /// [`ServeError`].
 pub fn serve_tcp(
     host: Arc<Host>,
     listener: TcpListener,
+    doors: Doors,
     shutdown: impl Future<Output = ()>,
 ) -> impl Future<Output = Result<(), ServeError>> {
     // Its spare descriptor is there before anybody can count the host's.
-    let accepting = Accepting::new(Arc::clone(&host), listener);
+    let accepting = Accepting::new(Arc::clone(&host), RemoteListener::new(listener, doors));
     serve_connections(host, accepting, shutdown)
 }
 
@@ -191,9 +224,11 @@ impl<L: Listener> Accepting<L> {
         loop {
             let error = match self.listener.next(&self.host).await {
                 Ok((stream, peer)) => {
-                    // Whose uid is unknown is told so, and served nothing.
-                    let caller = peer.caller.as_ref().ok();
-                    let place = caller.map(|caller| caller.account().connect());
+                    // Whose uid is unknown is told so, and served nothing; whoever is far has no place until it says who it is.
+                    let place = match &peer.who {
+                        Who::Near(caller) => caller.as_ref().ok().map(|c| c.account().connect()),
+                        Who::Far(_) => None,
+                    };
                     match place.transpose() {
                         Ok(place) => return (stream, peer, place),
                         Err(status) => {
@@ -227,13 +262,13 @@ fn spare() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
-async fn serve_connections(
+async fn serve_connections<L: Listener>(
     host: Arc<Host>,
-    accepting: Accepting<impl Listener>,
+    accepting: Accepting<L>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), ServeError> {
     let config = host.config();
-    let connections = Connections::new(config.request_time(), config.stall());
+    let connections = Connections::new(&host);
     let flight = FlightServiceServer::new(Service::new(Arc::clone(&host)))
         .max_decoding_message_size(config.message_bytes_max().saturating_add(METADATA_BYTES))
         // `read` bounds what goes out, with an error that says what else the client can do.
@@ -243,8 +278,10 @@ async fn serve_connections(
         let connection: io::Result<_> = Ok(connections.add(stream, peer, place));
         Some((connection, accepting))
     });
+    let health = Health::new().await;
     let shutdown = async {
         shutdown.await;
+        health.drain().await;
         connections.drain();
     };
     let served = Server::builder()
@@ -252,7 +289,14 @@ async fn serve_connections(
         .initial_connection_window_size(WINDOW_BYTES)
         .max_frame_size(FRAME_BYTES)
         .max_concurrent_streams(CALLS_MAX)
-        .serve_with_incoming_shutdown(Front::new(flight, Arc::clone(&host)), accepted, shutdown);
+        .http2_max_header_list_size(HEADERS_BYTES)
+        .http2_keepalive_interval(L::KEEPALIVE)
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIME))
+        .serve_with_incoming_shutdown(
+            Front::new(flight, health.service(), Arc::clone(&host)),
+            accepted,
+            shutdown,
+        );
     let swept = async {
         let mut ticks = tokio::time::interval(SWEEP_EACH);
         loop {

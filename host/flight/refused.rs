@@ -10,6 +10,10 @@ pub(super) fn bad_request(message: impl Into<String>) -> Status {
     Status::new(Code::InvalidArgument, Reason::BadRequest, message)
 }
 
+pub(super) fn bad_tensor(message: impl Into<String>) -> Status {
+    Status::new(Code::InvalidArgument, Reason::BadTensor, message)
+}
+
 /// A failure of ours that arrow reports.
 pub(super) fn host_bug(doing: &str, error: impl std::fmt::Display) -> Status {
     Status::new(

@@ -19,7 +19,7 @@ use super::info::{self, Target};
 use super::refused::{Refused, bad_request, host_bug};
 use super::ticket::{Source, Wanted};
 use super::waiting::answered;
-use super::{action, exchange, follow, invoke, read, upload};
+use super::{action, exchange, follow, invoke, read, remote, upload};
 use crate::error::Status;
 use crate::lease::LiveSegment;
 use crate::session::{Caller, Host};
@@ -56,7 +56,7 @@ impl Service {
         let id = target.as_ref().ok().and_then(Target::request_id);
         let call = call.identified(&self.host, id)?;
         let target = target.and_then(|target| match target {
-            Target::Invoke(_) => call.local_only("a kernel call").map(|()| target),
+            Target::Invoke(_) => call.known_only("a kernel call").map(|()| target),
             Target::Name(_) | Target::Channel(_) => Ok(target),
         });
         match target {
@@ -84,13 +84,7 @@ impl Service {
                 let id = Arc::clone(&call.request_id);
                 let start = |answer| call.caller.invoke(None, *invoke, id, answer);
                 let invoked = answered(call, start).await?;
-                info::results(
-                    &call.caller,
-                    descriptor,
-                    &invoked,
-                    &call.request_id,
-                    endpoints,
-                )
+                info::results(call, descriptor, &invoked, endpoints)
             }
         }
     }
@@ -242,15 +236,25 @@ impl FlightService for Service {
     type DoActionStream = Messages<ActionResult>;
     type ListActionsStream = Messages<ActionType>;
 
-    /// Who the peer is comes from the socket: the answer is an empty one.
+    /// Who the peer is has been shown by its socket, its certificate or the token in a header. Whoever sent one gets it back as
+    /// stock clients take it: as the header of the calls that follow.
     async fn handshake(
         &self,
         request: Request<Streaming<HandshakeRequest>>,
     ) -> Answered<Self::HandshakeStream> {
         let call = Call::of(&request)?;
-        call.answer(Ok(
-            stream::once(async { Ok(HandshakeResponse::default()) }).boxed()
-        ))
+        let token = match call.remote {
+            true => remote::token_of(request.metadata().as_ref()),
+            false => None,
+        };
+        let mut response = call
+            .answer(Ok(
+                stream::once(async { Ok(HandshakeResponse::default()) }).boxed()
+            ))?;
+        if let Some(value) = token.and_then(|token| format!("Bearer {token}").parse().ok()) {
+            response.metadata_mut().insert("authorization", value);
+        }
+        Ok(response)
     }
 
     async fn list_flights(&self, request: Request<Criteria>) -> Answered<Self::ListFlightsStream> {

@@ -8,25 +8,29 @@
 //! A long message comes without its body, which goes past gRPC to its place ([`Bodies`]). Of every other the values
 //! are copied out. So an upload holds the bytes of its tensors (and room for some more), all of it charged to its
 //! principal's budget, and never what else came in its messages. Every length is held against the bytes
-//! that there are; nothing is decoded.
+//! that there are. Compressed batches are collected, and decoded into memory that was charged before ([`compressed`]).
 
 use std::collections::HashSet;
 use std::ops::Range;
 use std::sync::Arc;
 
 use arrow_flight::FlightData;
-use arrow_ipc::{KeyValue, MessageHeader};
+use arrow_ipc::MessageHeader;
 use arrow_schema::Schema;
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
 use strait_memory::{Charge, MemoryError};
 use strait_tensor::layout::HUGE_MIN_BYTES;
-use strait_tensor::{Column, FileLayout, LayoutError, Row, TensorSpec, check_row, kept_schema};
+use strait_tensor::{
+    Column, Compression, FileLayout, LayoutError, Row, TensorSpec, check_row, kept_schema,
+};
 
 use super::bodies::Bodies;
 use super::call::Call;
+use super::compressed::{self, is_compressed};
 use super::goal::Goal;
-use super::refused::{Refused, bad_request, host_bug, malformed};
+use super::metadata::Metadata;
+use super::refused::{Refused, bad_request, bad_tensor, host_bug, malformed};
 use super::staged::{self, Staged, Values};
 use crate::error::{Code, Reason, Status};
 use crate::lease::LiveSegment;
@@ -35,14 +39,8 @@ use crate::session::{self, Caller, Host};
 /// Longest flatbuffer of a message. A schema of the most and longest names with the most metadata
 /// has a third of that.
 const HEADER_BYTES_MAX: usize = 1 << 20;
-/// Most bytes of a schema's metadata, keys and values of all its fields together.
-const METADATA_BYTES_MAX: usize = 64 << 10;
 /// Longer bodies are not copied on a thread of the runtime.
 const COPY_INLINE_BYTES_MAX: usize = 1 << 20;
-
-fn bad_tensor(message: impl Into<String>) -> Status {
-    Status::new(Code::InvalidArgument, Reason::BadTensor, message)
-}
 
 /// A column, and its values as they arrived.
 #[derive(Debug)]
@@ -66,67 +64,28 @@ impl ColumnPlan {
     }
 }
 
-/// Holds a schema's metadata against what can be kept: a bounded amount, each key once.
-#[derive(Debug, Default)]
-struct Metadata {
-    bytes: usize,
+/// A batch, as it lies in its message.
+pub(super) struct Batch {
+    pub(super) rows: u64,
+    /// Where in the body each column's values are, or what they are made of.
+    ranges: Vec<Range<usize>>,
+    compression: Option<Compression>,
 }
 
-impl Metadata {
-    fn check<'a>(
-        &mut self,
-        whose: &str,
-        pairs: impl IntoIterator<Item = KeyValue<'a>>,
-    ) -> Result<(), Status> {
-        let mut keys = HashSet::new();
-        for pair in pairs {
-            let (Some(key), Some(value)) = (pair.key(), pair.value()) else {
-                return Err(bad_tensor(format!(
-                    "{whose} has a metadata entry without a key or a value"
-                )));
-            };
-            if !keys.insert(key) {
-                return Err(bad_tensor(format!(
-                    "{whose} has two metadata entries `{key:.100}`; one is kept for each key: join them"
-                )));
-            }
-            self.bytes += key.len() + value.len();
+impl Batch {
+    /// Where its values are.
+    ///
+    /// # Errors
+    /// `BAD_TENSOR` if they are compressed.
+    pub(super) fn plain(self) -> Result<Vec<Range<usize>>, Status> {
+        match self.compression {
+            None => Ok(self.ranges),
+            Some(_) => Err(bad_tensor(
+                "the batch is compressed; an exchange takes uncompressed ones",
+            )),
         }
-        Ok(())
-    }
-
-    fn check_field(&mut self, field: arrow_ipc::Field<'_>) -> Result<(), Status> {
-        let whose = format!("column `{:.100}`", field.name().unwrap_or_default());
-        // A tensor's fields lie in one another; the schema was read before, so not deeply.
-        let mut inner = Some(field);
-        while let Some(field) = inner {
-            self.check(&whose, field.custom_metadata().into_iter().flatten())?;
-            inner = field
-                .children()
-                .and_then(|children| children.into_iter().next());
-            // The name of a column has a limit of its own.
-            self.bytes += inner.and_then(|field| field.name()).map_or(0, str::len);
-        }
-        Ok(())
-    }
-
-    fn check_schema(mut self, schema: arrow_ipc::Schema<'_>) -> Result<(), Status> {
-        self.check("the schema", schema.custom_metadata().into_iter().flatten())?;
-        for field in schema.fields().into_iter().flatten() {
-            self.check_field(field)?;
-        }
-        if self.bytes > METADATA_BYTES_MAX {
-            return Err(bad_tensor(format!(
-                "the schema and its columns have {} bytes of metadata; {METADATA_BYTES_MAX} are kept: leave some out",
-                self.bytes
-            )));
-        }
-        Ok(())
     }
 }
-
-/// Rows of a batch, and where in its body each column's values are.
-type BatchPlace = (u64, Vec<Range<usize>>);
 
 /// What the schema says that the stream holds.
 #[derive(Debug)]
@@ -199,16 +158,8 @@ impl Columns {
     }
 
     /// Where each column's values lie in a batch's body of `body_bytes` bytes, and its rows.
-    fn batch(
-        &self,
-        batch: arrow_ipc::RecordBatch<'_>,
-        body_bytes: usize,
-    ) -> Result<BatchPlace, Status> {
-        if batch.compression().is_some() {
-            return Err(bad_tensor(
-                "the batch is compressed; send it uncompressed: the copy is local",
-            ));
-        }
+    fn batch(&self, batch: arrow_ipc::RecordBatch<'_>, body_bytes: usize) -> Result<Batch, Status> {
+        let compression = compressed::of(batch)?;
         let rows = u64::try_from(batch.length())
             .map_err(|_| bad_tensor(format!("a batch of {} rows", batch.length())))?;
         let mut nodes = batch.nodes().into_iter().flatten();
@@ -250,7 +201,7 @@ impl Columns {
             let buffer = buffers
                 .next()
                 .ok_or_else(|| wrong("the batch has too few buffers for it".to_owned()))?;
-            let range = values_range(buffer, rows, column.row_bytes, body_bytes)
+            let range = values_range(buffer, rows, column.row_bytes, body_bytes, compression)
                 .ok_or_else(|| {
                     wrong(format!(
                         "a buffer of {} bytes at {} in a body of {} does not hold {rows} rows of {} bytes",
@@ -267,16 +218,46 @@ impl Columns {
                 "a batch has more nodes or buffers than its schema",
             ));
         }
-        Ok((rows, ranges))
+        Ok(Batch {
+            rows,
+            ranges,
+            compression,
+        })
+    }
+
+    /// The values of a compressed batch, one column behind the other, and where each is. Their bytes are charged to `caller`
+    /// before there is memory for them.
+    fn inflated(
+        &self,
+        batch: &Batch,
+        compression: Compression,
+        body: &[u8],
+        caller: &Caller,
+    ) -> Result<(Bytes, Vec<Range<usize>>, Charge), Status> {
+        let too_many = || bad_tensor(format!("{} rows do not fit any memory", batch.rows));
+        let sizes = self.plans.iter().map(|plan| {
+            let bytes = batch.rows.checked_mul(plan.row_bytes);
+            bytes.and_then(|bytes| usize::try_from(bytes).ok())
+        });
+        let sizes = sizes.collect::<Option<Vec<_>>>().ok_or_else(too_many)?;
+        let total = sizes
+            .iter()
+            .try_fold(0_usize, |sum, size| sum.checked_add(*size));
+        let charge = reserved(caller, total.ok_or_else(too_many)? as u64)?;
+        let parts = self.plans.iter().zip(&batch.ranges).zip(&sizes);
+        let parts = parts.map(|((plan, range), size)| (&*plan.name, &body[range.clone()], *size));
+        let (body, ranges) = compressed::inflated(compression, parts)?;
+        Ok((body, ranges, charge))
     }
 }
 
-/// The part of a body that `rows` rows take, if `buffer` holds them.
+/// The part of a body that `rows` rows take, if `buffer` holds them; all of `buffer` if it is compressed.
 fn values_range(
     buffer: &arrow_ipc::Buffer,
     rows: u64,
     row_bytes: u64,
     body_bytes: usize,
+    compression: Option<Compression>,
 ) -> Option<Range<usize>> {
     let start = usize::try_from(buffer.offset()).ok()?;
     let length = usize::try_from(buffer.length()).ok()?;
@@ -284,7 +265,10 @@ fn values_range(
     let inside = start
         .checked_add(length)
         .is_some_and(|end| end <= body_bytes);
-    (inside && needed <= length).then(|| start..start + needed)
+    match compression {
+        None => (inside && needed <= length).then(|| start..start + needed),
+        Some(_) => inside.then(|| start..start + length),
+    }
 }
 
 /// A flight while its batches arrive. Dropped before the end it leaves nothing.
@@ -315,11 +299,23 @@ impl Arriving {
             Some(bytes) => usize::try_from(bytes).unwrap_or(usize::MAX),
             None => data.data_body.len(),
         };
-        let Some((rows, ranges)) = read_message(data, body_bytes, &mut self.columns)? else {
+        let Some(batch) = read_message(data, body_bytes, &mut self.columns)? else {
             return Ok(());
         };
         let here = to_come.is_none().then_some(&data.data_body);
-        self.store(rows, &ranges, here)
+        match (batch.compression, here, &self.columns) {
+            (Some(compression), Some(body), Some(columns)) => {
+                let caller = self.goal.caller();
+                let (body, ranges, _charge) =
+                    columns.inflated(&batch, compression, body, caller)?;
+                self.store(batch.rows, &ranges, Some(&body))
+            }
+            (Some(_), ..) => Err(host_bug(
+                "storing an upload",
+                "a compressed body is not here",
+            )),
+            (None, ..) => self.store(batch.rows, &batch.ranges, here),
+        }
     }
 
     /// A batch of `rows` rows: of each column the range of its body, which is `here` or to come.
@@ -378,15 +374,16 @@ impl Arriving {
         Ok(())
     }
 
-    /// Whether a message, of so many bytes that are there, or are to come, takes longer than a runtime thread has.
-    fn is_slow(&self, here: usize, to_come: Option<u64>) -> bool {
+    /// Whether a message, of whose body so many bytes are to come if it is not there, takes longer than a runtime thread has.
+    fn is_slow(&self, message: &FlightData, to_come: Option<u64>) -> bool {
+        let here = message.data_body.len();
         let bytes = to_come.unwrap_or(here as u64);
         let grows = match (&self.staged, &self.columns) {
             (Some(staged), _) if staged.has_all() => !staged.has_room(bytes),
             (None, Some(columns)) => to_come.is_some() || columns.has_many(bytes),
             _ => to_come.is_some(),
         };
-        grows || here > COPY_INLINE_BYTES_MAX
+        grows || here > COPY_INLINE_BYTES_MAX || is_compressed(&message.data_header)
     }
 
     /// Publishes what arrived as a segment. Blocks.
@@ -415,7 +412,7 @@ pub(super) fn read_message(
     data: &FlightData,
     body_bytes: usize,
     columns: &mut Option<Columns>,
-) -> Result<Option<BatchPlace>, Status> {
+) -> Result<Option<Batch>, Status> {
     if data.data_header.is_empty() {
         if body_bytes == 0 {
             return Ok(None); // application metadata alone
@@ -558,7 +555,7 @@ pub(super) async fn receive(
     while let Some(message) = messages.next().await {
         let message = message.map_err(ended)?;
         let to_come = bodies.take();
-        if !arriving.is_slow(message.data_body.len(), to_come) {
+        if !arriving.is_slow(&message, to_come) {
             arriving.take(&message, to_come)?;
         } else {
             arriving = off_the_runtime(move || {

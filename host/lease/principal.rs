@@ -14,6 +14,24 @@ impl Principal {
     pub fn of_uid(uid: u32) -> Self {
         Self(format!("uid:{uid}").into())
     }
+
+    /// Whoever has a token of that name.
+    #[must_use]
+    pub fn of_token(name: &str) -> Self {
+        Self(format!("token:{name}").into())
+    }
+
+    /// The holder of a certificate of that name.
+    #[must_use]
+    pub fn of_certificate(name: &str) -> Self {
+        Self(format!("cert:{name}").into())
+    }
+
+    /// As it is written in settings, files of rights and names of shared flights.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
 }
 
 impl fmt::Display for Principal {

@@ -11,11 +11,11 @@
 //! What is another's looks as if it were not there.
 
 use std::sync::Arc;
-
-use wildmatch::WildMatch;
+use std::time::SystemTime;
 
 use super::Host;
 use super::account::Account;
+use crate::access::{Rights, Standing};
 use crate::error::{Code, Reason, Status};
 use crate::lease::Principal;
 use crate::plugin::{KernelRef, Plugin};
@@ -23,87 +23,25 @@ use crate::plugin::{KernelRef, Plugin};
 /// Where Linux says which uid stands for every user outside of a user namespace.
 const OVERFLOW_UID: &str = "/proc/sys/kernel/overflowuid";
 
-/// Which kernels somebody may run.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Kernels {
-    /// Each one.
-    All,
-    /// Those whose `name` or `plugin/name` one of these patterns matches; `*` stands for any characters.
-    Matching(Vec<String>),
-}
-
-/// What somebody may do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Rights {
-    /// Make and adopt segments; name, replace and drop flights.
-    pub put: bool,
-    /// List, look up, map and read its flights.
-    pub get: bool,
-    /// Run kernels.
-    pub call: Kernels,
-    /// Add plugins.
-    pub load: bool,
-    /// See and change what belongs to everybody: it is an operator of the host.
-    pub admin: bool,
-}
-
-impl Rights {
-    /// Everything that concerns one's own flights.
-    #[must_use]
-    pub fn of_a_user() -> Self {
-        Self {
-            put: true,
-            get: true,
-            call: Kernels::All,
-            load: false,
-            admin: false,
-        }
-    }
-
-    /// Everything.
-    #[must_use]
-    pub fn of_an_operator() -> Self {
-        Self {
-            load: true,
-            admin: true,
-            ..Self::of_a_user()
-        }
-    }
-
-    fn may_call(&self, plugin: &str, kernel: &str) -> bool {
-        match &self.call {
-            Kernels::All => true,
-            Kernels::Matching(patterns) => patterns.iter().any(|pattern| {
-                let pattern = WildMatch::new(pattern);
-                pattern.matches(kernel) || pattern.matches(&format!("{plugin}/{kernel}"))
-            }),
-        }
-    }
-}
-
 /// Somebody who was let in. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Caller {
     pub(super) host: Arc<Host>,
     pub(super) account: Arc<Account>,
-    rights: Arc<Rights>,
+    standing: Arc<Standing>,
 }
 
 impl Host {
     /// Lets in the process at the other end of a unix socket, which runs as `uid`. The host's own user and root
-    /// are its operators.
+    /// are its operators; the file of rights says what others may do.
     ///
     /// # Errors
     /// `PRINCIPAL` if Linux does not say who that is, or says only that the host's user namespace does not know it.
     pub fn caller(self: &Arc<Self>, uid: Option<u32>) -> Result<Caller, Status> {
         match uid {
             Some(uid) if uid != self.overflow_uid => {
-                let own = rustix::process::geteuid().as_raw();
-                let rights = match uid == 0 || uid == own {
-                    true => Rights::of_an_operator(),
-                    false => Rights::of_a_user(),
-                };
-                Ok(self.caller_with(Principal::of_uid(uid), rights))
+                let standing = self.access.of_user(uid);
+                Ok(self.caller_of(&Principal::of_uid(uid), standing))
             }
             _ => Err(Status::new(
                 Code::PermissionDenied,
@@ -125,10 +63,30 @@ impl Host {
 
     /// Somebody whom the embedding program has authenticated.
     pub fn caller_with(self: &Arc<Self>, principal: Principal, rights: Rights) -> Caller {
+        self.caller_of(&principal, Standing::fixed(rights))
+    }
+
+    /// Lets in whoever sends that token.
+    ///
+    /// # Errors
+    /// `TOKEN_UNKNOWN`, `TOKEN_EXPIRED`, `TOKEN_REVOKED`.
+    pub fn caller_by_token(self: &Arc<Self>, token: &str) -> Result<Caller, Status> {
+        let (principal, standing) = self.access.authenticate(token, SystemTime::now())?;
+        Ok(self.caller_of(&principal, standing))
+    }
+
+    /// Lets in the holder of a certificate of that name, which the edge has verified.
+    pub fn caller_by_certificate(self: &Arc<Self>, name: &str) -> Caller {
+        let principal = Principal::of_certificate(name);
+        let standing = self.access.of_certificate(&principal);
+        self.caller_of(&principal, standing)
+    }
+
+    fn caller_of(self: &Arc<Self>, principal: &Principal, standing: Arc<Standing>) -> Caller {
         Caller {
-            account: self.accounts.of(&principal),
+            account: self.accounts.of(principal),
             host: Arc::clone(self),
-            rights: Arc::new(rights),
+            standing,
         }
     }
 }
@@ -151,7 +109,12 @@ impl Caller {
 
     /// Whether it may see and change what belongs to everybody.
     pub fn is_operator(&self) -> bool {
-        self.rights.admin
+        self.rights().admin
+    }
+
+    /// What it may do as of now.
+    pub(super) fn rights(&self) -> Arc<Rights> {
+        self.standing.rights()
     }
 
     /// The kernel `name` or `plugin/name`.
@@ -160,8 +123,13 @@ impl Caller {
     /// `KERNEL_NOT_FOUND`, `AMBIGUOUS_KERNEL`; `NO_RIGHT` if it may not run that.
     pub fn kernel(&self, name: &str) -> Result<KernelRef, Status> {
         let found = self.host.plugins.find(name)?;
-        if self.may_call(&found) {
-            return Ok(found);
+        self.check_call(&found).map(|()| found)
+    }
+
+    /// Whether it may run that kernel, still: what was prepared lives longer than a right may.
+    pub(super) fn check_call(&self, found: &KernelRef) -> Result<(), Status> {
+        if self.may_call(found) {
+            return Ok(());
         }
         let (plugin, kernel) = found.names();
         let what = format!("run the kernel `{plugin}/{kernel}`");
@@ -170,7 +138,7 @@ impl Caller {
 
     pub(super) fn may_call(&self, found: &KernelRef) -> bool {
         let (plugin, kernel) = found.names();
-        self.rights.may_call(plugin, kernel)
+        self.rights().may_call(plugin, kernel)
     }
 
     /// Loads a plugin from its bytes.
@@ -178,28 +146,35 @@ impl Caller {
     /// # Errors
     /// `NO_RIGHT`, `BAD_PLUGIN`, `NAME_TAKEN`.
     pub fn load_plugin(&self, bytes: &[u8]) -> Result<Arc<Plugin>, Status> {
-        if !self.rights.load {
+        if !self.rights().load {
             return Err(self.may_not("add plugins", "load"));
         }
-        self.host.load_plugin(bytes)
+        self.host.load_plugin(bytes, self.principal())
     }
 
     pub(super) fn check_admin(&self, what: &str) -> Result<(), Status> {
-        match self.rights.admin {
+        match self.rights().admin {
             true => Ok(()),
             false => Err(self.may_not(what, "admin")),
         }
     }
 
     pub(super) fn check_get(&self) -> Result<(), Status> {
-        match self.rights.get {
+        match self.rights().get {
             true => Ok(()),
             false => Err(self.may_not("list, read or map flights", "get")),
         }
     }
 
+    pub(super) fn check_share(&self) -> Result<(), Status> {
+        match self.rights().share {
+            true => Ok(()),
+            false => Err(self.may_not("let others read its flights", "share")),
+        }
+    }
+
     pub(super) fn check_put(&self) -> Result<(), Status> {
-        match self.rights.put {
+        match self.rights().put {
             true => Ok(()),
             false => Err(self.may_not("make, name or drop flights", "put")),
         }
@@ -238,6 +213,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::access::Kernels;
     use crate::session::Session;
 
     fn host() -> (tempfile::TempDir, Arc<Host>) {
@@ -246,41 +222,6 @@ mod tests {
         config.engine.cache = Some(std::path::PathBuf::new());
         let host = Host::start(config, directory.path()).expect("a host");
         (directory, host)
-    }
-
-    fn nothing() -> Rights {
-        Rights {
-            put: false,
-            get: false,
-            call: Kernels::Matching(Vec::new()),
-            load: false,
-            admin: false,
-        }
-    }
-
-    #[test]
-    fn patterns_name_kernels_with_or_without_their_plugin() {
-        let may = |pattern: &str, kernel: &str| {
-            let rights = Rights {
-                call: Kernels::Matching(vec!["none".to_owned(), pattern.to_owned()]),
-                ..nothing()
-            };
-            rights.may_call("std", kernel)
-        };
-        for (pattern, allowed) in [
-            ("scale-*", true),
-            ("scale-shift", true),
-            ("std/scale-shift", true),
-            ("std/*", true),
-            ("*", true),
-            ("scale", false),
-            ("other/*", false),
-            ("", false),
-        ] {
-            assert_eq!(may(pattern, "scale-shift"), allowed, "{pattern}");
-        }
-        assert!(!nothing().may_call("std", ""));
-        assert!(Rights::of_a_user().may_call("std", "any"));
     }
 
     #[test]
@@ -310,7 +251,7 @@ mod tests {
         let (segment, fd) = full.create(tensor()).expect("made");
         drop(fd);
         full.publish(&segment, "x", false).expect("published");
-        let bare = host.caller_with(principal, nothing());
+        let bare = host.caller_with(principal, Rights::none());
         let used = full.account().segments().used();
 
         let mut refused = Vec::new();
@@ -349,7 +290,7 @@ mod tests {
         let calls = |rights: Rights| host.caller_with(Principal::of_uid(4242), rights);
         let get = Rights {
             get: true,
-            ..nothing()
+            ..Rights::none()
         };
         told(
             "call:scale-shift",

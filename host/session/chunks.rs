@@ -153,8 +153,9 @@ impl Chunks<'_> {
         let turn = caller
             .turn(self.prepared.name(), self.deadline, self.cancel)
             .and_then(|turn| {
-                // Others of its calls may have been the last straw meanwhile.
+                // Others of its calls may have been the last straw meanwhile, and a stream lives longer than a right may.
                 caller.check_in_service(&kernel.plugin)?;
+                caller.check_call(kernel)?;
                 Ok(turn)
             });
         self.turn = Some(turn.map_err(|status| self.refuse(status))?);

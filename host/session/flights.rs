@@ -11,6 +11,7 @@ use strait_tensor::FileLayout;
 
 use super::Host;
 use super::caller::Caller;
+use super::shares::{Key, Shares};
 use super::state::{FlightState, StateWord, WrongState};
 use crate::error::{Code, Reason, Status};
 use crate::lease::{Body, LiveSegment, Principal};
@@ -53,7 +54,12 @@ pub(super) struct Named {
     _place: Charge,
 }
 
-pub(super) type Flights = BTreeMap<(Principal, String), Named>;
+/// All names, and whom their flights are shared with.
+#[derive(Debug, Default)]
+pub(super) struct Flights {
+    pub(super) named: BTreeMap<Key, Named>,
+    pub(super) shares: Shares,
+}
 
 /// An inline read in progress.
 #[derive(Debug)]
@@ -73,14 +79,14 @@ impl Drop for Reading {
 #[derive(Debug)]
 pub struct Upload {
     caller: Caller,
-    key: (Principal, String),
+    key: Key,
     entry: Arc<FlightEntry>,
     replaces: Option<Arc<FlightEntry>>,
     done: bool,
 }
 
 impl Caller {
-    /// Its whole flights after `after`, at most `count`, by name.
+    /// Its whole flights after `after`, and among them those that others share with it as `OWNER/NAME`, at most `count`, by name.
     ///
     /// # Errors
     /// `NO_RIGHT`.
@@ -90,40 +96,75 @@ impl Caller {
         count: usize,
     ) -> Result<Vec<(String, Arc<LiveSegment>)>, Status> {
         self.check_get()?;
-        let from = Bound::Excluded(self.key(after.unwrap_or("")));
+        let after = after.unwrap_or("");
+        let from = Bound::Excluded(self.key(after));
+        let grantees = self.grantees();
         let flights = self.host.flights.lock();
-        Ok(flights
+        let own = flights
+            .named
             .range((from, Bound::Unbounded))
             .take_while(|((owner, _), _)| owner == self.principal())
-            .filter_map(|((_, name), named)| Some((name.clone(), named.entry.segment()?)))
-            .take(count)
-            .collect())
+            .filter_map(|((_, name), named)| Some((name.clone(), named.entry.segment()?)));
+        let mut listed: BTreeMap<_, _> = own.take(count).collect();
+        for (name, key) in flights.shares.list(&grantees, after, count) {
+            let entry = flights.named.get(key).map(|named| &named.entry);
+            if let Some(segment) = entry.and_then(|entry| entry.segment()) {
+                // A name of its own counts before one that somebody shares with it.
+                listed.entry(name.to_owned()).or_insert(segment);
+            }
+        }
+        drop(flights);
+        Ok(listed.into_iter().take(count).collect())
     }
 
-    fn key(&self, name: &str) -> (Principal, String) {
+    /// Before another principal than its owner gets to its bytes: they are not used again for anything else.
+    fn note_reader(&self, segment: &LiveSegment) {
+        if segment.owner() != self.principal() {
+            segment.never_recycle();
+        }
+    }
+
+    fn key(&self, name: &str) -> Key {
         (self.principal().clone(), name.to_owned())
     }
 
     /// Whether the name is taken.
     pub(super) fn has_flight(&self, name: &str) -> bool {
-        self.host.flights.lock().contains_key(&self.key(name))
+        self.host.flights.lock().named.contains_key(&self.key(name))
     }
 
-    fn entry(&self, name: &str) -> Result<Arc<FlightEntry>, Status> {
+    /// A flight of its own.
+    fn own_entry(&self, name: &str) -> Result<Arc<FlightEntry>, Status> {
         let flights = self.host.flights.lock();
-        let found = flights
-            .get(&self.key(name))
-            .map(|named| Arc::clone(&named.entry));
+        let found = flights.named.get(&self.key(name));
+        let found = found.map(|named| Arc::clone(&named.entry));
         drop(flights);
-        found.ok_or_else(|| {
-            let (name, principal) = (text::name(name), self.principal());
-            Status::new(
-                Code::NotFound,
-                Reason::FlightNotFound,
-                format!("there is no flight `{name}` of {principal}; `list` shows those there are"),
-            )
-            .with("name", name)
-        })
+        found.ok_or_else(|| self.no_flight(name))
+    }
+
+    /// A flight of its own, or one that is shared with it.
+    fn entry(&self, name: &str) -> Result<Arc<FlightEntry>, Status> {
+        match self.own_entry(name) {
+            Err(missing) if name.contains('/') => {
+                let grantees = self.grantees();
+                let flights = self.host.flights.lock();
+                let key = flights.shares.find(&grantees, name);
+                let found = key.and_then(|key| flights.named.get(key));
+                let found = found.map(|named| Arc::clone(&named.entry));
+                found.ok_or(missing)
+            }
+            found => found,
+        }
+    }
+
+    pub(super) fn no_flight(&self, name: &str) -> Status {
+        let (name, principal) = (text::name(name), self.principal());
+        Status::new(
+            Code::NotFound,
+            Reason::FlightNotFound,
+            format!("there is no flight `{name}` of {principal}; `list` shows those there are"),
+        )
+        .with("name", name)
     }
 
     /// The segment behind a name.
@@ -133,13 +174,12 @@ impl Caller {
     pub fn lookup(&self, name: &str) -> Result<Arc<LiveSegment>, Status> {
         self.check_get()?;
         let entry = self.entry(name)?;
-        entry.segment().ok_or_else(|| {
-            WrongState {
-                from: entry.state.get().0,
-                to: FlightState::Streaming,
-            }
-            .into()
-        })
+        let segment = entry.segment().ok_or_else(|| WrongState {
+            from: entry.state.get().0,
+            to: FlightState::Streaming,
+        })?;
+        self.note_reader(&segment);
+        Ok(segment)
     }
 
     /// The state of a flight, and how many read it inline.
@@ -147,7 +187,7 @@ impl Caller {
     /// # Errors
     /// `FLIGHT_NOT_FOUND`.
     pub fn flight_state(&self, name: &str) -> Result<(FlightState, u32), Status> {
-        Ok(self.entry(name)?.state())
+        Ok(self.own_entry(name)?.state())
     }
 
     /// Begins an inline read of a name.
@@ -160,7 +200,10 @@ impl Caller {
         entry.state.begin_read()?;
         let segment = entry.segment();
         match segment {
-            Some(segment) => Ok(Reading { entry, segment }),
+            Some(segment) => {
+                self.note_reader(&segment);
+                Ok(Reading { entry, segment })
+            }
             None => {
                 entry.state.end_read();
                 Err(Status::new(
@@ -187,7 +230,10 @@ impl Caller {
             segment: Mutex::new(None),
         });
         let mut flights = self.host.flights.lock();
-        let replaces = flights.get(&key).map(|named| Arc::clone(&named.entry));
+        let replaces = flights
+            .named
+            .get(&key)
+            .map(|named| Arc::clone(&named.entry));
         if let Some(old) = &replaces {
             let (state, _) = old.state.get();
             if matches!(state, FlightState::Uploading | FlightState::Idle) {
@@ -208,7 +254,7 @@ impl Caller {
                 entry: Arc::clone(&entry),
                 _place: self.account.name()?,
             };
-            flights.insert(key.clone(), named);
+            flights.named.insert(key.clone(), named);
         }
         drop(flights);
         Ok(Upload {
@@ -252,7 +298,7 @@ impl Caller {
         // Of those that nobody has yet.
         let mut places = Vec::with_capacity(named.len());
         for (_, name) in named {
-            let Some(old) = flights.get(&self.key(name)) else {
+            let Some(old) = flights.named.get(&self.key(name)) else {
                 places.push(Some(self.account.name()?));
                 continue;
             };
@@ -274,8 +320,8 @@ impl Caller {
                     entry,
                     _place: place,
                 };
-                flights.insert(self.key(name), named);
-            } else if let Some(named) = flights.get_mut(&self.key(name)) {
+                flights.named.insert(self.key(name), named);
+            } else if let Some(named) = flights.named.get_mut(&self.key(name)) {
                 let old = std::mem::replace(&mut named.entry, entry);
                 old.state.complete()?;
                 replaced.push(old);
@@ -293,15 +339,17 @@ impl Caller {
     /// `FLIGHT_NOT_FOUND`, `NO_RIGHT`; `WRONG_STATE` while it is being uploaded.
     pub fn drop_flight(&self, name: &str) -> Result<(), Status> {
         self.check_put()?;
-        let entry = self.entry(name)?;
+        let entry = self.own_entry(name)?;
         entry.state.complete()?;
         let mut flights = self.host.flights.lock();
         let key = self.key(name);
         if flights
+            .named
             .get(&key)
             .is_some_and(|now| Arc::ptr_eq(&now.entry, &entry))
         {
-            flights.remove(&key);
+            flights.named.remove(&key);
+            flights.shares.forget(&key);
         }
         Ok(())
     }
@@ -314,10 +362,11 @@ impl Host {
         match owner {
             // Not all: that would be the time of everybody.
             Some(owner) => flights
+                .named
                 .range((owner.clone(), String::new())..)
                 .take_while(|((whose, _), _)| whose == owner)
                 .count(),
-            None => flights.len(),
+            None => flights.named.len(),
         }
     }
 }
@@ -348,7 +397,7 @@ impl Upload {
         if let Some(old) = self.replaces.take() {
             // Somebody may have dropped or replaced it meanwhile; the latest bytes win.
             let entry = Arc::clone(&self.entry);
-            match flights.get_mut(&self.key) {
+            match flights.named.get_mut(&self.key) {
                 Some(now) => {
                     now.entry.state.complete()?;
                     now.entry = entry;
@@ -358,7 +407,7 @@ impl Upload {
                         entry,
                         _place: self.caller.account.name()?,
                     };
-                    flights.insert(self.key.clone(), named);
+                    flights.named.insert(self.key.clone(), named);
                 }
             }
             // Completing twice is legal; this covers an old one that left the map by itself.
@@ -379,10 +428,12 @@ impl Drop for Upload {
         let _ = self.entry.state.fail_upload();
         let mut flights = self.caller.host.flights.lock();
         if flights
+            .named
             .get(&self.key)
             .is_some_and(|now| Arc::ptr_eq(&now.entry, &self.entry))
         {
-            flights.remove(&self.key);
+            flights.named.remove(&self.key);
+            flights.shares.forget(&self.key);
         }
     }
 }

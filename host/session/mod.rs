@@ -29,6 +29,7 @@ mod queue;
 mod quotas;
 mod run;
 mod segments;
+mod shares;
 mod state;
 mod stats;
 mod status;
@@ -45,6 +46,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use strait_memory::{Budget, Copied, HugeBirths, Lot, ResultPool};
 
+use crate::access::Access;
 use crate::config::Config;
 use crate::engine::{Engine, EngineConfig, Interruption, Runner};
 use crate::error::{Code, Reason, Status};
@@ -52,10 +54,11 @@ use crate::lease::{Ended, Leases, LiveSegment, SegmentId, SessionId};
 use crate::plugin::{Plugin, Plugins};
 use crate::worker::{Bounds, CompilerSettings, CrewSettings, WorkerRunner, WorkerSettings};
 
+pub use crate::access::{Kernels, Rights};
 pub use crate::lease::{Gone, LeaseId, Principal};
 pub use account::{Account, StreamPermit, Unread};
 pub use answer::{Answer, InlineBytes, Invoked, InvokedResult, Outputs, ResultBody};
-pub use caller::{Caller, Kernels, Rights};
+pub use caller::Caller;
 pub use channel::{Channel, Consumer, Item, OpenChannel, Said, Sent, Woken, producer_lost};
 pub use chunks::{ChunkEdge, ChunkFrame, Parted};
 pub use flights::{FlightEntry, Reading, Upload, check_name};
@@ -86,6 +89,7 @@ pub struct Host {
     directory: PathBuf,
     /// What Linux shows for every user that the host's user namespace does not map.
     overflow_uid: u32,
+    access: Access,
     budget: Arc<Budget>,
     accounts: account::Accounts,
     runner: Arc<dyn Runner>,
@@ -149,6 +153,8 @@ impl Host {
     pub fn start(config: Config, directory: &Path) -> anyhow::Result<Arc<Self>> {
         let budget = Budget::for_segments(config.budget_bytes(), config.segments_max());
         budget.free_elsewhere()?;
+        let server = &config.server;
+        let access = Access::open(server.tokens.as_deref(), server.rights.as_deref())?;
         let (lot, pool) = (config.lot(), config.pool(&budget));
         let runner = runner(&config, &lot, &pool)?;
         let workers = Workers::new(config.workers(), config.engine.queue_len)?;
@@ -165,6 +171,7 @@ impl Host {
             id,
             directory: directory.to_owned(),
             overflow_uid: caller::overflow_uid()?,
+            access,
             accounts: account::Accounts::new(
                 &config.quota,
                 &budget,
@@ -205,22 +212,34 @@ impl Host {
             .as_ref()
             .map(read)
             .transpose()?;
-        host.load_plugin(standard.as_deref().unwrap_or(crate::STANDARD_PLUGIN))
-            .map_err(|e| anyhow::anyhow!("the standard plugin does not load: {e}"))?;
+        let own = host.own_caller();
+        host.load_plugin(
+            standard.as_deref().unwrap_or(crate::STANDARD_PLUGIN),
+            own.principal(),
+        )
+        .map_err(|e| anyhow::anyhow!("the standard plugin does not load: {e}"))?;
         for path in &host.config.server.plugins {
-            host.load_plugin(&read(path)?)
+            host.load_plugin(&read(path)?, own.principal())
                 .map_err(|e| anyhow::anyhow!("plugin {}: {}", path.display(), e.message))?;
         }
         Ok(host)
     }
 
-    /// Loads a plugin from its bytes.
+    /// Loads a plugin from its bytes, for `by`.
     ///
     /// # Errors
     /// `BAD_PLUGIN`, `NAME_TAKEN`.
-    pub(super) fn load_plugin(&self, bytes: &[u8]) -> Result<Arc<Plugin>, Status> {
+    fn load_plugin(&self, bytes: &[u8], by: &Principal) -> Result<Arc<Plugin>, Status> {
         let plugin = self.runner.load(Arc::from(bytes))?;
-        Ok(self.plugins.add(plugin)?)
+        let plugin = self.plugins.add(plugin)?;
+        let sha256 = crate::plugin::hex(&plugin.hash);
+        tracing::info!(target: "audit", %by, plugin = plugin.description.name, sha256, "plugin loaded");
+        Ok(plugin)
+    }
+
+    /// Who is let in, and what each may do.
+    pub fn access(&self) -> &Access {
+        &self.access
     }
 
     /// The settings.

@@ -375,6 +375,7 @@ impl Prepared {
         let deadline = Deadline::after(self.deadline_ms);
         let begun = self.brought(frame, payload).and_then(|brought| {
             self.caller.host.admit()?;
+            self.caller.check_call(&self.kernel)?;
             let turn = self.caller.turn(self.name(), deadline, cancel)?;
             // Others of its calls may have been the last straw meanwhile.
             self.caller.check_in_service(&self.kernel.plugin)?;

@@ -32,6 +32,7 @@ mod prepared;
 mod protocol;
 mod quarantine;
 mod quotas;
+mod remote;
 mod runaways;
 mod sealed;
 mod second_uid;

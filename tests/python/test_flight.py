@@ -300,10 +300,21 @@ def test_uploads_that_are_no_tensors(client):
         (pa.array([True, False]), ["`c`", "int8"]),
     ]:
         raised(pa.ArrowInvalid, "BAD_TENSOR", words, lambda column=column: put(client, "bad", pa.table({"c": column})))
-    table = pa.table({"c": np.arange(1000.0)})
-    options = flight.FlightCallOptions(write_options=ipc.IpcWriteOptions(compression="lz4"))
-    raised(pa.ArrowInvalid, "BAD_TENSOR", ["compressed"], lambda: put(client, "bad", table, options))
     raised(KeyError, "FLIGHT_NOT_FOUND", [], lambda: client.get_flight_info(path("bad")))
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("rows", [0, 3, 1000, 1_500_000])
+def test_compressed_uploads(client, compression, rows):
+    random = np.random.default_rng(rows)
+    columns = {"same": np.full(rows, 1.5), "ramp": np.arange(rows), "noise": random.integers(0, 256, rows, np.uint8)}
+    headers = [(b"x-strait-replace", b"true")]
+    options = ipc.IpcWriteOptions(compression=compression)
+    put(client, "packed", pa.table(columns), flight.FlightCallOptions(write_options=options, headers=headers))
+    read = client.do_get(flight.Ticket(b"packed")).read_all()
+    for name, values in columns.items():
+        assert read[name].to_numpy().tobytes() == values.tobytes()
+    list(client.do_action(("drop", b"packed")))
 
 
 def test_what_is_no_utf8_is_told_so(client):

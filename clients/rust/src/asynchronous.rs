@@ -227,6 +227,20 @@ impl AsyncClient {
         self.0.drop_flight(name).await
     }
 
+    /// Lets others read a flight: principals such as `token:alice` and groups such as `group:lab` in `add`; and no longer those in
+    /// `remove`, where `*` stands for everybody. Answers whom it is shared with then. They see it as `OWNER/NAME`.
+    ///
+    /// # Errors
+    /// [`Error::Remote`] with `FLIGHT_NOT_FOUND`, `NO_RIGHT`, `BAD_REQUEST` for whom it cannot be shared with.
+    pub async fn share(
+        &self,
+        name: &str,
+        add: &[&str],
+        remove: &[&str],
+    ) -> Result<Vec<String>, Error> {
+        self.0.share(name, (add, remove)).await
+    }
+
     /// All kernels, sorted by plugin and name; with `name` those of that name.
     ///
     /// # Errors

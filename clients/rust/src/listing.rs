@@ -22,6 +22,22 @@ impl Session {
         self.ask::<_, wire::Done>(Op::Drop, &body).await.map(drop)
     }
 
+    pub(crate) async fn share(
+        &self,
+        name: &str,
+        (add, remove): (&[&str], &[&str]),
+    ) -> Result<Vec<String>, Error> {
+        let own = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect();
+        let body = wire::Share {
+            name: name.to_owned(),
+            add: own(add),
+            remove: own(remove),
+            request_id: self.request_id(),
+        };
+        let shared: wire::Shared = self.ask(Op::Share, &body).await?;
+        Ok(shared.shared)
+    }
+
     pub(crate) async fn list(&self) -> Result<Vec<Flight>, Error> {
         let mut flights = Vec::new();
         let mut pages = FlightPages::new(self);

@@ -42,7 +42,8 @@ pub(super) fn checks(config: &Config, given: Option<&Path>) -> Vec<Check> {
     let mut checks = Vec::new();
     match absolute(&wanted) {
         Ok(directory) => {
-            checks.push(runtime_directory(&directory));
+            let with_group = config.server.socket_group.is_some();
+            checks.push(runtime_directory(&directory, with_group));
             checks.push(host(&directory));
             checks.push(clients(&directory, address::directory(None)));
         }
@@ -59,10 +60,16 @@ fn elsewhere(why: &str) -> Check {
     )
 }
 
-fn runtime_directory(directory: &Path) -> Check {
+fn runtime_directory(directory: &Path, with_group: bool) -> Check {
     if fs::symlink_metadata(directory).is_ok() {
-        return match owned(directory) {
-            Ok(()) => DIRECTORY.ok(format!("{}, of this user, mode 0700", directory.display())),
+        return match owned(directory, with_group) {
+            Ok(()) => {
+                let mode = if with_group { "0700 or 0750" } else { "0700" };
+                DIRECTORY.ok(format!(
+                    "{}, of this user, mode {mode}",
+                    directory.display()
+                ))
+            }
             Err(failure) => elsewhere(failure.message()),
         };
     }
@@ -228,25 +235,25 @@ mod tests {
     fn a_directory_is_there_or_can_be_made_and_is_not_made() {
         let place = temporary();
         let path = place.path().join("a/b");
-        let check = runtime_directory(&path);
+        let check = runtime_directory(&path, false);
         assert!(check.found.contains("will create"), "{check:?}");
         assert!(!place.path().join("a").exists());
 
         fs::create_dir_all(&path).expect("it can be made");
         chmod(&path, 0o755);
-        let check = runtime_directory(&path);
+        let check = runtime_directory(&path, false);
         assert_eq!(check.status, Status::Fail);
         assert!(check.found.contains("0755"), "{check:?}");
         chmod(&path, 0o700);
-        assert_eq!(runtime_directory(&path).status, Status::Ok);
+        assert_eq!(runtime_directory(&path, false).status, Status::Ok);
 
         let file = place.path().join("file");
         fs::write(&file, "").expect("it can be made");
-        assert_eq!(runtime_directory(&file).status, Status::Fail);
-        let below = runtime_directory(&file.join("below"));
+        assert_eq!(runtime_directory(&file, false).status, Status::Fail);
+        let below = runtime_directory(&file.join("below"), false);
         assert!(below.found.contains("is not a directory"), "{below:?}");
         assert_eq!(
-            runtime_directory(Path::new("/proc/strait/x")).status,
+            runtime_directory(Path::new("/proc/strait/x"), false).status,
             Status::Fail
         );
     }

@@ -1,4 +1,4 @@
-//! LOOKUP, LIST, PUBLISH, DROP.
+//! LOOKUP, LIST, PUBLISH, DROP, SHARE.
 
 use std::sync::Arc;
 
@@ -64,4 +64,18 @@ pub(in crate::datasock) fn drop_flight(
 ) -> Result<Answer, Status> {
     session.caller().drop_flight(&request.name)?;
     Ok(done(id))
+}
+
+pub(in crate::datasock) fn share(
+    session: &Session,
+    request: wire::Share,
+    id: &Arc<str>,
+) -> Result<Answer, Status> {
+    let caller = session.caller();
+    let shared = caller.share(&request.name, &request.add, &request.remove)?;
+    Ok(Answer::of(&wire::Shared {
+        name: request.name,
+        shared,
+        request_id: id.to_string(),
+    }))
 }

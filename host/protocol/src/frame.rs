@@ -99,6 +99,8 @@ ops! {
     Workers = 24,
     /// The plugins that are loaded.
     Plugins = 25,
+    /// Lets others read a flight, or no longer.
+    Share = 26,
     /// Rows for a prepared stream; in the other direction rows of its outputs with more to follow.
     Chunk = 64,
     /// Pushed: a lease is over.

@@ -37,12 +37,12 @@ pub use reason::{Code, Reason};
 pub use reply::{
     BlockTree, Called, Cancelled, Done, Failure, Flight, Flights, Gone, InlineResult, Invoked,
     Kernel, KernelList, Mapped, Mapping, Note, Pages, Parameter, Port, Prepared, PreparedTensor,
-    Released, Renewed, ResultEntry, Seconds, Shutdown, Streamed, Welcome, Writers,
+    Released, Renewed, ResultEntry, Seconds, Shared, Shutdown, Streamed, Welcome, Writers,
 };
 pub use request::{
     Adopt, AskLimits, AskPlugins, AskWorkers, Cancel, ChannelOptions, Create, Empty, Exchange,
     Hello, InlineTensor, Input, Invoke, Kernels, Leases, Limits, List, Map, Name, NewTensor,
-    PlacedTensor, Prepare, PreparedInput, Publish, Release, Request, SegmentId, Stream,
+    PlacedTensor, Prepare, PreparedInput, Publish, Release, Request, SegmentId, Share, Stream,
 };
 pub use ring::{Ring, Side, Word};
 pub use stats::{

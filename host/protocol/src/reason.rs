@@ -62,6 +62,8 @@ words! {
         Internal = "INTERNAL",
         /// Not for this principal.
         PermissionDenied = "PERMISSION_DENIED",
+        /// Nothing says who the caller is.
+        Unauthenticated = "UNAUTHENTICATED",
         /// The host is ending.
         Unavailable = "UNAVAILABLE",
         /// Not in this version.
@@ -166,6 +168,16 @@ words! {
         Principal = "PRINCIPAL",
         /// The caller may not do this.
         NoRight = "NO_RIGHT",
+        /// A call without a token, where one is needed.
+        TokenMissing = "TOKEN_MISSING",
+        /// A token that the host does not know.
+        TokenUnknown = "TOKEN_UNKNOWN",
+        /// A token whose time is over.
+        TokenExpired = "TOKEN_EXPIRED",
+        /// A token that was taken back.
+        TokenRevoked = "TOKEN_REVOKED",
+        /// A client certificate whose time is over.
+        CertificateExpired = "CERTIFICATE_EXPIRED",
         /// The host is ending.
         Draining = "DRAINING",
         /// The process that ran the kernel ended before it was done.

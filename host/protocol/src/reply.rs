@@ -129,6 +129,17 @@ pub struct Flights {
     pub request_id: String,
 }
 
+/// OK to SHARE.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Shared {
+    /// The flight's name.
+    pub name: String,
+    /// Whom it is shared with now.
+    pub shared: Vec<String>,
+    /// The request's id.
+    pub request_id: String,
+}
+
 /// A port of a kernel.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Port {

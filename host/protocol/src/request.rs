@@ -110,6 +110,19 @@ request! {
     }
 }
 request! {
+    /// SHARE.
+    Share {
+        /// The flight's name.
+        name: String,
+        /// Whom it is to be shared with: principals, and groups as `group:NAME`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        add: Vec<String>,
+        /// Whom it is no longer to be shared with; `*`: with nobody but those in `add`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        remove: Vec<String>,
+    }
+}
+request! {
     /// CREATE.
     Create {
         /// What the segment is to hold; all of them share the leading axis.

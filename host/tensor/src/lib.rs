@@ -29,7 +29,8 @@ pub use files::{
     write_tensors,
 };
 pub use ipc::{
-    BatchColumn, IpcError, SchemaColumn, SchemaMessage, batch_message, read_layout, read_schema,
+    BatchColumn, Compression, IpcError, SchemaColumn, SchemaMessage, batch_message, inflate,
+    read_layout, read_schema,
 };
 pub use layout::{Column, FileLayout};
 pub use spec::{LayoutError, RANK_MAX, TensorPlace, TensorSpec};

@@ -227,6 +227,7 @@ async fn actions() {
             "describe",
             "mapping",
             "drop",
+            "share",
             "stats",
             "welcome",
             "invoke",

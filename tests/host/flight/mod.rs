@@ -2,6 +2,7 @@
 
 mod bodies;
 mod calls;
+mod compressed;
 mod ending;
 mod endpoints;
 mod exchanges;

@@ -5,6 +5,7 @@
 
 mod batch;
 mod error;
+mod inflate;
 mod piece;
 mod read;
 mod schema;
@@ -12,6 +13,7 @@ mod source;
 mod write;
 
 pub use error::IpcError;
+pub use inflate::{Compression, inflate};
 pub(crate) use piece::Piece;
 pub(crate) use read::columns;
 pub use read::read_layout;
