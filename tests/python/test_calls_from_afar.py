@@ -117,7 +117,10 @@ def test_a_call_is_cancelled_by_its_key(client):
 
 def frames(client, cmd):
     writer, reader = client.do_exchange(flight.FlightDescriptor.for_command(json.dumps(cmd)))
-    writer.begin(pa.schema([]))
+    try:
+        writer.begin(pa.schema([]))
+    except (pa.ArrowException, KeyError):
+        pass  # Refused already; why is what is read.
     return writer, reader
 
 
