@@ -55,6 +55,7 @@ class Op(enum.IntEnum):
     LIMITS = 23
     WORKERS = 24
     PLUGINS = 25
+    SHARE = 26
     CHUNK = 64
     GONE = 65
     SHUTDOWN = 66
