@@ -56,6 +56,7 @@ class Op(enum.IntEnum):
     WORKERS = 24
     PLUGINS = 25
     PIPELINES = 26
+    SHARE = 27
     CHUNK = 64
     GONE = 65
     SHUTDOWN = 66
