@@ -19,7 +19,7 @@ use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::caller::Caller;
 use super::channel::{ChannelPlan, OpenChannel};
-use super::pipeline::Chained;
+use super::pipeline::ReadyPipeline;
 use super::prepare::{Checked, Deadline, Framed};
 use super::run::still_waiting;
 use super::workers::{NoTurn, OwnTurn};
@@ -61,7 +61,7 @@ pub struct Prepared {
     pub(super) caller: Caller,
     /// Of a pipeline: its last.
     pub(super) kernel: KernelRef,
-    chained: Option<Arc<Chained>>,
+    pipeline: Option<Arc<ReadyPipeline>>,
     request_id: Arc<str>,
     pub(super) deadline_ms: u64,
     /// Of all inputs, and whether a call brings them.
@@ -265,7 +265,7 @@ impl Preparing {
         let Checked { work, charge, .. } = checked;
         let (request_id, cancel) = work.ids();
         let _turn = caller.turn(&name, deadline, &cancel)?;
-        let (kernel, specs, ready, chained) = match work {
+        let (kernel, specs, ready, pipeline) = match work {
             ToPrepare::Kernel(job, means) => {
                 let kernel = job.kernel.clone();
                 // As the declaration has them.
@@ -287,8 +287,8 @@ impl Preparing {
             ToPrepare::Pipeline(piped) => {
                 let kernel = piped.last_kernel().cloned();
                 let none = || Status::new(Code::Internal, Reason::Host, "a pipeline of nothing");
-                let (ready, chained) = caller.prepare_pipeline(*piped, name.clone())?;
-                (kernel.ok_or_else(none)?, Vec::new(), ready, Some(chained))
+                let (ready, pipeline) = caller.prepare_pipeline(*piped, name.clone())?;
+                (kernel.ok_or_else(none)?, Vec::new(), ready, Some(pipeline))
             }
         };
         let largest: Vec<_> = ready
@@ -315,7 +315,7 @@ impl Preparing {
             deadline_ms: deadline.ms,
             caller,
             kernel,
-            chained,
+            pipeline,
             request_id,
             specs,
             inputs,
@@ -403,15 +403,17 @@ impl Prepared {
         let deadline = Deadline::after(self.deadline_ms);
         let begun = self.brought(frame, payload).and_then(|brought| {
             self.caller.host.admit()?;
-            self.caller.check_call(&self.kernel)?;
+            let kernels = match &self.pipeline {
+                Some(pipeline) => pipeline.kernels().collect(),
+                None => vec![&self.kernel],
+            };
+            for kernel in &kernels {
+                self.caller.check_call(kernel)?;
+            }
             let turn = self.caller.turn(self.name(), deadline, cancel)?;
             // Others of its calls may have been the last straw meanwhile.
-            match &self.chained {
-                Some(chained) => {
-                    let mut plugins = chained.plugins();
-                    plugins.try_for_each(|plugin| self.caller.check_in_service(plugin))?;
-                }
-                None => self.caller.check_in_service(&self.kernel.plugin)?,
+            for kernel in kernels {
+                self.caller.check_in_service(&kernel.plugin)?;
             }
             Ok((brought, turn))
         });
@@ -421,9 +423,8 @@ impl Prepared {
         };
         let mut ready = self.ready.lock();
         let done = ready.run(brought, deadline.at, cancel);
-        let result = done
-            .map_err(|failed| self.failed(failed))
-            .and_then(|done| self.called(done));
+        let done = done.map_err(|failed| self.failed(failed));
+        let result = done.and_then(|done| self.called(done));
         if let Err(status) = &result {
             self.warn(status);
         }
@@ -440,13 +441,11 @@ impl Prepared {
 
     /// Notes what a failure cost; what is told of it.
     fn failed(&self, failed: Failed) -> Status {
-        let plugin = match &self.chained {
-            Some(chained) => chained.failing(),
-            None => &self.kernel.plugin,
-        };
+        let pipeline = self.pipeline.as_ref();
+        let plugin = pipeline.map_or(&self.kernel.plugin, |pipeline| pipeline.failing());
         self.caller.note_cost(plugin, &failed);
-        match &self.chained {
-            Some(chained) => chained.told(failed),
+        match pipeline {
+            Some(pipeline) => pipeline.told(failed),
             None => failed.into(),
         }
     }
@@ -511,7 +510,7 @@ impl Prepared {
             all.push(Brought { shape, elements });
         }
         // Of a stream only rows differ, and those may be cut anywhere.
-        if !self.streams && self.chained.is_none() {
+        if !self.streams && self.pipeline.is_none() {
             self.check_axes(&all)?;
         }
         Ok(all)
@@ -541,8 +540,8 @@ impl Prepared {
     }
 
     pub(super) fn name(&self) -> &str {
-        match &self.chained {
-            Some(chained) => &chained.name,
+        match &self.pipeline {
+            Some(pipeline) => &pipeline.name,
             None => &self.kernel.kernel().name,
         }
     }

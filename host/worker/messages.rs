@@ -96,8 +96,6 @@ pub(super) enum Ask {
     /// Run a kernel; answered by `Answer::Need`, if it has results, and `Answer::Ended`. Descriptors of those inputs that
     /// come with their bytes are beside it, in order.
     Run(Box<Run>),
-    /// Run a chain of kernels; as `Run`.
-    Chain(Box<RunChain>),
     /// Memory for the results; descriptors of those that are new are beside it, in order.
     Granted(Vec<Grant>),
     /// There is none.
@@ -118,6 +116,8 @@ pub(super) enum Ask {
     GoOn(u64),
     /// In the place of `Chunk` and `GoOn`: the stream ends.
     Stop,
+    /// Run a chain of kernels; as `Run`.
+    Chain(Box<RunChain>),
 }
 
 /// One run of a prepared kernel.
@@ -353,12 +353,12 @@ pub(super) struct Ended {
 pub(super) enum Outcome {
     /// In the kernel's order; those without bytes are in the granted segments, in their order.
     Filled(Vec<Filled>, Report),
-    /// Of a chain, stage by stage: its results as in `Filled`, a report of each stage.
-    Chained(Vec<Filled>, Vec<Report>),
     /// Of `open_only`, and of what is prepared.
     Specs(Vec<(String, TensorSpec)>),
     /// Of a stream, when all of its outputs have come: what the kernel had to say.
     Streamed(Vec<(String, String)>),
+    /// Of a chain, stage by stage: its results as in `Filled`, a report of each stage.
+    Chained(Vec<Filled>, Vec<Report>),
 }
 
 /// A result, from which the file around it follows.

@@ -6,11 +6,11 @@
 //! ```
 //! What a stage gives is a result like any other, which nobody but later stages sees; it goes when the last of them has had it.
 
-mod chain;
 mod fused;
 mod graph;
 mod named;
 mod plan;
+mod ready;
 mod run;
 #[cfg(test)]
 mod tests;
@@ -24,9 +24,9 @@ use super::caller::Caller;
 use crate::error::{Code, Reason, Status};
 use crate::plugin::{Kernel, KernelRef};
 
-pub(super) use chain::Chained;
 pub(super) use named::NamedPipelines;
 pub(super) use plan::Plan;
+pub(super) use ready::ReadyPipeline;
 pub(super) use run::{Piped, Ran};
 pub use text::{is_pipeline, parse, print};
 

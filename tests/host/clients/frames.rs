@@ -124,7 +124,7 @@ fn a_frame_that_is_wrong_is_answered_by_what_is_wrong() {
         patched("flags 1", 44, &1_u32.to_le_bytes(), true),
         patched("flags: the highest", 44, &(1_u32 << 31).to_le_bytes(), true),
         patched("op 0", 3, &[0], true),
-        patched("op 27", 3, &[27], true),
+        patched("op 28", 3, &[28], true),
         patched("op 63", 3, &[63], true),
         patched("op 255", 3, &[255], true),
         patched("sequence 0", 4, &[0; 4], true),

@@ -13,13 +13,13 @@ use crate::engine::{
     Stage as During,
 };
 use crate::error::{Code, Reason, Status};
-use crate::plugin::Plugin;
+use crate::plugin::{KernelRef, Plugin};
 use crate::session::answer::Outputs;
 use crate::session::caller::Caller;
 
 /// What is known of a prepared pipeline beside what runs it.
 #[derive(Debug)]
-pub(in crate::session) struct Chained {
+pub(in crate::session) struct ReadyPipeline {
     pub(in crate::session) name: String,
     plan: Plan,
     trouble: Mutex<Trouble>,
@@ -34,8 +34,8 @@ struct Trouble {
 
 /// The stages, each ready.
 #[derive(Debug)]
-struct Chain {
-    known: Arc<Chained>,
+struct Stages {
+    known: Arc<ReadyPipeline>,
     /// The pipeline's inputs, at their largest, and whether a call brings them.
     inputs: Vec<(TensorSpec, bool)>,
     stages: Vec<Box<dyn Ready>>,
@@ -51,7 +51,7 @@ impl Caller {
         &self,
         piped: Piped,
         name: String,
-    ) -> Result<(Box<dyn Ready>, Arc<Chained>), Status> {
+    ) -> Result<(Box<dyn Ready>, Arc<ReadyPipeline>), Status> {
         let plan = piped.plan();
         let mut stages: Vec<Box<dyn Ready>> = Vec::with_capacity(plan.stages.len());
         let mut opened: Vec<Outputs> = Vec::with_capacity(plan.stages.len());
@@ -77,12 +77,12 @@ impl Caller {
         let inputs = piped.inputs().iter();
         let inputs = inputs.map(|(found, place)| (place.spec.clone(), found.is_inline()));
         let inputs = inputs.collect();
-        let known = Arc::new(Chained {
+        let known = Arc::new(ReadyPipeline {
             name,
             plan: piped.into_plan(),
             trouble: Mutex::default(),
         });
-        let chain = Chain {
+        let chain = Stages {
             known: Arc::clone(&known),
             inputs,
             stages,
@@ -93,10 +93,10 @@ impl Caller {
     }
 }
 
-impl Chained {
-    /// The plugins whose kernels it has.
-    pub(in crate::session) fn plugins(&self) -> impl Iterator<Item = &Arc<Plugin>> {
-        self.plan.stages.iter().map(|stage| &stage.kernel.plugin)
+impl ReadyPipeline {
+    /// The kernels of its stages.
+    pub(in crate::session) fn kernels(&self) -> impl Iterator<Item = &KernelRef> {
+        self.plan.stages.iter().map(|stage| &stage.kernel)
     }
 
     /// The plugin of the stage that failed last.
@@ -114,7 +114,7 @@ impl Chained {
     }
 }
 
-impl Chain {
+impl Stages {
     fn run_stage(
         &mut self,
         index: usize,
@@ -178,7 +178,7 @@ impl Chain {
     }
 }
 
-impl Ready for Chain {
+impl Ready for Stages {
     fn outputs(&self) -> Outputs {
         let outputs = self.known.plan.outputs.iter();
         let largest = outputs.map(|(name, stage, port)| {
