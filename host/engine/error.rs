@@ -94,6 +94,7 @@ pub struct Failed {
     /// Why.
     pub cause: Cause,
     /// Which kernel of a chain it is, from 0 on.
+    #[serde(default)]
     pub at: usize,
     /// Rows of axis 0 in which it failed, if it was cut into slices.
     pub rows: Option<Box<Range<u64>>>,
