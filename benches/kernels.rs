@@ -33,15 +33,7 @@ fn pipeline(c: &mut Criterion) {
     let x: Vec<f64> = (0..bytes / 8).map(|i| i as f64).collect();
     let (mut one, mut two) = (vec![1.0; bytes / 8], vec![1.0; bytes / 8]);
     let mut y = vec![1.0_f32; bytes / 8];
-    let clip = |x: f64| {
-        if x < 0.0 {
-            0.0
-        } else if x > 1e7 {
-            1e7
-        } else {
-            x
-        }
-    };
+    let clip = |x: f64| x.clamp(0.0, 1e7);
     #[expect(
         clippy::cast_possible_truncation,
         reason = "it is what the kernel does"

@@ -82,13 +82,13 @@ pub(super) fn kernels(args: &KernelsArgs) -> Result<(), Failure> {
             .collect(),
         None => args.connection.client()?.kernels(asked.as_deref())?,
     };
-    if let Some(name) = asked {
-        if kernels.is_empty() {
-            return Err(Failure::input(
-                "KERNEL_NOT_FOUND",
-                format!("no loaded plugin has a kernel `{name}`"),
-            ));
-        }
+    if let Some(name) = asked
+        && kernels.is_empty()
+    {
+        return Err(Failure::input(
+            "KERNEL_NOT_FOUND",
+            format!("no loaded plugin has a kernel `{name}`"),
+        ));
     }
     if args.connection.json {
         return output::json(&json!({ "kernels": kernels }));

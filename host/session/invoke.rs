@@ -17,7 +17,7 @@ use crate::error::{Code, Reason, Status};
 
 /// What a request asks to be run.
 enum Work {
-    Kernel(Job, Means),
+    Kernel(Box<(Job, Means)>),
     Pipeline(Box<Piped>),
 }
 
@@ -32,7 +32,7 @@ struct After {
 impl Work {
     fn request_id(&self) -> Arc<str> {
         Arc::clone(match self {
-            Self::Kernel(job, _) => &job.request_id,
+            Self::Kernel(work) => &work.0.request_id,
             Self::Pipeline(piped) => piped.request_id(),
         })
     }
@@ -232,7 +232,7 @@ impl Caller {
         match asked.pipeline() {
             None => {
                 let checked = self.check(room, invoke, inputs, deadline, request_id, cancel)?;
-                Ok(checked.map(|(job, means)| Work::Kernel(job, means)))
+                Ok(checked.map(|work| Work::Kernel(Box::new(work))))
             }
             Some(pipeline) => {
                 let ids = (request_id, cancel);
@@ -246,7 +246,7 @@ impl Caller {
     fn open(&self, work: Work) -> Result<Outputs, Status> {
         let (job, means) = match work {
             Work::Pipeline(piped) => return self.open_pipeline(&piped),
-            Work::Kernel(job, means) => (job, means),
+            Work::Kernel(work) => *work,
         };
         let plugin = &job.kernel.plugin;
         self.check_in_service(plugin)?;
@@ -315,7 +315,10 @@ impl Caller {
         } = checked;
         let request_id = work.request_id();
         let (result, used) = match work {
-            Work::Kernel(job, means) => self.run_kernel(&job, means),
+            Work::Kernel(work) => {
+                let (job, means) = *work;
+                self.run_kernel(&job, means)
+            }
             Work::Pipeline(piped) => self.run_pipeline(&piped),
         };
         match &result {

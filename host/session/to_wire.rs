@@ -72,7 +72,7 @@ enum Listed {
     Kernel(KernelRef),
     Named(String, Arc<wire::Pipeline>),
     /// A pipeline that was asked for as such.
-    Described(wire::Kernel),
+    Described(Box<wire::Kernel>),
 }
 
 impl Listed {
@@ -115,7 +115,7 @@ impl Caller {
         };
         let mut found = Vec::new();
         match asked.as_ref().and_then(Asked::pipeline) {
-            Some(pipeline) => found.push(Listed::Described(self.described(pipeline)?)),
+            Some(pipeline) => found.push(Listed::Described(Box::new(self.described(pipeline)?))),
             None => {
                 let kernels = self.host.plugins.kernels().into_iter();
                 found.extend(kernels.map(Listed::Kernel));
@@ -137,7 +137,7 @@ impl Caller {
             Listed::Kernel(found) => self.may_call(&found).then(|| wire::Kernel::from(&found)),
             // What it may not call, or nobody can any more, is not there.
             Listed::Named(name, pipeline) => self.described_as(Some(name), &pipeline).ok(),
-            Listed::Described(kernel) => Some(kernel),
+            Listed::Described(kernel) => Some(*kernel),
         }))
     }
 

@@ -326,7 +326,7 @@ fn who_needs_more_than_there_is_room_for_stalls() {
     assert_eq!(flow.next(), Next::Run(0));
     flow.step(0, &records, MORE).expect("it did");
     assert_eq!(flow.next(), Next::Run(1));
-    flow.step(1, &vec![0; 2 * RECORD_BYTES], DONE)
+    flow.step(1, &[0; 2 * RECORD_BYTES], DONE)
         .expect("it waits");
     assert_eq!(flow.next(), Next::Stalled(1));
 }

@@ -234,8 +234,8 @@ impl Caller {
                         .map_err(|status| piped.plan.at_stage(index, status))?;
                 }
             }
-            for stage in index..end {
-                announced &= flow.is_announced(stage, &opened[stage]);
+            for (stage, opened) in opened.iter().enumerate().take(end).skip(index) {
+                announced &= flow.is_announced(stage, opened);
             }
             index = end;
         }
