@@ -40,9 +40,7 @@ fn put(rig: &Rig) {
         .flat_map(|v| v.to_le_bytes())
         .collect();
     rig.put("matrix", Dtype::Float64, &[ROWS as u64 / 7, 7], &bytes);
-    let halves: Vec<u8> = (0..ROWS)
-        .flat_map(|i| ((i % 251) as u8).to_le_bytes())
-        .collect();
+    let halves: Vec<u8> = (0..=250).cycle().take(ROWS).collect();
     rig.put("bytes", Dtype::Uint8, &[ROWS as u64], &halves);
     rig.put_f64("taps", &[0.5, -1.25, 3.0, 0.125, 7.0]);
     rig.put_f64("few", &x[..20]);
