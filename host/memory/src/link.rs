@@ -133,7 +133,7 @@ mod tests {
         };
         let (one, two) = (space(), space());
         let mut writer = link.writer().expect("a mapping");
-        let text: Vec<u8> = (0..2 * PAGE).map(|at| (at % 251) as u8).collect();
+        let text: Vec<u8> = (0..=250).cycle().take(2 * PAGE).collect();
         writer.copy_in(0, &text);
         let all = 0..2 * GUEST_PAGE;
         let window = writer.move_into(all.clone(), &one, one.base() + PAGE);
