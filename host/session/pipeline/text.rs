@@ -170,7 +170,7 @@ fn quoted(text: &str) -> Option<&str> {
 /// Reads a pipeline.
 ///
 /// # Errors
-/// [`PipelineError::Text`] that says where, and what else [`graph::check`] refuses.
+/// [`PipelineError::Text`] that says where, and what else the check of the graph refuses.
 pub fn parse(text: &str) -> Result<Pipeline, PipelineError> {
     let mut tokens = Tokens::new(text);
     let mut pipeline = Pipeline::default();
