@@ -304,7 +304,6 @@ impl<'a> Bound<'a> {
 
     /// The same, with or without the elements of inputs in frames.
     fn enter_with(self, inline: bool) -> Result<Running<'a>, Broken> {
-        const STAGE: Stage = Stage::Place;
         let Self {
             mut call,
             placed,
@@ -316,23 +315,7 @@ impl<'a> Bound<'a> {
             if let Spot::Copy { at, bytes } = *spot
                 && (inline || !source.is_inline())
             {
-                let (offset, copied) = (input.place.offset, &call.copied);
-                let fill = |into: &mut [u8]| match source {
-                    Source::Segment(source) => source.read_at(offset, into, copied),
-                    Source::Inline(bytes) => {
-                        // Whoever made the job has held one against the other.
-                        into.copy_from_slice(bytes);
-                        copied.add(into.len() as u64);
-                        Ok(())
-                    }
-                    // It comes while the kernel runs.
-                    Source::Linked => Ok(()),
-                };
-                call.instance
-                    .regions_mut()
-                    .with_mut(at..at + bytes, fill)
-                    .map_err(|e| STAGE.broke(e))?
-                    .map_err(|e| STAGE.broke(e))?;
+                call.copy_in(at..at + bytes, input.place.offset, source)?;
             }
         }
         let regions = call.instance.regions_mut();

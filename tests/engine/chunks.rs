@@ -21,7 +21,7 @@ fn rig(chunk_rows: u64) -> Rig {
 }
 
 /// Of many magnitudes, with what is not finite here and there.
-fn values(n: usize) -> Vec<f64> {
+pub(crate) fn values(n: usize) -> Vec<f64> {
     let value = |i: usize| match i % 1013 {
         7 => f64::NAN,
         400 => f64::INFINITY,

@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use strait::session::Invoked;
 use strait_tensor::Dtype;
 
+use crate::chunks::values;
 use crate::support::{Rig, bytes_of, guest};
 
 /// Rows of float64: several links of any size.
@@ -18,18 +19,6 @@ fn rig(link_bytes: u64) -> Rig {
         config.engine.link_bytes = link_bytes;
         config.limits.guest_bytes = 64 << 20;
     })
-}
-
-/// Of many magnitudes, with what is not finite here and there.
-fn values(n: usize) -> Vec<f64> {
-    let value = |i: usize| match i % 1013 {
-        7 => f64::NAN,
-        400 => f64::INFINITY,
-        401 => f64::NEG_INFINITY,
-        500 => -0.0,
-        _ => ((i * 7919) % 1009) as f64 * [1e-3, 0.1, 1.0, 1e5][i % 4] - 400.0,
-    };
-    (0..n).map(value).collect()
 }
 
 fn put(rig: &Rig) {

@@ -269,46 +269,8 @@ proptest! {
     }
 }
 
-#[test]
-fn lies_are_told_apart() {
-    let fresh = || {
-        let mut flow = Flow::new();
-        let link = flow.link(4 * ROW);
-        let (x, y, of) = (port("x"), port("y"), spec(10));
-        flow.stage(
-            [(&x, &of, None)].into_iter(),
-            [(&y, &of, Some(link))].into_iter(),
-        );
-        flow.stage(
-            [(&x, &of, Some(link))].into_iter(),
-            [(&y, &of, None)].into_iter(),
-        );
-        flow
-    };
-    let records = |moved: [u64; 2]| {
-        let mut records = vec![0; 2 * RECORD_BYTES];
-        for (record, moved) in records.chunks_exact_mut(RECORD_BYTES).zip(moved) {
-            record[MOVED_AT..MOVED_AT + 8].copy_from_slice(&moved.to_le_bytes());
-        }
-        records
-    };
-    let refused = |moved, answer| {
-        let mut flow = fresh();
-        flow.step(0, &records(moved), answer).expect_err("refused")
-    };
-    assert!(refused([11, 0], DONE).contains("consumed 11 rows of input `x`, whose chunk had 10"));
-    assert!(refused([4, 5], MORE).contains("to output `y`, which had room for 4"));
-    assert!(refused([0, 0], MORE).contains("neither consumed nor wrote"));
-    let mut flow = fresh();
-    assert_eq!(flow.next(), Next::Run(0));
-    flow.step(0, &records([4, 4]), MORE).expect("it did");
-    assert_eq!(flow.next(), Next::Run(1));
-    let lie = flow.step(1, &records([5, 0]), DONE).expect_err("refused");
-    assert!(lie.contains("whose chunk had 4"));
-}
-
-#[test]
-fn who_needs_more_than_there_is_room_for_stalls() {
+/// Ten rows go from one to another, through a link of four.
+fn two_stages() -> Flow {
     let mut flow = Flow::new();
     let link = flow.link(4 * ROW);
     let (x, y, of) = (port("x"), port("y"), spec(10));
@@ -320,6 +282,36 @@ fn who_needs_more_than_there_is_room_for_stalls() {
         [(&x, &of, Some(link))].into_iter(),
         [(&y, &of, None)].into_iter(),
     );
+    flow
+}
+
+#[test]
+fn lies_are_told_apart() {
+    let records = |moved: [u64; 2]| {
+        let mut records = vec![0; 2 * RECORD_BYTES];
+        for (record, moved) in records.chunks_exact_mut(RECORD_BYTES).zip(moved) {
+            record[MOVED_AT..MOVED_AT + 8].copy_from_slice(&moved.to_le_bytes());
+        }
+        records
+    };
+    let refused = |moved, answer| {
+        let mut flow = two_stages();
+        flow.step(0, &records(moved), answer).expect_err("refused")
+    };
+    assert!(refused([11, 0], DONE).contains("consumed 11 rows of input `x`, whose chunk had 10"));
+    assert!(refused([4, 5], MORE).contains("to output `y`, which had room for 4"));
+    assert!(refused([0, 0], MORE).contains("neither consumed nor wrote"));
+    let mut flow = two_stages();
+    assert_eq!(flow.next(), Next::Run(0));
+    flow.step(0, &records([4, 4]), MORE).expect("it did");
+    assert_eq!(flow.next(), Next::Run(1));
+    let lie = flow.step(1, &records([5, 0]), DONE).expect_err("refused");
+    assert!(lie.contains("whose chunk had 4"));
+}
+
+#[test]
+fn who_needs_more_than_there_is_room_for_stalls() {
+    let mut flow = two_stages();
     let mut records = vec![0; 2 * RECORD_BYTES];
     records[MOVED_AT] = 4;
     records[RECORD_BYTES + MOVED_AT] = 4;

@@ -352,22 +352,7 @@ impl<'a> Going<'a> {
             if side.is_cut_input() {
                 continue;
             }
-            let (offset, copied) = (side.place.offset, &call.copied);
-            let fill = |into: &mut [u8]| match source {
-                Source::Segment(source) => source.read_at(offset, into, copied),
-                Source::Inline(elements) => {
-                    into.copy_from_slice(elements);
-                    copied.add(into.len() as u64);
-                    Ok(())
-                }
-                // Of a chain, which runs otherwise.
-                Source::Linked => Ok(()),
-            };
-            call.instance
-                .regions_mut()
-                .with_mut(at..at + bytes, fill)
-                .map_err(|e| Stage::Place.broke(e))?
-                .map_err(|e| Stage::Place.broke(e))?;
+            call.copy_in(at..at + bytes, side.place.offset, source)?;
         }
         Ok(())
     }

@@ -1,13 +1,14 @@
 //! What all states of an invocation carry.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-use strait_memory::Copied;
+use strait_memory::{Copied, InputSource};
 
-use crate::engine::error::Broken;
+use crate::engine::error::{Broken, Stage};
 use crate::engine::instance::{Instance, Made};
-use crate::engine::job::{Job, Report, Supplies};
+use crate::engine::job::{Job, Report, Source, Supplies};
 use crate::engine::leash::Until;
 use crate::engine::spare::Used;
 use crate::engine::state::State;
@@ -72,6 +73,33 @@ impl<'a> Call<'a> {
         };
         call.report.seconds.instantiate = call.lap();
         Ok(call)
+    }
+
+    /// Copies `range` (guest addresses) in, from `offset` of what holds an input, while no window is there.
+    pub(super) fn copy_in(
+        &mut self,
+        range: Range<usize>,
+        offset: u64,
+        source: &Source<dyn InputSource>,
+    ) -> Result<(), Broken> {
+        const STAGE: Stage = Stage::Place;
+        let copied = &self.copied;
+        let fill = |into: &mut [u8]| match source {
+            Source::Segment(source) => source.read_at(offset, into, copied),
+            Source::Inline(bytes) => {
+                // Whoever made the job has held one against the other.
+                into.copy_from_slice(bytes);
+                copied.add(into.len() as u64);
+                Ok(())
+            }
+            // It comes while the kernel runs.
+            Source::Linked => Ok(()),
+        };
+        self.instance
+            .regions_mut()
+            .with_mut(range, fill)
+            .map_err(|e| STAGE.broke(e))?
+            .map_err(|e| STAGE.broke(e))
     }
 
     /// Seconds since the last lap.
