@@ -17,7 +17,7 @@ use super::mutate;
 use super::packet::{LAST, MORE, send};
 use super::said::{
     self, ENDED, Ended, FilledIn, GRANTED, KEEPS, LOADED, NEED, Outcome, PIECE, Piece, WAITS,
-    ended, filled, need, piece, reported,
+    chained, ended, filled, need, piece, reported,
 };
 use crate::served::{memfd, seal};
 
@@ -184,6 +184,36 @@ pub(super) fn say(host: &FrameSocket, message: &[u8]) -> bool {
             report.minor_faults = u64::MAX;
             report.seconds.total = f64::NAN;
             report.seconds.run = f64::INFINITY;
+        }),
+        (ENDED, "chain: fewer reports") => chained(message, |filled, mut reports| {
+            reports.pop();
+            Ok(Outcome::Chained(filled, reports))
+        }),
+        (ENDED, "chain: no results") => chained(message, |_, reports| {
+            Ok(Outcome::Chained(Vec::new(), reports))
+        }),
+        (ENDED, "chain: a kernel's end") => chained(message, |filled, mut reports| {
+            Ok(Outcome::Filled(filled, reports.remove(0)))
+        }),
+        (ENDED, "chain: port") => chained(message, |mut filled, reports| {
+            filled[0].port = "z".to_owned();
+            Ok(Outcome::Chained(filled, reports))
+        }),
+        (ENDED, "chain: larger") => chained(message, |mut filled, reports| {
+            filled[0].spec.shape = vec![1 << 40];
+            Ok(Outcome::Chained(filled, reports))
+        }),
+        (ENDED, "chain: bytes") => chained(message, |mut filled, reports| {
+            filled[0].body = FilledIn::Inline(vec![0; 8]);
+            Ok(Outcome::Chained(filled, reports))
+        }),
+        (ENDED, "chain: fails nowhere") => chained(message, |_, _| {
+            let failed = json!({"kernel": text(), "stage": "Run", "cause": "Cancelled", "at": 7});
+            Err(serde_json::from_value(failed).unwrap())
+        }),
+        (ENDED, "chain: stalls") => chained(message, |_, _| {
+            let failed = json!({"kernel": "", "stage": "Run", "cause": "Stalled", "at": 1});
+            Err(serde_json::from_value(failed).unwrap())
         }),
         (ENDED, "failed: long") => ended(message, |ended| {
             let cause = json!({"Trap": {"trap": text(), "panic": {"message": text(), "file": text(), "line": 1}, "backtrace": text()}});

@@ -141,6 +141,23 @@ impl Lied {
         self.honest();
     }
 
+    /// The same of two kernels that run at once.
+    fn check_chain(&mut self, lie: &str, outcome: (&str, &str)) {
+        self.lie(lie);
+        let text = "scale-shift(a=2) | scale-shift(b=1)";
+        let call = json!({"kernel": text, "inputs": {"x": "y"}});
+        let reply = self.client.ask(Op::Invoke, call);
+        if outcome == FINE {
+            let lease = reply.accepted()["results"][0]["lease"].clone();
+            self.client.ok(Op::Release, json!({"leases": [lease]}));
+        } else {
+            let message = reply.refused(outcome.0, outcome.1);
+            assert!(message.contains("`scale-shift`"), "{lie}: {message:.200}");
+        }
+        drop(reply);
+        self.honest();
+    }
+
     fn kill_worker(&self) {
         for child in children(self.host.pid()) {
             // It may end by itself.
@@ -223,6 +240,28 @@ fn what_a_worker_says_is_held_against_what_it_was_asked() {
     ] {
         lied.check(lie, 60_000, false, outcome);
     }
+    lied.done(&before);
+}
+
+#[test]
+fn what_a_worker_says_of_a_chain_is_held_against_what_it_was_asked() {
+    let mut lied = Lied::start();
+    lied.honest();
+    let before = Holdings::of(&lied.host.settled(&mut lied.client));
+    lied.check_chain("", FINE);
+    for lie in [
+        "chain: fewer reports",
+        "chain: no results",
+        "chain: a kernel's end",
+        "chain: port",
+        "chain: larger",
+        "chain: bytes",
+        "chain: fails nowhere",
+    ] {
+        lied.check_chain(lie, LOST);
+    }
+    // Then they run one after the other.
+    lied.check_chain("chain: stalls", FINE);
     lied.done(&before);
 }
 

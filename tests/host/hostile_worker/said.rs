@@ -30,6 +30,7 @@ pub(super) enum Outcome {
     Filled(Vec<Filled>, Report),
     Specs(Vec<(String, TensorSpec)>),
     Streamed(Vec<(String, String)>),
+    Chained(Vec<Filled>, Vec<Report>),
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -84,6 +85,20 @@ pub(super) fn filled(message: &[u8], change: impl FnOnce(&mut Filled)) -> Vec<u8
         if let Ok(Outcome::Filled(filled, _)) = &mut ended.outcome {
             change(&mut filled[0]);
         }
+    })
+}
+
+/// The end of a chain, changed; of anything else as it is.
+pub(super) fn chained(
+    message: &[u8],
+    change: impl FnOnce(Vec<Filled>, Vec<Report>) -> Result<Outcome, Failed>,
+) -> Vec<u8> {
+    ended(message, |ended| {
+        let told = std::mem::replace(&mut ended.outcome, Ok(Outcome::Specs(Vec::new())));
+        ended.outcome = match told {
+            Ok(Outcome::Chained(filled, reports)) => change(filled, reports),
+            told => told,
+        };
     })
 }
 
