@@ -254,9 +254,9 @@ fn wrong_arguments_are_named() {
     );
     check(
         json!({"kernel": "clip", "inputs": {"x": {"segment": "00000000000000000000000000000000"}}}),
-        bad,
-        "BAD_REQUEST",
-        &["session"],
+        Code::NotFound,
+        "SEGMENT_NOT_FOUND",
+        &["no result", "publish"],
     );
     check(
         json!({"kernel": "clip", "inputs": {"x": "x"}, "idempotency_key": "no spaces"}),

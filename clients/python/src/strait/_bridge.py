@@ -99,7 +99,11 @@ class Bridge:
                     if not self._write(b""):
                         return
                     continue
-                packet = self._ours.recv(FRAME_BYTES_MAX)
+                try:
+                    packet = self._ours.recv(FRAME_BYTES_MAX)
+                except ConnectionResetError:
+                    # Whoever left had not read all that came. Told once; what was sent before comes next.
+                    continue
                 if not packet or not self._write(packet):
                     break
         except OSError:
