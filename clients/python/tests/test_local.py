@@ -172,8 +172,8 @@ time.sleep(60)
 def test_an_interrupt_is_the_programs_alone(place, host_program):
     text = """
 s = strait.local()
-tell(pid=pid_of(s))
 try:
+    tell(pid=pid_of(s))
     time.sleep(60)
 except KeyboardInterrupt:
     s.ping()
