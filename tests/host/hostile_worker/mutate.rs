@@ -262,7 +262,7 @@ impl Mutator {
             }),
             ENDED => said::ended(message, |ended| {
                 match &mut ended.outcome {
-                    Ok(Outcome::Filled(filled, _)) => {
+                    Ok(Outcome::Filled(filled, _) | Outcome::Chained(filled, _)) => {
                         for filled in filled {
                             self.filled_otherwise(filled);
                         }
