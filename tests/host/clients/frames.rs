@@ -187,7 +187,7 @@ fn a_frame_that_is_wrong_is_answered_by_what_is_wrong() {
     ];
     let mut watcher = host.greeted();
     watcher.ok(Op::Ping, json!({}));
-    let before = Holdings::of(&watcher.ok(Op::Stats, json!({})));
+    let before = Holdings::of(&host.settled(&mut watcher));
     for bad in &table {
         check_bad(&host, bad, true);
     }
