@@ -285,7 +285,7 @@ func (g *gateway) answer(ctx context.Context, r asked) (answer, error) {
 	case opDrop:
 		return g.dropFlight(ctx, r)
 	case opList:
-		return g.list(ctx)
+		return g.list(ctx, r)
 	case opLookup, opMap:
 		return g.find(ctx, r)
 	case opCreate, opAdopt:
@@ -323,7 +323,14 @@ func (g *gateway) kernels(ctx context.Context, r asked) (answer, error) {
 	for i := range found {
 		all[i] = found[i]
 	}
-	return answer{body: map[string]any{"kernels": all, "more": false}}, err
+	if err != nil {
+		return answer{}, err
+	}
+	return page("kernels", all, r.body, func(kernel json.RawMessage) (string, error) {
+		var named struct{ Plugin, Name string }
+		err := json.Unmarshal(kernel, &named)
+		return named.Plugin + "/" + named.Name, err
+	})
 }
 
 func (g *gateway) dropFlight(ctx context.Context, r asked) (answer, error) {
@@ -347,7 +354,7 @@ func (g *gateway) dropFlight(ctx context.Context, r asked) (answer, error) {
 	return answer{body: nothing{}}, err
 }
 
-func (g *gateway) list(ctx context.Context) (answer, error) {
+func (g *gateway) list(ctx context.Context, r asked) (answer, error) {
 	flights := []strait.Flight{}
 	err := g.remote.ask(g.remote.context(ctx), true, func(ctx context.Context) error {
 		flights = flights[:0]
@@ -379,7 +386,10 @@ func (g *gateway) list(ctx context.Context) (answer, error) {
 			flights = append(flights, strait.Flight{Name: name, Mapping: strait.Mapping{Version: 1, HostID: g.hostID, Bytes: bytes, Writers: "none", Tensors: all}})
 		}
 	})
-	return answer{body: map[string]any{"flights": flights, "more": false}}, err
+	if err != nil {
+		return answer{}, err
+	}
+	return page("flights", flights, r.body, func(flight strait.Flight) (string, error) { return flight.Name, nil })
 }
 
 // trailer is what the host says beside the answer to a call.

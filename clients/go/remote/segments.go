@@ -234,6 +234,11 @@ func (g *gateway) fetch(ctx context.Context, all []strait.Place, bytes int64, pa
 	})
 	if err == nil {
 		err = shm.SealWrite(int(s.file.Fd()))
+		// Linux may be moving one of the pages just now, which it takes for somebody who writes.
+		for tries := 0; errors.Is(err, unix.EBUSY) && tries < 100; tries++ {
+			time.Sleep(10 * time.Millisecond)
+			err = shm.SealWrite(int(s.file.Fd()))
+		}
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.file.Close())
