@@ -252,7 +252,7 @@ impl Default for EngineSettings {
         Self {
             move_min_bytes: 512 << 10,
             chunk_rows: None,
-            link_bytes: 128 << 10,
+            link_bytes: 256 << 10,
             epoch_interruption: true,
             cache: None,
             workers: None,

@@ -1,7 +1,7 @@
 //! Several kernels at once on one thread, rows going from one to the next through memory that stays in the cache.
 //!
 //! ```text
-//! input ──▶ kernel ──▶ link (≈128 KiB) ──▶ kernel ──▶ link ──▶ kernel ──▶ result
+//! input ──▶ kernel ──▶ link (≈256 KiB) ──▶ kernel ──▶ link ──▶ kernel ──▶ result
 //! ```
 //! Each kernel is told of tensors as large as if it ran alone. Of one that is linked, pages are only where the records say that a chunk
 //! lies, at the front of its place, and they are the same for who writes and who reads: nothing of it is copied, moved or written to
