@@ -21,12 +21,12 @@ import (
 	"github.com/apache/arrow-go/v18/arrow/ipc"
 	"github.com/apache/arrow-go/v18/arrow/util"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	"strait"
+	"strait/internal/grpccode"
 )
 
 // ErrFar says that a flight's memory cannot be mapped here: its host is not the client's, or the
@@ -89,27 +89,11 @@ func remote(err error, trailer metadata.MD) error {
 	if err == nil || !ok || len(reason) == 0 {
 		return err
 	}
-	e := &strait.RemoteError{Code: codeNames[found.Code()], Reason: reason[0], Message: found.Message()}
+	e := &strait.RemoteError{Code: grpccode.Names[found.Code()], Reason: reason[0], Message: found.Message()}
 	if id := trailer.Get(requestIDKey); len(id) > 0 {
 		e.RequestID = id[0]
 	}
 	return e
-}
-
-var codeNames = map[codes.Code]string{
-	codes.InvalidArgument:    "INVALID_ARGUMENT",
-	codes.NotFound:           "NOT_FOUND",
-	codes.AlreadyExists:      "ALREADY_EXISTS",
-	codes.FailedPrecondition: "FAILED_PRECONDITION",
-	codes.ResourceExhausted:  "RESOURCE_EXHAUSTED",
-	codes.OutOfRange:         "OUT_OF_RANGE",
-	codes.DeadlineExceeded:   "DEADLINE_EXCEEDED",
-	codes.Canceled:           "CANCELLED",
-	codes.Internal:           "INTERNAL",
-	codes.PermissionDenied:   "PERMISSION_DENIED",
-	codes.Unauthenticated:    "UNAUTHENTICATED",
-	codes.Unavailable:        "UNAVAILABLE",
-	codes.Unimplemented:      "UNIMPLEMENTED",
 }
 
 func path(name string) *arrowflight.FlightDescriptor {

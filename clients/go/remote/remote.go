@@ -35,6 +35,7 @@ import (
 
 	"strait"
 	"strait/internal/driver"
+	"strait/internal/grpccode"
 )
 
 func init() { driver.Open = open }
@@ -196,7 +197,7 @@ func (c *connection) failed(err error, trailer metadata.MD) error {
 	if !ok {
 		return err
 	}
-	e := &strait.RemoteError{Code: codeNames[found.Code()], Reason: "HOST", Message: found.Message(), RequestID: "-"}
+	e := &strait.RemoteError{Code: grpccode.Names[found.Code()], Reason: "HOST", Message: found.Message(), RequestID: "-"}
 	if details := trailer.Get(detailsKey); len(details) > 0 {
 		// Whatever is not there stays as it is.
 		_ = json.Unmarshal([]byte(details[0]), e)
@@ -220,23 +221,6 @@ func (c *connection) failed(err error, trailer metadata.MD) error {
 		e.Reason = "DEADLINE"
 	}
 	return e
-}
-
-var codeNames = map[codes.Code]string{
-	codes.Unknown:            "UNKNOWN",
-	codes.InvalidArgument:    "INVALID_ARGUMENT",
-	codes.NotFound:           "NOT_FOUND",
-	codes.AlreadyExists:      "ALREADY_EXISTS",
-	codes.FailedPrecondition: "FAILED_PRECONDITION",
-	codes.ResourceExhausted:  "RESOURCE_EXHAUSTED",
-	codes.OutOfRange:         "OUT_OF_RANGE",
-	codes.DeadlineExceeded:   "DEADLINE_EXCEEDED",
-	codes.Canceled:           "CANCELLED",
-	codes.Internal:           "INTERNAL",
-	codes.PermissionDenied:   "PERMISSION_DENIED",
-	codes.Unauthenticated:    "UNAUTHENTICATED",
-	codes.Unavailable:        "UNAVAILABLE",
-	codes.Unimplemented:      "UNIMPLEMENTED",
 }
 
 // act is an action's results.
