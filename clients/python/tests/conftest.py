@@ -33,12 +33,17 @@ def serve(directory, *options):
     assert host.wait(60) == 0
 
 
+def serve_own(*options):
+    """As `serve`, in a directory that goes with the host."""
+    directory = tempfile.mkdtemp(prefix="strait-python-")
+    yield from serve(directory, *options)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
 @pytest.fixture(scope="session")
 def address():
     """A host of its own; the tests that need one are skipped without STRAIT_BIN."""
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    yield from serve(directory)
-    shutil.rmtree(directory, ignore_errors=True)
+    yield from serve_own()
 
 
 @pytest.fixture

@@ -3,14 +3,12 @@
 import asyncio
 import gc
 import pickle
-import shutil
-import tempfile
 import threading
 import time
 
 import numpy as np
 import pytest
-from conftest import serve
+from conftest import serve_own
 
 import strait
 from strait import _dtypes
@@ -23,9 +21,7 @@ SHAPES = [(), (0,), (5,), (3, 4), (2, 3, 4), (3, 0), (0, 4), (7, 1, 2)]
 @pytest.fixture(scope="module")
 def address():
     """A host that no other tests have: what is left in it is counted."""
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    yield from serve(directory)
-    shutil.rmtree(directory, ignore_errors=True)
+    yield from serve_own()
 
 
 @pytest.fixture

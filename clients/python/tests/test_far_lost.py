@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import serve
+from conftest import serve_own
 
 import strait
 
@@ -77,9 +76,7 @@ class Proxy:
 @pytest.fixture(scope="module")
 def address():
     """A host that no other tests have: what is left in it is counted."""
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    yield from serve(directory)
-    shutil.rmtree(directory, ignore_errors=True)
+    yield from serve_own()
 
 
 @pytest.fixture
@@ -186,9 +183,7 @@ def spinning():
     plugins = os.environ.get("STRAIT_TEST_PLUGINS")
     if not plugins:
         pytest.skip("STRAIT_TEST_PLUGINS is not set")
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    yield from serve(directory, "--plugin", os.path.join(plugins, "spins.wasm"))
-    shutil.rmtree(directory, ignore_errors=True)
+    yield from serve_own("--plugin", os.path.join(plugins, "spins.wasm"))
 
 
 def test_a_call_that_is_cancelled(spinning):

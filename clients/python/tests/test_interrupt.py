@@ -2,7 +2,6 @@
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import strait
-from conftest import serve
+from conftest import serve_own
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +23,7 @@ def spinning():
     plugins = os.environ.get("STRAIT_TEST_PLUGINS")
     if not plugins:
         pytest.skip("STRAIT_TEST_PLUGINS is not set: name the folder of spins.wasm")
-    directory = tempfile.mkdtemp(prefix="strait-python-")
-    yield from serve(directory, "--plugin", str(Path(plugins) / "spins.wasm"))
-    shutil.rmtree(directory, ignore_errors=True)
+    yield from serve_own("--plugin", str(Path(plugins) / "spins.wasm"))
 
 
 @pytest.fixture
