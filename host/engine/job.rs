@@ -527,6 +527,13 @@ impl Seconds {
         own.parts_mut().map(|part| *part)
     }
 
+    /// Adds each part of `other` to its own; not the total.
+    pub(crate) fn add_parts(&mut self, other: &Self) {
+        for (sum, part) in self.parts_mut().into_iter().zip(other.parts()) {
+            *sum += part;
+        }
+    }
+
     pub(super) fn parts_mut(&mut self) -> [&mut f64; 6] {
         let Self {
             instantiate,

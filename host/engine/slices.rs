@@ -527,9 +527,7 @@ fn tell(report: &mut Report, slices: Vec<Report>, seconds: f64) {
                 pages.inode = pages.inode.filter(|inode| Some(*inode) == other.inode);
             }
         }
-        for (sum, of) in sum.parts_mut().into_iter().zip(slice.seconds.parts()) {
-            *sum += of;
-        }
+        sum.add_parts(&slice.seconds);
     }
     // They ran beside each other: each part of the time is told as large as it was of the whole.
     let all: f64 = sum.parts().into_iter().sum();

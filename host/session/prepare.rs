@@ -229,26 +229,9 @@ impl Caller {
             invoke.limits.unwrap_or_default(),
         )?;
         let charge = self.charge_framed(checked.inputs.iter())?;
-        let (inputs, sources) = declared
-            .inputs
-            .iter()
-            .zip(checked.inputs)
-            .map(|(port, (found, place))| {
-                let input = Input {
-                    port: port.name.clone(),
-                    role: port.role,
-                    place,
-                };
-                (input, found.into_source())
-            })
-            .unzip();
-        let means = Means {
-            owner: Owner(self.account.number()),
-            inputs: sources,
-            results: self.result_source([kernel.plugin.hash].into_iter(), naming.seal),
-            deadline: deadline.at,
-            cancel,
-        };
+        let (inputs, sources) = apart(declared, checked.inputs);
+        let plugins = [kernel.plugin.hash].into_iter();
+        let means = self.means(sources, plugins, naming.seal, deadline, cancel);
         let job = Job {
             inputs,
             parameters: checked.parameters,
@@ -316,6 +299,24 @@ impl Caller {
         }
     }
 
+    /// What kernels of `plugins` that run at once work with; `seal`: their results are to be sealed.
+    pub(super) fn means(
+        &self,
+        inputs: Vec<Source<dyn SharedSource>>,
+        plugins: impl Iterator<Item = PluginHash>,
+        seal: bool,
+        deadline: Deadline,
+        cancel: CancelToken,
+    ) -> Means {
+        Means {
+            owner: Owner(self.account.number()),
+            inputs,
+            results: self.result_source(plugins, seal),
+            deadline: deadline.at,
+            cancel,
+        }
+    }
+
     /// Memory of the host for tensors in frames.
     pub(super) fn charge(&self, bytes: u64) -> Result<Charge, Status> {
         let charged = self.account.segments().try_reserve(bytes);
@@ -324,11 +325,7 @@ impl Caller {
 
     /// Where the results of `plugins` that run at once for this principal come from. What an earlier one left in their pages is
     /// for the same ones only.
-    pub(super) fn result_source(
-        &self,
-        plugins: impl Iterator<Item = PluginHash>,
-        seal: bool,
-    ) -> ResultSource {
+    fn result_source(&self, plugins: impl Iterator<Item = PluginHash>, seal: bool) -> ResultSource {
         let (pool, budget) = (&self.host.pool, Arc::clone(self.account.segments()));
         if seal {
             return ResultSource::sealable(pool, budget);
@@ -429,6 +426,24 @@ fn bad_limit(name: &str, asked: u64, limit: u64) -> Status {
     )
     .with("asked", asked)
     .with("limit", limit)
+}
+
+/// What was found for each input of a kernel, in its order: what the engine is told of it, and what holds it.
+pub(super) fn apart(
+    declared: &Kernel,
+    found: Vec<(Found, TensorPlace)>,
+) -> (Vec<Input>, Vec<Source<dyn SharedSource>>) {
+    let ports = declared.inputs.iter().zip(found);
+    ports
+        .map(|(port, (found, place))| {
+            let input = Input {
+                port: port.name.clone(),
+                role: port.role,
+                place,
+            };
+            (input, found.into_source())
+        })
+        .unzip()
 }
 
 /// Into how many slices a request wants to be cut.

@@ -11,7 +11,7 @@ use std::ops::Range;
 
 use super::plan::Origin;
 use super::run::{Flow, Piped, Value, largest, lost};
-use crate::engine::{Cause, Chain, Link, Means, Owner, Source, link_bytes};
+use crate::engine::{Cause, Chain, Link, Source, link_bytes};
 use crate::error::Status;
 use crate::session::answer::Outputs;
 use crate::session::caller::Caller;
@@ -122,15 +122,11 @@ impl Caller {
         };
         let end = found.stages.end;
         for stage in found.stages.clone() {
-            let origins = piped.plan.stages[stage].inputs.iter();
-            let inputs = origins.map(|origin| match *origin {
-                Origin::Input(input) => Ok(piped.inputs[input].clone()),
-                Origin::Stage(from, port) if from >= first => largest(&opened[from][port]),
-                Origin::Stage(from, port) => flow.look(from, port).map(Value::into_input),
+            let inputs = piped.inputs_of(stage, |from, port| match from >= first {
+                true => largest(&opened[from][port]),
+                false => flow.look(from, port).map(Value::into_input),
             });
-            let outputs = inputs
-                .collect::<Result<_, _>>()
-                .and_then(|inputs| self.open_stage(piped, stage, inputs));
+            let outputs = inputs.and_then(|inputs| self.open_stage(piped, stage, inputs));
             opened[stage] = outputs.map_err(|status| piped.plan.at_stage(stage, status))?;
         }
         Ok(fused(opened, end..end + 1))
@@ -152,20 +148,14 @@ impl Caller {
         let (mut jobs, mut sources, mut charged) = (Vec::new(), Vec::new(), Vec::new());
         for stage in stages.clone() {
             let origins = &plan.stages[stage].inputs;
-            let mut inputs = Vec::with_capacity(origins.len());
-            for origin in origins {
-                inputs.push(match *origin {
-                    Origin::Input(input) => piped.inputs[input].clone(),
-                    Origin::Stage(from, port) if stages.contains(&from) => {
-                        largest(&opened[from][port])?
-                    }
-                    Origin::Stage(from, port) => {
-                        let value = flow.look(from, port)?;
-                        charged.extend(value.charge.clone());
-                        value.into_input()
-                    }
-                });
-            }
+            let inputs = piped.inputs_of(stage, |from, port| {
+                if stages.contains(&from) {
+                    return largest(&opened[from][port]);
+                }
+                let value = flow.look(from, port)?;
+                charged.extend(value.charge.clone());
+                Ok(value.into_input())
+            })?;
             let (job, means) = self
                 .stage(piped, stage, inputs, inline)
                 .map_err(at(stage))?;
@@ -185,13 +175,13 @@ impl Caller {
             links: fused.links.clone(),
         };
         let plugins = chain.stages.iter().map(|job| job.kernel.plugin.hash);
-        let means = Means {
-            owner: Owner(self.account().number()),
-            inputs: sources,
-            results: self.result_source(plugins, sealed),
-            deadline: piped.deadline.at,
-            cancel: piped.cancel.clone(),
-        };
+        let means = self.means(
+            sources,
+            plugins,
+            sealed,
+            piped.deadline,
+            piped.cancel.clone(),
+        );
         let done = match self.host().runner().chain(&chain, means) {
             Ok(done) => done,
             Err(failed) => {

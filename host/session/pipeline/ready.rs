@@ -55,13 +55,8 @@ impl Caller {
         let plan = piped.plan();
         let mut stages: Vec<Box<dyn Ready>> = Vec::with_capacity(plan.stages.len());
         let mut opened: Vec<Outputs> = Vec::with_capacity(plan.stages.len());
-        for (index, stage) in plan.stages.iter().enumerate() {
-            let origins = stage.inputs.iter();
-            let inputs = origins.map(|origin| match *origin {
-                Origin::Input(input) => Ok(piped.inputs()[input].clone()),
-                Origin::Stage(from, port) => largest(&opened[from][port]),
-            });
-            let inputs: Result<Vec<_>, Status> = inputs.collect();
+        for index in 0..plan.stages.len() {
+            let inputs = piped.inputs_of(index, |from, port| largest(&opened[from][port]));
             let ready = inputs.and_then(|inputs| {
                 piped.check_time(index)?;
                 let (job, means) = self.stage(&piped, index, inputs, piped.inline())?;

@@ -16,14 +16,13 @@ use strait_tensor::{TensorPlace, TensorSpec};
 
 use super::plan::{Origin, Plan};
 use crate::engine::{
-    CancelToken, Failed, FramePart, InlineRoom, Input, Job, Limits, Means, OutputBody, Owner,
-    Report, Seconds, Used,
+    CancelToken, Failed, FramePart, InlineRoom, Job, Limits, Means, OutputBody, Report, Used,
 };
 use crate::error::{Code, Reason, Status};
 use crate::plugin::{CheckError, KernelRef, Value as Parameter};
 use crate::session::answer::{InlineBytes, Outputs, ResultBody};
 use crate::session::caller::Caller;
-use crate::session::prepare::{Checked, Deadline, Found, Resolved, threads, tightened};
+use crate::session::prepare::{Checked, Deadline, Found, Resolved, apart, threads, tightened};
 
 /// Tensors in the order in which they are taken.
 pub(super) type Inputs = Vec<(Found, TensorPlace)>;
@@ -156,14 +155,9 @@ impl Caller {
     fn open_stages(&self, piped: &Piped) -> Result<Vec<Outputs>, Status> {
         let plan = &piped.plan;
         let mut opened: Vec<Outputs> = Vec::with_capacity(plan.stages.len());
-        for (index, stage) in plan.stages.iter().enumerate() {
+        for index in 0..plan.stages.len() {
             piped.check_time(index)?;
-            let origins = stage.inputs.iter();
-            let inputs = origins.map(|origin| match *origin {
-                Origin::Input(input) => Ok(piped.inputs[input].clone()),
-                Origin::Stage(from, port) => largest(&opened[from][port]),
-            });
-            let inputs: Result<Vec<_>, _> = inputs.collect();
+            let inputs = piped.inputs_of(index, |from, port| largest(&opened[from][port]));
             let outputs = inputs.and_then(|inputs| self.open_stage(piped, index, inputs));
             opened.push(outputs.map_err(|status| plan.at_stage(index, status))?);
         }
@@ -312,24 +306,10 @@ impl Caller {
         let named: BTreeMap<_, _> = ports.zip(inputs).collect();
         let checked = declared.check(named, |(_, place)| place.spec.clone(), &stage.parameters)?;
         let parameters: Vec<(String, Parameter)> = checked.parameters;
-        let inputs = declared.inputs.iter().zip(checked.inputs);
-        let (inputs, sources) = inputs
-            .map(|(port, (found, place))| {
-                let input = Input {
-                    port: port.name.clone(),
-                    role: port.role,
-                    place,
-                };
-                (input, found.into_source())
-            })
-            .unzip();
-        let means = Means {
-            owner: Owner(self.account().number()),
-            inputs: sources,
-            results: self.result_source([kernel.plugin.hash].into_iter(), piped.seals(index)),
-            deadline: piped.deadline.at,
-            cancel: piped.cancel.clone(),
-        };
+        let (inputs, sources) = apart(declared, checked.inputs);
+        let plugins = [kernel.plugin.hash].into_iter();
+        let seal = piped.seals(index);
+        let means = self.means(sources, plugins, seal, piped.deadline, piped.cancel.clone());
         let job = Job {
             inputs,
             parameters,
@@ -398,6 +378,21 @@ impl Caller {
 }
 
 impl Piped {
+    /// The inputs of the stage at `index`, in its kernel's order: the pipeline's own, and what is `given` by earlier stages at a port.
+    pub(super) fn inputs_of(
+        &self,
+        index: usize,
+        mut given: impl FnMut(usize, usize) -> Result<(Found, TensorPlace), Status>,
+    ) -> Result<Inputs, Status> {
+        let origins = self.plan.stages[index].inputs.iter();
+        origins
+            .map(|origin| match *origin {
+                Origin::Input(input) => Ok(self.inputs[input].clone()),
+                Origin::Stage(stage, port) => given(stage, port),
+            })
+            .collect()
+    }
+
     /// Names it in log lines.
     pub(in crate::session) fn request_id(&self) -> &Arc<str> {
         &self.request_id
@@ -512,18 +507,12 @@ impl Flow {
 
     /// The inputs of the stage at `index`, in its kernel's order, and what those are charged with that are bytes.
     fn take(&mut self, piped: &Piped, index: usize) -> Result<(Inputs, Vec<Arc<Charge>>), Status> {
-        let mut inputs = Vec::new();
         let mut charged = Vec::new();
-        for origin in &piped.plan.stages[index].inputs {
-            inputs.push(match *origin {
-                Origin::Input(input) => piped.inputs[input].clone(),
-                Origin::Stage(stage, port) => {
-                    let value = self.pass(stage, port)?;
-                    charged.extend(value.charge);
-                    (value.found, value.place)
-                }
-            });
-        }
+        let inputs = piped.inputs_of(index, |stage, port| {
+            let value = self.pass(stage, port)?;
+            charged.extend(value.charge.clone());
+            Ok(value.into_input())
+        })?;
         Ok((inputs, charged))
     }
 
@@ -546,16 +535,8 @@ impl Flow {
         all.copied_bytes += copied_bytes;
         all.minor_faults += minor_faults;
         all.slices += slices;
-        let sum = &mut all.seconds;
-        *sum = Seconds {
-            instantiate: sum.instantiate + seconds.instantiate,
-            open: sum.open + seconds.open,
-            reserve: sum.reserve + seconds.reserve,
-            move_in: sum.move_in + seconds.move_in,
-            run: sum.run + seconds.run,
-            move_out: sum.move_out + seconds.move_out,
-            total: sum.total + seconds.total,
-        };
+        all.seconds.add_parts(&seconds);
+        all.seconds.total += seconds.total;
         self.stages.push(wire::StageReport {
             stage: label.to_owned(),
             kernel: kernel.to_owned(),
