@@ -346,7 +346,7 @@ impl Ready for Prepared {
             || match self.called(job, &means, &brought, &mut was_alone) {
                 // As with any run: alone, and then it needs not be ready for another one.
                 Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(&means) => {
-                    match runs.run_in(job, &means, false, true, &mut was_alone)? {
+                    match runs.run_alone(job, &means, &mut was_alone)? {
                         Given::Done(done) => Ok(*done),
                         Given::Specs(_) => Err(senseless("it did not run")),
                     }

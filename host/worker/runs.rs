@@ -38,16 +38,9 @@ impl Runs {
     /// # Errors
     /// [`Failed`].
     pub(super) fn run(&self, job: &Job, means: &Means, open_only: bool) -> Result<Given, Failed> {
-        let mut was_alone = false;
-        let given = match self.run_in(job, means, open_only, false, &mut was_alone) {
-            // Nothing of it has left the worker, and it may have been another run that ended that: once more, where it can
-            // hurt nobody else.
-            Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(means) => {
-                self.run_in(job, means, open_only, true, &mut was_alone)
-            }
-            given => given,
-        };
-        given.map_err(|trouble| failed(job, trouble, was_alone, &means.cancel, means.deadline))
+        self.repeated(job, means, true, |exchange| {
+            exchange.whole(self.next_number(), open_only)
+        })
     }
 
     /// Runs several kernels at once.
@@ -58,45 +51,48 @@ impl Runs {
         let Some(job) = chain.stages.first() else {
             return Ok(ChainDone::default());
         };
+        // Which of several plugins it was is not known.
+        let known = chain.is_of_one_plugin();
+        self.repeated(job, means, known, |exchange| {
+            exchange.chained(self.next_number(), chain)
+        })
+    }
+
+    /// Has `run` talk to a worker, and once more to another one if that ends meanwhile. `known`: whose fault that is, if nothing else was
+    /// there.
+    fn repeated<T>(
+        &self,
+        job: &Job,
+        means: &Means,
+        known: bool,
+        run: impl Fn(&mut Exchange<'_>) -> Result<T, Trouble>,
+    ) -> Result<T, Failed> {
         let mut was_alone = false;
-        let run = |alone, was_alone: &mut bool| {
-            self.seated(job, means, alone, was_alone, |exchange| {
-                exchange.chained(self.next_number(), chain)
-            })
-        };
-        let given = match run(false, &mut was_alone) {
+        let given = match self.seated(job, means, false, &mut was_alone, &run) {
+            // Nothing of it has left the worker, and it may have been another run that ended that: once more, where it can
+            // hurt nobody else.
             Err(Trouble::Lost(ReceiveError::Gone)) if can_be_repeated(means) => {
-                run(true, &mut was_alone)
+                self.seated(job, means, true, &mut was_alone, &run)
             }
             given => given,
         };
-        // Which of several plugins it was is not known.
-        let one = chain.is_of_one_plugin();
-        given.map_err(|trouble| {
-            failed(
-                job,
-                trouble,
-                was_alone && one,
-                &means.cancel,
-                means.deadline,
-            )
+        let (cancel, deadline) = (&means.cancel, means.deadline);
+        given.map_err(|trouble| failed(job, trouble, was_alone && known, cancel, deadline))
+    }
+
+    /// Runs `job` in a worker that ends after it.
+    pub(super) fn run_alone(
+        &self,
+        job: &Job,
+        means: &Means,
+        was_alone: &mut bool,
+    ) -> Result<Given, Trouble> {
+        self.seated(job, means, true, was_alone, |exchange| {
+            exchange.whole(self.next_number(), false)
         })
     }
 
     /// `alone`: in a worker that ends after it.
-    pub(super) fn run_in(
-        &self,
-        job: &Job,
-        means: &Means,
-        open_only: bool,
-        alone: bool,
-        was_alone: &mut bool,
-    ) -> Result<Given, Trouble> {
-        self.seated(job, means, alone, was_alone, |exchange| {
-            exchange.whole(self.next_number(), open_only)
-        })
-    }
-
     fn seated<T>(
         &self,
         job: &Job,
