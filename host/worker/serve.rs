@@ -221,7 +221,7 @@ impl Worker {
         let lane = Arc::new(Mutex::new(channel));
         loop {
             let asked = lane.lock().receive(ASK_BYTES_MAX, FDS_MAX, None);
-            let mut used = None;
+            let mut used = Vec::new();
             let answer = match asked {
                 Ok((Ask::Load(load), fds)) => Answer::Loaded(Box::new(self.load(*load, fds))),
                 Ok((Ask::Describe(bytes), fds)) => {
@@ -235,7 +235,9 @@ impl Worker {
                     Answer::Ended(Box::new(ended))
                 }
                 Ok((Ask::Chain(chain), fds)) => {
-                    Answer::Ended(Box::new(self.chain(&lane, *chain, fds)))
+                    let ended;
+                    (ended, used) = self.chain(&lane, *chain, fds);
+                    Answer::Ended(Box::new(ended))
                 }
                 Ok((Ask::Prepare(number, run), fds)) => {
                     match self.prepare(&mut lane.lock(), number, *run, fds) {
@@ -265,7 +267,7 @@ impl Worker {
             if lane.lock().send(&answer, &[]).is_err() {
                 return;
             }
-            if let Some(used) = used {
+            for used in used {
                 // As above: it has reported itself, and the lane goes on.
                 let _ = catch_unwind(AssertUnwindSafe(|| self.engine.renew(used)));
             }
@@ -294,7 +296,7 @@ impl Worker {
         lane: &Arc<Mutex<Channel>>,
         run: Run,
         fds: Vec<OwnedFd>,
-    ) -> (Ended, Option<Used>) {
+    ) -> (Ended, Vec<Used>) {
         let (number, ahead) = (run.run, run.ahead.clone());
         self.granted(lane, number, ahead, |cancel, granted| {
             self.outcome(run, fds, cancel, granted)
@@ -302,13 +304,13 @@ impl Worker {
     }
 
     /// The end of a `run` with memory for results, and what else that leaves.
-    fn granted<U>(
+    fn granted(
         self: &Arc<Self>,
         lane: &Arc<Mutex<Channel>>,
         number: u64,
         ahead: Vec<u64>,
-        run: impl FnOnce(CancelToken, &Arc<Granted>) -> Result<(Outcome, Option<U>), Failed>,
-    ) -> (Ended, Option<U>) {
+        run: impl FnOnce(CancelToken, &Arc<Granted>) -> Result<(Outcome, Vec<Used>), Failed>,
+    ) -> (Ended, Vec<Used>) {
         let cancel = self.cancels.lock().begin(number);
         let granted = Arc::new(Granted {
             worker: Arc::clone(self),
@@ -323,7 +325,7 @@ impl Worker {
         let gone = self.keep(&granted, outcome.is_ok());
         let (outcome, used) = match outcome {
             Ok((outcome, used)) => (Ok(outcome), used),
-            Err(failed) => (Err(failed), None),
+            Err(failed) => (Err(failed), Vec::new()),
         };
         (self.ended(outcome, gone), used)
     }
@@ -398,7 +400,7 @@ impl Worker {
         fds: Vec<OwnedFd>,
         cancel: CancelToken,
         granted: &Arc<Granted>,
-    ) -> Result<(Outcome, Option<Used>), Failed> {
+    ) -> Result<(Outcome, Vec<Used>), Failed> {
         let (deadline, open_only) = (deadline(run.left_us), run.open_only);
         let (job, inputs) = self.job(run, &mut fds.into_iter())?;
         let supplies = Supplies {
@@ -410,11 +412,11 @@ impl Worker {
         };
         if open_only {
             let specs = self.engine.specs(&job, &supplies)?;
-            return Ok((Outcome::Specs(specs), None));
+            return Ok((Outcome::Specs(specs), Vec::new()));
         }
         let filled = self.engine.fill(&job, &supplies)?;
         let outcome = Outcome::Filled(told(filled.outputs), filled.report);
-        Ok((outcome, Some(filled.used)))
+        Ok((outcome, vec![filled.used]))
     }
 
     /// The segment of that number, with the next of `fds` if it comes with its `bytes`.

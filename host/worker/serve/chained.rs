@@ -6,7 +6,7 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 
 use super::{Granted, Worker, deadline, told};
-use crate::engine::{CancelToken, Chain, Failed, Logged, Results, Supplies};
+use crate::engine::{CancelToken, Chain, Failed, Logged, Results, Supplies, Used};
 use crate::worker::channel::Channel;
 use crate::worker::messages::{Ended, Outcome, RunChain};
 
@@ -16,14 +16,11 @@ impl Worker {
         lane: &Arc<Mutex<Channel>>,
         chain: RunChain,
         fds: Vec<OwnedFd>,
-    ) -> Ended {
+    ) -> (Ended, Vec<Used>) {
         let number = chain.stages.first().map_or(0, |run| run.run);
-        let (ended, _) = self.granted(lane, number, Vec::new(), |cancel, granted| {
-            let outcome = self.chained(chain, fds, cancel, granted)?;
-            // Instances for later ones are made by the kernels' own calls.
-            Ok((outcome, None::<()>))
-        });
-        ended
+        self.granted(lane, number, Vec::new(), |cancel, granted| {
+            self.chained(chain, fds, cancel, granted)
+        })
     }
 
     fn chained(
@@ -32,7 +29,7 @@ impl Worker {
         fds: Vec<OwnedFd>,
         cancel: CancelToken,
         granted: &Arc<Granted>,
-    ) -> Result<Outcome, Failed> {
+    ) -> Result<(Outcome, Vec<Used>), Failed> {
         let left_us = chain.stages.first().map_or(0, |run| run.left_us);
         let deadline = deadline(left_us);
         let mut fds = fds.into_iter();
@@ -53,6 +50,7 @@ impl Worker {
         };
         let links = chain.links;
         let filled = self.engine.fill_chain(&Chain { stages, links }, supplies)?;
-        Ok(Outcome::Chained(told(filled.outputs), filled.reports))
+        let outcome = Outcome::Chained(told(filled.outputs), filled.reports);
+        Ok((outcome, filled.used))
     }
 }
